@@ -1,0 +1,3 @@
+from fbpc_ray.cli import main
+
+main()

@@ -1,0 +1,173 @@
+"""The command line: `fbpc COMMAND`, `python -m fbpc_ray COMMAND`, and the jobs. Flags are made from config.py."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import tyro
+
+from fbpc_ray import __version__
+from fbpc_ray.config import PRESETS, Config, Evaluation, Execution, preset, read_config
+from fbpc_ray.errors import UserError, closest
+from fbpc_ray.signals import Interrupted
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True)
+class Job:
+    """This call, not the run."""
+
+    preset: str = ""
+    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) or digits; other flags change it. Empty: the row of --data
+    and --ipc where there is one, else digits where --data is not given."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+    json: str = ""
+    """Also write the result to this file."""
+
+
+@dataclass(frozen=True)
+class DistillArguments:
+    """Distil a pseudocoreset over several architectures (Algorithm 1), and evaluate it beside random real images."""
+
+    job: Job = field(default_factory=Job)
+    config: Config = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class ExpertArguments:
+    """Train the expert trajectories that are missing. `distill` does so too; this does only this."""
+
+    job: Job = field(default_factory=Job)
+    config: Config = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a run that `distill` made."""
+    architectures: tuple[str, ...] = ()
+    """Networks to evaluate on; empty means those of the run."""
+    width: int = 0
+    """Channels of a convolution; 0 means that of the run."""
+    split: str = "test"
+    """test | validation."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    execution: Execution = field(default_factory=Execution)
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+    json: str = ""
+    """Also write the result to this file."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and leave with its exit status: 0 done, 2 bad input, 1 failed, 128 + n ended by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"fbpc-ray {__version__}")
+        return
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command '{argv[0]}': {closest(argv[0], list(COMMANDS))}")
+        COMMANDS[argv[0]](argv[1:], f"fbpc {argv[0]}")
+    except UserError as error:
+        _leave(str(error), error.code)
+    except Interrupted as stop:
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _leave(f"{os.strerror(error.errno)}{where}: {MENDABLE[error.errno]}", 1)
+
+
+MENDABLE = {
+    errno.ENOSPC: "free some space, then run the same command with --resume",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command with --resume",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run the same command with --resume",
+    errno.EROFS: "choose a folder that can be written with --out",
+    errno.EACCES: "choose a folder that can be written with --out, or mend its permissions",
+}
+"""Errors of the file system whose mend is known; others are shown whole."""
+
+
+def distill(argv: list[str], program: str) -> None:
+    args = _parse(DistillArguments, argv, program, DistillArguments(config=_base(argv)))
+    from fbpc_ray import commands
+
+    commands.distill(args.config, resume=args.job.resume, dry_run=args.job.dry_run, json=args.job.json)
+
+
+def experts(argv: list[str], program: str) -> None:
+    args = _parse(ExpertArguments, argv, program, ExpertArguments(config=_base(argv)))
+    from fbpc_ray import commands
+
+    commands.experts(args.config, dry_run=args.job.dry_run, json=args.job.json)
+
+
+def evaluate(argv: list[str], program: str) -> None:
+    args = _parse(EvaluateArguments, argv, program)
+    from fbpc_ray import commands
+
+    commands.evaluate(
+        Path(args.run), args.architectures, args.width, args.split, args.evaluation, args.execution,
+        dry_run=args.dry_run, json=args.json,
+    )  # fmt: skip
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "distill": distill,
+    "experts": experts,
+    "evaluate": evaluate,
+}
+
+
+def _usage() -> str:
+    kinds = {"distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments}
+    lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+    return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])
+
+
+def _base(argv: list[str]) -> Config:
+    """The configuration that the flags in `argv` change: the stored one on --resume, a preset, or the defaults."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--preset", "--data", "--ipc", "--out"):
+        early.add_argument(flag)
+    early.add_argument("--resume", action="store_true")
+    try:
+        known, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return Config()  # a flag without its value: the full parser says so
+    if known.preset:
+        return preset(known.preset)
+    if known.resume and known.out:
+        return read_config(Path(known.out))
+    if known.data is None:
+        return preset("digits")
+    row = f"{known.data}-ipc{known.ipc or 1}"
+    return preset(row) if row in PRESETS else Config()
+
+
+def _parse(kind: type[Arguments], argv: list[str], program: str, default: Arguments | None = None) -> Arguments:
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=argv, prog=program, **extra)  # type: ignore[return-value]
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,253 @@
+"""Every setting, documented field by field; the command line's flags are made from these classes.
+
+`PRESETS` are the rows of the paper's Table 4, plus `digits`, the small default that runs anywhere.
+Values marked [paper] are the paper's; [method] are readings of what the paper leaves open.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fbpc_ray.errors import UserError, closest
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is distilled."""
+
+    data: str = "digits"
+    """digits | cifar10 | cifar100 | tiny-imagenet | parquet:PATH | folder:PATH | npz:PATH."""
+    data_root: str = "data"
+    """Folder of the torchvision data sets and of tiny-imagenet-200."""
+    download: bool = False
+    """Fetch cifar10 or cifar100 into --data-root where it is missing."""
+    normalisation: str = "auto"
+    """Per-channel mean and std: auto (known or computed) | computed | cifar10 | cifar100 | tiny-imagenet."""
+    validation: float = 0.0
+    """Fraction of the training set held out, drawn by --data-seed and by class."""
+    data_seed: int = 0
+    """Seed of the validation split."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """On what it is distilled."""
+
+    architectures: tuple[str, ...] = ("convnet-in",)
+    """One gradient worker each (Algorithm 1): convnet-{in,gn,ln,bn,none}."""
+    width: int = 128
+    """Channels of each convolution [paper: 128]."""
+    depth: int = 0
+    """Blocks; 0 means 3 at 32x32, 4 at 64x64 [paper], 2 at 8x8."""
+    augment: Literal["dsa", "none"] = "dsa"
+    """Augmentation, everywhere it acts [paper: dsa; none is its Table 10]."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Expert trajectories (App. C.1)."""
+
+    experts: str = ""
+    """Folder that holds the experts of all data sets and architectures; empty means HOME/experts."""
+    expert_count: int = 100
+    """Trajectories for each architecture [paper: 100]."""
+    expert_epochs: int = 50
+    """Epochs of a trajectory, a snapshot each [paper: 50]."""
+    expert_lr: float = 0.01
+    """SGD learning rate, no momentum, no decay [paper: 0.01]."""
+    expert_batch_size: int = 256
+    """Images a batch [method]."""
+    expert_dtype: Literal["float32", "float16"] = "float32"
+    """How snapshots are stored; float16 halves the disk and moves Psi^(1/2) by 7e-5."""
+    expert_seed: int = 0
+    """Seed of the trajectories; runs with different --seed share experts."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Algorithm 1. Letters are the paper's."""
+
+    method: Literal["fbpc", "fbpc-isotropic", "random"] = "fbpc"
+    """fbpc | fbpc-isotropic (Psi = I, no K steps) | random (real images, nothing is learned)."""
+    ipc: int = 1
+    """Images a class; m = ipc x classes."""
+    steps: int = 1000
+    """N: updates of the pseudocoreset [Table 4]."""
+    seed: int = 0
+    """Seed of the distillation: initial images and every draw."""
+    alpha: float = 100.0
+    """alpha: SGD learning rate of the pixels, in normalised pixel space [Table 4]."""
+    momentum: float = 0.5
+    """Momentum of that SGD [method]."""
+    batch_size: int = 10
+    """B: pseudocoreset images in one gradient; all of them where m <= B [Table 4]."""
+    start_epoch: int = 1
+    """T: experts are sampled from this epoch onwards [Table 4]."""
+    start_rule: Literal["from", "before"] = "from"
+    """from: epochs T..last [App. C.2]; before: epochs 0..T-1, the reading of earlier code."""
+    gamma: float = 0.01
+    """gamma: the MAP solve stops at this mean loss, nats an image [Table 4]."""
+    map_lr: float = 0.001
+    """Adam learning rate of the MAP solve [App. C.2]."""
+    map_max_steps: int = 2000
+    """Adam steps after which an unfinished MAP solve is taken as it is, and reported [method]."""
+    posterior_steps: int = 30
+    """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
+    lambda_x: float = 0.05
+    """lambda_x: learning rate of the K steps on real images [Table 4]."""
+    lambda_u: float = 0.01
+    """lambda_u: learning rate of the K steps on the pseudocoreset [Table 4]."""
+    real_batch_size: int = 256
+    """Real images a step of the K steps [method]."""
+    mc_samples: int = 30
+    """S: Monte-Carlo draws of logits in Eq. 17 [method]."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """SGHMC on a coreset (Eq. 27, App. C.2)."""
+
+    eval_seeds: int = 3
+    """Chains for each architecture, one a seed; every seed's value is kept."""
+    chain_steps: int = 1000
+    """Epochs of a chain [paper: 1000]."""
+    chain_every: int = 100
+    """A posterior sample every so many epochs [paper: 100]."""
+    chain_eta: float = 0.03
+    """eta: step size [paper: 0.03]."""
+    chain_friction: float = 0.1
+    """alpha of Eq. 27: friction [paper: 0.1]."""
+    chain_d: float = 0.01
+    """d x m of Eq. 27, d = 0.01 / m [paper: 0.01]."""
+    chain_noise: Literal["consistent", "gradient", "literal"] = "consistent"
+    """Reading of Eq. 27's noise by its variance: 2 alpha eta d | eta^2 2d | 2d (unstable) [method]."""
+    chain_weight_decay: float = 5e-3
+    """Strength of the Gaussian prior as weight decay on the mean loss [method]."""
+    chain_augment: bool = True
+    """Use --augment inside the chains too."""
+    chain_batch_size: int = 256
+    """Images a step where m is above --chain-full-batch [method]."""
+    chain_full_batch: int = 500
+    """Largest m for which a step takes all images at once [method]."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how it runs. Nothing here changes a result, except --device and --threads in the last bits."""
+
+    backend: Literal["ray", "serial"] = "ray"
+    """ray: one actor an architecture, here or on a cluster; serial: this process alone, to the same bits."""
+    device: str = "auto"
+    """auto | cpu | cuda. auto takes CUDA where a worker has it."""
+    threads: int = 0
+    """CPU threads of a gradient; 0 means the cores of this machine / architectures. Part of the bits."""
+    address: str = ""
+    """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one."""
+    gpus_per_actor: float = 1.0
+    """GPUs of a gradient worker where the cluster has GPUs; a fraction lets several share one."""
+    cpus_per_actor: float = 0.0
+    """CPUs of a gradient worker; 0 means 1, or an equal share where architectures outnumber CPUs."""
+    out: str = ""
+    """Folder of the run; empty makes a new one under HOME/outputs."""
+    tracking: bool = True
+    """Log to MLflow: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+    experiment: str = "fbpc"
+    """MLflow experiment."""
+
+
+GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Execution)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    data: Data = field(default_factory=Data)
+    networks: Networks = field(default_factory=Networks)
+    experts: Experts = field(default_factory=Experts)
+    distillation: Distillation = field(default_factory=Distillation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    execution: Execution = field(default_factory=Execution)
+
+    def flat(self) -> dict[str, Any]:
+        """{flag: value} over all groups."""
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    def updated(self, **values: Any) -> "Config":
+        """A copy with flags changed, whichever group they are in. Raises UserError for a flag that is not there."""
+        known = self.flat()
+        for name in values:
+            if name not in known:
+                raise UserError(f"unknown setting '{name}': {closest(name, list(known))}")
+        groups = {}
+        for group in fields(self):
+            current = getattr(self, group.name)
+            mine = {f.name: values[f.name] for f in fields(current) if f.name in values}
+            groups[group.name] = replace(current, **mine)
+        return Config(**groups)
+
+
+MAY_CHANGE_ON_RESUME = {f.name for f in fields(Execution)} - {"threads", "device"} | {
+    "data_root", "download", "experts", "checkpoint_every", "steps", *(f.name for f in fields(Evaluation))
+}  # fmt: skip
+"""Flags that don't change the steps already taken."""
+
+
+def _table4(data: str, ipc: int, T: int, gamma: float, lambda_x: float, lambda_u: float, N: int, alpha: int, B: int):
+    return dict(
+        data=data, ipc=ipc, start_epoch=T, gamma=gamma, lambda_x=lambda_x, lambda_u=lambda_u,
+        steps=N, alpha=float(alpha), batch_size=B,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    #                                                    T  gamma   l_x   l_u     N alpha     B
+    "cifar10-ipc1":        _table4("cifar10", 1,         1, 0.01, 0.05, 0.01, 1000,  100,   10),
+    "cifar10-ipc10":       _table4("cifar10", 10,        2,  0.1, 0.05, 0.01, 1000, 1000,  100),
+    "cifar10-ipc50":       _table4("cifar10", 50,       10,  0.2, 0.05, 0.01, 1000, 1000,  500),
+    "cifar100-ipc1":       _table4("cifar100", 1,        2,  0.1,  0.1,  0.1, 5000, 1000,  100),
+    "cifar100-ipc10":      _table4("cifar100", 10,      40,  0.1,  0.1,  0.1, 5000, 1000, 1000),
+    "cifar100-ipc50":      _table4("cifar100", 50,      20,  0.2, 0.01, 0.01,  300, 1000, 5000),
+    "tiny-imagenet-ipc1":  _table4("tiny-imagenet", 1,   2,  0.1,  0.1,    3, 5000, 1000,  100),
+    "tiny-imagenet-ipc10": _table4("tiny-imagenet", 10, 40,    1,  0.1,    3,  500, 1000,  100),
+    "tiny-imagenet-ipc50": _table4("tiny-imagenet", 50, 40,    1,  0.1,    3,  500, 1000,  100),
+    "digits": dict(
+        data="digits", architectures=("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"), width=32, ipc=1,
+        steps=100, alpha=10.0, batch_size=10, gamma=0.01, lambda_x=0.05, lambda_u=0.01, start_epoch=5,
+        expert_count=4, expert_epochs=20, expert_lr=0.05, expert_batch_size=64, real_batch_size=64,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """The configuration of a preset. Raises UserError for an unknown one."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
+    return Config().updated(**PRESETS[name])
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(config.flat(), indent=2) + "\n"
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`. Raises UserError where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (no config.json): check the path, or start one without --resume")
+    return from_json(path.read_text(), str(path))
+
+
+def from_json(text: str, source: str) -> Config:
+    """The inverse of `to_json`; `source` names the file in errors. Raises UserError."""
+    try:
+        values = json.loads(text)
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError):
+        raise UserError(
+            f"{source} is not a configuration: it must hold one JSON object; restore or delete it"
+        ) from None
+    return Config().updated(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

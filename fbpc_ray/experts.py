@@ -1,0 +1,344 @@
+"""Expert trajectories on disk: one folder for one (data set, architecture, recipe), one Arrow file for one trajectory.
+
+    store.json      the recipe, written before anything else
+    00000.arrow     Arrow IPC file: record batch e holds the snapshot after epoch e, one column for one tensor
+    00000.json      its manifest, written last: a trajectory without one does not exist
+
+A crash at any moment leaves a file that nobody lists, never half an expert. Nothing here is pickled.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import ipc
+from torch import Tensor
+
+from fbpc_ray import atomic
+from fbpc_ray.errors import UserError
+
+FORMAT = 1
+MAX_OPEN = 128  # memory maps, each a file descriptor, that one store keeps
+STORED = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Recipe(NamedTuple):
+    """All that makes a trajectory: two stores with equal recipes hold equal snapshots."""
+
+    data: str
+    fingerprint: str
+    """Of the training images and labels."""
+    image_shape: tuple[int, int, int]
+    """(c, h, w)."""
+    classes: int
+    architecture: str
+    width: int
+    depth: int
+    epochs: int
+    """E: a trajectory holds E + 1 snapshots; snapshot 0 is the initialisation."""
+    lr: float
+    batch_size: int
+    augment: str
+    """"dsa" or "none"."""
+    dtype: str
+    """How floating tensors are stored: "float32", or "float16" (relative error 2^-11 for 6.1e-5 <= |value| < 65504)."""
+    seed: int
+
+
+class _Trajectory(NamedTuple):
+    """An open, memory-mapped trajectory."""
+
+    identity: tuple[int, int]
+    """(inode, bytes) of the file when it was opened."""
+    reader: ipc.RecordBatchFileReader
+    shapes: dict[str, list[int]]
+
+
+class ExpertStore:
+    """The trajectories of one recipe in one folder. Opening creates nothing; reading is safe from several threads.
+
+    Raises UserError where the folder holds trajectories of another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        if recipe.dtype not in STORED:
+            raise ValueError(f"recipe.dtype is {recipe.dtype!r}, known: {', '.join(STORED)}")
+        self.__setstate__((folder, recipe))
+        self._claimed()
+
+    def __getstate__(self) -> tuple[Path, Recipe]:
+        return self.folder, self.recipe
+
+    def __setstate__(self, state: tuple[Path, Recipe]) -> None:
+        self.folder, self.recipe = state
+        self._open: dict[int, _Trajectory] = {}
+        self._lock = threading.Lock()
+
+    def missing(self, count: int) -> list[int]:
+        """The indices below `count` that have no whole trajectory."""
+        return [index for index in range(count) if not self._whole(index)]
+
+    def write(self, index: int, snapshots: Iterable[dict[str, Tensor]]) -> None:
+        """Store the snapshots of epochs 0..E as trajectory `index`, each written as it arrives.
+
+        The tensors may alias live ones: a snapshot is on its way to disk before the next one is asked for. Floating
+        tensors are stored as `recipe.dtype`, all others as int64. An earlier trajectory `index` stays until the new one
+        is whole. Raises UserError for non-finite values, ValueError unless there are E + 1 snapshots of equal names and
+        shapes, OSError for a full disk; then nothing of the new trajectory is left.
+        """
+        if index < 0:
+            raise ValueError(f"the index of a trajectory is {index}, must be at least 0")
+        if not self._claimed():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(self.folder / "store.json", json.dumps({"format": FORMAT, "recipe": _plain(self.recipe)}))
+        arrow, manifest = self._arrow(index), self._manifest(index)
+        _sweep(self.folder, f".{arrow.name}.*.tmp")
+        temporary = self.folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            with temporary.open("xb") as file:
+                with suppress(OSError):  # a file system without locks: then its leftovers are not swept
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sink = _Sink(file)
+                shapes = self._stream(index, snapshots, sink)
+                file.flush()
+                os.fsync(file.fileno())
+            self._claimed()  # whoever created the folder in the meantime may have had another recipe
+            manifest.unlink(missing_ok=True)
+            temporary.replace(arrow)
+            facts = {"epochs": self.recipe.epochs, "bytes": sink.bytes, "checksum": sink.digest.hexdigest()}
+            atomic.write_text(manifest, json.dumps({**facts, "tensors": shapes}))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            if not manifest.exists():
+                arrow.unlink(missing_ok=True)
+            raise
+
+    def read(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """The tensors of one snapshot by name: fresh, writable, on the CPU, float32 or int64, in their own shapes.
+
+        Only this snapshot is read from disk, and nothing returned pins the file. The checksum is not tested: `verify`.
+        Raises UserError for a trajectory or an epoch that is not there, and for a damaged file.
+        """
+        if not 0 <= epoch <= self.recipe.epochs:
+            raise UserError(
+                f"epoch {epoch} is not in the experts of {self.folder}: they hold epochs 0 to {self.recipe.epochs}, "
+                "ask for one of these or make longer experts"
+            )
+        tensors = {}
+        try:
+            with self._lock:  # Arrow's reader is not for two threads at once; this builds views and reads no values
+                trajectory = self._opened(index)
+                batch = trajectory.reader.get_batch(epoch)
+                batch.validate()
+            if batch.num_rows != 1:
+                raise ValueError(f"epoch {epoch} has {batch.num_rows} rows")
+            for (name, shape), column in zip(trajectory.shapes.items(), batch.columns, strict=True):
+                values = column.flatten()
+                kind = np.dtype(values.type.to_pandas_dtype())  # a numpy type; values.to_numpy() would import pandas
+                view = np.frombuffer(values.buffers()[1], kind, len(values), values.offset * kind.itemsize)
+                tensor = torch.from_numpy(view.copy())  # out of the map
+                tensors[name] = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64).reshape(shape)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pa.ArrowException) as error:
+            self._damaged(index, error)
+        return tensors
+
+    def verify(self, index: int) -> None:
+        """Read all of trajectory `index` and compare it with its checksum. Raises UserError where they differ."""
+        try:
+            with self._lock:
+                self._opened(index)
+            with self._arrow(index).open("rb") as file:
+                digest = hashlib.file_digest(file, _digest).hexdigest()
+            if digest != json.loads(self._manifest(index).read_text())["checksum"]:
+                raise ValueError("its checksum is not the one in its manifest")
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            self._damaged(index, error)
+
+    def _arrow(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.arrow"
+
+    def _manifest(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.json"
+
+    def _damaged(self, index: int, error: Exception) -> NoReturn:
+        """Raise what a reader of trajectory `index` is told: it isn't there, or it is not what was written."""
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{self.folder} has no whole expert {index}: make it with `fbpc experts`") from error
+        if isinstance(error, OSError) and error.errno:  # the system's word; Arrow's own have no number
+            raise UserError(
+                f"{self._arrow(index)} cannot be read ({error.strerror}): mend that and run again"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{self._arrow(index)} is damaged ({reason}): delete it and run again") from error
+
+    def _claimed(self) -> bool:
+        """Is the folder this recipe's already? UserError where it is another's."""
+        path = self.folder / "store.json"
+        try:
+            store = json.loads(path.read_text())
+            version, recipe = store["format"], dict(store["recipe"])
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): give another --experts folder") from error
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}, this version reads {FORMAT}: give another --experts folder")
+        wanted = _plain(self.recipe)
+        names = [name for name in {**wanted, **recipe} if recipe.get(name) != wanted.get(name)]
+        if names:
+            made = ", ".join(f"{name} {recipe.get(name)}" for name in names)
+            wants = ", ".join(f"{name} {wanted.get(name)}" for name in names)
+            raise UserError(
+                f"experts in {self.folder} were made with {made}, this run wants {wants}: give another --experts folder"
+            )
+        return True
+
+    def _whole(self, index: int) -> bool:
+        """Is there a manifest, and a file of the size it states?"""
+        try:
+            manifest = json.loads(self._manifest(index).read_text())
+            return manifest["bytes"] == self._arrow(index).stat().st_size and manifest["epochs"] == self.recipe.epochs
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _stream(self, index: int, snapshots: Iterable[dict[str, Tensor]], sink: "_Sink") -> dict[str, list[int]]:
+        """Write the whole Arrow file into `sink`; the shapes of its tensors by name."""
+        writer, schema, shapes, epochs = None, None, {}, 0
+        for epoch, snapshot in enumerate(snapshots):
+            epochs = epoch + 1
+            if epochs > self.recipe.epochs + 1:
+                break
+            batch = self._batch(index, epoch, snapshot)
+            if writer is None:
+                shapes = {name: list(tensor.shape) for name, tensor in snapshot.items()}
+                schema = batch.schema
+                writer = ipc.new_file(pa.PythonFile(sink, mode="w"), schema)
+            elif not batch.schema.equals(schema, check_metadata=True):
+                raise ValueError(
+                    f"trajectory {index}: names, shapes or dtypes at epoch {epoch} are not those of epoch 0"
+                )
+            writer.write_batch(batch)
+        if writer is None or epochs != self.recipe.epochs + 1:
+            raise ValueError(f"trajectory {index} has another number of snapshots than {self.recipe.epochs + 1}")
+        writer.close()
+        return shapes
+
+    def _batch(self, index: int, epoch: int, snapshot: dict[str, Tensor]) -> pa.RecordBatch:
+        """One snapshot as one row. Shares memory with `snapshot` where it can."""
+        columns, fields = [], []
+        for name, tensor in snapshot.items():
+            floating = tensor.is_floating_point()
+            stored = tensor.detach().to("cpu", STORED[self.recipe.dtype] if floating else torch.int64)
+            if floating and not stored.isfinite().all():
+                why = f"does not fit {self.recipe.dtype}" if tensor.isfinite().all() else "is not finite"
+                raise UserError(
+                    f"expert {index} of {self.folder} diverged: {name} {why} at epoch {epoch}: lower --expert-lr"
+                )
+            flat = stored.contiguous().reshape(-1).numpy()
+            buffers = [None, pa.py_buffer(flat)]  # pa.array(flat) is the same, and imports pandas
+            values = pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), buffers)
+            columns.append(pa.FixedSizeListArray.from_arrays(values, stored.numel()))
+            facts = {"shape": json.dumps(list(tensor.shape)), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            fields.append(pa.field(name, columns[-1].type, nullable=False, metadata=facts))
+        metadata = {"format": str(FORMAT), "recipe": json.dumps(_plain(self.recipe))}
+        return pa.record_batch(columns, schema=pa.schema(fields, metadata=metadata))
+
+    def _opened(self, index: int) -> _Trajectory:
+        """Trajectory `index`, from the cache where the file is still the same one. The caller holds the lock."""
+        path = self._arrow(index)
+        status = path.stat()
+        identity = status.st_ino, status.st_size
+        kept = self._open.pop(index, None)
+        if kept is None or kept.identity != identity:
+            manifest = json.loads(self._manifest(index).read_text())
+            if status.st_size != manifest["bytes"]:
+                raise ValueError(f"{status.st_size} bytes, its manifest says {manifest['bytes']}")
+            reader = ipc.open_file(pa.memory_map(str(path)))
+            kept = _Trajectory(identity, reader, self._checked(reader, manifest))
+        self._open[index] = kept  # last: the one used longest ago is first
+        if len(self._open) > MAX_OPEN:
+            del self._open[next(iter(self._open))]
+        return kept
+
+    def _checked(self, reader: ipc.RecordBatchFileReader, manifest: dict[str, Any]) -> dict[str, list[int]]:
+        """The shapes by name, after comparing the file's schema with the recipe and with its manifest."""
+        facts = reader.schema.metadata or {}
+        if facts.get(b"format") != str(FORMAT).encode():
+            raise ValueError(f"format {facts.get(b'format')}, this version reads {FORMAT}")
+        if json.loads(facts[b"recipe"]) != _plain(self.recipe):
+            raise ValueError("it was made with another recipe than its store.json says")
+        if reader.num_record_batches != self.recipe.epochs + 1:
+            raise ValueError(f"{reader.num_record_batches} snapshots, expected {self.recipe.epochs + 1}")
+        shapes = {}
+        for field in reader.schema:
+            shapes[field.name] = shape = json.loads((field.metadata or {})[b"shape"])
+            kinds = pa.from_numpy_dtype(self.recipe.dtype), pa.int64()
+            if field.type not in [pa.list_(kind, math.prod(shape)) for kind in kinds]:
+                raise ValueError(f"column {field.name} is {field.type}, its shape is {shape}")
+        if list(shapes.items()) != list(manifest["tensors"].items()):
+            raise ValueError("its tensors are not those in its manifest")
+        return shapes
+
+
+class _Sink:
+    """A file for Arrow to write to that counts and digests what passes. Leaves closing to the file's owner."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.bytes = file, _digest(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        """Arrow calls this; the file stays open."""
+
+
+def folder(root: Path, recipe: Recipe) -> Path:
+    """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts."""
+    parts = [re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in recipe.data.split(":", 1)]
+    name = f"{recipe.architecture}-w{recipe.width}-d{recipe.depth}"
+    return root / _slug("-".join(parts)) / _slug(name)
+
+
+def _slug(text: str) -> str:
+    """`text` as a file name: letters, digits, dots, dashes and underscores, no dot or dash at its ends."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(recipe._asdict()))
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=32)
+
+
+def _sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed writers left behind: a living one holds a lock on its file."""
+    for leftover in folder.glob(pattern):
+        with suppress(OSError), leftover.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()

@@ -1,0 +1,75 @@
+"""Algorithm 1's inner loop: the MAP solution theta_u of the pseudocoreset, by Adam from a fresh initialisation.
+
+repeat  theta <- Adam(theta, (u, y))  until  the current augmented mean loss <= gamma              (App. C.2)
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fbpc_ray.types import Batch, Forward, Params
+
+
+class Ending(StrEnum):
+    """How a solve ended."""
+
+    CONVERGED = "converged"
+    MAX_STEPS = "max_steps"
+    NONFINITE = "nonfinite"
+
+
+class MapSolution(NamedTuple):
+    """A MAP solution and how it was reached."""
+
+    params: Params
+    """theta_u. No gradient flows."""
+    ending: Ending
+    steps: int
+    """Adam steps taken."""
+    loss: float
+    """The last mean loss seen, nats an image."""
+
+
+def map_solve(
+    forward: Forward,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    threshold: float,
+    learning_rate: float,
+    max_steps: int,
+    batches_per_pass: int = 1,
+) -> MapSolution:
+    """Adam on the mean cross-entropy of each batch until the loss of one pass is `threshold` (gamma) or less.
+
+    `batches` is endless: the augmented pseudocoreset afresh each step, or its minibatches in turn; the loss of a pass is
+    the mean of the last `batches_per_pass` losses, each taken before its step. `params` (the draw from the prior) is left
+    as it is.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    values = list(leaves.values())
+    optimiser = torch.optim.Adam(values, lr=learning_rate, fused=True)
+    recent: deque[float] = deque(maxlen=batches_per_pass)
+    ending, steps = Ending.MAX_STEPS, 0
+    for batch in batches:
+        loss = cross_entropy(forward(leaves, batch.images), batch.labels)
+        recent.append(loss.item())
+        if not math.isfinite(recent[-1]):
+            ending = Ending.NONFINITE
+            break
+        if len(recent) == batches_per_pass and sum(recent) / batches_per_pass <= threshold:
+            ending = Ending.CONVERGED
+            break
+        if steps == max_steps:
+            break
+        for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
+            value.grad = gradient
+        optimiser.step()
+        steps += 1
+    solution = {name: value.detach() for name, value in leaves.items()}
+    return MapSolution(solution, ending, steps, sum(recent) / max(len(recent), 1))

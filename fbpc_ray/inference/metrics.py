@@ -1,0 +1,83 @@
+"""Scores of a predictive distribution as sums and counts: `+` merges shards, and one division comes last.
+
+So neither the size, the order nor the placement of test batches can change a number.
+
+    p(y | x) = 1/S sum_s p_s(y | x)                     (the Bayesian model average)
+    NLL      = -mean_i log p(y_i | x_i), nats           (per example: the samples are mixed for each example on its own)
+    Brier    = mean_i sum_c (p(c | x_i) - [c = y_i])^2
+    ECE      = sum_b n_b / n |accuracy_b - confidence_b| over equal-width confidence bins
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BINS = 15
+
+
+class PredictiveStats(NamedTuple):
+    """Sums over examples, in float64. Merge with `+`; read with `scores`."""
+
+    count: int
+    correct: int
+    nll: float
+    brier: float
+    bin_count: Tensor
+    """(BINS,) examples by confidence; bin b holds (b / BINS, (b + 1) / BINS]."""
+    bin_correct: Tensor
+    bin_confidence: Tensor
+
+    def __add__(self, other: "PredictiveStats") -> "PredictiveStats":  # type: ignore[override]
+        return PredictiveStats(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Scores(NamedTuple):
+    """What `PredictiveStats` say: accuracy in [0, 1], nll in nats, ece in [0, 1], brier in [0, 2]."""
+
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+
+
+def log_mean_probability(logits: Tensor) -> Tensor:
+    """Logits of S posterior samples (S, b, d) -> log p(y | x) of their model average (b, d), in float64."""
+    return logits.double().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats:
+    """Sums over a batch of log predictive probabilities (b, d) and labels (b,)."""
+    log_probability, labels = log_probability.double().cpu(), labels.cpu()
+    probability = log_probability.exp()
+    confidence, prediction = probability.max(-1)
+    correct = (prediction == labels).double()
+    of_label = torch.zeros_like(probability).scatter_(1, labels[:, None], 1.0)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+
+    def by_bin(values: Tensor) -> Tensor:
+        return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values)
+
+    return PredictiveStats(
+        count=len(labels),
+        correct=int(correct.sum()),
+        nll=float(-log_probability.gather(1, labels[:, None]).sum()),
+        brier=float((probability - of_label).square().sum()),
+        bin_count=by_bin(torch.ones_like(confidence)),
+        bin_correct=by_bin(correct),
+        bin_confidence=by_bin(confidence),
+    )
+
+
+def scores(stats: PredictiveStats) -> Scores:
+    """The one division. Raises ValueError where nothing was counted."""
+    if stats.count == 0:
+        raise ValueError("no example was scored")
+    gaps = (stats.bin_correct - stats.bin_confidence).abs().sum()
+    return Scores(
+        accuracy=stats.correct / stats.count,
+        nll=stats.nll / stats.count,
+        ece=float(gaps) / stats.count,
+        brier=stats.brier / stats.count,
+    )

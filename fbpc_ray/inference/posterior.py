@@ -1,0 +1,80 @@
+"""Eqs. 15-16: the Gaussian approximation of a function-space posterior at the pseudocoreset.
+
+    q(f_u) = N(f_u | g_theta(u), Psi)                                                              (Eq. 15)
+    theta^(0) = theta,  theta^(k) = theta^(k-1) - lr * grad loss(theta^(k-1)),  mean = g_sg(theta^(0))(u)
+    Psi = sg(diag(1/K sum_k g_theta^(k)(u)^2 - (1/K sum_k g_theta^(k)(u))^2))                      (Eq. 16)
+
+The same functions serve both sides: `batches` are real images on the x side, and the pseudocoreset on the u side.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fbpc_ray.types import Batch, Forward, Params
+
+
+class FunctionPosterior(NamedTuple):
+    """q(f_u) of Eq. 15 for m images and d classes."""
+
+    mean: Tensor
+    """(m, d) logits at theta^(0). Gradient flows to the images, not to the parameters."""
+    variance: Tensor
+    """(m, d) the diagonal of Psi in squared logits. No gradient flows."""
+
+
+def sgd_trajectory(
+    forward: Forward, params: Params, batches: Iterable[Batch], learning_rate: float
+) -> Iterator[Params]:
+    """Yield theta^(1), theta^(2), ...: one plain SGD step on the mean cross-entropy of each batch (Eq. 16's `opt`).
+
+    `params` is left as it is; what is yielded carries no gradient and may be kept.
+    """
+    for batch in batches:
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        with torch.enable_grad():
+            loss = cross_entropy(forward(leaves, batch.images), batch.labels)
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
+        params = {
+            name: (value - learning_rate * gradient).detach()
+            for (name, value), gradient in zip(leaves.items(), gradients, strict=True)
+        }
+        yield params
+
+
+@torch.no_grad()
+def empirical_variance(logits: Iterable[Tensor]) -> Tensor:
+    """Eq. 16's Psi: the biased (1/K) elementwise variance of K tensors of logits (m, d) -> (m, d), without gradient.
+
+    Welford's recurrence: E[g^2] - E[g]^2 as printed cancels in float32. Raises ValueError when there is no tensor.
+    """
+    mean, squares, count = torch.zeros(()), torch.zeros(()), 0
+    for value in logits:
+        count += 1
+        if count == 1:
+            mean, squares = value.clone(), torch.zeros_like(value)
+            continue
+        deviation = value - mean
+        mean = mean + deviation / count
+        squares = squares + deviation * (value - mean)
+    if count == 0:
+        raise ValueError("Eq. 16 needs at least one parameter sample (K >= 1)")
+    return squares / count
+
+
+def function_posterior(
+    forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor
+) -> FunctionPosterior:
+    """Eqs. 15-16 at the (augmented) pseudocoreset `images` (m, c, h, w).
+
+    `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic.
+    """
+    mean = forward({name: value.detach() for name, value in params.items()}, images)
+    if samples is None:
+        return FunctionPosterior(mean, torch.ones_like(mean))
+    with torch.no_grad():
+        fixed = images.detach()
+        return FunctionPosterior(mean, empirical_variance(forward(sample, fixed) for sample in samples))

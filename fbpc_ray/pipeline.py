@@ -1,0 +1,167 @@
+"""The three jobs: train experts, distil, evaluate. The driver's side, whatever the backend."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from fbpc_ray import coreset as coresets
+from fbpc_ray.backend import Backend
+from fbpc_ray.config import Config, Evaluation
+from fbpc_ray.coreset import Coreset
+from fbpc_ray.distill import GradientStats, State, check_finite, update
+from fbpc_ray.errors import UserError
+from fbpc_ray.evaluate import Chain, judge, run_chain
+from fbpc_ray.experts import ExpertStore
+from fbpc_ray.inference.metrics import Scores, scores
+from fbpc_ray.plan import Log, store
+from fbpc_ray.results import Evaluated
+from fbpc_ray.rng import generator
+from fbpc_ray.run import Run
+from fbpc_ray.signals import Interruption
+from fbpc_ray.teach import teach
+from fbpc_ray.vision.datasets import Dataset, tensors
+from fbpc_ray.vision.realdata import RealData
+from fbpc_ray.vision.zoo import Network, Spec
+
+
+class _Lesson(NamedTuple):
+    spec: Spec
+    store: ExpertStore
+    index: int
+
+
+def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> None:
+    """One task: train trajectory `index` and write it."""
+    recipe = lesson.store.recipe
+    data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
+    snapshots = teach(
+        Network(lesson.spec, device), data, epochs=recipe.epochs, learning_rate=recipe.lr,
+        batch_size=recipe.batch_size, augment=recipe.augment, seed=recipe.seed, index=lesson.index,
+    )  # fmt: skip
+    lesson.store.write(lesson.index, snapshots)
+
+
+def train_experts(
+    config: Config, dataset: Dataset, chosen: Sequence[Spec], workers: Backend, log: Log
+) -> list[ExpertStore]:
+    """Train the trajectories that are missing and return the stores, in the order of `chosen`."""
+    stores = [store(config, dataset, spec) for spec in chosen]
+    count = config.experts.expert_count
+    # Trajectory by trajectory over the architectures, so that an interrupted training leaves a little of each.
+    lessons = sorted(
+        (_Lesson(spec, its, index) for spec, its in zip(chosen, stores, strict=True) for index in its.missing(count)),
+        key=lambda lesson: lesson.index,
+    )
+    have = count * len(stores) - len(lessons)
+    log(
+        f"experts: {have} of {count * len(stores)} trajectories are there"
+        + (f", training {len(lessons)}" if lessons else "")
+    )
+    with progress("experts", len(lessons), "trajectory") as bar:
+        for _ in workers.map(_teach, dataset, lessons):
+            bar.update()
+    return stores
+
+
+def first_state(dataset: Dataset, ipc: int, seed: int) -> tuple[State, torch.Tensor]:
+    """A class-balanced draw of real images as the pseudocoreset before step 1, and its labels."""
+    real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
+    images, labels = real.batch(coresets.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
+    return State(0, images, torch.zeros_like(images)), labels
+
+
+def metrics_of(names: Sequence[str], stats: Sequence[GradientStats], seconds: float) -> dict[str, float]:
+    """One step as flat metrics, `quantity/architecture`."""
+    values = {"loss": sum(s.expected_x - s.expected_u for s in stats), "seconds/step": seconds}
+    for name, s in zip(names, stats, strict=True):
+        for key, value in s._asdict().items():
+            if isinstance(value, int | float):
+                values[f"{key}/{name}"] = float(value)
+        values[f"map_converged/{name}"] = float(s.map_ending == "converged")
+    return values
+
+
+def distill(
+    config: Config,
+    run: Run,
+    state: State,
+    rows: list[dict[str, Any]],
+    workers: Backend,
+    interruption: Interruption,
+    on_step: Callable[[int, dict[str, float]], None],
+    on_checkpoint: Callable[[State], None],
+) -> State:
+    """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step and architecture.
+
+    A signal ends it with Interrupted after a checkpoint. Raises UserError for a non-finite step and OSError for a
+    checkpoint that can't be written; the last checkpoint is kept.
+    """
+    names, d = config.networks.architectures, config.distillation
+    with progress("distil", d.steps, "step", state.step) as bar:
+        while state.step < d.steps:
+            start = time.perf_counter()
+            gradients = workers.gradients(state.step, state.images)
+            check_finite(names, gradients, state.step)
+            state = update(state, gradients, alpha=d.alpha, momentum=d.momentum)
+            seconds = time.perf_counter() - start
+            if not torch.isfinite(state.images).all():
+                raise UserError(
+                    f"non-finite pixels after step {state.step}: lower --alpha; the last checkpoint is kept"
+                )
+            stats = [each.stats for each in gradients]
+            for name, its in zip(names, stats, strict=True):
+                rows.append({"step": state.step, "architecture": name, **its._asdict(), "seconds_step": seconds})
+            on_step(state.step, metrics_of(names, stats, seconds))
+            bar.set_postfix(loss=f"{sum(s.expected_x - s.expected_u for s in stats):.3f}", refresh=False)
+            bar.update()
+            if state.step % d.checkpoint_every == 0 or state.step == d.steps or interruption.number:
+                run.save(state, rows)
+                on_checkpoint(state)
+            interruption.check()
+    return state
+
+
+def evaluate(
+    candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, settings: Evaluation,
+    augment: str, workers: Backend, log: Log,
+) -> Evaluated:  # fmt: skip
+    """SGHMC on every coreset and architecture: {coreset: {architecture: {accuracy|nll|ece|brier: one value a seed}}}.
+
+    A chain that left the finite numbers gives None, and a line in the log.
+    """
+    judged = judge(dataset, split, settings, augment)
+    if not len(judged.split.labels):
+        raise UserError(
+            f"the {split} split is empty: "
+            + ("give --validation 0.1" if split == "validation" else "choose another data set")
+        )
+    chains = [
+        Chain(name, c.images.numpy(), c.labels.numpy(), spec, seed)
+        for name, c in candidates.items()
+        for spec in chosen
+        for seed in range(settings.eval_seeds)
+    ]
+    table: Evaluated = {
+        name: {s.architecture: {field: [None] * settings.eval_seeds for field in Scores._fields} for s in chosen}
+        for name in candidates
+    }
+    with progress("evaluate", len(chains), "chain") as bar:
+        for index, result in workers.map(run_chain, judged, chains):
+            bar.update()
+            chain = chains[index]
+            if result.stats is None:
+                log(
+                    f"warning: a chain of {chain.coreset} on {chain.spec.architecture} (seed {chain.seed}) diverged: try --chain-noise consistent"
+                )
+                continue
+            for field, value in scores(result.stats)._asdict().items():
+                table[chain.coreset][chain.spec.architecture][field][chain.seed] = value
+    return table
+
+
+def progress(what: str, total: int, unit: str, done: int = 0) -> Any:
+    """A progress bar on the terminal; nothing where there is none."""
+    return tqdm(desc=what, total=total, initial=done, unit=f" {unit}", disable=None, dynamic_ncols=True, leave=False)

@@ -1,0 +1,62 @@
+"""What a run found, as result.json and as a table."""
+
+import statistics
+from typing import Any
+
+from fbpc_ray.config import Config
+from fbpc_ray.plan import threads
+from fbpc_ray.provenance import commit, versions
+from fbpc_ray.vision.datasets import Dataset
+
+Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
+"""{coreset: {architecture: {accuracy | nll | ece | brier: one value a seed, None where the chain diverged}}}."""
+
+
+def result_of(
+    config: Config, dataset: Dataset, rows: list[dict[str, Any]], evaluation: dict[str, Any], split: str, device: str
+) -> dict[str, Any]:
+    """result.json: what was done, by what, and every value."""
+    d = config.distillation
+    durations = {row["step"]: row["seconds_step"] for row in rows}
+    endings = [row["map_ending"] for row in rows]
+    return {
+        "method": d.method, "data": dataset.name, "ipc": d.ipc, "architectures": list(config.networks.architectures),
+        "steps": max(durations, default=0), "seed": d.seed, "width": config.networks.width,
+        "seconds_per_step": statistics.median(durations.values()) if durations else None,
+        "map_endings": {ending: endings.count(ending) for ending in sorted(set(endings))},
+        "split": split, "images_scored": len(getattr(dataset, split).labels),
+        "eval_seeds": list(range(config.evaluation.eval_seeds)), "coresets": evaluation,
+        "versions": versions(), "commit": commit(), "device": device, "threads": threads(config),
+    }  # fmt: skip
+
+
+def table(evaluation: Evaluated) -> str:
+    """The scores as text, mean +- standard deviation over seeds."""
+
+    def show(values: list[float | None], scale: float) -> str:
+        finite = [scale * value for value in values if value is not None]
+        if not finite:
+            return "diverged"
+        spread = statistics.stdev(finite) if len(finite) > 1 else 0.0
+        return f"{statistics.mean(finite):.{1 if scale == 100 else 3}f} +- {spread:.{1 if scale == 100 else 3}f}"
+
+    lines = [("architecture", "coreset", "accuracy %", "NLL", "ECE", "Brier")]
+    for architecture in next(iter(evaluation.values())):
+        for coreset, by_architecture in evaluation.items():
+            s = by_architecture[architecture]
+            lines.append(
+                (architecture, coreset, show(s["accuracy"], 100), *(show(s[k], 1) for k in ("nll", "ece", "brier")))
+            )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def metrics(evaluation: Evaluated) -> dict[str, float]:
+    """The scores as flat metrics, mean over seeds: test/quantity/coreset/architecture."""
+    return {
+        f"test/{quantity}/{coreset}/{architecture}": statistics.mean(finite)
+        for coreset, by_architecture in evaluation.items()
+        for architecture, by_quantity in by_architecture.items()
+        for quantity, values in by_quantity.items()
+        if (finite := [value for value in values if value is not None])
+    }

@@ -1,0 +1,28 @@
+"""Randomness as an argument: one torch.Generator per named purpose, and the only file that touches a global seed."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def generator(seed: int, *path: str | int) -> torch.Generator:
+    """A CPU generator that depends on `seed` and on the name `path` alone, e.g. generator(0, "step", 7, "convnet-in").
+
+    Different names give independent streams; the same name gives the same stream on any process and any machine.
+    """
+    digest = hashlib.sha256(repr((int(seed), *path)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded_globally(source: torch.Generator) -> Iterator[None]:
+    """Seed torch's global CPU generator from `source` inside the block and restore it after.
+
+    For code that takes no generator: the default initialisation of nn.Module.
+    """
+    seed = int(torch.randint(0, 2**62, (), generator=source))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,91 @@
+"""The files of a run: what is written, in which order, so that a crash at any moment leaves a run that resumes.
+
+    config.json  checkpoint/state.safetensors  metrics.parquet  coreset/{coreset,random}.safetensors  coreset.png  result.json
+
+Within a checkpoint the metrics come first and the state last; rows of steps that the state has not seen are dropped.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fbpc_ray import atomic, config
+from fbpc_ray.config import MAY_CHANGE_ON_RESUME, Config
+from fbpc_ray.distill import State
+from fbpc_ray.errors import UserError
+
+
+class Run:
+    """A run's folder. Opening one writes nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.config_path = self.folder / "config.json"
+        self.state_path = self.folder / "checkpoint" / "state.safetensors"
+        self.metrics_path = self.folder / "metrics.parquet"
+        self.coreset_path = self.folder / "coreset" / "coreset.safetensors"
+        self.random_path = self.folder / "coreset" / "random.safetensors"
+        self.picture_path = self.folder / "coreset.png"
+        self.result_path = self.folder / "result.json"
+
+    def refuse_if_taken(self) -> None:
+        """Raise UserError where the folder holds something already."""
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
+
+    def write_config(self, settings: Config) -> None:
+        atomic.write_text(self.config_path, config.to_json(settings))
+
+    def save(self, state: State, rows: list[dict[str, Any]]) -> None:
+        """Checkpoint: metrics first, state last, each atomically. Raises OSError with the last checkpoint intact."""
+        if rows:
+            atomic.write_bytes(self.metrics_path, _parquet(rows))
+        tensors = {"images": state.images, "velocity": state.velocity}
+        atomic.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
+
+    def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
+        """The last checkpoint and the metrics up to it; None where there is none. Raises UserError for a damaged one."""
+        if not self.state_path.exists():
+            return None
+        try:
+            with safetensors.safe_open(self.state_path, "pt") as file:
+                images, velocity = file.get_tensor("images"), file.get_tensor("velocity")
+                step = int(file.metadata()["step"])
+            shape = (len(labels), *image_shape)
+            if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
+                raise ValueError(f"images of {tuple(images.shape)}, not {shape}")
+            rows = pq.read_table(self.metrics_path).to_pylist() if self.metrics_path.exists() else []
+        except (safetensors.SafetensorError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
+            ) from None
+        return State(step, images, velocity), [row for row in rows if row["step"] <= step]
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        atomic.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+    def read_result(self) -> dict[str, Any] | None:
+        return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
+
+
+def check_resume(stored: Config, wanted: Config) -> None:
+    """Raise UserError where a flag differs that the steps already taken depend on; name the flags with both sides."""
+    before, now = stored.flat(), wanted.flat()
+    differing = [name for name in before if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME]
+    if differing:
+        told = ", ".join(f"--{name.replace('_', '-')} was {before[name]!r}, now {now[name]!r}" for name in differing)
+        raise UserError(f"--resume with another configuration: {told}; repeat the old value or start another --out")
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()

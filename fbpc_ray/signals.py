@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM as a question that the driver asks between two steps, not an exception in the middle of one."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end. `code` is the exit status that says which."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.code = 128 + number
+
+
+class Interruption:
+    """Catches SIGINT and SIGTERM once installed; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._raise_at_once = False
+
+    def install(self) -> None:
+        """Call after ray.init, whose own handler would end the driver within seconds of a SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._caught)
+
+    def check(self) -> None:
+        """Raise Interrupted where a signal came."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside the block a signal raises Interrupted where the code stands: for long work with nothing to save."""
+        self._raise_at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raise_at_once = False
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # Ray arms one that kills the driver after 3 s
+        if self.number is not None:
+            sys.exit(128 + number)
+        self.number = number
+        if self._raise_at_once:
+            raise Interrupted(number)
+        print("\nStopping after this step (again to stop at once) ...", file=sys.stderr, flush=True)

@@ -1,0 +1,24 @@
+"""The few shapes that everything speaks: plain data, torch only."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Parameters of a network by name, as `nn.Module.named_parameters` names them."""
+
+Forward = Callable[[Params, Tensor], Tensor]
+"""(parameters, images (b, c, h, w)) -> logits (b, d)."""
+
+Augment = Callable[[Tensor], Tensor]
+"""One drawn augmentation: images (b, c, h, w) -> images of the same shape. Differentiable."""
+
+
+class Batch(NamedTuple):
+    """Images and their labels."""
+
+    images: Tensor
+    """(b, c, h, w) float32, normalised."""
+    labels: Tensor
+    """(b,) int64."""

@@ -1,0 +1,8 @@
+"""Train expert trajectories on Ray: `python jobs/train_experts.py --help`."""
+
+import sys
+
+from fbpc_ray.cli import main
+
+if __name__ == "__main__":
+    main(["experts", *sys.argv[1:]])
