@@ -24,8 +24,8 @@ class Job:
     """This call, not the run."""
 
     preset: str = ""
-    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) or digits; other flags change it. Empty: the row of --data
-    and --ipc where there is one, else digits where --data is not given."""
+    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) or digits; other flags change it. Empty: the row of
+    --data and --ipc where there is one, and digits where --data is not given."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint."""
     dry_run: bool = False

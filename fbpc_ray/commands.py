@@ -115,8 +115,10 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     log(f"\n{results.table(scored)}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
-    if settings.execution.tracking:
-        log(f"MLflow:  {tracker.ui_command}")
+    if tracker.uri:
+        from fbpc_ray.tracking import ui_command
+
+        log(f"MLflow:  {ui_command(tracker.uri)}")
 
 
 def evaluate(
@@ -174,7 +176,8 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
         check_resume(stored, settings)
         return run, settings
     d = settings.distillation
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{d.method}-{settings.data.data.rstrip('/').split('/')[-1].split(':')[-1]}-ipc{d.ipc}"
+    data = Path(settings.data.data.split(":")[-1]).name
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{d.method}-{data}-ipc{d.ipc}"
     run = Run(Path(out).expanduser() if out else home() / "outputs" / name)
     run.refuse_if_taken()
     return run, settings.updated(threads=plan.threads(settings), out=str(run.folder))
@@ -203,9 +206,8 @@ def _describe(settings: Config, dataset: Dataset, specs: Sequence[Spec]) -> None
     for spec in specs:
         store = plan.store(settings, dataset, spec)
         missing = len(store.missing(settings.experts.expert_count))
-        log(
-            f"{spec.architecture}: {Network(spec).parameter_count:,} parameters; {missing} experts to train in {store.folder}"
-        )
+        size = f"{Network(spec).parameter_count:,} parameters"
+        log(f"{spec.architecture}: {size}; {missing} experts to train in {store.folder}")
     log("dry run: nothing was written")
 
 
@@ -227,7 +229,7 @@ class _Untracked:
     """In the place of a Tracker where there is none."""
 
     run_id = None
-    ui_command = ""
+    uri = ""
 
     def metrics(self, values: dict[str, float], step: int) -> None: ...
 
@@ -265,8 +267,6 @@ def _tracked(settings: Config, run: Run, dataset: Dataset, device: str) -> Itera
         params=settings.flat(),
         log=log,
     )  # fmt: skip
-    tracker.uri = uri
-    tracker.ui_command = tracking.ui_command(uri)
     for part in ("train", "test"):
         split = getattr(dataset, part)
         tracker.dataset(dataset.name, dataset.name, split.images, split.labels, part)

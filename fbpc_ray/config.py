@@ -197,7 +197,7 @@ MAY_CHANGE_ON_RESUME = {f.name for f in fields(Execution)} - {"threads", "device
 
 
 def _table4(data: str, ipc: int, T: int, gamma: float, lambda_x: float, lambda_u: float, N: int, alpha: int, B: int):
-    return dict(
+    return dict(  # noqa: C408
         data=data, ipc=ipc, start_epoch=T, gamma=gamma, lambda_x=lambda_x, lambda_u=lambda_u,
         steps=N, alpha=float(alpha), batch_size=B,
     )  # fmt: skip
@@ -214,7 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny-imagenet-ipc1":  _table4("tiny-imagenet", 1,   2,  0.1,  0.1,    3, 5000, 1000,  100),
     "tiny-imagenet-ipc10": _table4("tiny-imagenet", 10, 40,    1,  0.1,    3,  500, 1000,  100),
     "tiny-imagenet-ipc50": _table4("tiny-imagenet", 50, 40,    1,  0.1,    3,  500, 1000,  100),
-    "digits": dict(
+    "digits": dict(  # noqa: C408
         data="digits", architectures=("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"), width=32, ipc=1,
         steps=100, alpha=10.0, batch_size=10, gamma=0.01, lambda_x=0.05, lambda_u=0.01, start_epoch=5,
         expert_count=4, expert_epochs=20, expert_lr=0.05, expert_batch_size=64, real_batch_size=64,

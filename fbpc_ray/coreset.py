@@ -89,7 +89,7 @@ def load(path: Path) -> Coreset:
     except FileNotFoundError as error:
         raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
         raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
     return coreset
 

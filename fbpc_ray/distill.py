@@ -57,7 +57,7 @@ class GradientStats(NamedTuple):
     """Trajectory and epoch of theta_x."""
     expert_epoch: int
     seconds_x: float
-    """theta_x, its K steps and their logits; then the MAP solve; then the K steps on u; then Eq. 17 and its backward."""
+    """theta_x, its K steps and their logits; then the MAP solve; the K steps on u; Eq. 17 and its backward."""
     seconds_map: float
     seconds_u: float
     seconds_gradient: float
@@ -73,13 +73,19 @@ class Gradient(NamedTuple):
 
 def expert_epochs(start: int, rule: str, epochs: int) -> range:
     """The epochs from which theta_x is drawn. Raises UserError where there is none."""
-    chosen = range(start, epochs + 1) if rule == "from" else range(0, min(start, epochs + 1))
+    chosen = range(start, epochs + 1) if rule == "from" else range(min(start, epochs + 1))
     if not chosen or start < 0:
         raise UserError(
             f"--start-epoch {start} ({rule}) leaves no epoch of experts that have 0..{epochs}: "
             "lower it or raise --expert-epochs"
         )
     return chosen
+
+
+def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int, int]:
+    """Trajectory and epoch of theta_x, uniform over both."""
+    trajectory = int(torch.randint(count, (), generator=source))
+    return trajectory, epochs[int(torch.randint(len(epochs), (), generator=source))]
 
 
 def coreset_batches(
@@ -119,10 +125,8 @@ def gradient(
     isotropic = settings.method == "fbpc-isotropic"
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
-    source = rng("expert")
-    expert = int(torch.randint(expert_count, (), generator=source))
     epochs = expert_epochs(settings.start_epoch, settings.start_rule, expert_epoch_count)
-    epoch = epochs[int(torch.randint(len(epochs), (), generator=source))]
+    expert, epoch = draw_expert(expert_count, epochs, rng("expert"))
     theta_x = network.parameters_of(store.read(expert, epoch))
     batches = real.stream(settings.real_batch_size, augment, rng("real"))
     samples_x = islice(sgd_trajectory(forward, theta_x, batches, settings.lambda_x), settings.posterior_steps)
@@ -183,13 +187,13 @@ def check_finite(architectures: Sequence[str], gradients: Sequence[Gradient], st
     for name, (value, stats) in zip(architectures, gradients, strict=True):
         if stats.map_ending == Ending.NONFINITE or not torch.isfinite(value).all():
             raise UserError(
-                f"non-finite loss at step {step + 1} on {name} (MAP solve: {stats.map_ending}, loss {stats.map_loss:g}): "
+                f"non-finite loss at step {step + 1} on {name} (MAP solve {stats.map_ending}, loss {stats.map_loss:g}): "
                 "lower --alpha, --lambda-x or --lambda-u; the last checkpoint is kept"
             )
 
 
 class Worker:
-    """Computes the gradients of one architecture: holds the network, the experts and the real images, no random state."""
+    """Computes the gradients of one architecture: holds its network, experts and real images, and no random state."""
 
     def __init__(
         self,

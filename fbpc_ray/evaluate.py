@@ -43,7 +43,7 @@ class ChainResult(NamedTuple):
 def posterior_samples(
     network: Network, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> list[Params]:
-    """theta after `chain_every`, 2 `chain_every`, ... epochs of SGHMC on the coreset (images, labels), on the device."""
+    """theta after each `chain_every` epochs of SGHMC on the coreset (images, labels), which are on the device."""
     m = len(labels)
     size = m if m <= settings.chain_full_batch else min(settings.chain_batch_size, m)
     steps_per_epoch = -(-m // size)

@@ -30,7 +30,7 @@ from fbpc_ray.vision.zoo import Network, Spec
 class _Lesson(NamedTuple):
     spec: Spec
     store: ExpertStore
-    index: int
+    number: int
 
 
 def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> None:
@@ -39,9 +39,9 @@ def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> None:
     data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
     snapshots = teach(
         Network(lesson.spec, device), data, epochs=recipe.epochs, learning_rate=recipe.lr,
-        batch_size=recipe.batch_size, augment=recipe.augment, seed=recipe.seed, index=lesson.index,
+        batch_size=recipe.batch_size, augment=recipe.augment, seed=recipe.seed, index=lesson.number,
     )  # fmt: skip
-    lesson.store.write(lesson.index, snapshots)
+    lesson.store.write(lesson.number, snapshots)
 
 
 def train_experts(
@@ -53,7 +53,7 @@ def train_experts(
     # Trajectory by trajectory over the architectures, so that an interrupted training leaves a little of each.
     lessons = sorted(
         (_Lesson(spec, its, index) for spec, its in zip(chosen, stores, strict=True) for index in its.missing(count)),
-        key=lambda lesson: lesson.index,
+        key=lambda lesson: lesson.number,
     )
     have = count * len(stores) - len(lessons)
     log(
@@ -153,9 +153,8 @@ def evaluate(
             bar.update()
             chain = chains[index]
             if result.stats is None:
-                log(
-                    f"warning: a chain of {chain.coreset} on {chain.spec.architecture} (seed {chain.seed}) diverged: try --chain-noise consistent"
-                )
+                who = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
+                log(f"warning: a chain diverged ({who}): lower --chain-eta, or use --chain-noise consistent")
                 continue
             for field, value in scores(result.stats)._asdict().items():
                 table[chain.coreset][chain.spec.architecture][field][chain.seed] = value

@@ -22,24 +22,30 @@ from fbpc_ray.vision.zoo import Network, Spec
 Log = Callable[[str], None]
 
 
+_COUNT = ("1 or more", lambda value: value >= 1)
+_POSITIVE = ("above 0 and finite", lambda value: 0 < value < float("inf"))
+_NOT_NEGATIVE = ("0 or more", lambda value: 0 <= value < float("inf"))
+_FRACTION = ("from 0 to below 1", lambda value: 0 <= value < 1)
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "ipc": _COUNT, "steps": _COUNT, "batch_size": _COUNT, "posterior_steps": _COUNT, "mc_samples": _COUNT,
+    "real_batch_size": _COUNT, "map_max_steps": _COUNT, "checkpoint_every": _COUNT, "width": _COUNT,
+    "expert_count": _COUNT, "expert_epochs": _COUNT, "expert_batch_size": _COUNT, "eval_seeds": _COUNT,
+    "chain_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
+    "alpha": _POSITIVE, "gamma": _POSITIVE, "map_lr": _POSITIVE, "lambda_x": _POSITIVE, "lambda_u": _POSITIVE,
+    "expert_lr": _POSITIVE, "chain_eta": _POSITIVE,
+    "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
+    "gpus_per_actor": _NOT_NEGATIVE, "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
+    "chain_full_batch": _NOT_NEGATIVE, "momentum": _FRACTION, "chain_friction": _FRACTION, "validation": _FRACTION,
+}  # fmt: skip
+"""What each flag may be."""
+
+
 def check(config: Config) -> None:
     """Raise UserError for values that no run can use."""
     flat = config.flat()
-    for name in (
-        "ipc steps batch_size map_max_steps posterior_steps real_batch_size mc_samples checkpoint_every width "
-        "expert_count expert_epochs expert_batch_size eval_seeds chain_steps chain_every chain_batch_size"
-    ).split():
-        if flat[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be 1 or more")
-    for name in "alpha gamma map_lr lambda_x lambda_u expert_lr chain_eta".split():
-        if not 0 < flat[name] < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be above 0")
-    for name in "threads depth cpus_per_actor gpus_per_actor chain_d chain_weight_decay".split():
-        if flat[name] < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be 0 or more")
-    for name in ("momentum", "chain_friction"):
-        if not 0 <= flat[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be from 0 to below 1")
+    for name, (allowed, holds) in RANGES.items():
+        if not holds(flat[name]):
+            raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be {allowed}")
     if flat["chain_every"] > flat["chain_steps"]:
         raise UserError("--chain-every is above --chain-steps: no posterior sample would be taken; lower it")
     names = config.networks.architectures

@@ -40,13 +40,12 @@ def table(evaluation: Evaluated) -> str:
         spread = statistics.stdev(finite) if len(finite) > 1 else 0.0
         return f"{statistics.mean(finite):.{1 if scale == 100 else 3}f} +- {spread:.{1 if scale == 100 else 3}f}"
 
-    lines = [("architecture", "coreset", "accuracy %", "NLL", "ECE", "Brier")]
+    lines = [["architecture", "coreset", "accuracy %", "NLL", "ECE", "Brier"]]
     for architecture in next(iter(evaluation.values())):
         for coreset, by_architecture in evaluation.items():
             s = by_architecture[architecture]
-            lines.append(
-                (architecture, coreset, show(s["accuracy"], 100), *(show(s[k], 1) for k in ("nll", "ece", "brier")))
-            )
+            cells = [show(s["accuracy"], 100), *(show(s[quantity], 1) for quantity in ("nll", "ece", "brier"))]
+            lines.append([architecture, coreset, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

@@ -1,6 +1,7 @@
 """The files of a run: what is written, in which order, so that a crash at any moment leaves a run that resumes.
 
-    config.json  checkpoint/state.safetensors  metrics.parquet  coreset/{coreset,random}.safetensors  coreset.png  result.json
+    config.json  checkpoint/state.safetensors  metrics.parquet
+    coreset/{coreset,random}.safetensors  coreset.png  result.json
 
 Within a checkpoint the metrics come first and the state last; rows of steps that the state has not seen are dropped.
 """
@@ -52,7 +53,7 @@ class Run:
         atomic.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
-        """The last checkpoint and the metrics up to it; None where there is none. Raises UserError for a damaged one."""
+        """The last checkpoint and the metrics up to it; None where there is none. Raises UserError for damage."""
         if not self.state_path.exists():
             return None
         try:

@@ -1,4 +1,4 @@
-"""Train one expert (App. C.1): plain SGD on the whole training set, a snapshot after every epoch. No input or output."""
+"""Train one expert (App. C.1): plain SGD on the whole training set, a snapshot after every epoch. No files."""
 
 from collections.abc import Iterator
 
@@ -24,8 +24,8 @@ def teach(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the module's state (parameters and buffers, on the CPU) at epochs 0 (the initialisation) to `epochs`.
 
-    A trajectory depends on `seed`, `index` and the arguments alone. The tensors yielded may be those that the next epoch
-    changes: copy what is kept.
+    A trajectory depends on `seed`, `index` and the arguments alone. The tensors yielded may be those that the next
+    epoch changes: copy what is kept.
     """
     name = network.spec.architecture
     module = network.module(generator(seed, "expert", name, index, "init"))

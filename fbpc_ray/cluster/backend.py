@@ -159,11 +159,8 @@ class RayBackend:
 
 
 def _connect(address: str, options: dict[str, Any]) -> None:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # a driver under `uv run` would rebuild its workers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     try:
-        ray.init(address=address or None, logging_level=logging.WARNING, log_to_driver=False, **options)
+        ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
         raise UserError(
             f"Ray refused the token ({_first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "

@@ -47,9 +47,9 @@ def map_solve(
 ) -> MapSolution:
     """Adam on the mean cross-entropy of each batch until the loss of one pass is `threshold` (gamma) or less.
 
-    `batches` is endless: the augmented pseudocoreset afresh each step, or its minibatches in turn; the loss of a pass is
-    the mean of the last `batches_per_pass` losses, each taken before its step. `params` (the draw from the prior) is left
-    as it is.
+    `batches` is endless: the augmented pseudocoreset afresh each step, or its minibatches in turn; the loss of a pass
+    is the mean of the last `batches_per_pass` losses, each taken before its step. `params` (the draw from the prior) is
+    left as it is.
     """
     leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
     values = list(leaves.values())

@@ -20,7 +20,7 @@ BINS = 15
 class PredictiveStats(NamedTuple):
     """Sums over examples, in float64. Merge with `+`; read with `scores`."""
 
-    count: int
+    examples: int
     correct: int
     nll: float
     brier: float
@@ -30,7 +30,7 @@ class PredictiveStats(NamedTuple):
     bin_confidence: Tensor
 
     def __add__(self, other: "PredictiveStats") -> "PredictiveStats":  # type: ignore[override]
-        return PredictiveStats(*(a + b for a, b in zip(self, other, strict=True)))
+        return PredictiveStats._make(a + b for a, b in zip(self, other, strict=True))
 
 
 class Scores(NamedTuple):
@@ -60,7 +60,7 @@ def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats
         return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, values)
 
     return PredictiveStats(
-        count=len(labels),
+        examples=len(labels),
         correct=int(correct.sum()),
         nll=float(-log_probability.gather(1, labels[:, None]).sum()),
         brier=float((probability - of_label).square().sum()),
@@ -72,12 +72,12 @@ def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats
 
 def scores(stats: PredictiveStats) -> Scores:
     """The one division. Raises ValueError where nothing was counted."""
-    if stats.count == 0:
+    if stats.examples == 0:
         raise ValueError("no example was scored")
     gaps = (stats.bin_correct - stats.bin_confidence).abs().sum()
     return Scores(
-        accuracy=stats.correct / stats.count,
-        nll=stats.nll / stats.count,
-        ece=float(gaps) / stats.count,
-        brier=stats.brier / stats.count,
+        accuracy=stats.correct / stats.examples,
+        nll=stats.nll / stats.examples,
+        ece=float(gaps) / stats.examples,
+        brier=stats.brier / stats.examples,
     )

@@ -5,8 +5,8 @@
 
     U(theta) = mean cross-entropy + weight_decay / 2 |theta|^2      (the second term: an isotropic Gaussian prior)
 
-Eq. 27 prints the noise as N(0, 2d) with d = 0.01/m. Added to v as it stands, that is a temperature of about 3 and chains
-explode; so three readings are offered, by their variance: see `noise_variance`.
+Eq. 27 prints the noise as N(0, 2d) with d = 0.01/m. Added to v as it stands, that is a temperature of about 3 and
+chains explode; so three readings are offered, by their variance: see `noise_variance`.
 """
 
 import math
@@ -56,8 +56,8 @@ def sghmc(
 ) -> Iterator[Params]:
     """Yield theta after each step of Eq. 27, one step a batch, from `params` at rest (v = 0).
 
-    `alpha` is the friction, `eta` the step size, `variance` that of the noise (`noise_variance`). What is yielded carries
-    no gradient and is not changed by later steps.
+    `alpha` is the friction, `eta` the step size, `variance` that of the noise (`noise_variance`). What is yielded
+    carries no gradient and is not changed by later steps.
     """
     velocity = {name: torch.zeros_like(value) for name, value in params.items()}
     scale = math.sqrt(variance)

@@ -124,7 +124,7 @@ def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
         raise UserError(
             f"{len(values)} normalisation constants for images of {images.shape[-3]} channels; they must agree"
         )
-    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+    return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None]
 
 
 def _check(source: Source) -> tuple[str, ...]:
@@ -155,9 +155,10 @@ def _check(source: Source) -> tuple[str, ...]:
 def _check_part(split: str, part: Part, train: Part, classes: tuple[str, ...]) -> None:
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
     if len(wrong):
+        label, fits = part.labels[wrong[0]], f"the {len(classes)} classes have labels 0..{len(classes) - 1}"
         raise UserError(
-            f"{part.place(int(wrong[0]))}: label {part.labels[wrong[0]]} in the {split} split is out of range; "
-            f"{len(classes)} classes need labels in 0..{len(classes) - 1}"
+            f"{part.place(int(wrong[0]))}: label {label} in the {split} split is "
+            f"{'negative; labels start at 0' if label < 0 else f'out of range; {fits}'}; correct or remove the row"
         )
     if part.images.shape[1:] != train.images.shape[1:]:
         raise UserError(

@@ -106,19 +106,21 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
         splits = {"train": reader(root, train=True, download=download), "test": reader(root, train=False)}
     except (OSError, RuntimeError, EOFError, TarError, HTTPException) as error:
         if download:
-            raise UserError(f"cannot download {kind} to {root} ({_line(error)}); check the connection") from error
+            raise UserError(
+                f"cannot download {kind.lower()} to {root} ({_line(error)}); check the connection"
+            ) from error
         raise UserError(
-            f"no whole {kind} in {root}: fetch it with --download, or name the folder that holds it with --data-root"
+            f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
         ) from error
     parts = {
         split: Part(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets), "row {}".format)
         for split, data in splits.items()
     }
-    return Source(kind, tuple(splits["train"].classes), parts)
+    return Source(kind.lower(), tuple(splits["train"].classes), parts)
 
 
 def tiny_imagenet(root: Path, download: bool) -> Source:
-    """Tiny-ImageNet as its zip file unpacks, in root/tiny-imagenet-200 or root itself. Its test labels aren't public."""
+    """Tiny-ImageNet as its zip file unpacks, in root/tiny-imagenet-200 or root itself; its test split has no labels."""
     del download  # not offered: one UserError says where to get it
     base = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     if not (base / "train").is_dir():
@@ -186,10 +188,10 @@ def folder(path: Path) -> Source:
 def npz(path: Path) -> Source:
     """Arrays of one NumPy file, see NPZ_KEYS; images NHWC, NCHW or NHW, integers 0..255 or floats in [0, 1]."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("one array, not an archive")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("one array, not an archive")
             pairs = {split: next((p for p in known if p[0] in archive), None) for split, known in NPZ_KEYS.items()}
             missing = [key for pair in pairs.values() if pair for key in pair if key not in archive]
             if not pairs["train"] or missing:
@@ -198,7 +200,7 @@ def npz(path: Path) -> Source:
                     "save x_train, y_train, x_test, y_test with numpy.savez"
                 )
             arrays = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable npz file of plain arrays ({_line(error)})") from error
     return Source(str(path), None, {split: _npz_part(path, *array) for split, array in arrays.items()})
 
@@ -246,7 +248,7 @@ def _rgb(data: bytes | None) -> np.ndarray:
             raise ValueError(f"pixels of mode {image.mode}, only 8 bits a channel are supported")
         if image.mode == "P":  # a palette may hold transparency, which only RGBA takes without a warning
             image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
 
 
 def size(images: np.ndarray) -> str:
@@ -329,6 +331,7 @@ def _shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         raise UserError(f"no train split in {path}: it has {_listed(sorted(files))}; name its files train*.parquet")
     for each in shards.values():
         _whole(each)
+    shards = {split: shards[split] for split in ("train", "validation", "test") if split in shards}
     return shards, (f"left out {_listed(other)} in {path}: no name of a split",) if other else ()
 
 

@@ -1,0 +1,50 @@
+"""Shared by the tests: the digits, and experts that are trained once a session."""
+
+import os
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # read as Ray is imported
+
+from pathlib import Path
+
+import pytest
+
+from fbpc_ray import pipeline, plan
+from fbpc_ray.backend import Serial
+from fbpc_ray.config import Config, preset
+from fbpc_ray.signals import Interruption
+from fbpc_ray.vision.datasets import Dataset, load
+
+SMALL = {
+    "architectures": ("convnet-in", "convnet-bn"), "width": 8, "expert_count": 2, "expert_epochs": 3, "start_epoch": 1,
+    "steps": 4, "gamma": 0.5, "posterior_steps": 4, "real_batch_size": 32, "checkpoint_every": 2, "mc_samples": 5,
+    "eval_seeds": 2, "chain_steps": 20, "chain_every": 10, "tracking": False, "threads": 1,
+}  # fmt: skip
+"""Settings with which a run on digits takes seconds and leaves nothing out."""
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load("digits")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Config:
+    """A small configuration whose experts are trained."""
+    folder: Path = tmp_path_factory.mktemp("experts")
+    config = preset("digits").updated(**SMALL, experts=str(folder))
+    pipeline.train_experts(config, digits, plan.specs(config, digits), Serial("cpu", Interruption()), lambda line: None)
+    return config
+
+
+def flags(config: Config, **changes: object) -> list[str]:
+    """The configuration as command-line flags."""
+    words: list[str] = []
+    for name, value in config.updated(**changes).flat().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        elif value != "":
+            words += [flag, str(value)]
+    return words

@@ -1,0 +1,53 @@
+"""Closed forms that the tests hold the code against, each with its derivation. Nothing here comes from the package."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sgd_on_quadratic(theta: Tensor, optimum: Tensor, hessian: Tensor, learning_rate: float, steps: int) -> list[Tensor]:
+    """theta_k = theta* + (I - lr H)^k (theta_0 - theta*), k = 1..steps.
+
+    For L = 1/2 (theta - theta*)^T H (theta - theta*) a gradient step maps the error e to (I - lr H) e.
+    """
+    contraction = torch.eye(len(theta), dtype=theta.dtype) - learning_rate * hessian
+    return [optimum + torch.linalg.matrix_power(contraction, k) @ (theta - optimum) for k in range(1, steps + 1)]
+
+
+def sghmc_variance(noise: float, eta: float, alpha: float, curvature: float) -> float:
+    """Stationary variance of theta for v' = (1-a) v - eta h theta + n, theta' = theta + v', n ~ N(0, noise).
+
+    With P = Var theta, Q = Var v, C = Cov(theta, v) at stationarity and b = 1 - a, g = eta h:
+        theta' = theta + v'  =>  P = P + 2 Cov(theta, v') + Q  =>  Cov(theta, v') = b C - g P = -Q / 2
+        C = Cov(theta', v') = Cov(theta, v') + Q = Q / 2   =>   b Q / 2 - g P = -Q / 2   =>   Q = 2 g P / (1 + b)
+        Q = b^2 Q + g^2 P - 2 b g C + noise = b^2 Q + g^2 P - b g Q + noise
+    and with 1 + b = 2 - a:  P = noise (2 - a) / (a g (2 (2 - a) - g)).
+    """
+    g = eta * curvature
+    return noise * (2 - alpha) / (alpha * g * (2 * (2 - alpha) - g))
+
+
+def softmax_slow(logits: list[float]) -> list[float]:
+    """Softmax by its definition, in Python floats."""
+    top = max(logits)
+    weights = [math.exp(value - top) for value in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def scores_slow(samples: list[list[list[float]]], labels: list[int], bins: int) -> dict[str, float]:
+    """Accuracy, NLL, Brier and ECE of the model average of samples[s][i][c] (logits), one example at a time."""
+    n, classes = len(labels), len(samples[0][0])
+    correct = nll = brier = 0.0
+    members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for i, label in enumerate(labels):
+        each = [softmax_slow(sample[i]) for sample in samples]
+        p = [sum(one[c] for one in each) / len(each) for c in range(classes)]
+        best = max(range(classes), key=p.__getitem__)
+        hit = float(best == label)
+        correct += hit
+        nll -= math.log(p[label])
+        brier += sum((p[c] - (c == label)) ** 2 for c in range(classes))
+        members[min(bins, max(1, math.ceil(p[best] * bins))) - 1].append((hit, p[best]))
+    ece = sum(len(m) / n * abs(sum(h for h, _ in m) / len(m) - sum(c for _, c in m) / len(m)) for m in members if m)
+    return {"accuracy": correct / n, "nll": nll / n, "brier": brier / n, "ece": ece}

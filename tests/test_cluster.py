@@ -1,0 +1,275 @@
+"""Ray is plumbing: the same bits as without it, whatever becomes of its processes. Real clusters on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags
+from test_run import ENVIRONMENT, images_of, start, wait_for
+
+from fbpc_ray import coreset, pipeline, plan
+from fbpc_ray.backend import Serial
+from fbpc_ray.errors import UserError
+from fbpc_ray.evaluate import Chain, judge, run_chain
+from fbpc_ray.run import Run
+from fbpc_ray.signals import Interruption
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ray_folder():
+    """A short path: Ray puts sockets under it, whose names have a limit of 107 characters."""
+    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_folder):
+    """A backend on a cluster of two CPUs, started here."""
+    from fbpc_ray.cluster.backend import RayBackend
+
+    lines: list[str] = []
+    backend = RayBackend(
+        address="local", device="cpu", gpus_per_actor=1.0, cpus_per_actor=0.0, interruption=Interruption(),
+        log=lines.append, num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, object_store_memory=200_000_000,
+    )  # fmt: skip
+    backend.lines = lines  # type: ignore[attr-defined]
+    yield backend
+    backend.close()
+
+
+def worker_pids() -> list[int]:
+    """Processes of gradient workers, as the kernel lists them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def all_cpus_free(seconds: float = 20.0) -> bool:
+    import ray
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU"):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def run_on(backend, config, digits, folder, on_step=lambda step, values: None):
+    """Distil with `backend` and return the images after the last step."""
+    specs = plan.specs(config, digits)
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    state, labels = pipeline.first_state(digits, config.distillation.ipc, config.distillation.seed)
+    shared = {
+        "dataset": digits, "labels": labels.numpy(), "settings": config.distillation,
+        "augment": config.networks.augment, "expert_count": config.experts.expert_count,
+    }  # fmt: skip
+    each = [{"spec": spec, "store": store} for spec, store in zip(specs, stores, strict=True)]
+    backend.start_workers(shared, each, 1)
+    try:
+        return pipeline.distill(
+            config, Run(folder), state, [], backend, Interruption(), on_step, lambda state: None
+        ).images  # fmt: skip
+    finally:
+        backend.stop_workers()
+
+
+@pytest.fixture(scope="module")
+def expected(small, digits, tmp_path_factory):
+    """What the serial backend gives."""
+    return run_on(Serial("cpu", Interruption()), small, digits, tmp_path_factory.mktemp("serial"))
+
+
+def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected):
+    assert torch.equal(run_on(cluster, small, digits, tmp_path), expected)
+    assert all_cpus_free()
+
+
+def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, tmp_path, expected):
+    """kill -9 of a worker between two steps, and of both in the middle of a step."""
+    killed: list[int] = []
+
+    def kill(count: int) -> None:
+        for pid in worker_pids()[:count]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    def on_step(step, values):
+        if step == 1:
+            kill(1)
+        if step == 2:
+            threading.Timer(0.05, kill, [2]).start()
+
+    cluster.lines.clear()
+    assert torch.equal(run_on(cluster, small, digits, tmp_path, on_step), expected)
+    assert len(killed) >= 2
+    assert any("replaced and asked again" in line for line in cluster.lines)
+    assert all_cpus_free()
+    assert not worker_pids()
+
+
+def test_tasks_return_what_serial_returns(cluster, small, digits):
+    """Chains as tasks: the scores are those of the serial backend, to the last digit."""
+    specs = plan.specs(small, digits)[:1]
+    state, labels = pipeline.first_state(digits, 1, 0)
+    candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
+    one, other = (
+        pipeline.evaluate(candidates, specs, digits, "test", small.evaluation, "dsa", backend, print)
+        for backend in (cluster, Serial("cpu", Interruption()))
+    )
+    assert one == other
+
+
+def test_experts_trained_on_ray_are_those_of_serial(cluster, small, digits, tmp_path):
+    config = small.updated(experts=str(tmp_path / "on-ray"), architectures=("convnet-bn",), expert_epochs=1)
+    spec = plan.specs(config, digits)[0]
+    stores = []
+    for name, backend in (("ray", cluster), ("serial", Serial("cpu", Interruption()))):
+        own = config.updated(experts=str(tmp_path / name))
+        stores += pipeline.train_experts(own, digits, [spec], backend, lambda line: None)
+    for index in range(2):
+        one, other = (store.read(index, 1) for store in stores)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
+    spec = plan.specs(small, digits)[0]._replace(architecture="convnet-im")
+    state, labels = pipeline.first_state(digits, 1, 0)
+    chain = Chain("random", state.images.numpy(), labels.numpy(), spec, 0)
+    with pytest.raises(UserError, match="did you mean convnet-in"):
+        list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
+
+
+def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path):
+    cluster.cpus_per_actor = 4.0
+    began = time.monotonic()
+    try:
+        with pytest.raises(UserError, match="need 8 CPU, the Ray cluster has 2: lower --cpus-per-actor"):
+            run_on(cluster, small, digits, tmp_path)
+    finally:
+        cluster.cpus_per_actor = 0.0
+    assert time.monotonic() - began < 5
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """An undisturbed serial run of 16 steps by the command line."""
+    folder = tmp_path_factory.mktemp("cluster") / "whole"
+    process = start("distill", *flags(small, backend="serial", steps=16, out=str(folder)))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return folder
+
+
+def ray_processes(folder: str) -> list[int]:
+    """Processes whose command line names the Ray folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if folder.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_path, number):
+    """kill -9 and SIGTERM of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; nothing
+    of the cluster is left; resumed without Ray."""
+    folder, ray = tmp_path / "died", tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    words = flags(small, backend="ray", address="local", steps=16, out=str(folder), checkpoint_every=2)
+    process = start("distill", *words, RAY_TMPDIR=ray)
+    wait_for(Run(folder).state_path, process)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, output
+        assert f"fbpc distill --out {folder} --resume" in output
+    assert not Run(folder).result_path.exists()
+    end = time.monotonic() + 60
+    while (left := ray_processes(ray)) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not left
+    shutil.rmtree(ray, ignore_errors=True)
+    resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")
+    output = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, output
+    assert torch.equal(images_of(folder), images_of(whole))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_it_runs_as_a_submitted_job(whole, small, tmp_path):
+    """`ray job submit --working-dir . -- python jobs/distill_multi.py` on a head of `ray start --head`."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    root = Path(__file__).parents[1]
+    ray, dashboard = tempfile.mkdtemp(prefix="fr", dir="/tmp"), free_port()
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
+        "--num-cpus=2", "--object-store-memory=200000000", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+        "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}",
+        "--dashboard-agent-listen-port=0", f"--temp-dir={ray}",
+    ]  # fmt: skip
+    head = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        client, end = None, time.monotonic() + 90
+        while client is None:
+            assert head.poll() is None
+            assert time.monotonic() < end, "the head did not start"
+            try:
+                client = JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
+            except (ConnectionError, RuntimeError):
+                time.sleep(0.5)
+        folder = tmp_path / "job"
+        words = flags(small, backend="ray", steps=16, out=str(folder))
+        job = client.submit_job(
+            entrypoint=f"{sys.executable} jobs/distill_multi.py {' '.join(words)}",
+            runtime_env={"working_dir": str(root)},
+        )
+        end = time.monotonic() + 180
+        while not client.get_job_status(job).is_terminal():
+            assert time.monotonic() < end, client.get_job_logs(job)
+            time.sleep(0.5)
+        logs = client.get_job_logs(job)
+        assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
+        assert "convnet-bn" in logs
+        assert torch.equal(images_of(folder), images_of(whole))
+        assert json.loads(Run(folder).result_path.read_text())["steps"] == 16
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        for pid in ray_processes(ray):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(ray, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""Coresets: the draw is balanced and uniform, and a file gives back what was saved or one line of refusal."""
+
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+
+from fbpc_ray.coreset import Coreset, balanced, load, save
+from fbpc_ray.errors import UserError
+from fbpc_ray.rng import generator
+
+NAMES = ("cat", "dog", "ship")
+
+
+def coreset(m: int = 6) -> Coreset:
+    """Non-contiguous images, names beyond ASCII, and a mean that has no short decimal form."""
+    images = torch.randn(m, 4, 5, 3, generator=generator(0, "images")).permute(0, 3, 1, 2)
+    return Coreset(images, torch.arange(m) % 3, (1 / 3, 0.1, 0.2), (0.25, math.pi, 1e-3), ("cat", "Hündin", 'a "b"'))
+
+
+def refusal(call, *arguments) -> str:
+    """The one line of the UserError that `call(*arguments)` raises."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# The draw
+
+
+def test_a_draw_is_balanced_ordered_and_without_repeats():
+    labels = torch.randint(0, 3, (200,), generator=generator(0, "labels"))
+    for ipc in (1, 7, int(labels.bincount().min())):
+        indices = balanced(labels, ipc, NAMES, generator(0, "draw"))
+        assert indices.dtype == torch.int64 and indices.shape == (3 * ipc,)
+        assert labels[indices].tolist() == [0] * ipc + [1] * ipc + [2] * ipc
+        assert len(set(indices.tolist())) == 3 * ipc
+
+
+def test_a_draw_is_a_function_of_its_generator():
+    labels = torch.arange(300) % 3
+    first, again, other = (balanced(labels, 10, NAMES, generator(seed, "draw")) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(balanced(labels, 4, NAMES, generator(0, "draw")), first.reshape(3, 10)[:, :4].flatten()), (
+        "nested"
+    )
+
+
+def test_a_draw_is_uniform_within_each_class():
+    """2 of 5 in 2,000 draws: each index 800 times in the mean, standard deviation sqrt(2000 * .4 * .6) = 22; and
+    each of the 20 ordered pairs 100 times, standard deviation 9.7."""
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0, 1])
+    source = generator(0, "many")
+    draws = torch.stack([balanced(labels, 2, ("a", "b"), source) for _ in range(2000)])
+    counts = draws.flatten().bincount(minlength=10)
+    assert (counts - 800).abs().max() < 5 * 22
+    pairs = (10 * draws[:, 0] + draws[:, 1]).bincount(minlength=100)
+    assert (pairs > 0).sum() == 20 and (pairs[pairs > 0] - 100).abs().max() < 5 * 9.7
+
+
+def test_more_images_than_a_class_has_are_refused():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    assert len(balanced(labels, 2, NAMES, generator(0))) == 6
+    line = refusal(balanced, labels, 3, NAMES, generator(0))
+    assert line == "class 'dog' has 2 images, ipc is 3: lower --ipc, or give more data"
+    assert "class 'fox' has 0 images" in refusal(balanced, labels, 1, (*NAMES, "fox"), generator(0))
+    for ipc in (0, -1):
+        assert f"--ipc is {ipc}" in refusal(balanced, labels, ipc, NAMES, generator(0))
+    with pytest.raises(ValueError, match="float32"):
+        balanced(labels.float(), 1, NAMES, generator(0))
+
+
+# The file
+
+
+def test_a_coreset_comes_back_to_the_bit(tmp_path):
+    saved, path = coreset(), tmp_path / "new" / "coreset.safetensors"
+    save(saved._replace(images=saved.images.clone().requires_grad_()), path, {"commit": "abc", "ipc": "2"})
+    back = load(path)
+    assert back.images.dtype == torch.float32 and torch.equal(back.images, saved.images)
+    assert back.labels.dtype == torch.int64 and torch.equal(back.labels, saved.labels)
+    assert back[2:] == saved[2:] and all(isinstance(value, tuple) for value in back[2:])
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["commit"] == "abc" and file.metadata()["ipc"] == "2"
+    path.write_bytes(b"overwritten in place")  # what was loaded does not depend on the file any more
+    assert torch.equal(back.images, saved.images)
+    back.images.zero_()
+
+
+def test_saving_again_replaces_and_gives_the_same_bytes(tmp_path):
+    path = tmp_path / "c"
+    save(coreset(3), path)
+    save(coreset(), path)
+    first = path.read_bytes()
+    save(coreset(), path)
+    assert path.read_bytes() == first and len(load(path).images) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": torch.zeros(6, 3, 4, 5, dtype=torch.float64)}, "images are torch.float64"),
+        ({"images": torch.zeros(6, 3, 4)}, "expected float32 (m, c, h, w)"),
+        ({"images": torch.zeros(0, 3, 4, 5), "labels": torch.zeros(0, dtype=torch.int64)}, "(0, 3, 4, 5)"),
+        ({"images": torch.full((6, 3, 4, 5), float("nan"))}, "not finite"),
+        ({"labels": torch.zeros(6)}, "labels are torch.float32"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, "expected int64 (6,)"),
+        ({"labels": torch.full((6,), 3)}, "labels from 3 to 3, but 3 classes"),
+        ({"labels": torch.full((6,), -1)}, "labels from -1 to -1"),
+        ({"mean": (0.5,)}, "1 means and 3 stds for 3 channels"),
+        ({"std": (1.0, 0.0, 1.0)}, "not a normalisation"),
+        ({"mean": (0.0, float("nan"), 1.0)}, "not a normalisation"),
+        ({"mean": ("a", 0.0, 1.0)}, "not a normalisation"),
+        ({"classes": (1, 2, 3)}, "not text"),
+        ({"classes": ()}, "but 0 classes"),
+    ],
+)
+def test_what_is_not_a_coreset_is_neither_saved_nor_loaded(tmp_path, change, words):
+    bad, path = coreset()._replace(**change), tmp_path / "c"
+    with pytest.raises(ValueError) as caught:
+        save(bad, path)
+    assert words in str(caught.value) and not path.exists()
+    facts = {name: json.dumps(list(getattr(bad, name))) for name in ("mean", "std", "classes")}
+    tensors = {"images": bad.images.contiguous(), "labels": bad.labels}
+    path.write_bytes(to_bytes(tensors, {"format": "1", **facts}))
+    line = refusal(load, path)
+    assert str(path) in line and words in line and "fbpc distill" in line
+
+
+@pytest.mark.parametrize("missing", ["images", "labels", "format", "mean", "std", "classes"])
+def test_a_file_without_one_of_its_parts_is_refused(tmp_path, missing):
+    saved, path = coreset(), tmp_path / "c"
+    facts = {"format": "1", **{name: json.dumps(list(getattr(saved, name))) for name in ("mean", "std", "classes")}}
+    tensors = {"images": saved.images.contiguous(), "labels": saved.labels}
+    path.write_bytes(to_bytes(tensors, facts))
+    load(path)
+    for part in (facts, tensors):
+        part.pop(missing, None)
+    path.write_bytes(to_bytes(tensors, facts))
+    assert missing in refusal(load, path)
+
+
+@pytest.mark.parametrize(("key", "text"), [("format", "2"), ("mean", "5"), ("std", "["), ("classes", "null")])
+def test_metadata_that_says_something_else_is_refused(tmp_path, key, text):
+    saved, path = coreset(), tmp_path / "c"
+    facts = {"format": "1", **{name: json.dumps(list(getattr(saved, name))) for name in ("mean", "std", "classes")}}
+    path.write_bytes(to_bytes({"images": saved.images.contiguous(), "labels": saved.labels}, {**facts, key: text}))
+    assert str(path) in refusal(load, path)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "c"
+    assert f"there is no coreset {path}" in refusal(load, path)
+    assert "is not a coreset" in refusal(load, tmp_path)
+    torch.save(coreset()._asdict(), path)  # a zip file with a pickle in it
+    assert "is not a coreset" in refusal(load, path)
+    for data in (pickle.dumps(coreset()), b"", b"\0" * 100, b"PK\3\4"):
+        path.write_bytes(data)
+        assert "is not a coreset" in refusal(load, path)
+
+
+def test_a_damaged_file_is_refused_or_still_a_coreset(tmp_path):
+    """Every length, and every byte of the header flipped: one line, no traceback. A changed pixel cannot be told."""
+    path = tmp_path / "c"
+    save(coreset(3), path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for length in range(0, len(data), 7):
+        path.write_bytes(data[:length])
+        assert "is not a coreset" in refusal(load, path)
+    for position in range(header):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        assert "is not a coreset" in refusal(load, path)
+
+
+def test_metadata_may_not_hide_the_files_own(tmp_path):
+    with pytest.raises(ValueError, match="mean"):
+        save(coreset(), tmp_path / "c", {"mean": "[0]"})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,172 @@
+"""The gradient of Algorithm 1 against its plain reference, the update by hand, and who sees which draw."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+
+from fbpc_ray import pipeline, plan
+from fbpc_ray.distill import (
+    Gradient,
+    GradientStats,
+    State,
+    check_finite,
+    coreset_batches,
+    draw_expert,
+    expert_epochs,
+    gradient,
+    update,
+)
+from fbpc_ray.errors import UserError
+from fbpc_ray.rng import generator
+from fbpc_ray.vision.datasets import tensors
+from fbpc_ray.vision.realdata import RealData
+from fbpc_ray.vision.zoo import Network
+
+STATS = GradientStats(1.0, 2.0, 0.1, 0.2, 3.0, 5, "converged", 0.01, 0, 1, 0.1, 0.1, 0.1, 0.1)
+
+
+@pytest.fixture
+def setting(small, digits):
+    config = small.updated(posterior_steps=6, gamma=0.5)
+    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    state, labels = pipeline.first_state(digits, 2, 0)
+    return config, digits, real, state, labels
+
+
+def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
+    spec = plan.specs(config, digits)[architecture]
+    settings = replace(config.distillation, **{"batch_size": 100} | changes)
+    return gradient(
+        Network(spec), plan.store(config, digits, spec), real, images, labels, step=step, settings=settings,
+        augment="dsa", expert_count=1, expert_epoch_count=config.experts.expert_epochs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", [0, 1])
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_gradient_equals_the_plain_reference(setting, architecture, step):
+    """Same draws, obvious code: every sign, reduction, stop-gradient and stream of Eqs. 16-17 and the MAP solve."""
+    config, digits, real, state, labels = setting
+    spec = plan.specs(config, digits)[architecture]
+    store = plan.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    settings = replace(config.distillation, batch_size=100)
+    expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
+    found = compute(config, digits, real, state.images, labels, architecture, step)
+    assert expected.norm() > 1e-4
+    assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
+    torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
+    """Asked twice it gives the same bits; another step, seed or architecture draws anew."""
+    config, digits, real, state, labels = setting
+    first = compute(config, digits, real, state.images, labels)
+    torch.rand(5)  # torch's global generator has no part in it
+    assert torch.equal(compute(config, digits, real, state.images, labels).value, first.value)
+    for other in (
+        compute(config, digits, real, state.images, labels, step=4),
+        compute(config, digits, real, state.images, labels, seed=1),
+        compute(config, digits, real, state.images, labels, architecture=1),
+    ):
+        assert not torch.equal(other.value, first.value)
+
+
+def test_statistics_are_what_they_say(setting):
+    config, digits, real, state, labels = setting
+    stats = compute(config, digits, real, state.images, labels).stats
+    assert stats.map_ending == "converged"
+    assert 0 < stats.map_loss <= 0.5
+    assert stats.map_steps > 0
+    assert stats.psi_x > 0 < stats.psi_u
+    assert 1 <= stats.expert_epoch <= 3
+    assert min(stats.seconds_x, stats.seconds_map, stats.seconds_u, stats.seconds_gradient) > 0
+
+
+def test_isotropic_takes_no_k_steps(setting):
+    """FBPC-isotropic: Psi = I, whatever K and the learning rates of the K steps are."""
+    config, digits, real, state, labels = setting
+    one = compute(config, digits, real, state.images, labels, method="fbpc-isotropic")
+    other = compute(
+        config, digits, real, state.images, labels, method="fbpc-isotropic", posterior_steps=9, lambda_x=1e3
+    )
+    assert (one.stats.psi_x, one.stats.psi_u) == (1.0, 1.0)
+    assert torch.equal(one.value, other.value)
+    assert not torch.equal(one.value, compute(config, digits, real, state.images, labels).value)
+
+
+def test_a_batch_smaller_than_m_touches_its_images_only(setting):
+    """B < m: one batch of B has a gradient, the same images for every architecture, and other images next step."""
+    config, digits, real, state, labels = setting
+    touched = [
+        compute(config, digits, real, state.images, labels, architecture, step, batch_size=6).value.flatten(1).any(1)
+        for architecture, step in ((0, 1), (1, 1), (0, 2))
+    ]
+    assert touched[0].sum() == touched[2].sum() == 6
+    assert torch.equal(touched[0], touched[1])
+    assert not torch.equal(touched[0], touched[2])
+
+
+def test_map_minibatches_walk_over_all_of_u():
+    labels = torch.arange(10)
+    images = labels.float().view(10, 1, 1, 1).expand(10, 1, 4, 4)
+    walk = coreset_batches(images, labels, 4, "none", torch.Generator())
+    seen = [next(walk) for _ in range(6)]
+    assert [len(batch.labels) for batch in seen] == [4, 4, 2, 4, 4, 2]
+    assert torch.equal(torch.cat([batch.labels for batch in seen[:3]]), labels)
+    assert all(torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels) for batch in seen)
+
+
+def test_epochs_of_theta_x_are_those_the_rule_names():
+    """App. C.2's 'T epoch onwards' is T..E; the other reading is 0..T-1; none is a clear error."""
+    assert list(expert_epochs(2, "from", 4)) == [2, 3, 4]
+    assert list(expert_epochs(2, "before", 4)) == [0, 1]
+    assert list(expert_epochs(9, "before", 4)) == [0, 1, 2, 3, 4]
+    for start, rule in ((5, "from"), (0, "before"), (-1, "from")):
+        with pytest.raises(UserError, match="--start-epoch"):
+            expert_epochs(start, rule, 4)
+
+
+def test_theta_x_is_drawn_uniformly_from_experts_and_epochs():
+    """Of 3,000 draws from two experts and epochs 2..4, each of the six snapshots gets 500, give or take 4 sigma."""
+    drawn = Counter(draw_expert(2, range(2, 5), generator(0, "step", step)) for step in range(3000))
+    assert set(drawn) == {(expert, epoch) for expert in (0, 1) for epoch in (2, 3, 4)}
+    assert max(abs(count - 500) for count in drawn.values()) < 4 * math.sqrt(500)
+
+
+def test_update_is_momentum_sgd_on_the_sum_in_order():
+    """By hand: v1 = g, u1 = u0 - alpha g; v2 = mu v1 + g, u2 = u1 - alpha v2, with g = g_a + g_b."""
+    a, b, u = torch.full((2, 1, 1, 1), 0.25), torch.full((2, 1, 1, 1), 1.0), torch.zeros(2, 1, 1, 1)
+    state = State(0, u, torch.zeros_like(u))
+    gradients = [Gradient(a, STATS), Gradient(b, STATS)]
+    state = update(state, gradients, alpha=2.0, momentum=0.5)
+    assert (state.step, state.images[0].item(), state.velocity[0].item()) == (1, -2.5, 1.25)
+    state = update(state, gradients, alpha=2.0, momentum=0.5)
+    assert (state.step, state.images[0].item(), state.velocity[0].item()) == (2, -6.25, 1.875)
+    assert u.abs().sum() == 0
+
+
+def test_sum_follows_the_order_of_the_architectures():
+    """Float addition is not associative: (1e8 + 1) - 1e8 = 0 in float32, while (1e8 - 1e8) + 1 = 1."""
+    one = [torch.full((1, 1, 1, 1), value) for value in (1e8, 1.0, -1e8)]
+    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+
+    def moved(order):
+        return update(state, [Gradient(one[i], STATS) for i in order], alpha=1.0, momentum=0.0).images.item()
+
+    assert (moved([0, 1, 2]), moved([0, 2, 1])) == (0.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    "ending, value", [("nonfinite", 0.0), ("converged", float("nan")), ("converged", float("inf"))]
+)
+def test_what_is_not_finite_is_refused_by_name(ending, value):
+    bad = Gradient(torch.full((1, 1, 1, 1), value), STATS._replace(map_ending=ending))
+    good = Gradient(torch.zeros(1, 1, 1, 1), STATS)
+    check_finite(["a"], [good], 0)
+    with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):
+        check_finite(["a", "b"], [good, bad], 6)

@@ -1,0 +1,79 @@
+"""Scores against a slow loop over examples, and the invariances that sums and counts give."""
+
+import oracles
+import pytest
+import torch
+
+from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
+
+
+def some_predictions(samples=7, n=60, d=5, seed=0, scale=3.0):
+    source = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(samples, n, d, generator=source), torch.randint(d, (n,), generator=source)
+
+
+def test_scores_equal_a_slow_loop_over_examples():
+    logits, labels = some_predictions()
+    found = scores(predictive_stats(log_mean_probability(logits), labels))._asdict()
+    slow = oracles.scores_slow(logits.double().tolist(), labels.tolist(), BINS)
+    assert found == pytest.approx(slow, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[60], [1] * 60, [7, 13, 40], [59, 1]])
+def test_any_partition_of_the_test_set_gives_the_same(sizes):
+    logits, labels = some_predictions()
+    log_probability = log_mean_probability(logits)
+    whole = scores(predictive_stats(log_probability, labels))
+    parts = [predictive_stats(p, y) for p, y in zip(log_probability.split(sizes), labels.split(sizes), strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    assert scores(total) == pytest.approx(whole, rel=1e-12)
+
+
+def test_order_of_examples_and_names_of_classes_do_not_matter():
+    logits, labels = some_predictions()
+    source = torch.Generator().manual_seed(9)
+    order, names = torch.randperm(60, generator=source), torch.randperm(5, generator=source)
+    renamed = torch.empty_like(logits)
+    renamed[..., names] = logits
+    whole = scores(predictive_stats(log_mean_probability(logits), labels))
+    moved = scores(predictive_stats(log_mean_probability(renamed[:, order]), names[labels][order]))
+    assert moved == pytest.approx(whole, rel=1e-9)
+
+
+def test_the_samples_are_mixed_for_each_example_before_the_logarithm():
+    """Two samples sure of opposite classes: the average says 1/2, so the NLL is log 2 and not the mean of 0 and 40."""
+    logits = torch.tensor([[[40.0, 0.0]], [[0.0, 40.0]]])
+    found = scores(predictive_stats(log_mean_probability(logits), torch.tensor([0])))
+    assert found.nll == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_certain_and_right_is_perfect_certain_and_wrong_is_finite():
+    right = scores(predictive_stats(torch.tensor([[0.0, -800.0]]), torch.tensor([0])))
+    assert right == pytest.approx((1.0, 0.0, 0.0, 0.0))
+    wrong = scores(predictive_stats(torch.tensor([[0.0, -800.0]]), torch.tensor([1])))
+    assert wrong == pytest.approx((0.0, 800.0, 1.0, 2.0))
+
+
+def test_uniform_predictions_have_known_scores():
+    """p = 1/d: NLL log d, Brier 1 - 1/d, and ECE the gap between accuracy and 1/d."""
+    labels = torch.arange(10)
+    found = scores(predictive_stats(log_mean_probability(torch.zeros(3, 10, 10)), labels))
+    assert found.nll == pytest.approx(2.302585, abs=1e-6)
+    assert found.brier == pytest.approx(0.9)
+    assert found.ece == pytest.approx(abs(found.accuracy - 0.1), abs=1e-9)
+
+
+def test_ece_keeps_the_bins_apart():
+    """Half the examples sure and wrong half the time, half at p = .55 and always right: .45 of gap in both bins, of
+    opposite signs, which would cancel were they one bin."""
+    sure, unsure = torch.tensor([0.95, 0.05]).log(), torch.tensor([0.55, 0.45]).log()
+    stats = predictive_stats(torch.stack([sure, sure, unsure, unsure]), torch.tensor([0, 1, 0, 0]))
+    assert scores(stats).ece == pytest.approx(0.45)
+
+
+def test_nothing_scored_is_an_error():
+    empty = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(ValueError, match="no example"):
+        scores(empty)

@@ -1,0 +1,298 @@
+"""A run as its files tell it: the command line end to end on real digits, resumed, interrupted, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from conftest import flags
+
+from fbpc_ray import cli, coreset
+from fbpc_ray.run import Run
+
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+
+
+def distil(*words: str) -> None:
+    cli.main(["distill", *words])
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fbpc_ray", *words], env={**ENVIRONMENT, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def images_of(folder: Path) -> torch.Tensor:
+    return coreset.load(Run(folder).coreset_path).images
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """A run of 12 steps without any trouble, on the serial backend."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    distil(*flags(small, backend="serial", steps=12, out=str(folder)))
+    return folder
+
+
+def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
+    run = Run(whole)
+    found = coreset.load(run.coreset_path)
+    assert found.images.shape == (10, 1, 8, 8)
+    assert found.labels.tolist() == list(range(10))
+    assert (found.mean, found.std, found.classes) == (digits.mean, digits.std, digits.classes)
+    with safetensors.safe_open(run.coreset_path, "pt") as file:
+        assert file.metadata()["method"] == "fbpc"
+    assert not torch.equal(found.images, coreset.load(run.random_path).images)
+
+    rows = pq.read_table(run.metrics_path).to_pylist()
+    assert [(row["step"], row["architecture"]) for row in rows] == [
+        (step, name) for step in range(1, 13) for name in ("convnet-in", "convnet-bn")
+    ]
+    assert all(row["gradient_norm"] > 0 and row["map_ending"] == "converged" for row in rows)
+    assert all(1 <= row["expert_epoch"] <= 3 and row["expert"] in (0, 1) for row in rows)
+
+    result = json.loads(run.result_path.read_text())
+    assert (result["method"], result["data"], result["ipc"], result["steps"], result["seed"]) == (
+        "fbpc",
+        "digits",
+        1,
+        12,
+        0,
+    )
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert result["seconds_per_step"] > 0
+    assert result["map_endings"] == {"converged": 24}
+    assert set(result["coresets"]) == {"random", "fbpc"}
+    for by_architecture in result["coresets"].values():
+        assert set(by_architecture) == {"convnet-in", "convnet-bn"}
+        for scores in by_architecture.values():
+            assert set(scores) == {"accuracy", "nll", "ece", "brier"}
+            assert all(len(values) == 2 and len(set(values)) == 2 for values in scores.values())  # one a seed
+            assert all(0 < value < 1 for value in scores["accuracy"])
+    assert run.picture_path.stat().st_size > 1000
+    assert json.loads(run.config_path.read_text())["steps"] == 12
+
+
+def test_resume_in_two_parts_gives_the_same_bits(whole, small, tmp_path):
+    """5 steps, then on to 12, with momentum and metrics carried over; the steps before a resume are not repeated."""
+    folder = tmp_path / "parts"
+    distil(*flags(small, backend="serial", steps=5, out=str(folder)))
+    assert not torch.equal(images_of(folder), images_of(whole))
+    distil("--out", str(folder), "--resume", "--steps", "12")
+    assert torch.equal(images_of(folder), images_of(whole))
+    columns = ["step", "architecture", "expected_x", "expected_u", "map_steps", "gradient_norm"]
+    parts, one = (pq.read_table(Run(f).metrics_path, columns=columns) for f in (folder, whole))
+    assert parts.equals(one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_path, number):
+    folder = tmp_path / "stopped"
+    words = flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2)
+    process = start("distill", *words)
+    wait_for(Run(folder).state_path, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, output
+    assert f"fbpc distill --out {folder} --resume" in output
+    assert "Traceback" not in output
+    assert not Run(folder).result_path.exists()
+    distil("--out", str(folder), "--resume")
+    assert torch.equal(images_of(folder), images_of(whole))
+
+
+def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
+    folder = tmp_path / "killed"
+    process = start("distill", *flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2))
+    wait_for(Run(folder).state_path, process)
+    process.kill()
+    process.wait()
+    assert not Run(folder).result_path.exists()
+    distil("--out", str(folder), "--resume")
+    assert torch.equal(images_of(folder), images_of(whole))
+
+
+def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
+    """The same chains again on convnet-in give the numbers of the run; convnet-none was not in it."""
+    words = ["--backend", "serial", "--chain-steps", "20", "--chain-every", "10", "--eval-seeds", "2"]
+    cli.main(
+        [
+            "evaluate",
+            str(whole),
+            "--architectures",
+            "convnet-none",
+            "convnet-in",
+            "--json",
+            str(tmp_path / "r.json"),
+            *words,
+        ]
+    )
+    result, before = json.loads((tmp_path / "r.json").read_text()), json.loads(Run(whole).result_path.read_text())
+    assert result["coresets"]["fbpc"]["convnet-in"] == before["coresets"]["fbpc"]["convnet-in"]
+    assert result["coresets"]["random"]["convnet-in"] == before["coresets"]["random"]["convnet-in"]
+    assert len(result["coresets"]["fbpc"]["convnet-none"]["nll"]) == 2
+    assert "convnet-none" in capsys.readouterr().out
+    assert len(list((whole / "evaluations").glob("*.json"))) == 1
+
+
+def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
+    folder = tmp_path / "random"
+    distil(*flags(small, backend="serial", method="random", experts=str(tmp_path / "none"), out=str(folder)))
+    assert not (tmp_path / "none").exists()
+    assert torch.equal(images_of(folder), coreset.load(Run(folder).random_path).images)
+    assert set(json.loads(Run(folder).result_path.read_text())["coresets"]) == {"random"}
+
+
+def test_dry_run_writes_nothing(small, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    distil(*flags(small, out=str(tmp_path / "dry"), experts=str(tmp_path / "none")), "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+    text = capsys.readouterr().out
+    assert "convnet-bn" in text
+    assert "2 experts to train" in text
+
+
+def refused(capsys, *words: str, command: str = "distill", code: int = 2) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, *words])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == code
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+SERIAL = ("--backend", "serial", "--no-tracking")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--data", "digit"], "did you mean digits"),
+        (["--architectures", "convnet-im"], "did you mean convnet-in"),
+        (["--preset", "cifar10-ipc2"], "did you mean cifar10-ipc1"),
+        (["--architectures", "convnet-in", "convnet-in"], "name each network once"),
+        (["--ipc", "500"], "--ipc"),
+        (["--ipc", "0"], "--ipc is 0: it must be 1 or more"),
+        (["--start-epoch", "99"], "raise --expert-epochs"),
+        (["--alpha", "-1"], "--alpha"),
+        (["--data", "parquet:/nowhere"], "/nowhere"),
+        (["--data", "npz:/nowhere.npz"], "/nowhere.npz"),
+        (["--resume"], "--out DIR"),
+        (["--resume", "--out", "/nowhere"], "/nowhere holds no run"),
+        (["--width", "6", "--architectures", "convnet-gn"], "change --width"),
+        (["--depth", "5"], "lower --depth"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_mend(capsys, tmp_path, words, said):
+    out = [] if "--out" in words or "--resume" in words else ["--out", str(tmp_path / "out")]
+    assert said in refused(capsys, *SERIAL, *words, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(capsys, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    assert "not empty" in refused(capsys, *SERIAL, "--out", str(tmp_path))
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_resume_with_another_configuration_names_the_flags(whole, capsys):
+    said = refused(capsys, "--out", str(whole), "--resume", "--alpha", "3", "--seed", "5")
+    assert "--alpha was 10.0, now 3.0" in said
+    assert "--seed was 0, now 5" in said
+
+
+def test_experts_of_another_recipe_are_refused(capsys, small, tmp_path):
+    words = flags(small, backend="serial", width=small.networks.width, expert_lr=0.5, out=str(tmp_path / "out"))
+    said = refused(capsys, *words)
+    assert "0.05" in said
+    assert "0.5" in said
+    assert "--experts" in said
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path):
+    folder = tmp_path / "damaged"
+    distil(*flags(small, backend="serial", steps=2, out=str(folder)))
+    path = Run(folder).state_path
+    broken = path.read_bytes()[:-100]
+    path.write_bytes(broken)
+    assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "4")
+    assert path.read_bytes() == broken
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_checkpoint(capsys, small, tmp_path):
+    """A learning rate of 1e30 sends the pixels to infinity in a few steps; what was saved before is finite."""
+    folder = tmp_path / "exploded"
+    said = refused(capsys, *flags(small, backend="serial", steps=12, alpha=1e30, checkpoint_every=1, out=str(folder)))
+    assert "non-finite" in said
+    assert "--alpha" in said
+    state = safetensors.torch.load_file(Run(folder).state_path)
+    assert torch.isfinite(state["images"]).all()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(whole, small, tmp_path):
+    """With files limited to 20 kB the first checkpoint fits and a result does not; later, resume ends as ever."""
+    folder = tmp_path / "full"
+    words = flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=1)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
+        "from fbpc_ray.cli import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "distill", *words], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "--resume" in done.stderr
+    assert not list(folder.rglob("*.tmp"))
+    distil("--out", str(folder), "--resume")
+    assert torch.equal(images_of(folder), images_of(whole))
+
+
+def test_the_core_runs_where_ray_and_mlflow_are_not_installed(whole, small, tmp_path):
+    """Both imports are made to fail; tracking is asked for, and its absence is a note."""
+    folder = tmp_path / "bare"
+    words = flags(small, backend="serial", steps=12, tracking=True, out=str(folder))
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None;"
+        "from fbpc_ray.cli import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no MLflow" in done.stdout
+    assert torch.equal(images_of(folder), images_of(whole))
+    words = flags(small, backend="ray", out=str(tmp_path / "other"))
+    done = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--backend serial" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_help_takes_less_than_a_second():
+    """`--help` imports neither torch nor ray; best of three, since the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "fbpc_ray", "distill", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+        assert "lambda_x" in done.stdout
+    assert min(seconds) < 1.0
