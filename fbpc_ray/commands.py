@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fbpc_ray import atomic, config, coreset, pipeline, plan, results
+from fbpc_ray import atomic, config, coreset, figures, pipeline, plan, results
 from fbpc_ray.config import Config, Evaluation, Execution, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State

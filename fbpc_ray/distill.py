@@ -187,7 +187,7 @@ def check_finite(architectures: Sequence[str], gradients: Sequence[Gradient], st
     for name, (value, stats) in zip(architectures, gradients, strict=True):
         if stats.map_ending == Ending.NONFINITE or not torch.isfinite(value).all():
             raise UserError(
-                f"non-finite loss at step {step + 1} on {name} (MAP solve {stats.map_ending}, loss {stats.map_loss:g}): "
+                f"non-finite loss at step {step + 1} on {name} (MAP {stats.map_ending}, loss {stats.map_loss:g}): "
                 "lower --alpha, --lambda-x or --lambda-u; the last checkpoint is kept"
             )
 

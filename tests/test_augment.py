@@ -36,7 +36,7 @@ def whole(u: float, low: int, high: int) -> int:
 
 
 def slow_color(image, u):
-    """Brightness +-.5 added; saturation U[0, 2] about each pixel's channel mean; contrast U[.5, 1.5] about the image's."""
+    """Brightness +-.5 added; saturation U[0, 2] about a pixel's channel mean; contrast U[.5, 1.5] about the image's."""
     c, h, w = image.shape
     out = image + (u[0] - 0.5)
     for y in range(h):
@@ -87,7 +87,7 @@ def slow_flip(image, u):
 
 def slow_warp(image, source_of):
     """out(x, y) = image at source_of(x, y), bilinear between pixel centres, zero outside; (0, 0) is the middle."""
-    c, h, w = image.shape
+    _, h, w = image.shape
     out = np.zeros_like(image)
     for i in range(h):
         for j in range(w):
@@ -364,7 +364,7 @@ def test_what_comes_in_from_outside_is_zero(name):
 
 
 def test_cutout_takes_half_the_side_in_the_middle_of_the_image():
-    """A square wholly inside has (side / 2)^2 pixels, a quarter of the image, in every channel, and the rest is kept."""
+    """A square wholly inside has (side / 2)^2 pixels, a quarter of the image, in every channel; the rest is kept."""
     images = images_of(1, 3, 16, 16)
     out = apply(Draw("cutout", torch.full((1, 3), 0.5)), images)
     assert (out == 0).sum() == 3 * 64

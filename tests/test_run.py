@@ -124,7 +124,7 @@ def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
     process = start("distill", *flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2))
     wait_for(Run(folder).state_path, process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not Run(folder).result_path.exists()
     distil("--out", str(folder), "--resume")
     assert torch.equal(images_of(folder), images_of(whole))

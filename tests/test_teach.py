@@ -1,6 +1,6 @@
 """Experts (method.md section 1) against a plain SGD loop, and the real images that feed them."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -19,11 +19,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return datasets.load("digits")
 
 
 @pytest.fixture
@@ -73,7 +68,7 @@ def test_a_trajectory_has_epochs_plus_one_states_and_the_first_is_an_initialisat
     assert {name: value.shape for name, value in states[0].items()} == {n: v.shape for n, v in fresh.items()}
     bound = (8 * 2 * 2) ** -0.5  # of the head's default initialisation: no step has been taken
     assert 0.9 * bound < states[0]["head.weight"].abs().max() <= bound
-    for one, other in zip(states, states[1:], strict=False):
+    for one, other in pairwise(states):
         assert not equal(one, other)
 
 
@@ -106,7 +101,7 @@ def test_a_full_batch_epoch_is_one_gradient_step(data):
     net = network()
     states = snapshots(net, data, epochs=2, augment="none", batch_size=150)
     images, labels = data.batch(torch.arange(150))
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         params = {name: value.clone().requires_grad_() for name, value in before.items()}
         gradients = torch.autograd.grad(cross_entropy(net.forward(params, images), labels), list(params.values()))
         for (name, value), gradient in zip(before.items(), gradients, strict=True):
@@ -155,7 +150,7 @@ def test_batchnorm_buffers_are_part_of_every_state(data):
     assert torch.equal(states[0][mean], torch.zeros(8))
     assert torch.equal(states[0][variance], torch.ones(8))
     assert [int(state[count]) for state in states] == [0, 5, 10, 15]
-    for one, other in zip(states, states[1:], strict=False):
+    for one, other in pairwise(states):
         assert not torch.equal(one[mean], other[mean])
         assert not torch.equal(one[variance], other[variance])
 
@@ -229,7 +224,7 @@ def test_an_epoch_has_every_image_exactly_once(size, counted):
 
 
 def test_an_epoch_augments_every_batch_with_a_draw_of_its_own(data):
-    """Method section 1: DSA on every batch, a fresh operation each; labels and shapes stay, and so does the data set."""
+    """Method section 1: DSA on every batch, a fresh operation each; labels, shapes and the data set stay."""
     before = data.images.clone()
     for batch in data.epoch(30, "dsa", source()):
         assert batch.images.shape == (30, 1, 8, 8)
@@ -264,7 +259,9 @@ def test_a_stream_of_batches_above_n_gives_all_images_each_time(size, counted):
 def test_a_stream_is_augmented_and_a_function_of_its_generator(counted):
     """The same generator gives the same batches; with dsa they are not the plain ones."""
     one, same, other = (list(islice(counted.stream(20, "dsa", source(seed)), 5)) for seed in (0, 0, 1))
-    assert all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(one, same, strict=True))
+    for a, b in zip(one, same, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
     assert not all(torch.equal(a.labels, b.labels) for a, b in zip(one, other, strict=True))
     plain = [counted.images[batch.labels].float() / 255 for batch in one]
     assert not all(torch.equal(a.images, b) for a, b in zip(one, plain, strict=True))

@@ -102,9 +102,10 @@ CIFAR = {"image_shape": (3, 32, 32), "classes": 10, "width": 128, "depth": 3}
     ],
 )
 def test_parameter_counts_are_the_papers(name, changes, count):
-    """Method section 2 (P Table 7: 3.2e5). Convs 3,584 + 2 x 147,584, norms 3 x 256, head 2,048 x 10 + 10; none has no norms.
+    """Method section 2 (P Table 7: 3.2e5). Convs 3,584 + 2 x 147,584, norms 3 x 256, head 2,048 x 10 + 10.
 
-    LN has 2 x 128 x (32^2 + 16^2 + 8^2) in the place of 768; 100 classes 204,900 in the head; Tiny one block more.
+    None has no norms; LN has 2 x 128 x (32^2 + 16^2 + 8^2) in the place of 768; 100 classes take 204,900 in the head,
+    and Tiny one block more.
     """
     net = Network(Spec(name, **(CIFAR | changes)))
     assert net.parameter_count == count
@@ -166,7 +167,7 @@ def test_instance_norm_is_per_image_and_channel(norm):
 
 @pytest.mark.parametrize("name", ALL)
 def test_only_batchnorm_sees_its_companions_in_forward(name):
-    """Batch statistics throughout distillation: an image's logits change with its batch for BN, and for no other norm."""
+    """Batch statistics throughout distillation: an image's logits change with its batch for BN alone."""
     net = network(name)
     params, images = random_params(net), images_of()
     together, fewer = net.forward(params, images)[:2], net.forward(params, images[:2])
@@ -255,7 +256,7 @@ def test_calls_leave_no_state_behind():
 
 
 def test_statistics_that_fail_leave_predict_as_it_was():
-    """A bad batch (wrong number of channels) in the middle raises; predictions made after it still see no companions."""
+    """A bad batch (one channel too few) in the middle raises; predictions made after it still see no companions."""
     net = network("convnet-bn")
     params, images = random_params(net), images_of()
     statistics = net.statistics(params, [images])
@@ -311,7 +312,7 @@ def test_gradient_flows_to_images_and_to_every_parameter(norm):
 
 @pytest.mark.parametrize("name", ALL)
 def test_init_is_torchs_default_and_a_function_of_the_generator(name):
-    """pi_0: U(+-1/sqrt(fan in)) for weights and biases of conv and linear (so std = bound / sqrt 3), norms at 1 and 0."""
+    """pi_0: U(+-1/sqrt(fan in)) for weights and biases of conv and linear (std = bound / sqrt 3), norms at 1 and 0."""
     net = network(name, image_shape=(3, 16, 16), width=64, depth=2, classes=20)
     before = torch.random.get_rng_state()
     first, same, other = net.init(source(0)), net.init(source(0)), net.init(source(1))
