@@ -4,6 +4,7 @@ The only file that imports matplotlib, and of it only the objects (Figure, Agg):
 backends have no place in a tool that runs without a screen.
 """
 
+import bisect
 import functools
 import io
 import math
@@ -175,6 +176,5 @@ def _fit(name: str, width: int) -> str:
     name = " ".join(name.split(",")[0].split())
     if _text_width(name, NAME) <= width:
         return name
-    while name and _text_width(f"{name}…", NAME) > width:
-        name = name[:-1].rstrip()
-    return f"{name}…"
+    fitting = bisect.bisect_right(range(len(name)), width, key=lambda end: _text_width(f"{name[:end]}…", NAME)) - 1
+    return f"{name[: max(fitting, 0)].rstrip()}…"

@@ -94,7 +94,7 @@ class Tracker:
         uri: of the tracking server or database; a relative SQLite path is taken from the working directory.
         run_id: continue this run. Points it has already, with the same value, are not logged again; params that have
             changed become tags `resumed/<name>`. If it is gone, a new run is created, with a note.
-        tags, params: of the run, set as soon as the store answers; too long values are cut, visibly.
+        tags, params: of the run, the first two records to be delivered; too long values are cut, visibly.
         log: called with one line, from the caller's thread: once when MLflow doesn't answer, and at `finish`.
         retry_seconds: pause after a failed delivery. finish_seconds: the longest that `finish` waits.
     """
@@ -118,7 +118,6 @@ class Tracker:
         self.run_id = run_id  # None while the store has not answered yet; when continuing, the given id from the start
         self.experiment_id: str | None = None
         self._experiment, self._run_name, self._log = experiment, run_name, log
-        self._tags, self._params = dict(tags or {}), dict(params or {})
         self._retry_seconds, self._finish_seconds = retry_seconds, finish_seconds
         self._started, self._session = _milliseconds(), uuid.uuid4().hex
         self._continued = run_id is not None
@@ -133,6 +132,11 @@ class Tracker:
         self._status: str | None = None  # set by finish
         self._deadline = float("inf")  # time.monotonic() after which finish waits for no more records
         self._ended = False  # the run has its status on the server
+        if tags:
+            self.tags(tags)
+        if params:
+            values = dict(params)
+            self._put(_Record(lambda client, run, _: _send_params(client, run, values)))
         self._worker = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._worker.start()
 
@@ -250,14 +254,15 @@ class Tracker:
                     )
                 else:
                     self._wake.wait_for(lambda: self._status, self._retry_seconds)
-        for _ in range(2 if client and answered else 0):
+        tries = 2 if answered else 0
+        while client and tries and not self._ended:
+            tries -= 1
             with contextlib.suppress(Exception):
-                client.set_terminated(str(self.run_id), self._status, _milliseconds())  # type: ignore[union-attr]
+                client.set_terminated(str(self.run_id), self._status, _milliseconds())
                 self._ended = True
-                break
 
     def _begin(self) -> MlflowClient:
-        """Find or create experiment and run; set tags and params. May be called again after it raised anywhere."""
+        """Find or create experiment and run. May be called again after it raised anywhere."""
         place = Path(unquote(urlsplit(self.uri).path[1:])).parent if self.uri.startswith(SQLITE) else None
         client, run = _open_store(self.uri, place), None
         if self.run_id:
@@ -271,8 +276,6 @@ class Tracker:
                 run, self.run_id, self._continued = None, None, False
         if run is None:
             run = self._create_run(client, place)
-        _send_tags(client, run.info.run_id, self._tags)
-        _send_params(client, run.info.run_id, self._params, run.data.params)
         if run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
         self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
@@ -386,8 +389,9 @@ def _send_tags(client: MlflowClient, run: str, values: Mapping[str, str]) -> Non
         client.log_batch(run, tags=tags[start : start + MAX_PARAMS], synchronous=True)
 
 
-def _send_params(client: MlflowClient, run: str, values: Mapping[str, object], old: Mapping[str, str]) -> None:
+def _send_params(client: MlflowClient, run: str, values: Mapping[str, object]) -> None:
     """Params can't be changed in MLflow: log those the run doesn't have, and the changed ones as tags."""
+    old = client.get_run(run).data.params
     texts = {_name(key): _cut(value, MAX_PARAM) for key, value in values.items()}
     params = [Param(key, text) for key, text in texts.items() if key not in old]
     for start in range(0, len(params), MAX_PARAMS):
@@ -403,9 +407,9 @@ def _has_image(client: MlflowClient, run: str, key: str, step: int) -> bool:
 
 
 def _name(key: str) -> str:
-    """`key` as MLflow takes names of metrics, params and tags: others of its characters become _, a// b -> a/ b."""
+    """`key` as MLflow takes names of metrics, params, tags: any other character becomes _, and /a//../b becomes a/b."""
     parts = [part for part in re.sub(r"[^/\w.\- :]", "_", key).split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:MAX_NAME] or "_"
+    return "/".join(parts)[:MAX_NAME].rstrip("/") or "_"
 
 
 def _cut(value: object, limit: int) -> str:

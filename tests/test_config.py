@@ -51,6 +51,7 @@ def printed() -> str:
 
 @pytest.mark.skipif(not PAPER.exists(), reason="the paper's text is not beside the repository")
 def test_the_copy_of_table_4_is_the_papers():
+    """So that the presets are held against the paper's numbers where its text is not at hand, too."""
     assert rows(printed()) == rows(TABLE_4)
 
 
@@ -89,6 +90,7 @@ def test_flag_names_are_unique_over_the_groups():
 
 
 def test_settings_are_frozen():
+    """A run's configuration is the one that was written down."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().distillation.ipc = 2  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -124,12 +126,14 @@ def test_updated_changes_the_named_and_keeps_the_others():
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_names():
+    """A typo is not a silent default."""
     with pytest.raises(UserError, match="unknown setting 'lamda_x': did you mean lambda_x") as caught:
         Config().updated(ipc=3, lamda_x=0.1)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_names():
+    """The nearest first, then all."""
     with pytest.raises(UserError, match="unknown preset 'cifar10-ipc5': did you mean cifar10-ipc50") as caught:
         preset("cifar10-ipc5")
     assert all(name in str(caught.value) for name in PRESETS)
@@ -148,6 +152,7 @@ def test_json_round_trip(name, tmp_path):
 
 
 def test_a_configuration_of_an_older_version_gets_the_defaults_for_what_it_lacks():
+    """A run can be resumed after an update that added a flag."""
     assert from_json('{"ipc": 10}', "x") == Config().updated(ipc=10)
 
 
@@ -169,6 +174,7 @@ def test_bytes_that_are_no_text_are_refused_by_their_name(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
+    """The message names the folder."""
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         read_config(tmp_path)
 
@@ -190,6 +196,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["fbpc", "fbpc-isotropic", "random"])
 def test_presets_pass_the_check(name, method):
+    """Each preset can be run as it is, with every method."""
     check(preset(name).updated(method=method))
 
 
@@ -245,6 +252,7 @@ def test_the_smallest_values_pass(name):
 
 @pytest.mark.parametrize("name", ["threads", "depth", "chain_full_batch", *NOT_NEGATIVE, *FRACTION])
 def test_zero_passes_where_it_means_something(name):
+    """0 threads or depth is automatic; no noise, no prior, no momentum and no validation split are choices."""
     check(Config().updated(**{name: 0}))
 
 
@@ -258,6 +266,7 @@ def test_a_chain_without_a_sample_is_refused():
 
 @pytest.mark.parametrize("names", [(), ("convnet-in", "convnet-in"), ("convnet-in", "convnet-gn", "convnet-in")])
 def test_no_or_repeated_architectures_are_refused(names):
+    """A network named twice would be summed twice and logged over itself."""
     assert "--architectures" in refused(architectures=names)
 
 

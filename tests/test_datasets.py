@@ -333,7 +333,9 @@ def test_images_of_other_modes_become_rgb(tmp_path):
 def test_image_folder(word, tmp_path):
     for label, name in enumerate(("zebra", "ant")):
         write_images(tmp_path / "train" / name, pixels(3, label))
-        write_images(tmp_path / word / name / "deeper", pixels(2, 10 + label))
+        write_images(tmp_path / "store" / name, pixels(2, 10 + label))
+        (tmp_path / word / name).mkdir(parents=True)
+        (tmp_path / word / name / "deeper").symlink_to(tmp_path / "store" / name)
     (tmp_path / "train" / "ant" / "Thumbs.db").write_bytes(b"no image")
     (tmp_path / "train" / "ant" / "._000.png").write_bytes(b"no image")
     (tmp_path / "train" / ".cache").mkdir()

@@ -124,6 +124,7 @@ def test_inference_and_vision_do_not_know_each_other_nor_anything_above():
 
 
 def test_the_base_imports_nothing_of_the_package_but_errors_and_each_other():
+    """config, errors, rng, types and atomic can be read, and tested, without the rest."""
     base = {"config", "errors", "rng", "types", "atomic"}
     for who, whom, _ in inner():
         if who in base:
@@ -172,6 +173,7 @@ def test_there_is_no_import_cycle():
 
 
 def test_jobs_are_imported_by_nobody():
+    """Jobs, tests and benchmarks stand on top."""
     assert not [found for found in all_imports() if found.target.split(".")[0] in ("jobs", "tests", "benchmarks")]
 
 

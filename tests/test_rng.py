@@ -80,6 +80,7 @@ def test_names_whose_digests_share_32_bits_give_different_streams():
 
 
 def test_a_generator_leaves_the_global_one_alone():
+    """Making one seeds nothing else, and drawing from it neither."""
     before = torch.random.get_rng_state()
     torch.rand(3, generator=generator(0, "a"))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -147,6 +148,7 @@ def test_a_file_is_written_with_its_folders_and_replaced(tmp_path):
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
+    """e acute and an arrow by their bytes, and no newline translated."""
     atomic.write_text(tmp_path / "t", "é→\n")
     assert (tmp_path / "t").read_bytes() == b"\xc3\xa9\xe2\x86\x92\n"
 

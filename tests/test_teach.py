@@ -156,6 +156,7 @@ def test_batchnorm_buffers_are_part_of_every_state(data):
 
 
 def test_states_are_plain_tensors_on_the_cpu(data):
+    """They are written to disk: no graph, no device."""
     for state in teach(network("convnet-bn"), data, epochs=1, learning_rate=0.1, batch_size=64, augment="dsa",
                        seed=0, index=0):  # fmt: skip
         assert not any(value.requires_grad for value in state.values())

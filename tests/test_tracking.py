@@ -219,20 +219,24 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:////r/mlflow.db --port 5000"
     )
     assert " 'sqlite:////a b/mlflow.db' " in tracking.ui_command("sqlite:////a b/mlflow.db")
+    names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}
+    assert {name: tracking._name(name) for name in names} == names
 
 
-def test_output_stays_clean(tmp_path: Path):
-    """A new process, a new database: MLflow, Alembic and git print nothing; what the caller prints is all."""
+@pytest.mark.slow
+def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
+    """Two processes, one new database: MLflow, Alembic and git print nothing, and both runs are complete."""
     code = (
         "import pathlib, sys; from fbpc_ray import tracking\n"
-        "t = tracking.Tracker(tracking.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1})\n"
+        "t = tracking.Tracker(tracking.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
+        "                     finish_seconds=60)\n"
         "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in tracking.ENVIRONMENT}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("pending 0\n", "")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=90) for process in both] == [("pending 0\n", "")] * 2
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:

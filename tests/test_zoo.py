@@ -113,6 +113,7 @@ def test_parameter_counts_are_the_papers(name, changes, count):
 
 
 def test_the_architectures_are_the_five_norms():
+    """Method section 2, so far: ConvNet with IN, GN, LN, BN, and none."""
     assert sorted(ARCHITECTURES) == sorted(ALL)
 
 
@@ -190,6 +191,7 @@ def test_predict_takes_each_image_on_its_own(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "convnet-bn"])
 def test_without_batchnorm_there_are_no_statistics_and_predict_is_forward(name):
+    """Only BatchNorm has two modes."""
     net = network(name)
     params, images = random_params(net), images_of()
     statistics = net.statistics(params, [images])
@@ -284,6 +286,7 @@ def test_predict_never_falls_back_on_the_statistics_of_an_earlier_call():
 
 @pytest.mark.parametrize("name", ALL)
 def test_inputs_are_left_alone_and_predictions_carry_no_gradient(name):
+    """Pure functions: no argument changes in place, and only `forward` is part of a graph."""
     net = network(name)
     params, images = random_params(net), images_of()
     kept, kept_images = {n: v.clone() for n, v in params.items()}, images.clone()
@@ -354,6 +357,7 @@ def test_init_is_the_module_of_the_same_generator_and_owns_its_memory():
 
 
 def test_making_a_network_leaves_the_global_generator_alone():
+    """Randomness is an argument: a worker's networks don't shift anybody's draws."""
     before = torch.random.get_rng_state()
     network("convnet-bn").module(generator(0, "m"))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -384,6 +388,7 @@ def test_parameters_of_a_snapshot_drops_the_buffers(name):
     ],
 )
 def test_what_cannot_be_built_says_why_in_one_line(changes, words):
+    """The cause, and the flag or the names that mend it."""
     with pytest.raises(UserError) as caught:
         network(**changes)
     message = str(caught.value)
