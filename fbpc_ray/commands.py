@@ -15,7 +15,7 @@ from fbpc_ray.config import Config, Evaluation, Execution, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError
-from fbpc_ray.provenance import commit, home, versions
+from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.vision.datasets import Dataset, denormalise
@@ -65,9 +65,9 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     with _says_how_to_resume(again), plan.backend(settings, interruption, log) as workers:
         run.write_config(settings)
         log(f"run: {run.folder}")
-        device = workers.describe()
-        log(f"data: {dataset.name}, {len(dataset.train.labels)} training images; on {device}")
-        with _tracked(settings, run, dataset, device) as tracker:
+        made_by = capture(workers.describe())
+        log(f"data: {dataset.name}, {len(dataset.train.labels)} training images; on {made_by.device}")
+        with _tracked(settings, run, dataset, made_by) as tracker:
             if learned:
                 stores = pipeline.train_experts(settings, dataset, specs, workers, log)
                 if state.step:
@@ -95,7 +95,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
                 log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s; {_endings(rows)}")
             method = settings.distillation.method
             made = {name: _coreset(s, labels, dataset) for name, s in (("random", first), (method, state))}
-            facts = {"method": method, "data": dataset.name, "step": str(state.step), "commit": commit()}
+            facts = {"method": method, "data": dataset.name, "step": str(state.step), "commit": made_by.commit}
             coreset.save(made[method], run.coreset_path, facts)
             coreset.save(made["random"], run.random_path, {**facts, "method": "random"})
             pixels = denormalise(state.images, dataset.mean, dataset.std).numpy()
@@ -104,7 +104,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
             scored = pipeline.evaluate(
                 made, specs, dataset, "test", settings.evaluation, settings.networks.augment, workers, log
             )
-            result = results.result_of(settings, dataset, rows, scored, "test", device)
+            result = results.result_of(settings, dataset, rows, scored, "test", made_by)
             run.write_result(result)
             tracker.metrics(results.metrics(scored), state.step)
             for path in (run.coreset_path, run.picture_path, run.result_path, run.metrics_path):
@@ -154,9 +154,9 @@ def evaluate(
         _describe(settings, dataset, specs)
         return
     with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("nothing was written"):
-        device = workers.describe()
+        made_by = capture(workers.describe())
         scored = pipeline.evaluate(found, specs, dataset, split, evaluation, settings.networks.augment, workers, log)
-    result = results.result_of(settings, dataset, [], scored, split, device)
+    result = results.result_of(settings, dataset, [], scored, split, made_by)
     number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
     path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
     atomic.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -239,7 +239,7 @@ class _Untracked:
 
 
 @contextmanager
-def _tracked(settings: Config, run: Run, dataset: Dataset, device: str) -> Iterator[Any]:
+def _tracked(settings: Config, run: Run, dataset: Dataset, made_by: Provenance) -> Iterator[Any]:
     """The MLflow run of this distillation, ended as the block ends."""
     if not settings.execution.tracking:
         yield _Untracked()
@@ -260,9 +260,10 @@ def _tracked(settings: Config, run: Run, dataset: Dataset, device: str) -> Itera
         run_name=run.folder.name,
         run_id=before.get("run_id") if before.get("uri") == uri else None,
         tags={
-            "method": d.method, "data": dataset.name, "ipc": str(d.ipc), "commit": commit(), "device": device,
+            "method": d.method, "data": dataset.name, "ipc": str(d.ipc),
+            "commit": made_by.commit, "device": made_by.device,
             "architectures": " ".join(settings.networks.architectures), "folder": str(run.folder),
-            **{f"version.{name}": version for name, version in versions().items()},
+            **{f"version.{name}": version for name, version in made_by.versions.items()},
         },
         params=settings.flat(),
         log=log,

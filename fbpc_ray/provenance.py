@@ -5,6 +5,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from fbpc_ray import __version__
 
@@ -19,8 +20,23 @@ def home() -> Path:
     return Path.home() / "fbpc-ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of what it stands on; packages that are not installed are left out."""
+class Provenance(NamedTuple):
+    """What made a result, as it was when the work began."""
+
+    versions: dict[str, str]
+    """Of Python, of this package and of what it stands on; packages that are not installed are left out."""
+    commit: str
+    """Of this code, '+changes' where files differ from it, 'unknown' outside a checkout."""
+    device: str
+    """In words."""
+
+
+def capture(device: str) -> Provenance:
+    """The provenance of work that begins now on `device`."""
+    return Provenance(_versions(), _commit(), device)
+
+
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "fbpc-ray": __version__}
     for package in PACKAGES:
         try:
@@ -30,8 +46,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The git commit of this code, '+changes' where files differ from it, or 'unknown' outside a checkout."""
+def _commit() -> str:
     root = Path(__file__).resolve().parent.parent
     try:
         head, status = (

@@ -5,7 +5,7 @@ from typing import Any
 
 from fbpc_ray.config import Config
 from fbpc_ray.plan import threads
-from fbpc_ray.provenance import commit, versions
+from fbpc_ray.provenance import Provenance
 from fbpc_ray.vision.datasets import Dataset
 
 Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
@@ -13,7 +13,7 @@ Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
 
 
 def result_of(
-    config: Config, dataset: Dataset, rows: list[dict[str, Any]], evaluation: dict[str, Any], split: str, device: str
+    config: Config, dataset: Dataset, rows: list[dict[str, Any]], evaluation: Evaluated, split: str, made_by: Provenance
 ) -> dict[str, Any]:
     """result.json: what was done, by what, and every value."""
     d = config.distillation
@@ -26,7 +26,7 @@ def result_of(
         "map_endings": {ending: endings.count(ending) for ending in sorted(set(endings))},
         "split": split, "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.eval_seeds)), "coresets": evaluation,
-        "versions": versions(), "commit": commit(), "device": device, "threads": threads(config),
+        **made_by._asdict(), "threads": threads(config),
     }  # fmt: skip
 
 

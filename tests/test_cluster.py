@@ -124,6 +124,9 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
     assert len(killed) >= 2
     assert any("replaced and asked again" in line for line in cluster.lines)
     assert all_cpus_free()
+    end = time.monotonic() + 20
+    while worker_pids() and time.monotonic() < end:  # the kernel takes a moment to reap them
+        time.sleep(0.2)
     assert not worker_pids()
 
 

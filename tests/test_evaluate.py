@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fbpc_ray import evaluate, pipeline, plan
 from fbpc_ray.config import Evaluation
@@ -13,6 +14,7 @@ from fbpc_ray.vision.datasets import Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network
 
+Pair = tuple[Tensor, Tensor]
 SETTINGS = Evaluation(chain_steps=30, chain_every=10)
 
 
@@ -31,7 +33,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_samples_are_the_states_after_every_tenth_epoch(network, coreset):
+def test_samples_are_the_states_after_every_tenth_epoch(network, coreset: Pair):
     """30 epochs with one sample every 10 give 3; those of a longer chain begin with the same three."""
     samples = posterior_samples(network, *coreset, SETTINGS, "dsa", seed=0)
     assert len(samples) == 3
@@ -43,7 +45,7 @@ def test_samples_are_the_states_after_every_tenth_epoch(network, coreset):
     assert same(often[1], samples[0])
 
 
-def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset):
+def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset: Pair):
     """Without noise, prior or augmentation, batches of 7 of 20 images take 3 steps an epoch: 3 SGD steps by hand."""
     settings = replace(
         SETTINGS,
@@ -69,7 +71,7 @@ def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset
         torch.testing.assert_close(sample[k], value.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset):
+def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
     """d = chain_d / m: twice the coreset with the same chain_d has half the noise variance. Seen on the first step."""
 
     def jump(images, labels):
@@ -81,20 +83,20 @@ def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset):
     assert (once / double).item() == pytest.approx(2**0.5, rel=0.01)
 
 
-def test_chains_differ_by_seed_and_repeat_by_it(network, coreset):
+def test_chains_differ_by_seed_and_repeat_by_it(network, coreset: Pair):
     one, again, other = (posterior_samples(network, *coreset, SETTINGS, "dsa", seed) for seed in (0, 0, 1))
     assert same(one[-1], again[-1])
     assert not same(one[-1], other[-1])
 
 
-def test_the_augmentation_switch_acts(network, coreset):
+def test_the_augmentation_switch_acts(network, coreset: Pair):
     plain = posterior_samples(network, *coreset, replace(SETTINGS, chain_augment=False), "dsa", 0)
     none = posterior_samples(network, *coreset, SETTINGS, "none", 0)
     assert same(plain[-1], none[-1])
     assert not same(plain[-1], posterior_samples(network, *coreset, SETTINGS, "dsa", 0)[-1])
 
 
-def test_scores_do_not_depend_on_batches_or_order_of_the_test_set(network, coreset, digits, monkeypatch):
+def test_scores_do_not_depend_on_batches_or_order_of_the_test_set(network, coreset: Pair, digits, monkeypatch):
     """BatchNorm too: its statistics come from the coreset, not from the test images that share a batch."""
     samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
     images, labels = tensors(digits.test, "cpu")
@@ -106,7 +108,7 @@ def test_scores_do_not_depend_on_batches_or_order_of_the_test_set(network, cores
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_average_is_over_the_samples(network, coreset, digits):
+def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
     """Its probabilities are the mean of the softmax of every sample: by hand for all three."""
     samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
     test = RealData(*tensors(digits.test, "cpu"), digits.mean, digits.std)
@@ -118,7 +120,7 @@ def test_the_average_is_over_the_samples(network, coreset, digits):
     assert scores(predictive(network, samples, coreset[0], test)).nll == pytest.approx(nll, rel=1e-6)
 
 
-def test_a_chain_task_scores_the_split_it_is_given(network, coreset, digits):
+def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digits):
     """The task gives what its parts give, on the split of the judge."""
     settings, few = SETTINGS, Split(digits.test.images[:50], digits.test.labels[:50])
     chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
@@ -130,7 +132,7 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset, digits):
     assert scores(result.stats) == scores(expected)
 
 
-def test_a_chain_that_explodes_says_so(network, coreset, digits):
+def test_a_chain_that_explodes_says_so(network, coreset: Pair, digits):
     settings = replace(SETTINGS, chain_eta=1e20)
     chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
     assert run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu").stats is None
