@@ -91,7 +91,7 @@ def distill(
     rows: list[dict[str, Any]],
     workers: Backend,
     interruption: Interruption,
-    on_step: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[dict[str, float], int], None],
     on_checkpoint: Callable[[State], None],
 ) -> State:
     """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step and architecture.
@@ -114,7 +114,7 @@ def distill(
             stats = [each.stats for each in gradients]
             for name, its in zip(names, stats, strict=True):
                 rows.append({"step": state.step, "architecture": name, **its._asdict(), "seconds_step": seconds})
-            on_step(state.step, metrics_of(names, stats, seconds))
+            on_step(metrics_of(names, stats, seconds), state.step)
             bar.set_postfix(loss=f"{sum(s.expected_x - s.expected_u for s in stats):.3f}", refresh=False)
             bar.update()
             if state.step % d.checkpoint_every == 0 or state.step == d.steps or interruption.number:

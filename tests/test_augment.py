@@ -372,6 +372,13 @@ def test_cutout_takes_half_the_side_in_the_middle_of_the_image():
     assert (out[:, :, 4:12, 4:12] == 0).all()
 
 
+def test_a_parameter_that_rounds_up_to_one_stays_in_range():
+    """In bfloat16 the largest uniform becomes 1, which is no draw: the centre is 16, and the lower right 4x4 is cut."""
+    out = apply(Draw("cutout", torch.full((1, 3), ALMOST_ONE)), torch.ones(1, 1, 16, 16, dtype=torch.bfloat16))
+    assert (out == 0).sum() == 16
+    assert (out[:, :, 12:, 12:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SIX)
 def test_shape_and_type_stay(name, dtype):

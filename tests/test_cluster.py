@@ -74,7 +74,7 @@ def all_cpus_free(seconds: float = 20.0) -> bool:
     return False
 
 
-def run_on(backend, config, digits, folder, on_step=lambda step, values: None):
+def run_on(backend, config, digits, folder, on_step=lambda values, step: None):
     """Distil with `backend` and return the images after the last step."""
     specs = plan.specs(config, digits)
     stores = [plan.store(config, digits, spec) for spec in specs]
@@ -113,7 +113,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
-    def on_step(step, values):
+    def on_step(values, step):
         if step == 1:
             kill(1)
         if step == 2:
@@ -270,9 +270,10 @@ def test_it_runs_as_a_submitted_job(whole, small, tmp_path):
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
-            head.wait(30)
+            head.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
         for pid in ray_processes(ray):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(ray, ignore_errors=True)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -128,6 +130,40 @@ def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
     assert not Run(folder).result_path.exists()
     distil("--out", str(folder), "--resume")
     assert torch.equal(images_of(folder), images_of(whole))
+
+
+def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, tmp_path, monkeypatch):
+    """Steps 1..5 and, after --resume, 6..12 stand in the same run, with config, versions, pictures and artifacts."""
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    folder = tmp_path / "tracked"
+    distil(*flags(small, backend="serial", steps=5, out=str(folder), tracking=True, checkpoint_every=4))
+    distil("--out", str(folder), "--resume", "--steps", "12")
+    assert torch.equal(images_of(folder), images_of(whole))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own, as it opens a database
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        (experiment,) = [e for e in client.search_experiments() if e.name == "fbpc"]
+        (run,) = client.search_runs([experiment.experiment_id])
+        steps = {point.step for point in client.get_metric_history(run.info.run_id, "expected_x/convnet-bn")}
+        artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+        pictures = client.list_artifacts(run.info.run_id, "images")
+    assert run.info.status == "FINISHED"
+    assert steps == set(range(1, 13))
+    rows = pq.read_table(Run(folder).metrics_path).to_pylist()
+    assert run.data.metrics["psi_u/convnet-bn"] == rows[-1]["psi_u"]
+    for name in ("expected_u", "psi_x", "gradient_norm", "map_steps", "seconds_x", "seconds_map", "seconds_u"):
+        assert f"{name}/convnet-in" in run.data.metrics
+    assert 0 < run.data.metrics["test/accuracy/fbpc/convnet-in"] < 1
+    assert (run.data.params["lambda_x"], run.data.params["width"]) == ("0.05", "8")
+    assert run.data.tags["method"] == "fbpc"
+    assert run.data.tags["version.torch"] == torch.__version__.split("+")[0]
+    assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= artifacts
+    shown = {int(found.group(1)) for entry in pictures if (found := re.search(r"step[+%](\d+)", entry.path))}
+    assert shown == {0, 4, 5, 8, 12}
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"digits"}
 
 
 def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
