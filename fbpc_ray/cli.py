@@ -5,14 +5,14 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from fbpc_ray import __version__
-from fbpc_ray.config import PRESETS, Config, Evaluation, Execution, preset, read_config
+from fbpc_ray.config import PRESETS, Config, Data, Evaluation, Experts, Networks, Workers, preset, read_config
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.signals import Interrupted
 
@@ -46,8 +46,16 @@ class DistillArguments:
 class ExpertArguments:
     """Train the expert trajectories that are missing. `distill` does so too; this does only this."""
 
-    job: Job = field(default_factory=Job)
-    config: Config = field(default_factory=Config)
+    preset: str = ""
+    """As for `distill`."""
+    data: Data = field(default_factory=Data)
+    networks: Networks = field(default_factory=Networks)
+    experts: Experts = field(default_factory=Experts)
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+    json: str = ""
+    """Also write the folders of the experts to this file."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class EvaluateArguments:
     split: str = "test"
     """test | validation."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    execution: Execution = field(default_factory=Execution)
+    workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
     """Say what would be done, and write nothing."""
     json: str = ""
@@ -114,20 +122,27 @@ def distill(argv: list[str], program: str) -> None:
 
 
 def experts(argv: list[str], program: str) -> None:
-    args = _parse(ExpertArguments, argv, program, ExpertArguments(config=_base(argv)))
+    base = _base(argv)
+    default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts, workers=base.workers)
+    args = _parse(ExpertArguments, argv, program, default)
     from fbpc_ray import commands
 
-    commands.experts(args.config, dry_run=args.job.dry_run, json=args.job.json)
+    config = replace(base, data=args.data, networks=args.networks, experts=args.experts, workers=args.workers)
+    commands.experts(config, dry_run=args.dry_run, json=args.json)
 
 
 def evaluate(argv: list[str], program: str) -> None:
-    args = _parse(EvaluateArguments, argv, program)
+    stored = read_config(Path(_parse(EvaluateArguments, argv, program).run))
+    args = _parse(EvaluateArguments, argv, program, EvaluateArguments("", evaluation=stored.evaluation))
+    networks = replace(
+        stored.networks,
+        architectures=args.architectures or stored.networks.architectures,
+        width=args.width or stored.networks.width,
+    )
+    config = replace(stored, networks=networks, evaluation=args.evaluation, workers=args.workers)
     from fbpc_ray import commands
 
-    commands.evaluate(
-        Path(args.run), args.architectures, args.width, args.split, args.evaluation, args.execution,
-        dry_run=args.dry_run, json=args.json,
-    )  # fmt: skip
+    commands.evaluate(Path(args.run), config, args.split, dry_run=args.dry_run, json=args.json)
 
 
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {

@@ -4,17 +4,22 @@ import json as json_format
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
 
 from fbpc_ray import atomic, config, coreset, figures, pipeline, plan, results
-from fbpc_ray.config import Config, Evaluation, Execution, read_config
+from fbpc_ray.backend import Backend
+from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError
+from fbpc_ray.experts import ExpertStore
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
@@ -27,19 +32,38 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
+class _Job(NamedTuple):
+    """A configuration and what it stands for."""
+
+    settings: Config
+    dataset: Dataset
+    specs: list[Spec]
+    stores: list[ExpertStore]
+    """The experts of each network; none for a method that needs none."""
+
+
+def _prepare(settings: Config) -> _Job:
+    """Load the data, build the networks and open the stores. Raises UserError for what can't be, and writes nothing."""
+    dataset = plan.load_data(settings, log)
+    specs = plan.specs(settings, dataset)
+    stores = [plan.store(settings, dataset, spec) for spec in specs] if _steps(settings) else []
+    return _Job(settings, dataset, specs, stores)
+
+
 def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing."""
     plan.check(settings)
-    dataset = plan.load_data(settings, log)
-    specs = plan.specs(settings, dataset)
+    job = _prepare(settings)
     if dry_run:
-        _describe(settings, dataset, specs)
+        _describe(job)
         return
     with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("the same command goes on"):
-        stores = pipeline.train_experts(settings, dataset, specs, workers, log)
-    for spec, store in zip(specs, stores, strict=True):
-        log(f"{spec.architecture}: {store.folder}")
-    _write_json(json, {s.architecture: str(store.folder) for s, store in zip(specs, stores, strict=True)})
+        count = settings.experts.expert_count
+        pipeline.train_experts(job.stores, job.specs, count, job.dataset, workers, log)
+    folders = {spec.architecture: str(store.folder) for spec, store in zip(job.specs, job.stores, strict=True)}
+    for architecture, folder in folders.items():
+        log(f"{architecture}: {folder}")
+    _write_json(json, folders)
 
 
 def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None:
@@ -50,69 +74,26 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"this run is complete; raise --steps above {done['steps']} to go on\n\n{results.table(done['coresets'])}")
         _write_json(json, done)
         return
-    dataset = plan.load_data(settings, log)
-    specs = plan.specs(settings, dataset)
-    first, labels = pipeline.first_state(dataset, settings.distillation.ipc, settings.distillation.seed)
+    job = _prepare(settings)
     if dry_run:
-        _describe(settings, dataset, specs)
+        _describe(job)
         return
-    state, rows = (resume and run.restore(labels, dataset.image_shape)) or (first, [])
+    first, labels = pipeline.first_state(job.dataset, settings.distillation.ipc, settings.distillation.seed)
+    state, rows = (resume and run.restore(labels, job.dataset.image_shape)) or (first, [])
     if state.step > _steps(settings):
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
-    learned = settings.distillation.method != "random"
     interruption = Interruption()
     again = f"resume with: fbpc distill --out {shlex.quote(str(run.folder))} --resume"
     with _says_how_to_resume(again), plan.backend(settings, interruption, log) as workers:
         run.write_config(settings)
         log(f"run: {run.folder}")
         made_by = capture(workers.describe())
-        log(f"data: {dataset.name}, {len(dataset.train.labels)} training images; on {made_by.device}")
-        with _tracked(settings, run, dataset, made_by) as tracker:
-            if learned:
-                stores = pipeline.train_experts(settings, dataset, specs, workers, log)
-                if state.step:
-                    log(f"resumed at step {state.step}")
-
-                def show(current: State) -> None:
-                    pixels = denormalise(current.images, dataset.mean, dataset.std).numpy()
-                    tracker.image("coreset", figures.coreset_array(pixels, labels.numpy()), current.step)
-                    _remember(run, tracker)
-
-                show(state)
-                start = time.perf_counter()
-                if state.step < _steps(settings):
-                    shared = {
-                        "dataset": dataset,
-                        "labels": labels.numpy(),
-                        "settings": settings.distillation,
-                        "augment": settings.networks.augment,
-                        "expert_count": settings.experts.expert_count,
-                    }
-                    each = [{"spec": spec, "store": store} for spec, store in zip(specs, stores, strict=True)]
-                    workers.start_workers(shared, each, plan.threads(settings))
-                    state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show)
-                    workers.stop_workers()
-                log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s; {_endings(rows)}")
-            method = settings.distillation.method
-            made = {name: _coreset(s, labels, dataset) for name, s in (("random", first), (method, state))}
-            facts = {"method": method, "data": dataset.name, "step": str(state.step), "commit": made_by.commit}
-            coreset.save(made[method], run.coreset_path, facts)
-            coreset.save(made["random"], run.random_path, {**facts, "method": "random"})
-            pixels = denormalise(state.images, dataset.mean, dataset.std).numpy()
-            title = f"{method}, {dataset.name}, {settings.distillation.ipc} a class, step {state.step}"
-            figures.coreset_grid(pixels, labels.numpy(), dataset.classes, run.picture_path, title)
-            scored = pipeline.evaluate(
-                made, specs, dataset, "test", settings.evaluation, settings.networks.augment, workers, log
-            )
-            result = results.result_of(settings, dataset, rows, scored, "test", made_by)
-            run.write_result(result)
-            tracker.metrics(results.metrics(scored), state.step)
-            for path in (run.coreset_path, run.picture_path, run.result_path, run.metrics_path):
-                if path.exists():
-                    tracker.artifact(path)
-            _remember(run, tracker)
+        log(f"data: {job.dataset.name}, {len(job.dataset.train.labels)} training images; on {made_by.device}")
+        with _tracked(job, run, made_by) as tracker:
+            state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
+            result = _judge(job, run, first, state, labels, rows, workers, made_by, tracker)
     _write_json(json, result)
-    log(f"\n{results.table(scored)}\n")
+    log(f"\n{results.table(result['coresets'])}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
     if tracker.uri:
@@ -121,28 +102,95 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"MLflow:  {ui_command(tracker.uri)}")
 
 
+def _learn(
+    job: _Job,
+    run: Run,
+    state: State,
+    labels: Tensor,
+    rows: list[dict[str, Any]],
+    workers: Backend,
+    interruption: Interruption,
+    tracker: Any,
+) -> State:
+    """The missing experts, then the missing steps. Nothing, for a method that learns nothing."""
+    settings, steps = job.settings, _steps(job.settings)
+    if not steps:
+        return state
+    count = settings.experts.expert_count
+    pipeline.train_experts(job.stores, job.specs, count, job.dataset, workers, log)
+    if state.step:
+        log(f"resumed at step {state.step}")
+
+    def show(current: State) -> None:
+        tracker.image("coreset", figures.coreset_array(_pixels(current, job.dataset), labels.numpy()), current.step)
+        _remember(run, tracker)
+
+    show(state)
+    start = time.perf_counter()
+    if state.step < steps:
+        shared = {
+            "dataset": job.dataset,
+            "labels": labels.numpy(),
+            "settings": settings.distillation,
+            "augment": settings.networks.augment,
+            "expert_count": count,
+        }
+        each = [{"spec": spec, "store": store} for spec, store in zip(job.specs, job.stores, strict=True)]
+        workers.start_workers(shared, each, plan.threads(settings))
+        state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show)
+        workers.stop_workers()
+    log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s; {_endings(rows)}")
+    return state
+
+
+def _judge(
+    job: _Job,
+    run: Run,
+    first: State,
+    state: State,
+    labels: Tensor,
+    rows: list[dict[str, Any]],
+    workers: Backend,
+    made_by: Provenance,
+    tracker: Any,
+) -> dict[str, Any]:
+    """Write the coresets and the picture, evaluate both coresets, write the result; all of it to MLflow too."""
+    dataset, d = job.dataset, job.settings.distillation
+    made = {
+        name: Coreset(each.images, labels, dataset.mean, dataset.std, dataset.classes)
+        for name, each in (("random", first), (d.method, state))
+    }
+    facts = {"method": d.method, "data": dataset.name, "step": str(state.step), "commit": made_by.commit}
+    coreset.save(made[d.method], run.coreset_path, facts)
+    coreset.save(made["random"], run.random_path, {**facts, "method": "random", "step": "0"})
+    title = f"{d.method}, {dataset.name}, {d.ipc} a class, step {state.step}"
+    figures.coreset_grid(_pixels(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
+
+    evaluation, augment = job.settings.evaluation, job.settings.networks.augment
+    scored = pipeline.evaluate(made, job.specs, dataset, "test", evaluation, augment, workers, log)
+    result = results.result_of(job.settings, dataset, rows, scored, "test", made_by)
+    run.write_result(result)
+    tracker.metrics(results.metrics(scored), state.step)
+    for path in (run.coreset_path, run.picture_path, run.result_path, run.metrics_path):
+        if path.exists():
+            tracker.artifact(path)
+    return result
+
+
 def evaluate(
     folder: Path,
-    architectures: Sequence[str],
-    width: int,
+    settings: Config,
     split: str,
-    evaluation: Evaluation,
-    execution: Execution,
     *,
     dry_run: bool,
     json: str,
 ) -> None:
-    """SGHMC on the coreset of a run and on its Random coreset, on any architecture."""
-    stored = read_config(folder)
-    run = Run(folder)
+    """SGHMC on the coreset of the run in `folder` and on its Random coreset, on the networks of `settings`."""
+    run, method = Run(folder), settings.distillation.method
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
-    settings = stored.updated(
-        architectures=tuple(architectures) or stored.networks.architectures, width=width or stored.networks.width
-    )
-    settings = Config(settings.data, settings.networks, settings.experts, settings.distillation, evaluation, execution)
     plan.check(settings)
-    found = {"random": coreset.load(run.random_path), stored.distillation.method: coreset.load(run.coreset_path)}
+    found = {"random": coreset.load(run.random_path), method: coreset.load(run.coreset_path)}
     dataset = plan.load_data(settings, log)
     specs = plan.specs(settings, dataset)
     for name, each in found.items():
@@ -151,11 +199,12 @@ def evaluate(
                 f"the {name} coreset of {folder} is not of data set {dataset.name}: give the run of this data"
             )
     if dry_run:
-        _describe(settings, dataset, specs)
+        _describe(_Job(settings, dataset, specs, []))
         return
     with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
-        scored = pipeline.evaluate(found, specs, dataset, split, evaluation, settings.networks.augment, workers, log)
+        augment = settings.networks.augment
+        scored = pipeline.evaluate(found, specs, dataset, split, settings.evaluation, augment, workers, log)
     result = results.result_of(settings, dataset, [], scored, split, made_by)
     number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
     path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
@@ -166,13 +215,13 @@ def evaluate(
 
 def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     """The run's folder and the configuration to run with; Raises UserError where --resume does not fit it."""
-    out = settings.execution.out
+    out = settings.output.out
     if resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
         run, stored = Run(Path(out)), read_config(Path(out))
-        if settings.execution.threads == 0:
-            settings = settings.updated(threads=stored.execution.threads)
+        if settings.workers.threads == 0:
+            settings = settings.updated(threads=stored.workers.threads)
         check_resume(stored, settings)
         return run, settings
     d = settings.distillation
@@ -187,8 +236,9 @@ def _steps(settings: Config) -> int:
     return 0 if settings.distillation.method == "random" else settings.distillation.steps
 
 
-def _coreset(state: State, labels: Any, dataset: Dataset) -> Coreset:
-    return Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
+def _pixels(state: State, dataset: Dataset) -> np.ndarray:
+    """The pseudocoreset as (m, c, h, w) uint8."""
+    return denormalise(state.images, dataset.mean, dataset.std).numpy()
 
 
 def _endings(rows: list[dict[str, Any]]) -> str:
@@ -198,16 +248,16 @@ def _endings(rows: list[dict[str, Any]]) -> str:
     return f"MAP solves: {counted}, {steps:.0f} steps on average"
 
 
-def _describe(settings: Config, dataset: Dataset, specs: Sequence[Spec]) -> None:
+def _describe(job: _Job) -> None:
     """--dry-run: what would be done."""
-    log(config.to_json(settings).rstrip())
-    counts = {part: len(getattr(dataset, part).labels) for part in ("train", "validation", "test")}
-    log(f"data: {dataset.name}, {len(dataset.classes)} classes, images {dataset.image_shape}, {counts}")
-    for spec in specs:
-        store = plan.store(settings, dataset, spec)
-        missing = len(store.missing(settings.experts.expert_count))
-        size = f"{Network(spec).parameter_count:,} parameters"
-        log(f"{spec.architecture}: {size}; {missing} experts to train in {store.folder}")
+    log(config.to_json(job.settings).rstrip())
+    counts = {part: len(getattr(job.dataset, part).labels) for part in ("train", "validation", "test")}
+    log(f"data: {job.dataset.name}, {len(job.dataset.classes)} classes, images {job.dataset.image_shape}, {counts}")
+    for spec in job.specs:
+        log(f"{spec.architecture}: {Network(spec).parameter_count:,} parameters")
+    for store in job.stores:
+        missing = len(store.missing(job.settings.experts.expert_count))
+        log(f"{missing} experts to train in {store.folder}")
     log("dry run: nothing was written")
 
 
@@ -239,9 +289,10 @@ class _Untracked:
 
 
 @contextmanager
-def _tracked(settings: Config, run: Run, dataset: Dataset, made_by: Provenance) -> Iterator[Any]:
+def _tracked(job: _Job, run: Run, made_by: Provenance) -> Iterator[Any]:
     """The MLflow run of this distillation, ended as the block ends."""
-    if not settings.execution.tracking:
+    settings, dataset = job.settings, job.dataset
+    if not settings.output.tracking:
         yield _Untracked()
         return
     try:
@@ -256,7 +307,7 @@ def _tracked(settings: Config, run: Run, dataset: Dataset, made_by: Provenance) 
     d = settings.distillation
     tracker = tracking.Tracker(
         uri,
-        settings.execution.experiment,
+        settings.output.experiment,
         run_name=run.folder.name,
         run_id=before.get("run_id") if before.get("uri") == uri else None,
         tags={

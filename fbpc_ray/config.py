@@ -135,21 +135,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Execution:
-    """Where and how it runs. Nothing here changes a result, except --device and --threads in the last bits."""
+class Workers:
+    """Where it runs. Nothing here changes a result, except --device and --threads in the last bits."""
 
     backend: Literal["ray", "serial"] = "ray"
     """ray: one actor an architecture, here or on a cluster; serial: this process alone, to the same bits."""
     device: str = "auto"
     """auto | cpu | cuda. auto takes CUDA where a worker has it."""
     threads: int = 0
-    """CPU threads of a gradient; 0 means the cores of this machine / architectures. Part of the bits."""
+    """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""
     address: str = ""
     """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one."""
     gpus_per_actor: float = 1.0
     """GPUs of a gradient worker where the cluster has GPUs; a fraction lets several share one."""
     cpus_per_actor: float = 0.0
     """CPUs of a gradient worker; 0 means 1, or an equal share where architectures outnumber CPUs."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What it leaves."""
+
     out: str = ""
     """Folder of the run; empty makes a new one under HOME/outputs."""
     tracking: bool = True
@@ -158,7 +164,7 @@ class Execution:
     """MLflow experiment."""
 
 
-GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Execution)
+GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Workers, Output)
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,8 @@ class Config:
     experts: Experts = field(default_factory=Experts)
     distillation: Distillation = field(default_factory=Distillation)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    execution: Execution = field(default_factory=Execution)
+    workers: Workers = field(default_factory=Workers)
+    output: Output = field(default_factory=Output)
 
     def flat(self) -> dict[str, Any]:
         """{flag: value} over all groups."""
@@ -190,9 +197,10 @@ class Config:
         return Config(**groups)
 
 
-MAY_CHANGE_ON_RESUME = {f.name for f in fields(Execution)} - {"threads", "device"} | {
-    "data_root", "download", "experts", "checkpoint_every", "steps", *(f.name for f in fields(Evaluation))
-}  # fmt: skip
+MAY_CHANGE_ON_RESUME = {
+    *(f.name for group in (Evaluation, Workers, Output) for f in fields(group) if f.name not in ("threads", "device")),
+    *("data_root", "download", "experts", "checkpoint_every", "steps"),
+}
 """Flags that don't change the steps already taken."""
 
 

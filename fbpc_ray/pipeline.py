@@ -16,7 +16,7 @@ from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, judge, run_chain
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.metrics import Scores, scores
-from fbpc_ray.plan import Log, store
+from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
 from fbpc_ray.run import Run
@@ -45,11 +45,9 @@ def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> None:
 
 
 def train_experts(
-    config: Config, dataset: Dataset, chosen: Sequence[Spec], workers: Backend, log: Log
-) -> list[ExpertStore]:
-    """Train the trajectories that are missing and return the stores, in the order of `chosen`."""
-    stores = [store(config, dataset, spec) for spec in chosen]
-    count = config.experts.expert_count
+    stores: Sequence[ExpertStore], chosen: Sequence[Spec], count: int, dataset: Dataset, workers: Backend, log: Log
+) -> None:
+    """Train what each store lacks of its first `count` trajectories; one store for each of the networks `chosen`."""
     # Trajectory by trajectory over the architectures, so that an interrupted training leaves a little of each.
     lessons = sorted(
         (_Lesson(spec, its, index) for spec, its in zip(chosen, stores, strict=True) for index in its.missing(count)),
@@ -63,7 +61,6 @@ def train_experts(
     with progress("experts", len(lessons), "trajectory") as bar:
         for _ in workers.map(_teach, dataset, lessons):
             bar.update()
-    return stores
 
 
 def first_state(dataset: Dataset, ipc: int, seed: int) -> tuple[State, torch.Tensor]:

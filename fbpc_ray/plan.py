@@ -90,14 +90,15 @@ def store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
 
 
 def threads(config: Config) -> int:
-    """CPU threads of a gradient."""
-    return config.execution.threads or max(1, (os.cpu_count() or 1) // len(config.networks.architectures))
+    """CPU threads of a gradient. By default half the cores are shared out: with all of them, whatever else runs (Ray
+    itself, a browser) makes OpenMP's threads wait for each other, and a step takes ten times as long."""
+    return config.workers.threads or max(1, (os.cpu_count() or 1) // 2 // len(config.networks.architectures))
 
 
 @contextmanager
 def backend(config: Config, interruption: Interruption, log: Log, **ray_options: Any) -> Iterator[Backend]:
     """The backend of a configuration, closed at the end; signals are caught from here on. Raises UserError."""
-    x = config.execution
+    x = config.workers
     if x.backend == "serial":
         opened: Backend = Serial(x.device, interruption)
     else:

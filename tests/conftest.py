@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fbpc_ray import pipeline, plan
-from fbpc_ray.backend import Serial
+from fbpc_ray.backend import Backend, Serial
 from fbpc_ray.config import Config, preset
+from fbpc_ray.experts import ExpertStore
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset, load
 
@@ -33,8 +34,17 @@ def small(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Config:
     """A small configuration whose experts are trained."""
     folder: Path = tmp_path_factory.mktemp("experts")
     config = preset("digits").updated(**SMALL, experts=str(folder))
-    pipeline.train_experts(config, digits, plan.specs(config, digits), Serial("cpu", Interruption()), lambda line: None)
+    train_experts(config, digits, Serial("cpu", Interruption()))
     return config
+
+
+def train_experts(config: Config, digits: Dataset, backend: Backend) -> list[ExpertStore]:
+    """The stores of the configuration, filled."""
+    specs = plan.specs(config, digits)
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    count = config.experts.expert_count
+    pipeline.train_experts(stores, specs, count, digits, backend, lambda line: None)
+    return stores
 
 
 def flags(config: Config, **changes: object) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, train_experts
 from test_run import ENVIRONMENT, images_of, start, wait_for
 
 from fbpc_ray import coreset, pipeline, plan
@@ -144,11 +144,10 @@ def test_tasks_return_what_serial_returns(cluster, small, digits):
 
 def test_experts_trained_on_ray_are_those_of_serial(cluster, small, digits, tmp_path):
     config = small.updated(experts=str(tmp_path / "on-ray"), architectures=("convnet-bn",), expert_epochs=1)
-    spec = plan.specs(config, digits)[0]
     stores = []
     for name, backend in (("ray", cluster), ("serial", Serial("cpu", Interruption()))):
         own = config.updated(experts=str(tmp_path / name))
-        stores += pipeline.train_experts(own, digits, [spec], backend, lambda line: None)
+        stores += train_experts(own, digits, backend)
     for index in range(2):
         one, other = (store.read(index, 1) for store in stores)
         assert one.keys() == other.keys()

@@ -163,6 +163,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
     assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= artifacts
     shown = {int(found.group(1)) for entry in pictures if (found := re.search(r"step[+%](\d+)", entry.path))}
     assert shown == {0, 4, 5, 8, 12}
+    assert run.inputs is not None
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"digits"}
 
 
@@ -226,7 +227,7 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         (["--architectures", "convnet-im"], "did you mean convnet-in"),
         (["--preset", "cifar10-ipc2"], "did you mean cifar10-ipc1"),
         (["--architectures", "convnet-in", "convnet-in"], "name each network once"),
-        (["--ipc", "500"], "--ipc"),
+        (["--ipc", "500"], "--ipc 500"),
         (["--ipc", "0"], "--ipc is 0: it must be 1 or more"),
         (["--start-epoch", "99"], "raise --expert-epochs"),
         (["--alpha", "-1"], "--alpha"),
@@ -238,7 +239,8 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         (["--depth", "5"], "lower --depth"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_mend(capsys, tmp_path, words, said):
+def test_bad_input_is_one_line_that_names_the_mend(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     out = [] if "--out" in words or "--resume" in words else ["--out", str(tmp_path / "out")]
     assert said in refused(capsys, *SERIAL, *words, *out)
     assert not (tmp_path / "out").exists()

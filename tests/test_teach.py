@@ -1,5 +1,6 @@
 """Experts (method.md section 1) against a plain SGD loop, and the real images that feed them."""
 
+import signal
 from itertools import islice, pairwise
 
 import pytest
@@ -249,8 +250,18 @@ def test_a_stream_has_exact_sizes_and_never_ends(counted):
     assert len({label for epoch in epochs for label in epoch}) == 50  # the remainder is another one each time
 
 
+@pytest.fixture
+def in_time():
+    """An alarm after 20 s: a stream that looks for a batch that never comes would hang."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("nothing came in 20 s"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("size", [50, 51, 1000])
-def test_a_stream_of_batches_above_n_gives_all_images_each_time(size, counted):
+def test_a_stream_of_batches_above_n_gives_all_images_each_time(size, counted, in_time):
     """min(size, n) images: the whole set, again and again, in new orders."""
     batches = list(islice(counted.stream(size, "none", source()), 4))
     assert all(sorted(batch.labels.tolist()) == list(range(50)) for batch in batches)
