@@ -246,10 +246,10 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no config.json): check the path, or start one without --resume")
-    return from_json(path.read_text(), str(path))
+    return from_json(path.read_bytes(), str(path))
 
 
-def from_json(text: str, source: str) -> Config:
+def from_json(text: str | bytes, source: str) -> Config:
     """The inverse of `to_json`; `source` names the file in errors. Raises UserError."""
     try:
         values = json.loads(text)

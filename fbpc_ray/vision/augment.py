@@ -69,7 +69,7 @@ def crop(images: Tensor, uniform: Tensor) -> Tensor:
     down = _integer(uniform[:, 0], *_within(height))
     right = _integer(uniform[:, 1], *_within(width))
     # Shifting is multiplying by a shifted identity matrix: exact, differentiable, deterministic on every device.
-    return _shift(height, down) @ images @ _shift(width, right).transpose(-1, -2)
+    return _shift(height, down).to(images) @ images @ _shift(width, right).to(images).transpose(-1, -2)
 
 
 def cutout(images: Tensor, uniform: Tensor) -> Tensor:

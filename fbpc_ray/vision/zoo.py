@@ -66,9 +66,11 @@ class Network:
     def __init__(self, spec: Spec, device: str | torch.device = "cpu"):
         self.spec = spec
         self.device = torch.device(device)
-        with torch.random.fork_rng(devices=[]):  # the parameters of these two are never used
+        with torch.random.fork_rng(devices=[]):  # its parameters are never used
             self._predicting = build(spec).to(self.device).eval()
         self._training = _with_batch_statistics(self._predicting)
+        self._estimating = _with_averaged_statistics(self._predicting)
+        self._buffers = dict(self._predicting.named_buffers())
         self._names = [name for name, _ in self._predicting.named_parameters()]
 
     def init(self, source: torch.Generator) -> Params:
@@ -87,21 +89,16 @@ class Network:
     @torch.no_grad()
     def statistics(self, params: Params, batches: Iterable[Tensor]) -> Params:
         """Buffers for `predict`: BatchNorm's mean and variance over `batches` of images, averaged; else empty."""
-        layers = [module for module in self._predicting.modules() if isinstance(module, _BatchNorm)]
-        if not layers:
-            return {}
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a cumulative average
-        self._predicting.train()
-        for images in batches:
-            functional_call(self._predicting, params, (images,))
-        self._predicting.eval()
-        return {name: value.clone() for name, value in self._predicting.named_buffers()}
+        buffers = {name: value.clone() for name, value in self._buffers.items()}
+        for images in batches if buffers else ():
+            functional_call(self._estimating, {**params, **buffers}, (images,))  # changes `buffers` in place
+        return buffers
 
     @torch.no_grad()
     def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
-        """Logits (b, d), each image on its own: BatchNorm uses `statistics`."""
+        """Logits (b, d), each image on its own: BatchNorm uses `statistics`. Raises ValueError without them."""
+        if statistics.keys() != self._buffers.keys():
+            raise ValueError(f"{self.spec.architecture} predicts with the statistics that `statistics` returns")
         return functional_call(self._predicting, {**params, **statistics}, (images,))
 
     def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
@@ -120,4 +117,13 @@ def _with_batch_statistics(module: nn.Module) -> nn.Module:
         if isinstance(layer, _BatchNorm):
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return module
+
+
+def _with_averaged_statistics(module: nn.Module) -> nn.Module:
+    """A copy in training mode whose BatchNorm layers average the statistics of the batches they see."""
+    module = deepcopy(module).train()
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = None
     return module
