@@ -7,7 +7,7 @@ Values marked [paper] are the paper's; [method] are readings of what the paper l
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fbpc_ray.errors import UserError, closest
 
@@ -164,6 +164,21 @@ class Output:
     """MLflow experiment."""
 
 
+def _fitting(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind` holds it. Raises UserError where it doesn't fit."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise UserError(f"--{name.replace('_', '-')} is {value!r}: {closest(str(value), list(get_args(kind)))}")
+    if get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+    elif isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool):
+        return kind(value)
+    expected = "tuple" if get_origin(kind) is tuple else kind.__name__
+    raise UserError(f"--{name.replace('_', '-')} is {value!r}: it must be of type {expected}")
+
+
 GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Workers, Output)
 
 
@@ -192,7 +207,8 @@ class Config:
         groups = {}
         for group in fields(self):
             current = getattr(self, group.name)
-            mine = {f.name: values[f.name] for f in fields(current) if f.name in values}
+            hints = get_type_hints(type(current))
+            mine = {name: _fitting(name, values[name], hints[name]) for name in hints if name in values}
             groups[group.name] = replace(current, **mine)
         return Config(**groups)
 
@@ -224,7 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny-imagenet-ipc50": _table4("tiny-imagenet", 50, 40,    1,  0.1,    3,  500, 1000,  100),
     "digits": dict(  # noqa: C408
         data="digits", architectures=("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"), width=32, ipc=1,
-        steps=100, alpha=10.0, batch_size=10, gamma=0.01, lambda_x=0.05, lambda_u=0.01, start_epoch=5,
+        steps=60, alpha=10.0, batch_size=10, gamma=0.1, map_lr=0.005, lambda_x=0.05, lambda_u=0.01, start_epoch=5,
         expert_count=4, expert_epochs=20, expert_lr=0.05, expert_batch_size=64, real_batch_size=64,
     ),
 }  # fmt: skip
@@ -253,9 +269,11 @@ def from_json(text: str | bytes, source: str) -> Config:
     """The inverse of `to_json`; `source` names the file in errors. Raises UserError."""
     try:
         values = json.loads(text)
-        assert isinstance(values, dict)
-    except (ValueError, AssertionError):
-        raise UserError(
-            f"{source} is not a configuration: it must hold one JSON object; restore or delete it"
-        ) from None
-    return Config().updated(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} is not a configuration: it must hold one JSON object; restore or delete it")
+    try:
+        return Config().updated(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

@@ -9,9 +9,6 @@ class UserError(Exception):
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self):
-        return type(self), (str(self), self.code)
-
 
 def closest(name: str, known: list[str]) -> str:
     """`known` as text, with the names nearest to `name` first: ' Did you mean a, b? Known: ...'."""

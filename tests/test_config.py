@@ -290,3 +290,26 @@ def test_experts_must_have_an_epoch_to_start_from(changes, passes):
     else:
         assert "--start-epoch" in refused(**changes)
         check(Config().updated(**changes, method="random"))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"ipc": "ten"}', "--ipc is 'ten': it must be of type int"),
+        ('{"ipc": 1.5}', "--ipc is 1.5: it must be of type int"),
+        ('{"ipc": true}', "--ipc is True: it must be of type int"),
+        ('{"method": "fbcp"}', "--method is 'fbcp': did you mean fbpc"),
+        ('{"architectures": "convnet-in"}', "--architectures is 'convnet-in': it must be of type tuple"),
+        ('{"stepz": 1}', "unknown setting 'stepz': did you mean steps"),
+        ("[1]", "must hold one JSON object"),
+        ("{", "must hold one JSON object"),
+    ],
+)
+def test_a_stored_configuration_that_no_run_can_use_names_the_file_and_the_flag(text, said):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        from_json(text, "runs/x/config.json")
+    assert str(error.value).startswith("runs/x/config.json")
+
+
+def test_whole_numbers_serve_where_a_float_is_due():
+    assert from_json('{"alpha": 100}', "x").distillation.alpha == 100.0

@@ -92,13 +92,13 @@ def flip(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def scale(images: Tensor, uniform: Tensor) -> Tensor:
-    """Stretch each axis by U[1/1.2, 1.2] about the centre."""
+    """Sample each axis at U[1/1.2, 1.2] times the position: shrink or magnify about the centre."""
     factor = uniform[:, :2] * (SCALE - 1 / SCALE) + 1 / SCALE
     return _warp(images, torch.diag_embed(factor))
 
 
 def rotate(images: Tensor, uniform: Tensor) -> Tensor:
-    """Rotate by +-15 degrees about the centre."""
+    """Rotate by +-15 degrees about the centre, in the coordinates of a square image."""
     angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATION)
     cosine, sine = angle.cos(), angle.sin()
     return _warp(images, torch.stack([cosine, -sine, sine, cosine], 1).view(-1, 2, 2))
