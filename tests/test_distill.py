@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from fbpc_ray import pipeline, plan
+from fbpc_ray import distill, pipeline, plan
 from fbpc_ray.distill import (
     Gradient,
     GradientStats,
@@ -21,6 +21,7 @@ from fbpc_ray.distill import (
     update,
 )
 from fbpc_ray.errors import UserError
+from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.rng import generator
 from fbpc_ray.vision.datasets import tensors
 from fbpc_ray.vision.realdata import RealData
@@ -109,6 +110,21 @@ def test_a_batch_smaller_than_m_touches_its_images_only(setting):
     assert touched[0].sum() == touched[2].sum() == 6
     assert torch.equal(touched[0], touched[1])
     assert not torch.equal(touched[0], touched[2])
+
+
+def test_a_batch_smaller_than_m_goes_with_its_own_labels(setting, monkeypatch):
+    """What Eq. 17 is given, looked at on its way: the labels of the images that get a gradient."""
+    config, digits, real, state, labels = setting
+    seen = []
+
+    def watched(posterior_x, posterior_u, of_batch, *rest):
+        seen.append(of_batch)
+        return forward_kl(posterior_x, posterior_u, of_batch, *rest)
+
+    monkeypatch.setattr(distill, "forward_kl", watched)
+    touched = compute(config, digits, real, state.images, labels, batch_size=6).value.flatten(1).any(1)
+    assert torch.equal(seen[0], labels[touched])
+    assert not torch.equal(seen[0], labels[:6])
 
 
 def test_map_minibatches_walk_over_all_of_u():

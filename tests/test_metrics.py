@@ -73,6 +73,14 @@ def test_ece_keeps_the_bins_apart():
     assert scores(stats).ece == pytest.approx(0.45)
 
 
+def test_bins_are_closed_on_the_right():
+    """Fifteen bins: .95 and 1 lie in (14/15, 1], .93 in the one below, and one half in (7/15, 8/15]."""
+    p = torch.tensor([0.95, 1.0, 0.93, 0.5])
+    stats = predictive_stats(torch.stack([p, 1 - p], 1).log(), torch.tensor([0, 0, 0, 1]))
+    assert stats.bin_count.nonzero().flatten().tolist() == [7, 13, 14]
+    assert stats.bin_count[[7, 13, 14]].tolist() == [1, 1, 2]
+
+
 def test_nothing_scored_is_an_error():
     empty = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="no example"):

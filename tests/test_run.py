@@ -105,6 +105,21 @@ def test_resume_in_two_parts_gives_the_same_bits(whole, small, tmp_path):
     assert parts.equals(one)
 
 
+def test_a_crash_between_metrics_and_state_repeats_no_row(small, tmp_path):
+    """The metrics of steps 1..4 beside the state of step 2, as a kill between the two writes leaves them."""
+    folder = tmp_path / "between"
+    run = Run(folder)
+    distil(*flags(small, backend="serial", steps=2, out=str(folder)))
+    early = run.state_path.read_bytes()
+    distil("--out", str(folder), "--resume", "--steps", "4")
+    expected = images_of(folder)
+    run.state_path.write_bytes(early)
+    run.result_path.unlink()
+    distil("--out", str(folder), "--resume")
+    assert [row["step"] for row in pq.read_table(run.metrics_path).to_pylist()] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert torch.equal(images_of(folder), expected)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_path, number):
     folder = tmp_path / "stopped"
