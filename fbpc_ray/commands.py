@@ -42,8 +42,13 @@ class _Job(NamedTuple):
     """The experts of each network; none for a method that needs none."""
 
 
-def _prepare(settings: Config) -> _Job:
-    """Load the data, build the networks and open the stores. Raises UserError for what can't be, and writes nothing."""
+def _prepare(settings: Config, dry_run: bool) -> _Job:
+    """Load the data, build the networks and open the stores. Writes nothing, but for --download where it is no dry run.
+
+    Raises UserError for what can't be.
+    """
+    if dry_run:
+        settings = settings.updated(download=False)
     dataset = plan.load_data(settings, log)
     specs = plan.specs(settings, dataset)
     stores = [plan.store(settings, dataset, spec) for spec in specs] if _steps(settings) else []
@@ -53,7 +58,7 @@ def _prepare(settings: Config) -> _Job:
 def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing."""
     plan.check(settings)
-    job = _prepare(settings)
+    job = _prepare(settings, dry_run)
     if dry_run:
         _describe(job)
         return
@@ -74,7 +79,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"this run is complete; raise --steps above {done['steps']} to go on\n\n{results.table(done['coresets'])}")
         _write_json(json, done)
         return
-    job = _prepare(settings)
+    job = _prepare(settings, dry_run)
     if dry_run:
         _describe(job)
         return
