@@ -7,6 +7,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read as Ray is imported
 from pathlib import Path
 
 import pytest
+import torch
 
 from fbpc_ray import pipeline, plan
 from fbpc_ray.backend import Backend, Serial
@@ -22,6 +23,15 @@ SMALL = {
     "tracking": False, "threads": 1,
 }  # fmt: skip
 """Settings with which a run on digits takes seconds and leaves nothing out."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tests' tensors are small: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

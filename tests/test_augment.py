@@ -13,15 +13,6 @@ SIX = ("color", "crop", "cutout", "flip", "scale", "rotate")
 ALMOST_ONE = 1 - 2.0**-24  # the largest float32 below 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are small: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images_of(count=5, channels=3, height=8, width=8, dtype=torch.float32, seed=0):
     return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

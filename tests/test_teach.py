@@ -13,15 +13,6 @@ from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are small: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def data(digits):
     """The first 150 real digits: 8x8, one channel, ten classes."""

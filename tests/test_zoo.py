@@ -16,15 +16,6 @@ ALL = tuple(f"convnet-{norm}" for norm in NORMS)
 SMALL = {"image_shape": (2, 8, 8), "classes": 4, "width": 8, "depth": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are small: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(name="convnet-in", **changes):
     return Network(Spec(name, **(SMALL | changes)))
 
