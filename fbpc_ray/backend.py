@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from fbpc_ray.distill import Gradient, Worker
+from fbpc_ray.errors import UserError
 from fbpc_ray.signals import Interruption
 
 Item = TypeVar("Item")
@@ -47,6 +48,8 @@ class Serial:
     """All work in this process, one piece after the other."""
 
     def __init__(self, device: str, interruption: Interruption):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.interruption = interruption
         self.workers: list[Worker] = []

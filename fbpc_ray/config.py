@@ -140,7 +140,7 @@ class Workers:
 
     backend: Literal["ray", "serial"] = "ray"
     """ray: one actor an architecture, here or on a cluster; serial: this process alone, to the same bits."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda. auto takes CUDA where a worker has it."""
     threads: int = 0
     """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""

@@ -96,7 +96,7 @@ def threads(config: Config) -> int:
 
 
 @contextmanager
-def backend(config: Config, interruption: Interruption, log: Log, **ray_options: Any) -> Iterator[Backend]:
+def backend(config: Config, interruption: Interruption, log: Log) -> Iterator[Backend]:
     """The backend of a configuration, closed at the end; signals are caught from here on. Raises UserError."""
     x = config.workers
     if x.backend == "serial":
@@ -110,7 +110,7 @@ def backend(config: Config, interruption: Interruption, log: Log, **ray_options:
             ) from None
         opened = RayBackend(
             address=x.address, device=x.device, gpus_per_actor=x.gpus_per_actor, cpus_per_actor=x.cpus_per_actor,
-            interruption=interruption, log=log, **ray_options,
+            interruption=interruption, log=log,
         )  # fmt: skip
     interruption.install()
     try:

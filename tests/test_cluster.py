@@ -169,6 +169,19 @@ def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
         list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
 
 
+def test_a_gpu_that_no_node_has_is_refused(cluster):
+    """On the cluster that is there already: one line, and the cluster stays."""
+    from fbpc_ray.cluster.backend import RayBackend
+
+    if cluster.gpus:
+        pytest.skip("this cluster has a GPU")
+    with pytest.raises(UserError, match="the Ray cluster has no GPU: use --device cpu"):
+        RayBackend(
+            address="", device="cuda", gpus_per_actor=1.0, cpus_per_actor=0.0, interruption=Interruption()
+        )  # fmt: skip
+    assert all_cpus_free()
+
+
 def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path):
     cluster.cpus_per_actor = 4.0
     began = time.monotonic()

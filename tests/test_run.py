@@ -252,6 +252,11 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         (["--resume", "--out", "/nowhere"], "/nowhere holds no run"),
         (["--width", "6", "--architectures", "convnet-gn"], "change --width"),
         (["--depth", "5"], "lower --depth"),
+        pytest.param(
+            ["--device", "cuda"],
+            "use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_mend(capsys, tmp_path, monkeypatch, words, said):

@@ -52,20 +52,20 @@ class RayBackend:
         **init_options: Any,
     ):
         """`init_options` go to ray.init where a cluster is started. Raises UserError."""
+        self.workers: list[Any] = []
+        self._make: list[Callable[[], Any]] = []
         self.owned = not ray.is_initialized()
         if self.owned:
             _connect(address, init_options)
         resources = ray.cluster_resources()
         self.cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        if device.startswith("cuda") and not gpus:
+        if device == "cuda" and not gpus:
             self.close()
             raise UserError("--device cuda, but the Ray cluster has no GPU: use --device cpu or add a GPU node")
         self.device = "cuda" if gpus and device != "cpu" else "cpu"
         self.gpus = gpus if self.device == "cuda" else 0.0
         self.gpus_per_actor, self.cpus_per_actor = gpus_per_actor if self.gpus else 0.0, cpus_per_actor
         self.interruption, self.log = interruption, log
-        self.workers: list[Any] = []
-        self._make: list[Callable[[], Any]] = []
 
     def map(self, function, shared, items):
         task = _task.options(num_cpus=1, num_gpus=min(self.gpus_per_actor, 1.0))
