@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.distill import Gradient, Worker
 from fbpc_ray.errors import UserError
 from fbpc_ray.signals import Interruption
@@ -52,6 +53,7 @@ class Serial:
             raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.interruption = interruption
+        keep_freed_memory()
         self.workers: list[Worker] = []
 
     def map(self, function, shared, items):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.config import Distillation
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
@@ -209,6 +210,7 @@ class Worker:
         threads: int,
     ):
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.network = Network(spec, device)
         self.store = store
         self.real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)

@@ -16,7 +16,7 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "atomic config rng types signals provenance",
+    1: "allocator atomic config rng types signals provenance",
     2: "inference.* vision.*",
     3: "coreset experts",
     4: "teach distill evaluate",

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.exceptions import AuthenticationError as RayAuthenticationError
 
+from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import device_name
 from fbpc_ray.distill import Gradient, Worker
 from fbpc_ray.errors import UserError
@@ -29,6 +30,7 @@ _Worker = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
 @ray.remote
 def _task(function: Callable[[Any, Any, str], Any], shared: Any, item: Any, device: str) -> Any:
     torch.set_num_threads(1)
+    keep_freed_memory()
     return function(shared, item, device)
 
 
