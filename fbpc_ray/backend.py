@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from fbpc_ray.allocator import keep_freed_memory
-from fbpc_ray.distill import Gradient, Worker
+from fbpc_ray.distill import State, Worker
 from fbpc_ray.errors import UserError
+from fbpc_ray.methods.common import Gradient
 from fbpc_ray.signals import Interruption
 
 Item = TypeVar("Item")
@@ -30,8 +31,8 @@ class Backend(Protocol):
         """One `distill.Worker` for each dict of its own arguments, beside those that all share."""
         ...
 
-    def gradients(self, step: int, images: torch.Tensor) -> list[Gradient]:
-        """The gradient of every worker at `images`, in the order of the workers."""
+    def gradients(self, state: State) -> list[Gradient]:
+        """The gradient of every worker at `state`, in the order of the workers."""
         ...
 
     def stop_workers(self) -> None:
@@ -66,11 +67,11 @@ class Serial:
     def start_workers(self, shared, each, threads):
         self.workers = [Worker(**shared, **own, device=self.device, threads=threads) for own in each]
 
-    def gradients(self, step, images):
+    def gradients(self, state):
         gradients = []
         for worker in self.workers:
-            value, stats = worker.gradient(step, images.numpy())
-            gradients.append(Gradient(torch.from_numpy(value), stats))
+            value, *rest = worker.gradient(state.step, state.images.numpy(), state.inner_lr)
+            gradients.append(Gradient(torch.from_numpy(value), *rest))
         return gradients
 
     def stop_workers(self):

@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn, TypeVar
 import tyro
 
 from fbpc_ray import __version__
-from fbpc_ray.config import PRESETS, Config, Data, Evaluation, Experts, Networks, Workers, preset, read_config
+from fbpc_ray.config import (
+    PRESETS,
+    Config,
+    Data,
+    Evaluation,
+    Experts,
+    Networks,
+    Workers,
+    preset,
+    read_config,
+    with_method,
+)
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.signals import Interrupted
 
@@ -161,21 +172,21 @@ def _usage() -> str:
 def _base(argv: list[str]) -> Config:
     """The configuration that the flags in `argv` change: the stored one on --resume, a preset, or the defaults."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--data", "--ipc", "--out"):
+    for flag in ("--preset", "--data", "--ipc", "--out", "--method"):
         early.add_argument(flag)
     early.add_argument("--resume", action="store_true")
     try:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
         return Config()  # a flag without its value: the full parser says so
-    if known.preset:
-        return preset(known.preset)
-    if known.resume and known.out:
+    if known.resume and known.out and not known.preset:
         return read_config(Path(known.out))
-    if known.data is None:
-        return preset("digits")
-    row = f"{known.data}-ipc{known.ipc or 1}"
-    return preset(row) if row in PRESETS else Config()
+    row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")
+    base = preset(row) if known.preset or row in PRESETS else Config()
+    if known.method is None:
+        return base
+    ipc = known.ipc if (known.ipc or "").isdecimal() else base.distillation.ipc
+    return with_method(base, known.method, int(ipc))
 
 
 def _parse(kind: type[Arguments], argv: list[str], program: str, default: Arguments | None = None) -> Arguments:

@@ -83,7 +83,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         _describe(job)
         return
-    first, labels = pipeline.first_state(job.dataset, settings.distillation.ipc, settings.distillation.seed)
+    first, labels = pipeline.first_state(job.dataset, settings.distillation)
     state, rows = (resume and run.restore(labels, job.dataset.image_shape)) or (first, [])
     if state.step > _steps(settings):
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
@@ -144,7 +144,7 @@ def _learn(
         workers.start_workers(shared, each, plan.threads(settings))
         state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show)
         workers.stop_workers()
-    log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s; {_endings(rows)}")
+    log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_endings(rows)}")
     return state
 
 
@@ -247,10 +247,12 @@ def _pixels(state: State, dataset: Dataset) -> np.ndarray:
 
 
 def _endings(rows: list[dict[str, Any]]) -> str:
-    endings = [row["map_ending"] for row in rows]
-    steps = sum(row["map_steps"] for row in rows) / max(len(rows), 1)
-    counted = ", ".join(f"{endings.count(ending)} {ending}" for ending in sorted(set(endings)))
-    return f"MAP solves: {counted}, {steps:.0f} steps on average"
+    endings = results.map_endings(rows)
+    if not endings:
+        return ""
+    steps = sum(row["map_steps"] for row in rows) / len(rows)
+    counted = ", ".join(f"{count} {ending}" for ending, count in endings.items())
+    return f"; MAP solves: {counted}, {steps:.0f} steps on average"
 
 
 def _describe(job: _Job) -> None:

@@ -68,8 +68,9 @@ class Experts:
 class Distillation:
     """Algorithm 1. Letters are the paper's."""
 
-    method: Literal["fbpc", "fbpc-isotropic", "random"] = "fbpc"
-    """fbpc | fbpc-isotropic (Psi = I, no K steps) | random (real images, nothing is learned)."""
+    method: Literal["fbpc", "fbpc-isotropic", "bpc-fkl", "bpc-rkl", "bpc-w", "random"] = "fbpc"
+    """fbpc | fbpc-isotropic (Psi = I, no K steps) | the weight-space baselines bpc-fkl, bpc-rkl, bpc-w, whose defaults
+    are those of their own paper | random (real images, nothing is learned)."""
     ipc: int = 1
     """Images a class; m = ipc x classes."""
     steps: int = 1000
@@ -101,7 +102,15 @@ class Distillation:
     real_batch_size: int = 256
     """Real images a step of the K steps [method]."""
     mc_samples: int = 30
-    """S: Monte-Carlo draws of logits in Eq. 17 [method]."""
+    """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
+    syn_steps: int = 50
+    """bpc-*: SGD steps on the pseudocoreset from theta_0 to mu_u."""
+    inner_lr: float = 0.01
+    """bpc-*: learning rate of those steps; bpc-w learns it, from this value."""
+    inner_alpha: float = 1e-5
+    """bpc-w: learning rate of that learning rate."""
+    weight_noise: float = 0.01
+    """bpc-fkl, bpc-rkl: standard deviation of the weights under q_x and q_u, Eq. 6."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
 
@@ -251,6 +260,26 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
     return Config().updated(**PRESETS[name])
+
+
+def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[str, Any]:
+    return dict(  # noqa: C408
+        start_rule="before", start_epoch=max_start, syn_steps=syn_steps, inner_lr=inner_lr, alpha=1000.0, steps=5000,
+    ) | more  # fmt: skip
+
+
+BPC: dict[int, dict[str, Any]] = {1: _bpc(2, 50, 0.01), 10: _bpc(20, 30, 0.03), 20: _bpc(30, 30, 0.03)}
+"""The weight-space baselines by ipc, after their paper's code; 20 serves whatever is above 10."""
+
+BPC_RKL = {1: {"mc_samples": 10}, 10: {}, 20: {"mc_samples": 10}}
+
+
+def with_method(config: Config, method: str, ipc: int) -> Config:
+    """`config` for another method: the weight-space baselines bring the settings of their own paper."""
+    if not method.startswith("bpc-"):
+        return config.updated(method=method)
+    row = 1 if ipc < 10 else 10 if ipc < 20 else 20
+    return config.updated(method=method, **BPC[row], **(BPC_RKL[row] if method == "bpc-rkl" else {}))
 
 
 def to_json(config: Config) -> str:

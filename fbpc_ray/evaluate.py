@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.config import Evaluation
-from fbpc_ray.inference.metrics import PredictiveStats, log_mean_probability, predictive_stats
+from fbpc_ray.errors import UserError
+from fbpc_ray.inference.metrics import (
+    PredictiveStats,
+    log_mean_probability,
+    nll_of_batches,
+    predictive_stats,
+    sample_losses,
+    scores,
+)
 from fbpc_ray.inference.sghmc import cross_entropy_potential, noise_variance, sghmc
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch, Params
 from fbpc_ray.vision.augment import AUGMENTATIONS
@@ -19,6 +28,9 @@ from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
 
 TEST_BATCH = 500
+"""Images of one forward pass: no number depends on it."""
+LINEAGE_BATCH = 256
+"""Images of a batch in `nll_of_batches`, which does depend on it: that of the code it is compared with."""
 
 
 class Chain(NamedTuple):
@@ -38,6 +50,14 @@ class ChainResult(NamedTuple):
 
     stats: PredictiveStats | None
     seconds: float
+    nll_of_batches: float | None = None
+    """The lineage's NLL (`metrics.nll_of_batches`) of the same predictions, in the order of the split."""
+    nll_of_samples: float | None = None
+    """Mean NLL of a posterior sample by itself: what the model average gains is the difference."""
+    familiar: Uncertainty | None = None
+    """Of the images of the split, where `Judge.ood` is given; else not sent."""
+    strange: Uncertainty | None = None
+    """Of the images of `Judge.ood`."""
 
 
 def posterior_samples(
@@ -70,17 +90,28 @@ def posterior_samples(
     return samples
 
 
-def predictive(network: Network, samples: list[Params], coreset: Tensor, test: RealData) -> PredictiveStats:
-    """Scores of the model average of `samples` on `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
+class Prediction(NamedTuple):
+    """What the model average of S samples says of n images."""
+
+    stats: PredictiveStats
+    losses: Tensor
+    """(S, n) -log p_s(y_i | x_i) of each sample by itself, float64, in the order of the images."""
+    uncertainty: Uncertainty
+
+
+def predictive(network: Network, samples: list[Params], coreset: Tensor, test: RealData) -> Prediction:
+    """The predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
     statistics = [network.statistics(params, coreset.split(256)) for params in samples]
-    total: PredictiveStats | None = None
+    parts: list[Prediction] = []
     for index in torch.arange(len(test)).split(TEST_BATCH):
         batch = test.batch(index)
         logits = torch.stack([network.predict(p, s, batch.images) for p, s in zip(samples, statistics, strict=True)])
         stats = predictive_stats(log_mean_probability(logits), batch.labels)
-        total = stats if total is None else total + stats
-    assert total is not None
-    return total
+        parts.append(Prediction(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
+    stats, unsure = parts[0].stats, parts[0].uncertainty
+    for part in parts[1:]:
+        stats, unsure = stats + part.stats, unsure + part.uncertainty
+    return Prediction(stats, torch.cat([part.losses for part in parts], 1), unsure)
 
 
 class Judge(NamedTuple):
@@ -92,6 +123,8 @@ class Judge(NamedTuple):
     std: tuple[float, ...]
     settings: Evaluation
     augment: str
+    ood: Split | None = None
+    """Images that are strange to the networks (`ood_split`); their labels are not looked at."""
 
 
 def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
@@ -103,13 +136,72 @@ def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
     if not all(bool(torch.isfinite(value).all()) for params in samples for value in params.values()):
         return ChainResult(None, time.perf_counter() - start)
     test = RealData(*tensors(judge.split, device), judge.mean, judge.std)
-    stats = predictive(network, samples, images, test)
-    return ChainResult(stats, time.perf_counter() - start)
+    found = predictive(network, samples, images, test)
+    familiar = strange = None
+    if judge.ood is not None:
+        others = RealData(*tensors(judge.ood, device), judge.mean, judge.std)
+        familiar, strange = found.uncertainty, predictive(network, samples, images, others).uncertainty
+    return ChainResult(
+        found.stats,
+        time.perf_counter() - start,
+        nll_of_batches(found.losses, LINEAGE_BATCH),
+        float(found.losses.mean()),
+        familiar,
+        strange,
+    )
 
 
-def judge(dataset: Dataset, split: str, settings: Evaluation, augment: str) -> Judge:
-    """A Judge on the split named test or validation."""
-    return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment)
+def judge(dataset: Dataset, split: str, settings: Evaluation, augment: str, ood: Split | None = None) -> Judge:
+    """A Judge on the split named test or validation; `ood` from `ood_split`."""
+    return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood)
+
+
+def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split:
+    """The test images of `strange` as a network of `dataset` can see them: grey ones in three channels, where it has
+    three, and with `resize` at its size (bilinear, antialiased). Labels are all 0, their classes being others.
+
+    Raises UserError for images of another size without `resize` (how they are resized is part of the result, so it is
+    asked for), and for coloured images where the networks see grey.
+    """
+    channels, *size = dataset.image_shape
+    images = strange.test.images
+    if images.shape[1] != channels:
+        if (images.shape[1], channels) != (1, 3):
+            raise UserError(
+                f"{strange.name} has images of {images.shape[1]} channels, {dataset.name} of {channels}: "
+                "choose out-of-distribution data with as many channels"
+            )
+        images = images.repeat(3, axis=1)
+    if list(images.shape[2:]) != size:
+        if not resize:
+            raise UserError(
+                f"{strange.name} has images of {images.shape[2]}x{images.shape[3]}, {dataset.name} of "
+                f"{size[0]}x{size[1]}: choose out-of-distribution data of that size, or add --ood-resize"
+            )
+        images = np.concatenate([_resized(images[at : at + 1024], size) for at in range(0, len(images), 1024)])
+    return Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
+
+
+def values(result: ChainResult) -> dict[str, float]:
+    """A chain's numbers by name: those of `metrics.Scores`, the NLLs of the lineage and of a sample, and where strange
+    images were given, how well each uncertainty tells them from the familiar. Empty for a chain that diverged."""
+    if result.stats is None:
+        return {}
+    found: dict[str, float] = dict(scores(result.stats)._asdict())
+    for name in ("nll_of_batches", "nll_of_samples"):
+        if (value := getattr(result, name)) is not None:
+            found[name] = value
+    if result.familiar is not None and result.strange is not None:
+        for name in Uncertainty._fields:
+            found[f"ood_auroc_{name}"] = auroc(getattr(result.familiar, name), getattr(result.strange, name))
+    return found
+
+
+def _resized(images: np.ndarray, size: list[int]) -> np.ndarray:
+    """(n, c, h, w) uint8 -> (n, c, *size) uint8."""
+    pixels = torch.tensor(images, dtype=torch.float32)
+    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _batches(images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator) -> Iterator[Batch]:

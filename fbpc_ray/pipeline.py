@@ -9,13 +9,15 @@ from tqdm import tqdm
 
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config, Evaluation
+from fbpc_ray.config import Config, Distillation, Evaluation
 from fbpc_ray.coreset import Coreset
-from fbpc_ray.distill import GradientStats, State, check_finite, update
+from fbpc_ray.distill import State, check_finite, check_updated, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, judge, run_chain
 from fbpc_ray.experts import ExpertStore
+from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.inference.metrics import Scores, scores
+from fbpc_ray.methods.common import Stats
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
@@ -63,22 +65,29 @@ def train_experts(
             bar.update()
 
 
-def first_state(dataset: Dataset, ipc: int, seed: int) -> tuple[State, torch.Tensor]:
+def first_state(dataset: Dataset, settings: Distillation) -> tuple[State, torch.Tensor]:
     """A class-balanced draw of real images as the pseudocoreset before step 1, and its labels."""
     real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
-    images, labels = real.batch(coresets.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
-    return State(0, images, torch.zeros_like(images)), labels
+    source = generator(settings.seed, "coreset")
+    images, labels = real.batch(coresets.balanced(real.labels, settings.ipc, dataset.classes, source))
+    return State(0, images, torch.zeros_like(images), settings.inner_lr), labels
 
 
-def metrics_of(names: Sequence[str], stats: Sequence[GradientStats], seconds: float) -> dict[str, float]:
+def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float) -> dict[str, float]:
     """One step as flat metrics, `quantity/architecture`."""
-    values = {"loss": sum(s.expected_x - s.expected_u for s in stats), "seconds/step": seconds}
+    values = {"loss": _loss(stats), "seconds/step": seconds}
     for name, s in zip(names, stats, strict=True):
-        for key, value in s._asdict().items():
+        for key, value in s.items():
             if isinstance(value, int | float):
                 values[f"{key}/{name}"] = float(value)
-        values[f"map_converged/{name}"] = float(s.map_ending == "converged")
+        if "map_ending" in s:
+            values[f"map_converged/{name}"] = float(s["map_ending"] == Ending.CONVERGED)
     return values
+
+
+def _loss(stats: Sequence[Stats]) -> float:
+    """The sum of the architectures' losses."""
+    return float(sum(s["loss"] for s in stats))  # type: ignore[arg-type]
 
 
 def distill(
@@ -100,19 +109,16 @@ def distill(
     with progress("distil", d.steps, "step", state.step) as bar:
         while state.step < d.steps:
             start = time.perf_counter()
-            gradients = workers.gradients(state.step, state.images)
+            gradients = workers.gradients(state)
             check_finite(names, gradients, state.step)
-            state = update(state, gradients, alpha=d.alpha, momentum=d.momentum)
+            state = update(state, gradients, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
             seconds = time.perf_counter() - start
-            if not torch.isfinite(state.images).all():
-                raise UserError(
-                    f"non-finite pixels after step {state.step}: lower --alpha; the last checkpoint is kept"
-                )
+            check_updated(state)
             stats = [each.stats for each in gradients]
             for name, its in zip(names, stats, strict=True):
-                rows.append({"step": state.step, "architecture": name, **its._asdict(), "seconds_step": seconds})
+                rows.append({"step": state.step, "architecture": name, **its, "seconds_step": seconds})
             on_step(metrics_of(names, stats, seconds), state.step)
-            bar.set_postfix(loss=f"{sum(s.expected_x - s.expected_u for s in stats):.3f}", refresh=False)
+            bar.set_postfix(loss=f"{_loss(stats):.3f}", refresh=False)
             bar.update()
             if state.step % d.checkpoint_every == 0 or state.step == d.steps or interruption.number:
                 run.save(state, rows)

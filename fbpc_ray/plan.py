@@ -9,9 +9,10 @@ from typing import Any
 from fbpc_ray import experts as expert_files
 from fbpc_ray.backend import Backend, Serial
 from fbpc_ray.config import Config
-from fbpc_ray.distill import expert_epochs
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore, Recipe
+from fbpc_ray.methods.common import expert_epochs
+from fbpc_ray.methods.weight_space import AHEAD
 from fbpc_ray.provenance import home
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision import datasets
@@ -30,11 +31,12 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ipc": _COUNT, "steps": _COUNT, "batch_size": _COUNT, "posterior_steps": _COUNT, "mc_samples": _COUNT,
     "real_batch_size": _COUNT, "map_max_steps": _COUNT, "checkpoint_every": _COUNT, "width": _COUNT,
     "expert_count": _COUNT, "expert_epochs": _COUNT, "expert_batch_size": _COUNT, "eval_seeds": _COUNT,
-    "chain_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
+    "chain_steps": _COUNT, "syn_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
     "alpha": _POSITIVE, "gamma": _POSITIVE, "map_lr": _POSITIVE, "lambda_x": _POSITIVE, "lambda_u": _POSITIVE,
-    "expert_lr": _POSITIVE, "chain_eta": _POSITIVE,
+    "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,
     "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
     "gpus_per_actor": _NOT_NEGATIVE, "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
+    "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
     "chain_full_batch": _NOT_NEGATIVE, "momentum": _FRACTION, "chain_friction": _FRACTION, "validation": _FRACTION,
 }  # fmt: skip
 """What each flag may be."""
@@ -51,8 +53,11 @@ def check(config: Config) -> None:
     names = config.networks.architectures
     if not names or len(set(names)) < len(names):
         raise UserError(f"--architectures {' '.join(names)}: name each network once")
-    if config.distillation.method != "random":
-        expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"])
+    method = config.distillation.method
+    if method != "random":
+        expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
+    if method == "bpc-rkl" and flat["mc_samples"] < 2:
+        raise UserError("--mc-samples is 1: the covariance of bpc-rkl needs 2 or more draws")
 
 
 def load_data(config: Config, log: Log) -> Dataset:

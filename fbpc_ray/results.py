@@ -1,6 +1,7 @@
 """What a run found, as result.json and as a table."""
 
 import statistics
+from collections import Counter
 from typing import Any
 
 from fbpc_ray.config import Config
@@ -18,16 +19,21 @@ def result_of(
     """result.json: what was done, by what, and every value."""
     d = config.distillation
     durations = {row["step"]: row["seconds_step"] for row in rows}
-    endings = [row["map_ending"] for row in rows]
+    endings = map_endings(rows)
     return {
         "method": d.method, "data": dataset.name, "ipc": d.ipc, "architectures": list(config.networks.architectures),
         "steps": max(durations, default=0), "seed": d.seed, "width": config.networks.width,
         "seconds_per_step": statistics.median(durations.values()) if durations else None,
-        "map_endings": {ending: endings.count(ending) for ending in sorted(set(endings))},
+        "map_endings": endings,
         "split": split, "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.eval_seeds)), "coresets": evaluation,
         **made_by._asdict(), "threads": threads(config),
     }  # fmt: skip
+
+
+def map_endings(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many MAP solves ended how; empty for methods that have none."""
+    return dict(sorted(Counter(row["map_ending"] for row in rows if "map_ending" in row).items()))
 
 
 def table(evaluation: Evaluated) -> str:

@@ -49,7 +49,8 @@ class Run:
         """Checkpoint: metrics first, state last, each atomically. Raises OSError with the last checkpoint intact."""
         if rows:
             atomic.write_bytes(self.metrics_path, _parquet(rows))
-        tensors = {"images": state.images, "velocity": state.velocity}
+        inner = torch.tensor([state.inner_lr, state.inner_velocity], dtype=torch.float64)
+        tensors = {"images": state.images, "velocity": state.velocity, "inner": inner}
         atomic.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
@@ -58,7 +59,7 @@ class Run:
             return None
         try:
             with safetensors.safe_open(self.state_path, "pt") as file:
-                images, velocity = file.get_tensor("images"), file.get_tensor("velocity")
+                images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
                 step = int(file.metadata()["step"])
             shape = (len(labels), *image_shape)
             if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
@@ -68,7 +69,7 @@ class Run:
             raise UserError(
                 f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
             ) from None
-        return State(step, images, velocity), [row for row in rows if row["step"] <= step]
+        return State(step, images, velocity, *inner.tolist()), [row for row in rows if row["step"] <= step]
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -11,6 +11,9 @@ Params = dict[str, Tensor]
 Forward = Callable[[Params, Tensor], Tensor]
 """(parameters, images (b, c, h, w)) -> logits (b, d)."""
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (b, d), labels (b,)) -> () mean of -log p(label | logits), nats an image."""
+
 Augment = Callable[[Tensor], Tensor]
 """One drawn augmentation: images (b, c, h, w) -> images of the same shape. Differentiable."""
 

@@ -51,3 +51,22 @@ def scores_slow(samples: list[list[list[float]]], labels: list[int], bins: int) 
         members[min(bins, max(1, math.ceil(p[best] * bins))) - 1].append((hit, p[best]))
     ece = sum(len(m) / n * abs(sum(h for h, _ in m) / len(m) - sum(c for _, c in m) / len(m)) for m in members if m)
     return {"accuracy": correct / n, "nll": nll / n, "brier": brier / n, "ece": ece}
+
+
+def quartic_draws(count: int, source: torch.Generator) -> torch.Tensor:
+    """Exact draws (count,) float64 of the density proportional to exp(-w^4 / 4), of which E[w^4] = 1.
+
+    With t = w^4 / 4 the density of t is t^(1/4 - 1) exp(-t), Gamma(1/4, 1), so w = +-(4 t)^(1/4) and E[w^4] = 4 / 4.
+    Gamma(1/4) from Gamma(5/4) U^4 (Stuart), and that by rejection (Marsaglia and Tsang).
+    """
+    a = 1.25 - 1 / 3
+    draws: list[torch.Tensor] = []
+    while sum(map(len, draws)) < count:
+        x = torch.randn(count, generator=source, dtype=torch.float64)
+        u = torch.rand(count, generator=source, dtype=torch.float64)
+        v = (1 + x / math.sqrt(9 * a)) ** 3
+        kept = (v > 0) & (u.log() < 0.5 * x * x + a - a * v + a * v.clamp(min=1e-300).log())
+        draws.append(a * v[kept])
+    u = torch.rand(count, generator=source, dtype=torch.float64)
+    sign = torch.randint(2, (count,), generator=source) * 2 - 1
+    return sign * (4 * torch.cat(draws)[:count] * u**4) ** 0.25

@@ -1,12 +1,14 @@
-"""Algorithm 1's gradient written the obvious way: nn.Modules, torch.optim, K logits in a list, one image at a time for
-the likelihood. Slow and plain, it is what `distill.gradient` is held against; it shares only the draws."""
+"""The gradients written the obvious way: nn.Modules, torch.optim, K logits in a list, one image at a time for the
+likelihood. Slow and plain, it is what `fbpc_ray.methods` are held against; it shares only the draws."""
 
 import copy
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from fbpc_ray.config import Distillation
+from fbpc_ray.methods.common import Problem, coreset_batches
 from fbpc_ray.rng import generator, seeded_globally
 from fbpc_ray.vision import augment as dsa
 from fbpc_ray.vision.realdata import RealData
@@ -86,3 +88,75 @@ def gradient(
     total.backward()
     assert u.grad is not None
     return u.grad
+
+
+def weight_space(problem: Problem, snapshots: list[dict[str, Tensor]], images: Tensor, step: int) -> Tensor:
+    """Eqs. 5-7 for one expert with `snapshots` (epochs 0..E), all of u in every batch, DSA on: fKL, rKL or W."""
+    s, labels, m = problem.settings, problem.labels, len(problem.labels)
+    shape = images.shape
+
+    def rng(purpose: str) -> torch.Generator:
+        return generator(s.seed, "step", step, problem.network.spec.architecture, purpose)
+
+    def module_of(snapshot: dict[str, Tensor]) -> nn.Module:
+        module = build(problem.network.spec).train()
+        module.load_state_dict(snapshot)
+        return module
+
+    def shaken(module: nn.Module, source: torch.Generator) -> nn.Module:
+        module = copy.deepcopy(module)
+        with torch.no_grad():
+            for value in module.parameters():
+                value += s.weight_noise * torch.randn(value.shape, generator=source)
+        return module
+
+    ahead = {"bpc-fkl": 1, "bpc-rkl": 0, "bpc-w": 2}[s.method]
+    source = rng("expert")
+    torch.randint(1, (), generator=source)  # the expert: there is one
+    epoch = int(torch.randint(s.start_epoch, (), generator=source))
+    theta_0, mu_x = module_of(snapshots[epoch]), module_of(snapshots[epoch + ahead])
+    u = images.clone().requires_grad_()
+
+    if s.method == "bpc-w":  # one vector, functional_call, and the definition
+        names = [name for name, _ in theta_0.named_parameters()]
+        flat, start = [nn.utils.parameters_to_vector(net.parameters()).detach() for net in (mu_x, theta_0)]
+        sizes = [value.numel() for value in theta_0.parameters()]
+        shapes = [value.shape for value in theta_0.parameters()]
+        vector = start.clone().requires_grad_()
+        for batch in islice(coreset_batches(u, labels, m, "dsa", rng("coreset")), s.syn_steps):
+            parts = [part.view(size) for part, size in zip(vector.split(sizes), shapes, strict=True)]
+            logits = torch.func.functional_call(theta_0, dict(zip(names, parts, strict=True)), (batch.images,))
+            (slope,) = torch.autograd.grad(nn.CrossEntropyLoss()(logits, labels), vector, create_graph=True)
+            vector = vector - s.inner_lr * slope
+        (((vector - flat) ** 2).sum() / ((start - flat) ** 2).sum()).backward()
+        assert u.grad is not None
+        return u.grad
+
+    mu_u, source = copy.deepcopy(theta_0), rng("coreset")
+    optimiser = torch.optim.SGD(mu_u.parameters(), lr=s.inner_lr)
+    for _ in range(s.syn_steps):
+        optimiser.zero_grad()
+        nn.CrossEntropyLoss()(mu_u(dsa.apply(dsa.draw(m, source), images)), labels).backward()
+        optimiser.step()
+
+    noise, source = rng("monte-carlo"), rng("augment")
+    if s.method == "bpc-fkl":
+        for _ in range(s.mc_samples):
+            x = dsa.apply(dsa.draw(m, source), u)
+            of_x, of_u = shaken(mu_x, noise)(x).log_softmax(-1), shaken(mu_u, noise)(x).log_softmax(-1)
+            for j, label in enumerate(labels):
+                ((of_u[j, label] - of_x[j, label]) / (m * s.mc_samples)).backward(retain_graph=True)
+        assert u.grad is not None
+        return u.grad
+
+    real = next(problem.real.stream(s.real_batch_size, "dsa", rng("real")))
+    drawn, gaps, slopes = dsa.draw(m, source), [], []
+    for _ in range(s.mc_samples):
+        net, leaf = shaken(mu_u, noise), images.clone().requires_grad_()
+        potential_u = nn.CrossEntropyLoss(reduction="sum")(net(dsa.apply(drawn, leaf)), labels)
+        potential_x = len(problem.real) * nn.CrossEntropyLoss()(net(real.images), real.labels)
+        slopes.append(torch.autograd.grad(potential_u, leaf)[0].double())
+        gaps.append((potential_x - potential_u).double().item())
+    gap, slope = torch.tensor(gaps, dtype=torch.float64), torch.stack(slopes)
+    centred = (gap - gap.mean()).view(-1, *[1] * len(shape)) * (slope - slope.mean(0))
+    return (-centred.sum(0) / (s.mc_samples - 1) / m).float()

@@ -8,43 +8,33 @@ import pytest
 import reference
 import torch
 
-from fbpc_ray import distill, pipeline, plan
-from fbpc_ray.distill import (
-    Gradient,
-    GradientStats,
-    State,
-    check_finite,
-    coreset_batches,
-    draw_expert,
-    expert_epochs,
-    gradient,
-    update,
-)
+from fbpc_ray import pipeline, plan
+from fbpc_ray.distill import METHODS, State, check_finite, check_updated, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.inference.divergence import forward_kl
+from fbpc_ray.methods import function_space
+from fbpc_ray.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
 from fbpc_ray.rng import generator
 from fbpc_ray.vision.datasets import tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network
 
-STATS = GradientStats(1.0, 2.0, 0.1, 0.2, 3.0, 5, "converged", 0.01, 0, 1, 0.1, 0.1, 0.1, 0.1)
+STATS = {"map_ending": "converged", "map_loss": 0.01}
 
 
 @pytest.fixture
 def setting(small, digits):
     config = small.updated(posterior_steps=6, gamma=0.5)
     real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    state, labels = pipeline.first_state(digits, 2, 0)
+    state, labels = pipeline.first_state(digits, replace(config.distillation, ipc=2))
     return config, digits, real, state, labels
 
 
 def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
     spec = plan.specs(config, digits)[architecture]
     settings = replace(config.distillation, **{"batch_size": 100} | changes)
-    return gradient(
-        Network(spec), plan.store(config, digits, spec), real, images, labels, step=step, settings=settings,
-        augment="dsa", expert_count=1, expert_epoch_count=config.experts.expert_epochs,
-    )  # fmt: skip
+    problem = Problem(Network(spec), plan.store(config, digits, spec), real, labels, settings, "dsa", 1)
+    return METHODS[settings.method](problem, step, images, settings.inner_lr)
 
 
 @pytest.mark.parametrize("architecture", [0, 1])
@@ -59,8 +49,49 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
     expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
     found = compute(config, digits, real, state.images, labels, architecture, step)
     assert expected.norm() > 1e-4
-    assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
+    assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
     torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl", "bpc-w"])
+@pytest.mark.parametrize("architecture", [0, 1])
+def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method):
+    """Same draws, obvious code: where theta_0, mu_x and mu_u come from, and Eq. 7, the covariance, the distance."""
+    config, digits, real, state, labels = setting
+    spec = plan.specs(config, digits)[architecture]
+    store = plan.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
+    settings = replace(config.distillation, batch_size=100, **changes)
+    problem = Problem(Network(spec), store, real, labels, settings, "dsa", 1)
+    for step in (0, 3):
+        expected = reference.weight_space(problem, snapshots, state.images, step)
+        found = compute(config, digits, real, state.images, labels, architecture, step, **changes)
+        assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+        torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert (found.inner_lr != 0) == (method == "bpc-w")
+
+
+@pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl"])
+def test_weight_space_minibatches_touch_their_images_only(setting, method):
+    """B < m: mu_u walks over all of u, the divergence is taken on one batch of B."""
+    config, digits, real, state, labels = setting
+    changes = {"method": method, "start_rule": "before", "syn_steps": 4, "batch_size": 6}
+    touched = compute(config, digits, real, state.images, labels, **changes).value.flatten(1).any(1)
+    assert touched.sum() == 6
+
+
+def test_the_learned_inner_rate_follows_its_gradient():
+    """By hand: rate 0.1, gradients 2 + 3, learning rate 0.01, momentum 0.5: 0.1 - 0.05 = 0.05, then -0.025."""
+    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.1)
+    parts = [Gradient(torch.zeros(1, 1, 1, 1), {}, value) for value in (2.0, 3.0)]
+    state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
+    assert (state.inner_lr, state.inner_velocity) == (pytest.approx(0.05), 5.0)
+    check_updated(state)
+    state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
+    assert (state.inner_lr, state.inner_velocity) == (pytest.approx(-0.025), 7.5)
+    with pytest.raises(UserError, match="--inner-alpha"):
+        check_updated(state)
 
 
 def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
@@ -80,12 +111,12 @@ def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
 def test_statistics_are_what_they_say(setting):
     config, digits, real, state, labels = setting
     stats = compute(config, digits, real, state.images, labels).stats
-    assert stats.map_ending == "converged"
-    assert 0 < stats.map_loss <= 0.5
-    assert stats.map_steps > 0
-    assert stats.psi_x > 0 < stats.psi_u
-    assert 1 <= stats.expert_epoch <= 3
-    assert min(stats.seconds_x, stats.seconds_map, stats.seconds_u, stats.seconds_gradient) > 0
+    assert stats["map_ending"] == "converged"
+    assert 0 < stats["map_loss"] <= 0.5
+    assert stats["map_steps"] > 0
+    assert stats["psi_x"] > 0 < stats["psi_u"]
+    assert 1 <= stats["expert_epoch"] <= 3
+    assert min(stats["seconds_x"], stats["seconds_map"], stats["seconds_u"], stats["seconds_gradient"]) > 0
 
 
 def test_isotropic_takes_no_k_steps(setting):
@@ -95,7 +126,7 @@ def test_isotropic_takes_no_k_steps(setting):
     other = compute(
         config, digits, real, state.images, labels, method="fbpc-isotropic", posterior_steps=9, lambda_x=1e3
     )
-    assert (one.stats.psi_x, one.stats.psi_u) == (1.0, 1.0)
+    assert (one.stats["psi_x"], one.stats["psi_u"]) == (1.0, 1.0)
     assert torch.equal(one.value, other.value)
     assert not torch.equal(one.value, compute(config, digits, real, state.images, labels).value)
 
@@ -121,7 +152,7 @@ def test_a_batch_smaller_than_m_goes_with_its_own_labels(setting, monkeypatch):
         seen.append(of_batch)
         return forward_kl(posterior_x, posterior_u, of_batch, *rest)
 
-    monkeypatch.setattr(distill, "forward_kl", watched)
+    monkeypatch.setattr(function_space, "forward_kl", watched)
     touched = compute(config, digits, real, state.images, labels, batch_size=6).value.flatten(1).any(1)
     assert torch.equal(seen[0], labels[touched])
     assert not torch.equal(seen[0], labels[:6])
@@ -145,6 +176,10 @@ def test_epochs_of_theta_x_are_those_the_rule_names():
     for start, rule in ((5, "from"), (0, "before"), (-1, "from")):
         with pytest.raises(UserError, match="--start-epoch"):
             expert_epochs(start, rule, 4)
+    assert list(expert_epochs(9, "before", 4, ahead=2)) == [0, 1, 2]
+    assert list(expert_epochs(1, "from", 4, ahead=1)) == [1, 2, 3]
+    with pytest.raises(UserError, match="raise --start-epoch or --expert-epochs"):
+        expert_epochs(2, "before", 1, ahead=2)
 
 
 def test_theta_x_is_drawn_uniformly_from_experts_and_epochs():
@@ -157,11 +192,11 @@ def test_theta_x_is_drawn_uniformly_from_experts_and_epochs():
 def test_update_is_momentum_sgd_on_the_sum_in_order():
     """By hand: v1 = g, u1 = u0 - alpha g; v2 = mu v1 + g, u2 = u1 - alpha v2, with g = g_a + g_b."""
     a, b, u = torch.full((2, 1, 1, 1), 0.25), torch.full((2, 1, 1, 1), 1.0), torch.zeros(2, 1, 1, 1)
-    state = State(0, u, torch.zeros_like(u))
+    state = State(0, u, torch.zeros_like(u), 0.01)
     gradients = [Gradient(a, STATS), Gradient(b, STATS)]
-    state = update(state, gradients, alpha=2.0, momentum=0.5)
+    state = update(state, gradients, alpha=2.0, momentum=0.5, inner_alpha=0.0)
     assert (state.step, state.images[0].item(), state.velocity[0].item()) == (1, -2.5, 1.25)
-    state = update(state, gradients, alpha=2.0, momentum=0.5)
+    state = update(state, gradients, alpha=2.0, momentum=0.5, inner_alpha=0.0)
     assert (state.step, state.images[0].item(), state.velocity[0].item()) == (2, -6.25, 1.875)
     assert u.abs().sum() == 0
 
@@ -169,10 +204,12 @@ def test_update_is_momentum_sgd_on_the_sum_in_order():
 def test_sum_follows_the_order_of_the_architectures():
     """Float addition is not associative: (1e8 + 1) - 1e8 = 0 in float32, while (1e8 - 1e8) + 1 = 1."""
     one = [torch.full((1, 1, 1, 1), value) for value in (1e8, 1.0, -1e8)]
-    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.01)
 
     def moved(order):
-        return update(state, [Gradient(one[i], STATS) for i in order], alpha=1.0, momentum=0.0).images.item()
+        return update(
+            state, [Gradient(one[i], STATS) for i in order], alpha=1.0, momentum=0.0, inner_alpha=0.0
+        ).images.item()
 
     assert (moved([0, 1, 2]), moved([0, 2, 1])) == (0.0, -1.0)
 
@@ -181,7 +218,7 @@ def test_sum_follows_the_order_of_the_architectures():
     "ending, value", [("nonfinite", 0.0), ("converged", float("nan")), ("converged", float("inf"))]
 )
 def test_what_is_not_finite_is_refused_by_name(ending, value):
-    bad = Gradient(torch.full((1, 1, 1, 1), value), STATS._replace(map_ending=ending))
+    bad = Gradient(torch.full((1, 1, 1, 1), value), STATS | {"map_ending": ending})
     good = Gradient(torch.zeros(1, 1, 1, 1), STATS)
     check_finite(["a"], [good], 0)
     with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):

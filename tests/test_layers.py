@@ -19,14 +19,15 @@ LAYERS = {
     1: "allocator atomic config rng types signals provenance",
     2: "inference.* vision.*",
     3: "coreset experts",
-    4: "teach distill evaluate",
-    5: "backend run",
-    6: "plan results",
-    7: "pipeline",
-    8: "cluster.* tracking figures",
-    9: "commands",
-    10: "cli",
-    11: "__main__",
+    4: "teach methods.* evaluate",
+    5: "distill",
+    6: "backend run",
+    7: "plan results",
+    8: "pipeline",
+    9: "cluster.* tracking figures",
+    10: "commands",
+    11: "cli",
+    12: "__main__",
 }
 """Layer -> its modules. A module imports its own layer and those below."""
 

@@ -17,8 +17,9 @@ from ray.exceptions import AuthenticationError as RayAuthenticationError
 
 from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import device_name
-from fbpc_ray.distill import Gradient, Worker
+from fbpc_ray.distill import State, Worker
 from fbpc_ray.errors import UserError
+from fbpc_ray.methods.common import Gradient
 from fbpc_ray.signals import Interruption
 
 ATTEMPTS = 5
@@ -103,12 +104,12 @@ class RayBackend:
                 _get(done)
                 waiting = [one for one in waiting if one != done]
 
-    def gradients(self, step: int, images: torch.Tensor) -> list[Gradient]:
-        reference = ray.put(images.numpy())
+    def gradients(self, state: State) -> list[Gradient]:
+        reference = ray.put(state.images.numpy())
         attempts = [1] * len(self.workers)
 
         def ask(index: int) -> Any:
-            return self.workers[index].gradient.remote(step, reference)
+            return self.workers[index].gradient.remote(state.step, reference, state.inner_lr)
 
         pending = {ask(index): index for index in range(len(self.workers))}
         results: dict[int, Gradient] = {}
@@ -116,16 +117,16 @@ class RayBackend:
             for done in self._wait(list(pending), raise_on_signal=False):
                 index = pending.pop(done)
                 try:
-                    value, stats = _get(done)
-                    results[index] = Gradient(torch.from_numpy(value.copy()), stats)
+                    value, *rest = _get(done)
+                    results[index] = Gradient(torch.from_numpy(value.copy()), *rest)
                 except (ActorDiedError, ActorUnavailableError) as error:
                     if attempts[index] == ATTEMPTS:
                         raise UserError(
-                            f"worker {index} was lost {ATTEMPTS} times in step {step + 1} ({_first_line(error)}): "
-                            "mend the cluster and run again with --resume"
+                            f"worker {index} was lost {ATTEMPTS} times in step {state.step + 1} "
+                            f"({_first_line(error)}): mend the cluster and run again with --resume"
                         ) from error
                     attempts[index] += 1
-                    self.log(f"worker {index} was lost in step {step + 1}; it is replaced and asked again")
+                    self.log(f"worker {index} was lost in step {state.step + 1}; it is replaced and asked again")
                     self._replace(index)
                     pending[ask(index)] = index
         return [results[index] for index in range(len(self.workers))]

@@ -6,6 +6,8 @@ So neither the size, the order nor the placement of test batches can change a nu
     NLL      = -mean_i log p(y_i | x_i), nats           (per example: the samples are mixed for each example on its own)
     Brier    = mean_i sum_c (p(c | x_i) - [c = y_i])^2
     ECE      = sum_b n_b / n |accuracy_b - confidence_b| over equal-width confidence bins
+
+`nll_of_batches` is another number, kept to compare with published ones that were computed so.
 """
 
 import math
@@ -45,6 +47,26 @@ class Scores(NamedTuple):
 def log_mean_probability(logits: Tensor) -> Tensor:
     """Logits of S posterior samples (S, b, d) -> log p(y | x) of their model average (b, d), in float64."""
     return logits.double().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits of S posterior samples (S, b, d), labels (b,) -> -log p_s(y_i | x_i) of each sample (S, b), in float64."""
+    losses = -logits.double().log_softmax(-1)
+    return losses.gather(-1, labels.expand(len(losses), -1)[..., None])[..., 0].cpu()
+
+
+def nll_of_batches(losses: Tensor, size: int) -> float:
+    """What BPC's code reports as NLL: the losses (S, n) averaged over each batch of `size`, and only then mixed.
+
+        sum_B n_B / n  -log mean_s exp(-mean_{i in B} loss_si)
+
+    At size 1 it is the NLL; it grows with the size, up to the mean loss of a sample (log-mean-exp is convex), and it
+    depends on the order of the images.
+    """
+    mixed = [
+        batch.shape[1] * (math.log(len(losses)) - (-batch.mean(1)).logsumexp(0)) for batch in losses.split(size, dim=1)
+    ]
+    return float(sum(mixed)) / losses.shape[1]
 
 
 def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats:

@@ -1,0 +1,132 @@
+"""Eqs. 5-7 and their kin: divergences between Gaussian posteriors in weight space (BPC), the baselines of the paper.
+
+    q_x = N(mu_x, s^2 I),  q_u = N(mu_u, s^2 I)                                                     (Eq. 6)
+    fKL:  grad_u KL(pi_x | pi_u) ~= grad_u 1/S sum_s [ CE(u; mu_x + s eps_x) - CE(u; sg(mu_u) + s eps_u) ]  (Eq. 7)
+    rKL:  grad_u KL(pi_u | pi_x)  = -Cov_{q_u}[ grad_u U_u(theta), U_x(theta) - U_u(theta) ]
+    W:    |mu_u - mu_x|^2 / |theta_0 - mu_x|^2,  differentiated through the SGD steps that lead from theta_0 to mu_u
+
+U_x and U_u are the potentials -log p(y | x, theta): n times the mean cross-entropy of n images. In the rKL the mean of
+the gradient drops out with the normaliser of pi_u, d/du log Z_u = -E[grad_u U_u]: the centred covariance is left.
+Losses are the *mean* over the m images, as in Eq. 17; so the rKL is divided by m too.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fbpc_ray.types import Augment, Batch, Forward, Loss, Params
+
+
+class WeightDivergence(NamedTuple):
+    """A divergence's gradient with respect to the images, and what it is made of. No graph is left."""
+
+    gradient: Tensor
+    """Of the shape of the images."""
+    expected_x: float
+    """Mean cross-entropy under q_x (fKL) or of the real images (rKL), nats an image."""
+    expected_u: float
+    """Mean cross-entropy of the pseudocoreset under q_u, nats an image."""
+
+
+def perturbed(params: Params, scale: float, source: torch.Generator) -> Params:
+    """A draw of N(params, scale^2 I), Eq. 6."""
+    return {
+        name: value.detach() + scale * torch.randn(value.shape, generator=source).to(value)
+        for name, value in params.items()
+    }
+
+
+def forward_kl(
+    forward: Forward,
+    mu_x: Params,
+    mu_u: Params,
+    images: Tensor,
+    labels: Tensor,
+    views: Sequence[Augment],
+    *,
+    scale: float,
+    source: torch.Generator,
+    loss: Loss = cross_entropy,
+) -> WeightDivergence:
+    """Eq. 7 at `images` (m, c, h, w), one draw for each of `views`; a view is what both terms of a draw see.
+
+    Only one draw's graph is alive at a time.
+    """
+    u = images.detach().requires_grad_()
+    gradient, sum_x, sum_u = torch.zeros_like(u), 0.0, 0.0
+    for view in views:
+        seen = view(u)
+        loss_x = loss(forward(perturbed(mu_x, scale, source), seen), labels)
+        loss_u = loss(forward(perturbed(mu_u, scale, source), seen), labels)
+        gradient = gradient + torch.autograd.grad(loss_x - loss_u, u)[0]
+        sum_x, sum_u = sum_x + loss_x.item(), sum_u + loss_u.item()
+    return WeightDivergence(gradient / len(views), sum_x / len(views), sum_u / len(views))
+
+
+def reverse_kl(
+    forward: Forward,
+    mu_u: Params,
+    images: Tensor,
+    labels: Tensor,
+    view: Augment,
+    real: Batch,
+    real_count: int,
+    *,
+    samples: int,
+    scale: float,
+    source: torch.Generator,
+    loss: Loss = cross_entropy,
+) -> WeightDivergence:
+    """The rKL's gradient by S = `samples` draws of q_u, divided by m.
+
+    One `view` of the images and one `real` batch (of `real_count` images) serve all draws: were they drawn anew for
+    each, their own variation would enter the covariance. Unbiased (1 / (S - 1)). Raises ValueError for S < 2.
+    """
+    if samples < 2:
+        raise ValueError("a covariance needs at least two draws (S >= 2)")
+    u, m = images.detach().requires_grad_(), len(labels)
+    seen = view(u)
+    mean_gap, mean_gradient, covariance = 0.0, torch.zeros_like(seen), torch.zeros_like(seen)
+    sum_x = sum_u = 0.0
+    for count in range(1, samples + 1):
+        theta = perturbed(mu_u, scale, source)
+        with torch.no_grad():
+            loss_x = loss(forward(theta, real.images), real.labels).item()
+        fixed = seen.detach().requires_grad_()
+        loss_u = loss(forward(theta, fixed), labels)
+        gradient = torch.autograd.grad(loss_u, fixed)[0]  # of U_u / m
+        gap = real_count * loss_x - m * loss_u.item()
+        # Welford's recurrence: the gap's mean is orders of magnitude above its spread.
+        deviation = gap - mean_gap
+        mean_gap += deviation / count
+        mean_gradient = mean_gradient + (gradient - mean_gradient) / count
+        covariance = covariance + deviation * (gradient - mean_gradient)
+        sum_x, sum_u = sum_x + loss_x, sum_u + loss_u.item()
+    (value,) = torch.autograd.grad(seen, u, -covariance / (samples - 1))
+    return WeightDivergence(value, sum_x / samples, sum_u / samples)
+
+
+def unrolled_sgd(forward: Forward, params: Params, batches: Iterable[Batch], learning_rate: Tensor) -> Params:
+    """mu_u after one plain SGD step a batch, as a differentiable function of the batches and of `learning_rate` ()."""
+    params = {name: value.detach().requires_grad_() for name, value in params.items()}
+    for batch in batches:
+        value = cross_entropy(forward(params, batch.images), batch.labels)
+        gradients = torch.autograd.grad(value, list(params.values()), create_graph=True)
+        params = {
+            name: value - learning_rate * gradient
+            for (name, value), gradient in zip(params.items(), gradients, strict=True)
+        }
+    return params
+
+
+def wasserstein(mu_u: Params, mu_x: Params, theta_0: Params) -> Tensor:
+    """() |mu_u - mu_x|^2 / |theta_0 - mu_x|^2. Gradient flows through mu_u.
+
+    With equal covariances this is the squared 2-Wasserstein distance, in units of what SGD on the real data moved.
+    """
+    distance = sum((mu_u[name] - target).square().sum() for name, target in mu_x.items())
+    travelled = sum((theta_0[name] - target).square().sum() for name, target in mu_x.items())
+    return torch.as_tensor(distance) / travelled

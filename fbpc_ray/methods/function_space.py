@@ -1,0 +1,79 @@
+"""FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
+
+import math
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fbpc_ray.inference.divergence import forward_kl
+from fbpc_ray.inference.map_solve import map_solve
+from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
+from fbpc_ray.methods.common import Clock, Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.vision.augment import AUGMENTATIONS
+
+
+def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gradient:
+    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used.
+
+    Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
+    MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
+    """
+    network, labels, settings, augment = problem.network, problem.labels, problem.settings, problem.augment
+    forward, size, rng = network.forward, settings.batch_size, problem.rng
+    clock = Clock(network.device)
+    u = images.detach().requires_grad_()
+    chosen = problem.batch(step)
+    augmented = AUGMENTATIONS[augment](len(chosen), rng(step, "augment"))(u[chosen])
+    isotropic = settings.method == "fbpc-isotropic"
+
+    # theta_x: a snapshot of a random expert; its K steps on real images.
+    epochs = expert_epochs(settings.start_epoch, settings.start_rule, problem.store.recipe.epochs)
+    expert, epoch = draw_expert(problem.expert_count, epochs, rng(step, "expert"))
+    theta_x = network.parameters_of(problem.store.read(expert, epoch))
+    batches = problem.real.stream(settings.real_batch_size, augment, rng(step, "real"))
+    samples_x = islice(sgd_trajectory(forward, theta_x, batches, settings.lambda_x), settings.posterior_steps)
+    posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented)
+    seconds_x = clock.lap()
+
+    # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior.
+    solution = map_solve(
+        forward,
+        network.init(rng(step, "prior")),
+        coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
+        threshold=settings.gamma,
+        learning_rate=settings.map_lr,
+        max_steps=settings.map_max_steps,
+        batches_per_pass=math.ceil(len(labels) / size),
+    )
+    seconds_map = clock.lap()
+
+    # Its K steps on the pseudocoreset.
+    batches = coreset_batches(u.detach(), labels, size, augment, rng(step, "coreset"))
+    samples_u = islice(sgd_trajectory(forward, solution.params, batches, settings.lambda_u), settings.posterior_steps)
+    posterior_u = function_posterior(forward, solution.params, None if isotropic else samples_u, augmented)
+    seconds_u = clock.lap()
+
+    divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
+    (value,) = torch.autograd.grad(divergence.value, u)
+    value = value.cpu()
+    return Gradient(
+        value,
+        {
+            "loss": divergence.value.item(),
+            "expected_x": divergence.expected_x.item(),
+            "expected_u": divergence.expected_u.item(),
+            "psi_x": posterior_x.variance.mean().item(),
+            "psi_u": posterior_u.variance.mean().item(),
+            "gradient_norm": value.norm().item(),
+            "map_steps": solution.steps,
+            "map_ending": str(solution.ending),
+            "map_loss": solution.loss,
+            "expert": expert,
+            "expert_epoch": epoch,
+            "seconds_x": seconds_x,
+            "seconds_map": seconds_map,
+            "seconds_u": seconds_u,
+            "seconds_gradient": clock.lap(),
+        },
+    )
