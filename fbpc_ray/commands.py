@@ -57,6 +57,7 @@ def _prepare(settings: Config, dry_run: bool) -> _Job:
 
 def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing."""
+    settings = plan.canonical(settings)
     plan.check(settings)
     job = _prepare(settings, dry_run)
     if dry_run:
@@ -73,7 +74,7 @@ def experts(settings: Config, *, dry_run: bool, json: str) -> None:
 
 def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     """Experts, distillation, evaluation, files, MLflow."""
-    run, settings = _open_run(settings, resume)
+    run, settings = _open_run(plan.canonical(settings), resume)
     plan.check(settings)
     if resume and (done := run.read_result()) and done["steps"] >= _steps(settings):
         log(f"this run is complete; raise --steps above {done['steps']} to go on\n\n{results.table(done['coresets'])}")
@@ -83,7 +84,8 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         _describe(job)
         return
-    first, labels = pipeline.first_state(job.dataset, settings.distillation)
+    d = settings.distillation
+    first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     state, rows = (resume and run.restore(labels, job.dataset.image_shape)) or (first, [])
     if state.step > _steps(settings):
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
@@ -194,6 +196,7 @@ def evaluate(
     run, method = Run(folder), settings.distillation.method
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
+    settings = plan.canonical(settings)
     plan.check(settings)
     found = {"random": coreset.load(run.random_path), method: coreset.load(run.coreset_path)}
     dataset = plan.load_data(settings, log)

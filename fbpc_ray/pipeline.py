@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config, Distillation, Evaluation
+from fbpc_ray.config import Config, Evaluation
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State, check_finite, check_updated, update
 from fbpc_ray.errors import UserError
@@ -65,12 +65,11 @@ def train_experts(
             bar.update()
 
 
-def first_state(dataset: Dataset, settings: Distillation) -> tuple[State, torch.Tensor]:
+def first_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, torch.Tensor]:
     """A class-balanced draw of real images as the pseudocoreset before step 1, and its labels."""
     real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
-    source = generator(settings.seed, "coreset")
-    images, labels = real.batch(coresets.balanced(real.labels, settings.ipc, dataset.classes, source))
-    return State(0, images, torch.zeros_like(images), settings.inner_lr), labels
+    images, labels = real.batch(coresets.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
+    return State(0, images, torch.zeros_like(images), inner_lr), labels
 
 
 def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float) -> dict[str, float]:

@@ -26,7 +26,7 @@ STATS = {"map_ending": "converged", "map_loss": 0.01}
 def setting(small, digits):
     config = small.updated(posterior_steps=6, gamma=0.5)
     real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    state, labels = pipeline.first_state(digits, replace(config.distillation, ipc=2))
+    state, labels = pipeline.first_state(digits, 2, 0)
     return config, digits, real, state, labels
 
 
