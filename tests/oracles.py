@@ -1,6 +1,8 @@
 """Closed forms that the tests hold the code against, each with its derivation. Nothing here comes from the package."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,14 +55,19 @@ def scores_slow(samples: list[list[list[float]]], labels: list[int], bins: int) 
     return {"accuracy": correct / n, "nll": nll / n, "brier": brier / n, "ece": ece}
 
 
-def quartic_draws(count: int, source: torch.Generator) -> torch.Tensor:
-    """Exact draws (count,) float64 of the density proportional to exp(-w^4 / 4), of which E[w^4] = 1.
+QUARTIC_WITHIN_1 = 0.7436779
+"""P(|w| < 1) under the density proportional to exp(-w^4 / 4): t = w^4 / 4 is Gamma(1/4, 1) (`quartic_draws`), so it is
+the incomplete gamma function P(1/4, 1/4) = sum_n (1/4)^(1/4) (-1/4)^n / (n! (n + 1/4)) / Gamma(1/4)."""
 
-    With t = w^4 / 4 the density of t is t^(1/4 - 1) exp(-t), Gamma(1/4, 1), so w = +-(4 t)^(1/4) and E[w^4] = 4 / 4.
-    Gamma(1/4) from Gamma(5/4) U^4 (Stuart), and that by rejection (Marsaglia and Tsang).
+
+def quartic_draws(count: int, source: torch.Generator) -> Tensor:
+    """Exact draws (count,) float64 of the density proportional to exp(-w^4 / 4).
+
+    With t = w^4 / 4 the density of t is t^(1/4 - 1) exp(-t), Gamma(1/4, 1), so w = +-(4 t)^(1/4). Gamma(1/4) is
+    Gamma(5/4) U^4 (Stuart), and Gamma(5/4) comes by rejection (Marsaglia and Tsang).
     """
     a = 1.25 - 1 / 3
-    draws: list[torch.Tensor] = []
+    draws: list[Tensor] = []
     while sum(map(len, draws)) < count:
         x = torch.randn(count, generator=source, dtype=torch.float64)
         u = torch.rand(count, generator=source, dtype=torch.float64)
@@ -70,3 +77,51 @@ def quartic_draws(count: int, source: torch.Generator) -> torch.Tensor:
     u = torch.rand(count, generator=source, dtype=torch.float64)
     sign = torch.randint(2, (count,), generator=source) * 2 - 1
     return sign * (4 * torch.cat(draws)[:count] * u**4) ** 0.25
+
+
+class Gaussian(NamedTuple):
+    """N(mean, covariance)."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def conjugate_posterior(inputs: Tensor, targets: Tensor) -> Gaussian:
+    """Posterior of y ~ N(x . theta, 1), theta ~ N(0, I): covariance (I + X^T X)^-1, mean covariance X^T y."""
+    precision = torch.eye(inputs.shape[1], dtype=inputs.dtype) + inputs.T @ inputs
+    covariance = torch.linalg.inv(precision)
+    return Gaussian(covariance @ inputs.T @ targets, covariance)
+
+
+def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
+    """KL(p | q) = 1/2 [ tr(Q^-1 P) + (q - p)^T Q^-1 (q - p) - dim + log det Q - log det P ]."""
+    inverse, gap = torch.linalg.inv(q.covariance), q.mean - p.mean
+    return 0.5 * (
+        (inverse @ p.covariance).trace()
+        + gap @ inverse @ gap
+        - len(gap)
+        + torch.logdet(q.covariance)
+        - torch.logdet(p.covariance)
+    )
+
+
+def jacobian_gaussian(
+    forward: Callable[[dict[str, Tensor], Tensor], Tensor],
+    params: dict[str, Tensor],
+    samples: list[dict[str, Tensor]],
+    images: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Eqs. 12-13: mean g(mu) and diag(J Sigma J^T) of the linearised network at mu = `params`, each (m, d).
+
+    Sigma is the covariance of `samples` about their mean (1/K), Eq. 12's Cov(theta) by its samples. With the rows
+    delta_k = theta_k - mean, J Sigma J^T = 1/K sum_k (J delta_k)(J delta_k)^T, whose diagonal needs no P x P matrix.
+    """
+    names = list(params)
+    jacobian = torch.func.jacrev(forward)(params, images)  # {name: (m, d, *shape)}
+    stacked = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    moved = sum(
+        torch.einsum("mdp,kp->kmd", jacobian[name].flatten(2), (s - s.mean(0)).flatten(1))
+        for name, s in stacked.items()
+    )
+    assert isinstance(moved, Tensor)
+    return forward(params, images), moved.square().mean(0)

@@ -147,3 +147,40 @@ def test_lazy_samples_are_trained_although_psi_takes_no_gradient():
     ]
     assert loss[-1] < loss[0]
     assert (lazy.variance > 0).all()
+
+
+def test_empirical_variance_is_the_jacobian_gaussian_of_a_linear_model():
+    """Eqs. 12-13: for logits linear in theta the linearised network is the network, and Eq. 16 is diag(J Sigma J^T)."""
+    params, images = linear_params(), some_batch(seed=9).images
+    samples = list(sgd_trajectory(linear, params, [some_batch(seed) for seed in range(6)], 0.3))
+    mean, variance = oracles.jacobian_gaussian(linear, params, samples, images)
+    found = function_posterior(linear, params, samples, images)
+    torch.testing.assert_close(found.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-10, atol=1e-12)
+    assert variance.min() > 1e-6
+
+
+def test_empirical_variance_approaches_the_jacobian_gaussian_of_a_network():
+    """Eq. 16 against Eqs. 12-13 on a two-layer network: K steps of lr/2 reach half as far, so curvature matters half as
+    much, and the relative difference of the two variances falls with lr, to below one per cent."""
+
+    def forward(params, images):
+        return (images.flatten(1) @ params["first"]).tanh() @ params["second"]
+
+    source = torch.Generator().manual_seed(5)
+    params = {
+        name: torch.randn(shape, generator=source, dtype=torch.float64)
+        for name, shape in {"first": (6, 7), "second": (7, 3)}.items()
+    }
+    images, batches = some_batch(seed=9).images, [some_batch(seed) for seed in range(10)]
+
+    def difference(lr):
+        samples = list(sgd_trajectory(forward, params, batches, lr))
+        mean, variance = oracles.jacobian_gaussian(forward, params, samples, images)
+        found = function_posterior(forward, params, samples, images)
+        torch.testing.assert_close(found.mean, mean)
+        return ((found.variance - variance).norm() / variance.norm()).item()
+
+    coarse, half, fine = difference(0.05), difference(0.025), difference(0.001)
+    assert 1.5 < coarse / half < 3
+    assert fine < 0.01 < coarse
