@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -89,6 +89,47 @@ class EvaluateArguments:
     """Also write the result to this file."""
 
 
+@dataclass(frozen=True)
+class ReproduceArguments:
+    """Make a table or figure of the paper from scratch; the same command goes on where it stopped."""
+
+    table: Annotated[str, tyro.conf.Positional]
+    """table1 | table2 | table3 | table5 | table6 | table7 | table8 | table9 | table10 | fig2a | fig2b | fig3."""
+    scale: Literal["paper", "small"] = "small"
+    """paper: its sizes, for a GPU; small: width 32, 5 experts of 6 epochs, at most 300 steps, for two CPU cores."""
+    cifar10: str = "cifar10"
+    """What stands for CIFAR10: anything that --data takes."""
+    cifar100: str = "cifar100"
+    """What stands for CIFAR100."""
+    tiny_imagenet: str = "tiny-imagenet"
+    """What stands for Tiny-ImageNet."""
+    ipc: tuple[int, ...] = ()
+    """Images a class; empty means those of the table at this scale."""
+    distill_seeds: int = 0
+    """Coresets for each cell; 0 means those of the scale (1 | 2)."""
+    eval_seeds: int = 0
+    """Chains for each coreset; 0 means those of the scale (5 | 3)."""
+    only: tuple[str, ...] = ()
+    """Only cells that have one of these in their ROW/COLUMN, e.g. FBPC/ or 'CIFAR100 ipc 1'."""
+    override: tuple[str, ...] = ()
+    """FLAG=VALUE for every cell, e.g. steps=100 width=64; the table's title says so."""
+    corruptions: str = ""
+    """Folder of the official CIFAR-10-C (table3); empty generates the corruptions."""
+    cost_steps: int = 5
+    """Timed steps of a cell (table7, table8, table9)."""
+    out: str = "reproduction"
+    """Folder of coresets, rows, tables and figures."""
+    data_root: str = "data"
+    """As for `distill`."""
+    download: bool = False
+    """As for `distill`."""
+    experts: str = ""
+    """As for `distill`."""
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit status: 0 done, 2 bad input, 1 failed, 128 + n ended by signal n."""
     argv = sys.argv[1:] if argv is None else argv
@@ -156,15 +197,31 @@ def evaluate(argv: list[str], program: str) -> None:
     commands.evaluate(Path(args.run), config, args.split, dry_run=args.dry_run, json=args.json)
 
 
+def reproduce(argv: list[str], program: str) -> None:
+    args = _parse(ReproduceArguments, argv, program)
+    from fbpc_ray import commands
+
+    given = vars(args)
+    names = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny_imagenet"}
+    sources = {data: given.pop(name) for data, name in names.items()}
+    places = {name: given.pop(name) for name in ("data_root", "download", "experts")}
+    base = Config(workers=given.pop("workers")).updated(**places)
+    commands.reproduce(given.pop("table"), base, sources, **given)
+
+
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "distill": distill,
     "experts": experts,
     "evaluate": evaluate,
+    "reproduce": reproduce,
 }
 
 
 def _usage() -> str:
-    kinds = {"distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments}
+    kinds = {
+        "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
+        "reproduce": ReproduceArguments,
+    }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])
 

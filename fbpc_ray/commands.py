@@ -18,9 +18,12 @@ from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
-from fbpc_ray.errors import UserError
+from fbpc_ray.errors import UserError, closest
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.provenance import Provenance, capture, home
+from fbpc_ray.reproduce.run import Options
+from fbpc_ray.reproduce.run import reproduce as reproduce_table
+from fbpc_ray.reproduce.tables import SCALES, TABLES, Request
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.vision.datasets import Dataset, denormalise
@@ -219,6 +222,62 @@ def evaluate(
     atomic.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
     _write_json(json, result)
     log(f"\n{results.table(scored)}\n\nresult: {path}")
+
+
+def reproduce(
+    table: str,
+    base: Config,
+    sources: dict[str, str],
+    *,
+    scale: str,
+    ipc: tuple[int, ...],
+    distill_seeds: int,
+    eval_seeds: int,
+    only: tuple[str, ...],
+    override: tuple[str, ...],
+    corruptions: str,
+    cost_steps: int,
+    out: str,
+    dry_run: bool,
+) -> None:
+    """Make a table or figure of the paper, or what is missing of it, and print it."""
+    if table not in TABLES:
+        raise UserError(f"unknown table '{table}': {closest(table, list(TABLES))}")
+    for name, value in (("--distill-seeds", distill_seeds), ("--eval-seeds", eval_seeds), ("--cost-steps", cost_steps)):
+        if value < 0 or (value == 0 and name == "--cost-steps"):
+            raise UserError(f"{name} is {value}: it must be 1 or more")
+    if any(count < 1 for count in ipc):
+        raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
+    size = SCALES[scale]
+    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, eval_seeds=eval_seeds or size.eval_seeds)
+    options = Options(
+        table, scale, Request(size, sources, ipc, _overrides(override), base), Path(out).absolute(), only,
+        Path(corruptions) if corruptions else None, cost_steps, dry_run,
+    )  # fmt: skip
+    again = "the same command goes on"
+    with _says_how_to_resume(again):
+        path = reproduce_table(options, log)
+    if not dry_run:
+        log(f"\n{path.read_text()}\n{path}")
+
+
+def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
+    """FLAG=VALUE words as values of the flags' types. Raises UserError."""
+    known, found = Config().flat(), {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not equals or name not in known:
+            raise UserError(f"--override {word}: write FLAG=VALUE; {closest(name, list(known))}")
+        if isinstance(known[name], str):
+            found[name] = text
+            continue
+        try:
+            found[name] = json_format.loads(text.lower() if isinstance(known[name], bool) else text)
+        except ValueError:
+            raise UserError(f"--override {word}: {text!r} is no {type(known[name]).__name__}") from None
+    Config().updated(**found)
+    return found
 
 
 def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:

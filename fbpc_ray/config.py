@@ -35,11 +35,13 @@ class Networks:
     """On what it is distilled."""
 
     architectures: tuple[str, ...] = ("convnet-in",)
-    """One gradient worker each (Algorithm 1): convnet-{in,gn,ln,bn,none}."""
+    """One gradient worker each (Algorithm 1): convnet | vgg11 | resnet18 | resnet34, each with -in (as without suffix)
+    | -gn | -ln | -bn | -none; lenet | alexnet; or MODULE:FUNCTION, your own function of ((c, h, w), classes) that
+    returns a torch.nn.Module, importable from the current folder (give a changed network another name)."""
     width: int = 128
-    """Channels of each convolution [paper: 128]."""
+    """Channels of each ConvNet convolution [paper: 128]; the others, but lenet and your own, scale by width / 128."""
     depth: int = 0
-    """Blocks; 0 means 3 at 32x32, 4 at 64x64 [paper], 2 at 8x8."""
+    """Blocks of ConvNet; 0 means 3 at 32x32, 4 at 64x64 [paper], 2 at 8x8."""
     augment: Literal["dsa", "none"] = "dsa"
     """Augmentation, everywhere it acts [paper: dsa; none is its Table 10]."""
 
@@ -271,7 +273,7 @@ def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[s
 BPC: dict[int, dict[str, Any]] = {1: _bpc(2, 50, 0.01), 10: _bpc(20, 30, 0.03), 20: _bpc(30, 30, 0.03)}
 """The weight-space baselines by ipc, after their paper's code; 20 serves whatever is above 10."""
 
-BPC_RKL = {1: {"mc_samples": 10}, 10: {}, 20: {"mc_samples": 10}}
+BPC_RKL: dict[int, dict[str, Any]] = {1: {"mc_samples": 10}, 10: {}, 20: {"mc_samples": 10}}
 
 
 def with_method(config: Config, method: str, ipc: int) -> Config:

@@ -12,6 +12,7 @@ from fbpc_ray.config import Evaluation
 from fbpc_ray.errors import UserError
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
+    Scores,
     log_mean_probability,
     nll_of_batches,
     predictive_stats,
@@ -180,6 +181,12 @@ def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split
             )
         images = np.concatenate([_resized(images[at : at + 1024], size) for at in range(0, len(images), 1024)])
     return Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
+
+
+def quantities(judge: Judge) -> tuple[str, ...]:
+    """The names that `values` gives for a chain of `judge`, in order."""
+    ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if judge.ood is not None else ()
+    return (*Scores._fields, "nll_of_batches", "nll_of_samples", *ood)
 
 
 def values(result: ChainResult) -> dict[str, float]:

@@ -15,10 +15,9 @@ from fbpc_ray.methods.common import expert_epochs
 from fbpc_ray.methods.weight_space import AHEAD
 from fbpc_ray.provenance import home
 from fbpc_ray.signals import Interruption
-from fbpc_ray.vision import datasets
-from fbpc_ray.vision.convnet import default_depth
+from fbpc_ray.vision import contract, datasets, zoo
 from fbpc_ray.vision.datasets import Dataset
-from fbpc_ray.vision.zoo import Network, Spec
+from fbpc_ray.vision.zoo import Spec
 
 Log = Callable[[str], None]
 
@@ -42,6 +41,18 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What each flag may be."""
 
 
+def canonical(config: Config) -> Config:
+    """The configuration with each network under its one name, so that equal ones are equal. Raises UserError."""
+    names = config.networks.architectures
+    found = tuple(zoo.canonical(name) for name in names)
+    if not found:
+        raise UserError("--architectures is empty: name a network")
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UserError(f"--architectures {' '.join(names)}: {twice[0]} is there twice; name each network once")
+    return config.updated(architectures=found)
+
+
 def check(config: Config) -> None:
     """Raise UserError for values that no run can use."""
     flat = config.flat()
@@ -50,9 +61,7 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be {allowed}")
     if flat["chain_every"] > flat["chain_steps"]:
         raise UserError("--chain-every is above --chain-steps: no posterior sample would be taken; lower it")
-    names = config.networks.architectures
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--architectures {' '.join(names)}: name each network once")
+    canonical(config)
     method = config.distillation.method
     if method != "random":
         expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
@@ -75,10 +84,10 @@ def load_data(config: Config, log: Log) -> Dataset:
 def specs(config: Config, dataset: Dataset) -> list[Spec]:
     """One network an architecture, each built once so that what can't be built is said here. Raises UserError."""
     n = config.networks
-    depth = n.depth or default_depth(dataset.image_shape[1])
-    found = [Spec(name, dataset.image_shape, len(dataset.classes), n.width, depth) for name in n.architectures]
+    shape, classes = dataset.image_shape, len(dataset.classes)
+    found = [zoo.specify(name, shape, classes, n.width, n.depth) for name in n.architectures]
     for spec in found:
-        Network(spec)
+        contract.check(spec)
     return found
 
 

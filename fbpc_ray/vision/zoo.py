@@ -1,77 +1,37 @@
-"""Networks by name, in the functional form that the mathematics uses.
+"""Networks in the functional form that the mathematics uses.
 
 BatchNorm: distillation uses batch statistics throughout; a posterior sample that predicts on test data uses statistics
 re-estimated on the pseudocoreset, so that predictions don't depend on which test images share a batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbpc_ray.errors import UserError, closest
+from fbpc_ray.errors import UserError
 from fbpc_ray.rng import seeded_globally
 from fbpc_ray.types import Params
-from fbpc_ray.vision.convnet import NORMS, ConvNet
+from fbpc_ray.vision.architectures import ARCHITECTURES, Spec, build, canonical, specify
 
-
-class Spec(NamedTuple):
-    """All that defines a network."""
-
-    architecture: str
-    image_shape: tuple[int, int, int]
-    """(c, h, w)."""
-    classes: int
-    width: int
-    """Channels of a convolution (ConvNet)."""
-    depth: int
-    """Blocks (ConvNet)."""
-
-
-def _convnet(norm: str) -> Callable[[Spec], nn.Module]:
-    def build(spec: Spec) -> nn.Module:
-        channels, height, width = spec.image_shape
-        depth = spec.depth
-        if height != width:
-            raise UserError(f"ConvNet takes square images, not {height}x{width}: crop or resize them")
-        if height >> depth < 1 or (norm == "in" and height >> (depth - 1) < 2):
-            raise UserError(f"images of {height}x{width} are too small for a ConvNet of depth {depth}: lower --depth")
-        if norm == "gn" and spec.width % 4:
-            raise UserError(f"convnet-gn has 4 groups, which do not divide width {spec.width}: change --width")
-        return ConvNet(channels, height, spec.classes, width=spec.width, depth=depth, norm=norm)
-
-    return build
-
-
-ARCHITECTURES: dict[str, Callable[[Spec], nn.Module]] = {f"convnet-{norm}": _convnet(norm) for norm in NORMS}
-"""Network builders by the name that `--architectures` takes."""
-
-
-def build(spec: Spec) -> nn.Module:
-    """The network of `spec`, initialised from torch's global generator. Raises UserError."""
-    if spec.architecture not in ARCHITECTURES:
-        raise UserError(
-            f"unknown architecture '{spec.architecture}': {closest(spec.architecture, list(ARCHITECTURES))}"
-        )
-    return ARCHITECTURES[spec.architecture](spec)
+__all__ = ["ARCHITECTURES", "Network", "Spec", "build", "canonical", "specify"]
 
 
 class Network:
     """A network as pure functions of its parameters, on one device."""
 
     def __init__(self, spec: Spec, device: str | torch.device = "cpu"):
-        self.spec = spec
+        self.spec = spec._replace(architecture=canonical(spec.architecture))
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):  # its parameters are never used
             self._predicting = build(spec).to(self.device).eval()
         self._training = _with_batch_statistics(self._predicting)
         self._estimating = _with_averaged_statistics(self._predicting)
         self._buffers = dict(self._predicting.named_buffers())
-        self._names = [name for name, _ in self._predicting.named_parameters()]
+        self._shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
 
     def init(self, source: torch.Generator) -> Params:
         """A draw of the parameters from the prior pi_0: PyTorch's default initialisation."""
@@ -80,7 +40,7 @@ class Network:
     def module(self, source: torch.Generator) -> nn.Module:
         """A freshly initialised nn.Module in training mode, on the device."""
         with seeded_globally(source):
-            return build(self.spec).to(self.device)
+            return build(self.spec).to(self.device).train()
 
     def forward(self, params: Params, images: Tensor) -> Tensor:
         """Logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of these images."""
@@ -102,8 +62,14 @@ class Network:
         return functional_call(self._predicting, {**params, **statistics}, (images,))
 
     def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
-        """The parameters in a module's state (without its buffers), on the device."""
-        return {name: snapshot[name].to(self.device) for name in self._names}
+        """The parameters in a module's state (without its buffers), on the device. Raises UserError for another's."""
+        for name, shape in self._shapes.items():
+            if name not in snapshot or snapshot[name].shape != shape:
+                raise UserError(
+                    f"the experts of {self.spec.architecture} were made when it was another network ({name} differs): "
+                    "give another --experts folder, or the network another name"
+                )
+        return {name: snapshot[name].to(self.device) for name in self._shapes}
 
     @property
     def parameter_count(self) -> int:

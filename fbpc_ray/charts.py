@@ -1,0 +1,199 @@
+"""Charts of an evaluation: how far confidence can be trusted, and what strange images do to the entropy.
+
+Beside figures.py the only file that imports matplotlib, and like it only the objects (Figure, Agg): no pyplot.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fbpc_ray import atomic
+
+DPI = 150
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
+"""Blue and vermilion of Okabe and Ito's palette, which colour-blind people tell apart, and a grey for guides."""
+SIDE = 3.1  # inches: width of a panel
+COLUMNS = 4  # panels side by side, at most
+TITLE, LABEL, TICK = 10.0, 9.0, 8.0  # points
+LONGEST = 34  # characters of a title's line
+
+
+class Bins(Protocol):
+    """Sums over examples by bins of equal width over confidence (metrics.PredictiveStats)."""
+
+    @property
+    def bin_count(self) -> np.typing.ArrayLike: ...
+
+    @property
+    def bin_correct(self) -> np.typing.ArrayLike: ...
+
+    @property
+    def bin_confidence(self) -> np.typing.ArrayLike: ...
+
+
+def reliability(stats: Mapping[str, Bins], path: Path, title: str = "") -> None:
+    """Write a PNG, whole or not at all: accuracy against confidence, one panel for each label of `stats`.
+
+    A bar is the accuracy of a bin, the dot its mean confidence: the line between the two is what the model is wrong
+    about itself, and the mean of its length by count is the ECE in the title. Below, the number of images by bin.
+    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    """
+    if not stats:
+        raise ValueError("no coreset to draw")
+    rows, columns = math.ceil(len(stats) / COLUMNS), min(len(stats), COLUMNS)
+    figure = Figure(figsize=(SIDE * columns + 0.6, 4.4 * rows + 0.6), dpi=DPI, layout="constrained")
+    _padded(figure)
+    if title:
+        figure.suptitle(_wrapped(title, 2 * LONGEST * columns), fontsize=TITLE + 1, parse_math=False)
+    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=(3, 1) * rows)
+    most = 0.0
+    for index, (label, its) in enumerate(stats.items()):
+        row, column = divmod(index, columns)
+        most = max(most, _panel(grid[2 * row, column], grid[2 * row + 1, column], label, its, first=column == 0))
+    for index in range(len(stats), rows * columns):
+        row, column = divmod(index, columns)
+        grid[2 * row, column].remove()
+        grid[2 * row + 1, column].remove()
+    for lower in (grid[2 * (index // columns) + 1, index % columns] for index in range(len(stats))):
+        lower.set_ylim(0, 1.05 * most)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=TICK, frameon=False)
+    _save(figure, path)
+
+
+def entropy_histogram(
+    familiar: np.ndarray, strange: np.ndarray, path: Path, title: str = "", classes: int | None = None,
+    quantity: str = "predictive entropy", names: tuple[str, str] = ("in distribution", "out of distribution"),
+) -> None:  # fmt: skip
+    """Write a PNG, whole or not at all: the distributions of `quantity` in nats over familiar (n,) and strange (k,)
+    images; with `classes`, over the range of an entropy, 0 to log(classes).
+
+    Raises ValueError where one is empty or not finite, and OSError where `path` can't be written.
+    """
+    values = [np.asarray(each, np.float64).ravel() for each in (familiar, strange)]
+    for name, each in zip(names, values, strict=True):
+        if not len(each) or not np.isfinite(each).all():
+            raise ValueError(f"{name}: {len(each)} values, which must be 1 or more, all of them finite")
+    top = max(math.log(classes) if classes else 0.0, *(float(each.max()) for each in values)) or 1.0
+    figure = Figure(figsize=(5.4, 3.6), dpi=DPI, layout="constrained")
+    _padded(figure)
+    axes = figure.add_subplot()
+    edges = np.linspace(0, top, 31)
+    for name, each, colour, line in zip(names, values, (BLUE, ORANGE), ("-", "--"), strict=True):
+        shares = np.histogram(np.clip(each, 0, top), edges)[0] / len(each)
+        axes.stairs(shares, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
+        axes.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.8, label=f"{name} (n = {len(each):,})")
+    if classes:
+        axes.axvline(math.log(classes), color=GREY, linewidth=1, linestyle=":", label=f"log {classes} (uniform)")
+    axes.set(xlim=(0, top * 1.02), ylim=(0, None))
+    axes.set_xlabel(f"{quantity} (nats)", fontsize=LABEL)
+    axes.set_ylabel("share of images", fontsize=LABEL)
+    if title:
+        axes.set_title(_wrapped(title, 2 * LONGEST), fontsize=TITLE, parse_math=False)
+    _tidy(axes)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=TICK, frameon=False)
+    _save(figure, path)
+
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+"""Okabe and Ito's palette."""
+MARK: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 5, "zorder": 3}
+
+
+def bars(
+    names: Sequence[str], groups: Sequence[str], values: Mapping[tuple[str, str], tuple[float, float]],
+    marks: Mapping[tuple[str, str], float], label: str, title: str, path: Path,
+) -> None:  # fmt: skip
+    """Write a PNG, whole or not at all: bars (mean, standard deviation) by (name, group), a colour for each name, and
+    `marks`, the values of somebody else, as diamonds. What has no value has no bar.
+
+    Raises OSError where `path` can't be written.
+    """
+    width = 0.8 / max(len(names), 1)
+    figure = Figure(figsize=(max(5.0, 1.2 + 0.28 * len(names) * len(groups)), 3.8), dpi=DPI, layout="constrained")
+    _padded(figure)
+    axes = figure.add_subplot()
+    for index, name in enumerate(names):
+        here = [(place, group) for place, group in enumerate(groups) if (name, group) in values]
+        places = [place + (index - (len(names) - 1) / 2) * width for place, _ in here]
+        heights = [values[name, group][0] for _, group in here]
+        spreads = [values[name, group][1] for _, group in here]
+        colour = PALETTE[index % len(PALETTE)]
+        axes.bar(places, heights, width * 0.92, color=colour, label=name)
+        axes.errorbar(places, heights, spreads, fmt="none", ecolor=GREY, elinewidth=1, capsize=2)
+        for place, (_, group) in zip(places, here, strict=True):
+            if (name, group) in marks:
+                axes.plot(place, marks[name, group], "D", **MARK)
+    if marks:
+        axes.plot([], [], "D", label="the paper's", **MARK)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xticks(range(len(groups)), [_wrapped(group, 14) for group in groups], fontsize=TICK)
+    axes.set_ylabel(label, fontsize=LABEL)
+    axes.set_title(_wrapped(title, 2 * LONGEST), fontsize=TITLE, parse_math=False)
+    _tidy(axes)
+    figure.legend(loc="outside lower center", ncols=min(4, len(names) + 1), fontsize=TICK, frameon=False)
+    _save(figure, path)
+
+
+def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, first: bool) -> float:
+    """Draw one coreset; the largest number of images in a bin."""
+    count, correct, confidence = (
+        np.asarray(each, np.float64) for each in (stats.bin_count, stats.bin_correct, stats.bin_confidence)
+    )
+    total = count.sum()
+    if not total:
+        raise ValueError(f"{label}: no example was scored")
+    width, full = 1 / len(count), count > 0
+    centres = (np.arange(len(count)) + 0.5)[full] * width
+    accuracy, mean = correct[full] / count[full], confidence[full] / count[full]
+    ece = np.abs(correct - confidence).sum() / total
+
+    upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    upper.bar(centres, accuracy, width, color=BLUE, alpha=0.55, edgecolor="white", linewidth=0.6, label="accuracy")
+    upper.vlines(mean, np.minimum(accuracy, mean), np.maximum(accuracy, mean), color=ORANGE, linewidth=1.6, label="gap")
+    upper.plot(mean, mean, "o", color=ORANGE, markersize=3, clip_on=False, zorder=3)
+    upper.set(xlim=(0, 1), ylim=(0, 1), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
+    heading = f"{_wrapped(label, LONGEST)}\nECE {100 * ece:.1f} %, accuracy {100 * correct.sum() / total:.1f} %"
+    upper.set_title(heading, fontsize=TITLE, parse_math=False)
+
+    upper.tick_params(labelbottom=False)
+    lower.bar(centres, count[full], width, color=GREY, alpha=0.6, edgecolor="white", linewidth=0.6)
+    lower.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
+    lower.locator_params(axis="y", nbins=3, integer=True)
+    lower.set_xlabel(f"confidence (n = {int(total):,})", fontsize=LABEL)
+    if first:
+        upper.set_ylabel("accuracy", fontsize=LABEL)
+        lower.set_ylabel("images", fontsize=LABEL)
+    _tidy(upper)
+    _tidy(lower)
+    return float(count.max())
+
+
+def _padded(figure: Figure) -> None:
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.08, h_pad=0.08)  # type: ignore[call-arg]
+
+
+def _tidy(axes: Axes) -> None:
+    axes.tick_params(labelsize=TICK)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """One line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    atomic.write_bytes(path, buffer.getvalue())

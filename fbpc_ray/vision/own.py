@@ -1,0 +1,56 @@
+"""A user's own network by import path: `package.module:build`, found from the current folder.
+
+    build(image_shape, classes) -> nn.Module        image_shape = (c, h, w)
+
+The module maps normalised images (b, c, h, w) to logits (b, classes); what else it must hold to is in contract.py.
+"""
+
+import importlib
+import pkgutil
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fbpc_ray.errors import UserError
+
+
+def build(name: str, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """What the function at import path `name` builds. Raises UserError."""
+    with users_code(name):
+        make = pkgutil.resolve_name(name)
+        if not callable(make):
+            raise UserError(f"{name} is no function: name one that takes (image_shape, classes)")
+        module = make(image_shape, classes)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{name} returns {type(module).__name__}: it must return a torch.nn.Module")
+    return module
+
+
+def search_current_folder() -> None:
+    """Look for modules in the current folder first, as `python -m` does. Ray gives its workers the driver's itself."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+@contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """Around code of the user: whatever it raises is a UserError of one line that names the place in that code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        folders = (str(Path(file).parent) for file in (torch.__file__, importlib.__file__, __file__))
+        ours = "<", pkgutil.__file__, *folders
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+        where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        missing = isinstance(error, ImportError | AttributeError | ValueError) and not places
+        mend = "give MODULE:FUNCTION as Python imports it from this folder" if missing else "mend it"
+        raise UserError(f"--architectures {name} fails{where} ({what}): {mend}") from error

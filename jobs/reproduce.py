@@ -1,0 +1,8 @@
+"""Make a table or figure of the paper: `python jobs/reproduce.py table1 --help`."""
+
+import sys
+
+from fbpc_ray.cli import main
+
+if __name__ == "__main__":
+    main(["reproduce", *sys.argv[1:]])
