@@ -70,8 +70,8 @@ class Serial:
     def gradients(self, state):
         gradients = []
         for worker in self.workers:
-            value, *rest = worker.gradient(state.step, state.images.numpy(), state.inner_lr)
-            gradients.append(Gradient(torch.from_numpy(value), *rest))
+            value, stats, inner_lr = worker.gradient(state.step, state.images.numpy(), state.inner_lr)
+            gradients.append(Gradient(torch.from_numpy(value), stats, inner_lr))
         return gradients
 
     def stop_workers(self):

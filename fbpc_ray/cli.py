@@ -81,6 +81,10 @@ class EvaluateArguments:
     """Channels of a convolution; 0 means that of the run."""
     split: str = "test"
     """test | validation."""
+    ood: str = ""
+    """Another data set, as --data takes it: how well entropy and mutual information tell its test images (AUROC)."""
+    ood_resize: bool = False
+    """Resize its images to the size of the run's."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
@@ -194,7 +198,10 @@ def evaluate(argv: list[str], program: str) -> None:
     config = replace(stored, networks=networks, evaluation=args.evaluation, workers=args.workers)
     from fbpc_ray import commands
 
-    commands.evaluate(Path(args.run), config, args.split, dry_run=args.dry_run, json=args.json)
+    commands.evaluate(
+        Path(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize, dry_run=args.dry_run,
+        json=args.json,
+    )  # fmt: skip
 
 
 def reproduce(argv: list[str], program: str) -> None:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fbpc_ray import atomic, config, coreset, figures, pipeline, plan, results
+from fbpc_ray import atomic, charts, config, coreset, figures, pipeline, plan, results
 from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError, closest
-from fbpc_ray.experts import ExpertStore
+from fbpc_ray.evaluate import ood_split
+from fbpc_ray.experts import ExpertStore, slug
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.reproduce.run import Options
 from fbpc_ray.reproduce.run import reproduce as reproduce_table
@@ -177,11 +178,13 @@ def _judge(
     figures.coreset_grid(_pixels(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
 
     evaluation, augment = job.settings.evaluation, job.settings.networks.augment
-    scored = pipeline.evaluate(made, job.specs, dataset, "test", evaluation, augment, workers, log)
+    verdict = pipeline.evaluate(made, job.specs, dataset, "test", evaluation, augment, workers, log)
+    scored = verdict.table
+    _draw_reliability(verdict, run.reliability_path)
     result = results.result_of(job.settings, dataset, rows, scored, "test", made_by)
     run.write_result(result)
     tracker.metrics(results.metrics(scored), state.step)
-    for path in (run.coreset_path, run.picture_path, run.result_path, run.metrics_path):
+    for path in (run.coreset_path, run.picture_path, run.reliability_path, run.result_path, run.metrics_path):
         if path.exists():
             tracker.artifact(path)
     return result
@@ -192,10 +195,13 @@ def evaluate(
     settings: Config,
     split: str,
     *,
+    ood: str,
+    ood_resize: bool,
     dry_run: bool,
     json: str,
 ) -> None:
-    """SGHMC on the coreset of the run in `folder` and on its Random coreset, on the networks of `settings`."""
+    """SGHMC on the coreset of the run in `folder` and on its Random coreset, on the networks of `settings`; with `ood`,
+    a data set, also how well their uncertainty tells its test images from those of the run."""
     run, method = Run(folder), settings.distillation.method
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
@@ -209,19 +215,36 @@ def evaluate(
             raise UserError(
                 f"the {name} coreset of {folder} is not of data set {dataset.name}: give the run of this data"
             )
+    strange = None
+    if ood:
+        strange = ood_split(dataset, plan.load_data(settings.updated(data=ood, normalisation="auto"), log), ood_resize)
     if dry_run:
         _describe(_Job(settings, dataset, specs, []))
         return
     with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
         augment = settings.networks.augment
-        scored = pipeline.evaluate(found, specs, dataset, split, settings.evaluation, augment, workers, log)
-    result = results.result_of(settings, dataset, [], scored, split, made_by)
+        verdict = pipeline.evaluate(found, specs, dataset, split, settings.evaluation, augment, workers, log, strange)
+    scored = verdict.table
+    result = results.result_of(settings, dataset, [], scored, split, made_by) | ({"ood": ood} if ood else {})
     number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
     path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
     atomic.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
+    _draw_reliability(verdict, path.with_suffix(".reliability.png"))
+    for (name, architecture), (familiar, unfamiliar) in verdict.uncertainty.items():
+        charts.entropy_histogram(
+            familiar.entropy.numpy(), unfamiliar.entropy.numpy(),
+            path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"),
+            f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
+        )  # fmt: skip
     _write_json(json, result)
-    log(f"\n{results.table(scored)}\n\nresult: {path}")
+    log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
+
+
+def _draw_reliability(verdict: pipeline.Verdict, path: Path) -> None:
+    """Confidence against accuracy of every coreset and architecture, the chains taken together."""
+    if verdict.stats:
+        charts.reliability({f"{coreset} on {name}": stats for (coreset, name), stats in verdict.stats.items()}, path)
 
 
 def reproduce(

@@ -317,10 +317,10 @@ def folder(root: Path, recipe: Recipe) -> Path:
     """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts."""
     parts = [re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in recipe.data.split(":", 1)]
     name = f"{recipe.architecture}-w{recipe.width}-d{recipe.depth}"
-    return root / _slug("-".join(parts)) / _slug(name)
+    return root / slug("-".join(parts)) / slug(name)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """`text` as a file name: letters, digits, dots, dashes and underscores, no dot or dash at its ends."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
 

@@ -13,10 +13,11 @@ from fbpc_ray.config import Config, Evaluation
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State, check_finite, check_updated, update
 from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import Chain, judge, run_chain
+from fbpc_ray.evaluate import Chain, judge, quantities, run_chain, values
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
-from fbpc_ray.inference.metrics import Scores, scores
+from fbpc_ray.inference.metrics import PredictiveStats
+from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.methods.common import Stats
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
@@ -24,7 +25,7 @@ from fbpc_ray.rng import generator
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.teach import teach
-from fbpc_ray.vision.datasets import Dataset, tensors
+from fbpc_ray.vision.datasets import Dataset, Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
 
@@ -126,15 +127,25 @@ def distill(
     return state
 
 
+class Verdict(NamedTuple):
+    """What an evaluation found."""
+
+    table: Evaluated
+    stats: dict[tuple[str, str], PredictiveStats]
+    """{(coreset, architecture): the sums of all its chains}, for a reliability diagram; none where all diverged."""
+    uncertainty: dict[tuple[str, str], tuple[Uncertainty, Uncertainty]]
+    """{(coreset, architecture): of familiar and strange images, of the first chain}, where strange ones are given."""
+
+
 def evaluate(
     candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, settings: Evaluation,
-    augment: str, workers: Backend, log: Log,
-) -> Evaluated:  # fmt: skip
-    """SGHMC on every coreset and architecture: {coreset: {architecture: {accuracy|nll|ece|brier: one value a seed}}}.
+    augment: str, workers: Backend, log: Log, ood: Split | None = None,
+) -> Verdict:  # fmt: skip
+    """SGHMC on every coreset and architecture, scored on `split` and, by its uncertainty, against `ood`.
 
     A chain that left the finite numbers gives None, and a line in the log.
     """
-    judged = judge(dataset, split, settings, augment)
+    judged = judge(dataset, split, settings, augment, ood)
     if not len(judged.split.labels):
         raise UserError(
             f"the {split} split is empty: "
@@ -147,9 +158,10 @@ def evaluate(
         for seed in range(settings.eval_seeds)
     ]
     table: Evaluated = {
-        name: {s.architecture: {field: [None] * settings.eval_seeds for field in Scores._fields} for s in chosen}
+        name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
         for name in candidates
     }
+    verdict = Verdict(table, {}, {})
     with progress("evaluate", len(chains), "chain") as bar:
         for index, result in workers.map(run_chain, judged, chains):
             bar.update()
@@ -158,9 +170,13 @@ def evaluate(
                 who = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
                 log(f"warning: a chain diverged ({who}): lower --chain-eta, or use --chain-noise consistent")
                 continue
-            for field, value in scores(result.stats)._asdict().items():
+            who = chain.coreset, chain.spec.architecture
+            for field, value in values(result).items():
                 table[chain.coreset][chain.spec.architecture][field][chain.seed] = value
-    return table
+            verdict.stats[who] = result.stats if who not in verdict.stats else verdict.stats[who] + result.stats
+            if chain.seed == 0 and result.familiar is not None and result.strange is not None:
+                verdict.uncertainty[who] = result.familiar, result.strange
+    return verdict
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> Any:

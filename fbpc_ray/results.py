@@ -10,7 +10,10 @@ from fbpc_ray.provenance import Provenance
 from fbpc_ray.vision.datasets import Dataset
 
 Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
-"""{coreset: {architecture: {accuracy | nll | ece | brier: one value a seed, None where the chain diverged}}}."""
+"""{coreset: {architecture: {accuracy | nll | ece | brier | ...: one value a seed, None where the chain diverged}}}."""
+
+
+AUROC = {"ood_auroc_entropy": "OOD entropy", "ood_auroc_mutual_information": "OOD mutual information"}
 
 
 def result_of(
@@ -37,7 +40,7 @@ def map_endings(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def table(evaluation: Evaluated) -> str:
-    """The scores as text, mean +- standard deviation over seeds."""
+    """The scores as text, mean +- standard deviation over seeds; the AUROC of out-of-distribution data where it is."""
 
     def show(values: list[float | None], scale: float) -> str:
         finite = [scale * value for value in values if value is not None]
@@ -46,11 +49,14 @@ def table(evaluation: Evaluated) -> str:
         spread = statistics.stdev(finite) if len(finite) > 1 else 0.0
         return f"{statistics.mean(finite):.{1 if scale == 100 else 3}f} +- {spread:.{1 if scale == 100 else 3}f}"
 
-    lines = [["architecture", "coreset", "accuracy %", "NLL", "ECE", "Brier"]]
+    first = next(iter(next(iter(evaluation.values())).values()))
+    extra = {label: name for name, label in AUROC.items() if name in first}
+    lines = [["architecture", "coreset", "accuracy %", "NLL", "ECE", "Brier", *extra]]
     for architecture in next(iter(evaluation.values())):
         for coreset, by_architecture in evaluation.items():
             s = by_architecture[architecture]
-            cells = [show(s["accuracy"], 100), *(show(s[quantity], 1) for quantity in ("nll", "ece", "brier"))]
+            shown = ("nll", "ece", "brier", *extra.values())
+            cells = [show(s["accuracy"], 100), *(show(s[quantity], 1) for quantity in shown)]
             lines.append([architecture, coreset, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,7 +1,7 @@
 """The files of a run: what is written, in which order, so that a crash at any moment leaves a run that resumes.
 
     config.json  checkpoint/state.safetensors  metrics.parquet
-    coreset/{coreset,random}.safetensors  coreset.png  result.json
+    coreset/{coreset,random}.safetensors  coreset.png  reliability.png  result.json
 
 Within a checkpoint the metrics come first and the state last; rows of steps that the state has not seen are dropped.
 """
@@ -35,6 +35,7 @@ class Run:
         self.coreset_path = self.folder / "coreset" / "coreset.safetensors"
         self.random_path = self.folder / "coreset" / "random.safetensors"
         self.picture_path = self.folder / "coreset.png"
+        self.reliability_path = self.folder / "reliability.png"
         self.result_path = self.folder / "result.json"
 
     def refuse_if_taken(self) -> None:

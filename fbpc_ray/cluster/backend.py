@@ -117,8 +117,8 @@ class RayBackend:
             for done in self._wait(list(pending), raise_on_signal=False):
                 index = pending.pop(done)
                 try:
-                    value, *rest = _get(done)
-                    results[index] = Gradient(torch.from_numpy(value.copy()), *rest)
+                    value, stats, inner_lr = _get(done)
+                    results[index] = Gradient(torch.from_numpy(value.copy()), stats, inner_lr)
                 except (ActorDiedError, ActorUnavailableError) as error:
                     if attempts[index] == ATTEMPTS:
                         raise UserError(

@@ -26,6 +26,7 @@ from fbpc_ray.reproduce.render import markdown, picture
 from fbpc_ray.reproduce.rows import Rows, cell_key, coreset_key
 from fbpc_ray.reproduce.tables import TABLES, Cell, Request, cells_of
 from fbpc_ray.signals import Interruption
+from fbpc_ray.vision.corrupted import official
 from fbpc_ray.vision.datasets import Dataset, denormalise
 from fbpc_ray.vision.zoo import specify
 
@@ -101,6 +102,8 @@ def _tasks(options: Options, log: Log) -> list[Task]:
         source = cell.config.data.data
         if source not in datasets:
             datasets[source] = plan.load_data(cell.config, log)
+            if TABLES[options.table].kind == "corruptions" and options.corruptions:
+                official(options.corruptions, datasets[source])  # said now, if it does not fit
         dataset = datasets[source]
         plan.check(cell.config)
         plan.specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
