@@ -130,6 +130,10 @@ class ReproduceArguments:
     experts: str = ""
     """As for `distill`."""
     workers: Workers = field(default_factory=Workers)
+    tracking: bool = True
+    """Log the table to MLflow, as for `distill`."""
+    experiment: str = "fbpc"
+    """MLflow experiment."""
     dry_run: bool = False
     """Say what would be done, and write nothing."""
 
@@ -211,7 +215,7 @@ def reproduce(argv: list[str], program: str) -> None:
     given = vars(args)
     names = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny_imagenet"}
     sources = {data: given.pop(name) for data, name in names.items()}
-    places = {name: given.pop(name) for name in ("data_root", "download", "experts")}
+    places = {name: given.pop(name) for name in ("data_root", "download", "experts", "tracking", "experiment")}
     base = Config(workers=given.pop("workers")).updated(**places)
     commands.reproduce(given.pop("table"), base, sources, **given)
 

@@ -22,6 +22,7 @@ from fbpc_ray.errors import UserError, closest
 from fbpc_ray.evaluate import ood_split
 from fbpc_ray.experts import ExpertStore, slug
 from fbpc_ray.provenance import Provenance, capture, home
+from fbpc_ray.reproduce.render import cell_means
 from fbpc_ray.reproduce.run import Options
 from fbpc_ray.reproduce.run import reproduce as reproduce_table
 from fbpc_ray.reproduce.tables import SCALES, TABLES, Request
@@ -277,11 +278,49 @@ def reproduce(
         table, scale, Request(size, sources, ipc, _overrides(override), base), Path(out).absolute(), only,
         Path(corruptions) if corruptions else None, cost_steps, dry_run,
     )  # fmt: skip
-    again = "the same command goes on"
-    with _says_how_to_resume(again):
-        path = reproduce_table(options, log)
-    if not dry_run:
-        log(f"\n{path.read_text()}\n{path}")
+    with _says_how_to_resume("the same command goes on"):
+        path, found = reproduce_table(options, log)
+    if dry_run:
+        return
+    if base.output.tracking and found:
+        _track_table(options, path, found)
+    log(f"\n{path.read_text()}\n{path}")
+
+
+def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
+    """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
+    tracking = _tracking(f"everything is in {options.out}")
+    if not tracking:
+        return
+    first, settings = rows[0], options.request.base
+    tracker = tracking.Tracker(
+        tracking.default_uri(home()),
+        settings.output.experiment,
+        run_name=f"{options.table}-{options.scale}",
+        run_id=None,
+        tags={
+            "table": options.table, "scale": options.scale, "commit": first["commit"], "device": first["device"],
+            **{f"version.{name}": version for name, version in json_format.loads(first["versions"]).items()},
+        },
+        params={**options.request.sources, **options.request.overrides, "folder": str(options.out)},
+        log=log,
+    )  # fmt: skip
+    tracker.metrics(cell_means(options.table, rows), 0)
+    for file in (path, path.with_suffix(".png")):
+        tracker.artifact(file)
+    for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):
+        tracker.artifact(file, "rows")
+    tracker.finish("FINISHED")
+
+
+def _tracking(otherwise: str) -> Any:
+    """The module `tracking`, or None, said, where there is no MLflow."""
+    try:
+        from fbpc_ray import tracking
+    except ImportError as error:
+        log(f"note: no MLflow ({error}); {otherwise}")
+        return None
+    return tracking
 
 
 def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
@@ -387,10 +426,8 @@ def _tracked(job: _Job, run: Run, made_by: Provenance) -> Iterator[Any]:
     if not settings.output.tracking:
         yield _Untracked()
         return
-    try:
-        from fbpc_ray import tracking
-    except ImportError as error:
-        log(f"note: no MLflow ({error}); everything is in {run.folder}")
+    tracking = _tracking(f"everything is in {run.folder}")
+    if not tracking:
         yield _Untracked()
         return
     uri = tracking.default_uri(home())

@@ -135,8 +135,9 @@ class Evaluation:
     """d x m of Eq. 27, d = 0.01 / m [paper: 0.01]."""
     chain_noise: Literal["consistent", "gradient", "literal"] = "consistent"
     """Reading of Eq. 27's noise by its variance: 2 alpha eta d | eta^2 2d | 2d (unstable) [method]."""
-    chain_weight_decay: float = 5e-3
-    """Strength of the Gaussian prior as weight decay on the mean loss [method]."""
+    chain_weight_decay: float = 0.05
+    """Strength of the Gaussian prior: weight decay on the mean loss, times m as --chain-d is, so that one prior serves
+    every ipc. Calibrated on the paper's Random rows [jobs/calibrate_sghmc.py]."""
     chain_augment: bool = True
     """Use --augment inside the chains too."""
     chain_batch_size: int = 256

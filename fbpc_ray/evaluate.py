@@ -70,7 +70,7 @@ def posterior_samples(
     steps_per_epoch = -(-m // size)
     name = network.spec.architecture
     chain = sghmc(
-        cross_entropy_potential(network.forward, settings.chain_weight_decay),
+        cross_entropy_potential(network.forward, settings.chain_weight_decay / m),
         network.init(generator(seed, "chain", name, "init")),
         _batches(
             images, labels, size, augment if settings.chain_augment else "none", generator(seed, "chain", name, "batch")

@@ -314,10 +314,13 @@ class _Sink:
 
 
 def folder(root: Path, recipe: Recipe) -> Path:
-    """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts."""
+    """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts.
+
+    Those without DSA (Table 10) live beside those with it, as convnet-in-w128-d3-none.
+    """
     parts = [re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in recipe.data.split(":", 1)]
     name = f"{recipe.architecture}-w{recipe.width}-d{recipe.depth}"
-    return root / slug("-".join(parts)) / slug(name)
+    return root / slug("-".join(parts)) / slug(name if recipe.augment == "dsa" else f"{name}-{recipe.augment}")
 
 
 def slug(text: str) -> str:

@@ -11,6 +11,10 @@ with the paper's coreset taken for one more draw. Relative NLL, because its spre
 no setting gains by being noisy (with C = 1 it is 0.1 of the NLL and 0.01 of accuracy). The NLL is taken once per
 example and once as the lineage computes it (metrics.nll_of_batches, batches of 256), which says what the paper printed.
 
+The prior is read twice from the same rows, too. `sum`: one --chain-weight-decay for every ipc, which is divided by m and
+so is one Gaussian prior, of one variance, beside the *summed* loss. `mean`: one weight decay on the mean loss for every
+ipc, as --chain-weight-decay growing with the ipc. They agree at ipc 1.
+
 A row is written as soon as its chain ends; the same command goes on where it stopped, and more coresets, settings or
 ipc add rows to the same file. Chains of other lengths are other rows.
 """
@@ -59,6 +63,9 @@ PAPER = {
 DEFINITIONS = ("nll", "nll_of_batches")
 """What the paper's NLL may be."""
 
+Setting = tuple[str, str, float, str]
+"""(prior: sum | mean, noise, --chain-weight-decay at ipc 1, DSA)."""
+
 SPREAD_OF_ONE = {"log_nll": 0.1, "accuracy": 0.01}
 """s where there is one coreset."""
 
@@ -71,7 +78,7 @@ class Search:
     """Images a class: rows of Table 1 (1, 10, 50)."""
     noise: tuple[Literal["consistent", "gradient", "literal"], ...] = ("consistent", "gradient")
     """Readings of the noise (--chain-noise)."""
-    weight_decay: tuple[float, ...] = (0.0, 5e-4, 5e-3, 2e-2)
+    weight_decay: tuple[float, ...] = (0.0, 0.005, 0.05, 0.2)
     """Strengths of the prior (--chain-weight-decay)."""
     dsa: tuple[Literal["on", "off"], ...] = ("on", "off")
     """Augmentation inside the chains."""
@@ -156,7 +163,7 @@ def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]
                 chain_noise=noise, chain_weight_decay=decay, chain_augment=dsa == "on",
             )  # fmt: skip
             key = {
-                "ipc": ipc, "noise": noise, "weight_decay": decay, "dsa": dsa, "coreset": number, "chain_seed": number,
+                "ipc": ipc, "noise": noise, "weight_decay": decay, "prior": "weight_decay / m", "dsa": dsa, "coreset": number, "chain_seed": number,
                 "chain_steps": steps, "chain_every": settings.chain_every, "chain_eta": settings.chain_eta,
                 "chain_friction": settings.chain_friction, "chain_d": settings.chain_d,
                 "architecture": spec.architecture, "width": spec.width, "depth": spec.depth,
@@ -181,8 +188,7 @@ def some(split: Split, count: int, dataset: Dataset, seed: int) -> Split:
 class Fit(NamedTuple):
     """How a setting compares, under one definition of the NLL."""
 
-    setting: tuple[str, float, str]
-    """(noise, weight decay, DSA)."""
+    setting: Setting
     definition: str
     misfit: float
     """Infinite where a chain diverged."""
@@ -209,7 +215,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     order = sorted(ranked["nll"], key=lambda setting: min(each[setting] for each in ranked.values()))
     if not order:
         return "no setting has rows at every ipc yet"
-    head = ["noise", "weight decay", "DSA", "misfit by NLL", "misfit by NLL of batches"]
+    head = ["prior", "noise", "weight decay x m at ipc 1", "DSA", "misfit by NLL", "misfit by NLL of batches"]
     for ipc in ipcs:
         p = PAPER[ipc]
         steps = "/".join(str(each) for each in sorted({row["chain_steps"] for row in rows if row["ipc"] == ipc}))
@@ -219,21 +225,26 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         ]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for setting in order:
-        noise, decay, dsa = setting
-        cells = [noise, f"{decay:g}", dsa, *(f"{ranked[definition][setting]:.1f}" for definition in DEFINITIONS)]
+        prior, noise, decay, dsa = setting
+        cells = [prior, noise, f"{decay:g}", dsa, *(f"{ranked[definition][setting]:.1f}" for definition in DEFINITIONS)]
         for ipc in ipcs:
             its = [row for row in by[setting, ipc] if row["nll"] is not None]
             cells += [f"{len(its)} of {len(by[setting, ipc])}" if len(its) < len(by[setting, ipc]) else str(len(its))]
             cells += [_mean([100 * row["accuracy"] for row in its], 1)]
             cells += [_mean([row[name] for row in its], 2) for name in (*DEFINITIONS, "nll_of_samples")]
         lines.append(cells)
-    noise, decay, dsa = order[0]
+    prior, noise, decay, dsa = order[0]
+    decays = [decay if prior == "sum" else decay * ipc for ipc in ipcs]
+    shown = f"{decay:g}" if len(set(decays)) == 1 else " / ".join(f"{each:g}" for each in decays)
     definition = min(DEFINITIONS, key=lambda each: ranked[each][order[0]])
     winner = (
-        f"winner: --chain-noise {noise} --chain-weight-decay {decay:g} {'' if dsa == 'on' else '--no-chain-augment '}"
+        f"winner: --chain-noise {noise} --chain-weight-decay {shown} {'' if dsa == 'on' else '--no-chain-augment '}"
         f"(misfit {ranked[definition][order[0]]:.1f} over {2 * len(ipcs)} values, by {definition})"
     )
-    best = [f"best by {name}: {fits(rows, name)[0].setting} {fits(rows, name)[0].misfit:.1f}" for name in DEFINITIONS]
+    best = []
+    for name, each in ranked.items():
+        setting = min(each, key=each.__getitem__)
+        best.append(f"best by {name}: {' '.join(map(str, setting))}, misfit {each[setting]:.1f}")
     return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), "", *best, winner])
 
 
@@ -256,16 +267,22 @@ def _misfit(rows: Sequence[dict[str, Any]], ipc: int, cell: Sequence[dict[str, A
 
 def _pooled(rows: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float | None:
     """Variance between coresets within a setting, pooled over settings; None where no setting has two."""
+    # Rows of one ipc: one prior, so that none is counted twice.
     groups = [[of(row) for row in cell] for cell in _grouped(rows).values() if len(cell) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     return sum((len(group) - 1) * statistics.variance(group) for group in groups) / freedom if freedom else None
 
 
-def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[tuple[str, float, str], int], list[dict[str, Any]]]:
-    """{(setting, ipc): its rows}."""
-    by: dict[tuple[tuple[str, float, str], int], list[dict[str, Any]]] = {}
+def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[Setting, int], list[dict[str, Any]]]:
+    """{(setting, ipc): its rows}: each row under both priors, but for those without one, where they are the same."""
+    by: dict[tuple[Setting, int], list[dict[str, Any]]] = {}
+    several = len({row["ipc"] for row in rows}) > 1
     for row in rows:
-        by.setdefault(((row["noise"], row["weight_decay"], row["dsa"]), row["ipc"]), []).append(row)
+        decays = {"sum": row["weight_decay"]}
+        if several and row["weight_decay"]:
+            decays["mean"] = float(f"{row['weight_decay'] / row['ipc']:.6g}")
+        for prior, decay in decays.items():
+            by.setdefault(((prior, row["noise"], decay, row["dsa"]), row["ipc"]), []).append(row)
     return by
 
 

@@ -680,6 +680,8 @@ def test_a_file_that_the_system_will_not_open_is_not_called_damaged(tmp_path, mo
 def test_the_folder_of_a_recipe(tmp_path, data, name):
     path = experts.folder(tmp_path, RECIPE._replace(data=data))
     assert path == tmp_path / name / "convnet-bn-w32-d3"
+    plain = experts.folder(tmp_path, RECIPE._replace(data=data, augment="none"))
+    assert plain == tmp_path / name / "convnet-bn-w32-d3-none"
 
 
 def test_dtype_and_index_are_checked(tmp_path):

@@ -87,6 +87,17 @@ def markdown(table: str, scale: str, request: Request, rows: list[Row], image: s
     return "\n".join([*lines, *_legend(rows), ""])
 
 
+def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
+    """{quantity/row/column: mean over seeds, as it is shown}."""
+    keys = dict.fromkeys((row["row"], row["column"]) for row in rows)
+    found = {
+        "/".join(part for part in (quantity, name, column) if part): summary(_cell(rows, name, column), quantity)
+        for name, column in keys
+        for quantity in TABLES[table].quantities
+    }
+    return {key: one.mean for key, one in found.items() if one}
+
+
 def picture(table: str, rows: list[Row], path: Path) -> None:
     """The table's first quantity as bars, the paper's values as marks."""
     quantity = TABLES[table].quantities[0]

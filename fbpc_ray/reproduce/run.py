@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from fbpc_ray import atomic, coreset, evaluate, figures, pipeline, plan
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain
 from fbpc_ray.plan import Log
@@ -54,8 +53,8 @@ class Task(NamedTuple):
     dataset: Dataset
 
 
-def reproduce(options: Options, log: Log) -> Path:
-    """Make what is missing of a table; the path of its Markdown. Raises UserError."""
+def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
+    """Make what is missing of a table; the path of its Markdown, and its rows in order. Raises UserError."""
     table, rows = TABLES[options.table], Rows(options.out / "rows" / options.table)
     tasks = _tasks(options, log)
     there = {(row["key"], row["eval_seed"]) for row in rows.read()}
@@ -69,7 +68,7 @@ def reproduce(options: Options, log: Log) -> Path:
     unmade = _unmade(tasks) if table.kind == "picture" else _unmade([task for task, _ in missing])
     if options.dry_run:
         log(f"{len(unmade) if table.kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
-        return options.out / f"{options.table}.md"
+        return options.out / f"{options.table}.md", []
     if missing or unmade:
         with plan.backend(options.request.base, Interruption(), log) as workers:
             made_by = capture(workers.describe())
@@ -80,7 +79,7 @@ def reproduce(options: Options, log: Log) -> Path:
                 _judge(options, missing, rows, workers, made_by, log)
     order = {task.key: place for place, task in enumerate(tasks)}
     found = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
-    return _write(options, tasks, found)
+    return _write(options, tasks, found), found
 
 
 def _tasks(options: Options, log: Log) -> list[Task]:
@@ -212,8 +211,3 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         picture(options.table, rows, image)
     atomic.write_text(path, markdown(options.table, options.scale, options.request, rows, image.name))
     return path
-
-
-def settings_of(options: Options) -> Config:
-    """The settings of the first cell, for whoever tracks the reproduction."""
-    return cells_of(options.table, options.request)[0].config
