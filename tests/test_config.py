@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from fbpc_ray import config
-from fbpc_ray.config import GROUPS, MAY_CHANGE_ON_RESUME, PRESETS, Config, from_json, preset, read_config, to_json
+from fbpc_ray.config import (
+    GROUPS,
+    MAY_CHANGE_ON_RESUME,
+    PRESETS,
+    Config,
+    from_json,
+    preset,
+    read_config,
+    to_json,
+    with_method,
+)
+from fbpc_ray.distill import METHODS
 from fbpc_ray.errors import UserError
 from fbpc_ray.plan import check
 
@@ -188,26 +199,41 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "expert_count", "expert_epochs", "expert_lr", "expert_batch_size", "expert_dtype", "expert_seed", "method",
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
-        "threads",
+        "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["fbpc", "fbpc-isotropic", "random"])
+@pytest.mark.parametrize("method", [*METHODS, "random"])
 def test_presets_pass_the_check(name, method):
     """Each preset can be run as it is, with every method."""
-    check(preset(name).updated(method=method))
+    config = preset(name)
+    check(with_method(config, method, config.distillation.ipc))
+
+
+def test_weight_space_baselines_bring_the_settings_of_their_own_paper():
+    """Method section 5's table, by ipc; what is above 10 takes the row of 20; FBPC keeps Table 4's."""
+    flat = {ipc: with_method(preset("cifar10-ipc1"), "bpc-fkl", ipc).flat() for ipc in (1, 10, 50)}
+    names = ("start_epoch", "syn_steps", "inner_lr", "mc_samples", "alpha", "steps", "start_rule")
+    assert [flat[1][name] for name in names] == [2, 50, 0.01, 30, 1000.0, 5000, "before"]
+    assert [flat[10][name] for name in names[:4]] == [20, 30, 0.03, 30]
+    assert [flat[50][name] for name in names[:4]] == [30, 30, 0.03, 30]
+    rkl = [with_method(preset("cifar10-ipc1"), "bpc-rkl", ipc).distillation for ipc in (1, 10, 50)]
+    assert [(d.mc_samples, d.alpha, d.syn_steps) for d in rkl] == [(10, 1.0, 50), (30, 1.0, 30), (10, 1.0, 30)]
+    assert with_method(preset("cifar10-ipc1"), "fbpc-isotropic", 1) == preset("cifar10-ipc1").updated(
+        method="fbpc-isotropic"
+    )
 
 
 NAN, INF = float("nan"), float("inf")
 COUNTS = (
     "ipc", "steps", "batch_size", "map_max_steps", "posterior_steps", "real_batch_size", "mc_samples",
     "checkpoint_every", "width", "expert_count", "expert_epochs", "expert_batch_size", "eval_seeds", "chain_steps",
-    "chain_every", "chain_batch_size",
+    "chain_every", "chain_batch_size", "syn_steps",
 )  # fmt: skip
-POSITIVE = ("alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta")
-NOT_NEGATIVE = ("cpus_per_actor", "gpus_per_actor", "chain_d", "chain_weight_decay")
+POSITIVE = ("alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr")
+NOT_NEGATIVE = ("cpus_per_actor", "gpus_per_actor", "chain_d", "chain_weight_decay", "inner_alpha", "weight_noise")
 FRACTION = ("momentum", "chain_friction", "validation")
 
 
