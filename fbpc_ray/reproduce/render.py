@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbpc_ray.charts import bars
+from fbpc_ray.config import Config
 from fbpc_ray.reproduce.paper import PAPER, Value
 from fbpc_ray.reproduce.tables import TABLES, Request
 
@@ -68,10 +69,10 @@ def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
     )
 
 
-def markdown(table: str, scale: str, request: Request, rows: list[Row], image: str) -> str:
-    """The table: for each cell ours, and below it the paper's."""
+def markdown(table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], image: str) -> str:
+    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells."""
     shape = TABLES[table]
-    lines = [f"# {shape.title}", "", _what(scale, request, rows), "", f"![{table}]({image})", ""]
+    lines = [f"# {shape.title}", "", _what(scale, request, configs), "", f"![{table}]({image})", ""]
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
     for quantity in shape.quantities:
         shown, paper = SHOWN[quantity], PAPER.get(table, {})
@@ -138,14 +139,12 @@ def _paper(value: Value | None, shown: Quantity) -> str:
     return f"*{mean}" + (f" ± {spread}" if spread is not None else "") + "*"
 
 
-def _what(scale: str, request: Request, rows: list[Row]) -> str:
+def _what(scale: str, request: Request, configs: list[Config]) -> str:
     """One paragraph that says at which size this was made."""
-    if not rows:
-        return "Nothing is made yet."
-    configs = [json.loads(row["config"]) for row in rows]
+    settings = [config.flat() for config in configs]
 
     def seen(flag: str) -> str:
-        values = sorted({config[flag] for config in configs if flag != "steps" or config["method"] != "random"})
+        values = sorted({each[flag] for each in settings if flag != "steps" or each["method"] != "random"})
         return " or ".join(map(str, values)) or "-"
 
     size = (

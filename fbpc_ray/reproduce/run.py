@@ -200,6 +200,7 @@ def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
+    configs = [task.cell.config for task in tasks]
     path, image = options.out / f"{options.table}.md", options.out / f"{options.table}.png"
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
@@ -209,5 +210,5 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         figures.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)
     else:
         picture(options.table, rows, image)
-    atomic.write_text(path, markdown(options.table, options.scale, options.request, rows, image.name))
+    atomic.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, image.name))
     return path

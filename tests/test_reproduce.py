@@ -1,0 +1,241 @@
+"""Every table and figure of the paper at a tiny size on real digits, from experts to Markdown; and what a cell is."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fbpc_ray import cli
+from fbpc_ray.config import Config, preset
+from fbpc_ray.errors import UserError
+from fbpc_ray.reproduce.cost import measure
+from fbpc_ray.reproduce.paper import PAPER
+from fbpc_ray.reproduce.render import summary
+from fbpc_ray.reproduce.rows import cell_key, coreset_key
+from fbpc_ray.reproduce.tables import SCALES, TABLES, Request, cells_of
+from fbpc_ray.vision.corruptions import CORRUPTIONS
+
+TINY = [
+    "steps=2", "width=8", "expert_count=1", "expert_epochs=2", "expert_batch_size=256", "syn_steps=2", "gamma=1.5",
+    "posterior_steps=2", "map_lr=0.02", "chain_steps=4", "chain_every=2", "alpha=1", "mc_samples=2", "threads=1",
+]  # fmt: skip
+SOURCES = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny-imagenet"}
+
+
+def words(table, out, *more):
+    data = f"npz:{out.parent / 'digits16.npz'}"
+    return [
+        table, "--backend", "serial", "--cifar10", data, "--cifar100", data, "--tiny-imagenet", data,
+        "--ipc", "1", "--distill-seeds", "1", "--eval-seeds", "1", "--cost-steps", "1", "--out", str(out),
+        "--no-tracking", *more, "--override", *TINY,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, digits):
+    """Where all tables go, so that they share experts and coresets; beside it 500 digits at 16x16, for LeNet."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    arrays = {}
+    for part, split, count in (("train", digits.train, 400), ("test", digits.test, 100)):
+        arrays[f"x_{part}"] = split.images[:count, 0].repeat(2, axis=1).repeat(2, axis=2)
+        arrays[f"y_{part}"] = split.labels[:count]
+    np.savez(folder / "digits16.npz", **arrays)
+    before = os.environ.get("FBPC_HOME")
+    os.environ["FBPC_HOME"] = str(folder)
+    yield folder / "out"
+    os.environ.pop("FBPC_HOME") if before is None else os.environ.update(FBPC_HOME=before)
+
+
+def rows_of(out, table):
+    return [row for path in (out / "rows" / table).glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES)
+def test_each_table_is_made_from_scratch(table, out, capsys):
+    """All rows and columns are there, with finite numbers, their cause, the paper's values, and a picture."""
+    cli.main(["reproduce", *words(table, out)])
+    text, shape = (out / f"{table}.md").read_text(), TABLES[table]
+    assert text in capsys.readouterr().out
+    assert "small scale" in text
+    assert (out / f"{table}.png").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(out, table)
+    for row in rows:
+        assert row["table"] == table
+        assert row["commit"]
+        assert json.loads(row["versions"])["torch"]
+        assert json.loads(row["config"])["width"] == 8
+        for quantity in shape.quantities:
+            assert math.isfinite(row[quantity]), (table, row["row"], row["column"], quantity)
+    made = {(row["row"], row["column"]) for row in rows}
+    for key in PAPER.get(table, {}):
+        if "10" not in key[1].split("ipc")[-1] and "50" not in key[0] + key[1] and key[0] != "ipc 10":
+            assert key in made
+    for name, column in made:
+        assert f"| {name} |" in text
+        assert f"| {column or '-'} |" in text
+    for name, digits in {"table1": "35.45 ± 0.31", "table3": "degradation %", "table7": "2.56"}.items():
+        assert (digits in text) or table != name
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_made_again(out, capsys):
+    """A row that is lost is made again alone, from the coreset that is there; tables share coresets."""
+    cli.main(["reproduce", *words("table1", out)])
+    folder = out / "rows" / "table1"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    coresets = {path: path.stat().st_mtime_ns for path in (out / "coresets").rglob("*.safetensors")}
+    lost = next(path for path in folder.iterdir() if pq.read_table(path)["row"][0].as_py() == "FBPC")
+    old = pq.read_table(lost).to_pylist()
+    lost.unlink()
+    capsys.readouterr()
+    cli.main(["reproduce", *words("table1", out)])
+    assert "6 cells, 1 of 6 rows to make" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {lost.name}
+    assert pq.read_table(lost).to_pylist() == old
+    cli.main(["reproduce", *words("table10", out, "--only", "FBPC (DSA)")])
+    assert {path: path.stat().st_mtime_ns for path in coresets} == coresets
+    used = {row["coreset"] for row in rows_of(out, "table10") if row["row"] == "FBPC (DSA)"}
+    assert used == {row["coreset"] for row in rows_of(out, "table1") if row["row"] == "FBPC"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_makes_the_same_rows(out, tmp_path):
+    """Cells as Ray tasks: another folder, two workers, the same numbers to the bit."""
+    cli.main(["reproduce", *words("table10", out)])
+    elsewhere = tmp_path / "out"
+    (tmp_path / "digits16.npz").write_bytes((out.parent / "digits16.npz").read_bytes())
+    command = [word if word != "serial" else "ray" for word in words("table10", elsewhere, "--address", "local")]
+    done = subprocess.run(
+        [sys.executable, "-m", "fbpc_ray", "reproduce", *command], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    kept = ("row", "column", "accuracy", "nll", "ece", "brier")
+    both = [sorted([row[name] for name in kept] for row in rows_of(at, "table10")) for at in (out, elsewhere)]
+    assert both[0] == both[1]
+
+
+def paper_request(scale="paper", **overrides):
+    return Request(SCALES[scale], SOURCES, (), overrides, Config())
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_every_number_of_the_paper_has_its_cell(table):
+    """At the paper's scale: the cells are the table's, and BPC-W, which we add to Table 1."""
+    cells = {(cell.row, cell.column) for cell in cells_of(table, paper_request())}
+    if table == "table3":  # one chain fills the columns
+        columns = [corruption.abbreviation for corruption in CORRUPTIONS.values()] + ["Avg."]
+        cells = {(row, column) for row, _ in cells for column in columns}
+    added = {"table1": {("BPC-W", f"ipc {ipc}") for ipc in (1, 10, 50)}, "table6": {("ResNet18", "on ConvNet")}}
+    assert cells - set(PAPER[table]) == added.get(table, set())
+    assert set(PAPER[table]) <= cells
+
+
+def test_at_the_papers_scale_settings_are_table_4s():
+    for cell in cells_of("table1", paper_request()):
+        if cell.row == "FBPC":
+            name = f"cifar10-{cell.column.replace(' ', '')}"
+            assert cell.config == preset(name)
+    resnet = next(cell for cell in cells_of("table6", paper_request()) if cell.row == "ResNet18 + ConvNet")
+    assert resnet.config.networks.architectures == ("resnet18-in", "convnet-in")
+    assert resnet.config.distillation.ipc == 10
+    none = {cell.config.networks.augment for cell in cells_of("table10", paper_request()) if "no DSA" in cell.row}
+    assert none == {"none"}
+
+
+def test_the_small_scale_bounds_what_it_says():
+    for table in ("table1", "table2", "fig2a"):
+        for cell in cells_of(table, paper_request("small")):
+            flat = cell.config.flat()
+            assert (flat["width"], flat["expert_count"], flat["expert_epochs"]) == (32, 5, 6)
+            assert flat["steps"] <= 300
+            assert flat["start_epoch"] <= 5
+    assert cells_of("table1", paper_request("small", steps=7))[3].config.distillation.steps == 7
+
+
+def test_keys_hold_what_a_number_depends_on():
+    """A coreset does not depend on how it is judged or where it is made; a random one only on data, ipc and seed."""
+    fbpc, random = preset("cifar10-ipc1"), preset("cifar10-ipc1").updated(method="random")
+    for other in ({"chain_eta": 0.01}, {"device": "cpu"}, {"experts": "/x"}, {"out": "/y"}, {"eval_seeds": 9}):
+        assert coreset_key(fbpc.updated(**other)) == coreset_key(fbpc)
+    for other in ({"alpha": 1.0}, {"seed": 1}, {"steps": 5}, {"width": 8}, {"augment": "none"}, {"data": "digits"}):
+        assert coreset_key(fbpc.updated(**other)) != coreset_key(fbpc)
+    for other in ({"alpha": 1.0}, {"steps": 5}, {"width": 8}, {"augment": "none"}, {"expert_count": 3}):
+        assert coreset_key(random.updated(**other)) == coreset_key(random)
+    for other in ({"seed": 1}, {"data": "digits"}, {"ipc": 2}):
+        assert coreset_key(random.updated(**other)) != coreset_key(random)
+    key = cell_key("table1", "FBPC", "ipc 1", "convnet-in", fbpc)
+    assert key != cell_key("table1", "FBPC", "ipc 1", "convnet-in", fbpc.updated(chain_eta=0.01))
+    assert key != cell_key("table1", "FBPC", "ipc 1", "convnet-bn", fbpc)
+    assert key == cell_key("table1", "FBPC", "ipc 1", "convnet-in", fbpc.updated(gpus_per_actor=0.5))
+
+
+def test_summary_by_hand():
+    """Seeds 0: 0.1, 0.3; 1: 0.5, 0.7. Mean 40 %; within each sd sqrt(2) 10 %; means 20 and 60, sd sqrt(800) %."""
+    rows = [{"distill_seed": s, "accuracy": v, "nll": None} for s, v in ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.7))]
+    found = summary(rows, "accuracy")
+    assert found is not None
+    assert found.mean == pytest.approx(40)
+    assert found.evaluation == pytest.approx(math.sqrt(200))
+    assert found.distillation == pytest.approx(math.sqrt(800))
+    assert summary(rows, "nll") is None
+    assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == found._replace(diverged=1)
+
+
+@pytest.mark.slow
+def test_cost_is_measured_in_its_own_process(tmp_path):
+    """Ten times the images take more memory and time; the parameters are the network's."""
+    config = preset("digits").updated(
+        width=16, gamma=1.0, posterior_steps=5, mc_samples=5, architectures=("convnet-in",)
+    )
+    one, ten = (measure(config.updated(ipc=ipc, batch_size=1000), "cpu", 2) for ipc in (1, 100))
+    assert len(one.seconds) == 2
+    assert one.parameters == 16 * 9 + 16 * 3 + 16 * 16 * 9 + 16 * 3 + 16 * 4 * 10 + 10
+    assert ten.peak_gb > 3 * max(one.peak_gb, 0.001)
+    assert min(ten.seconds) > max(one.seconds)
+    with pytest.raises(UserError, match=r"measurement failed: .*nowhere"):
+        measure(config.updated(data="npz:/nowhere.npz"), "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["table4"], "unknown table 'table4'"),
+        (["table1", "--only", "nothing"], "fits no cell.*Random/ipc 1"),
+        (["table1", "--override", "stepz=3"], "FLAG=VALUE.*steps"),
+        (["table1", "--override", "steps=many"], "'many' is no int"),
+        (["table1", "--override", "ipc=3"], "the table decides it"),
+        (["table1", "--ipc", "0"], "at least 1 image"),
+        (["table1", "--eval-seeds", "-1"], "--eval-seeds is -1"),
+        (["table1", "--cifar10", "npz:/nowhere.npz"], "nowhere"),
+        (["table3", "--corruptions", "/nowhere", "--cifar10", "digits"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(more, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", *more, "--out", str(tmp_path / "out"), "--backend", "serial"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert re.search(said, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_another_program_is_named(tmp_path, capsys):
+    folder = tmp_path / "out" / "rows" / "table1"
+    folder.mkdir(parents=True)
+    (folder / "strange.parquet").write_text("no parquet")
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "table1", "--cifar10", "digits", "--out", str(tmp_path / "out"), "--backend", "serial"])
+    assert re.search(r"strange.parquet can't be read .*: delete it", capsys.readouterr().err)
+    assert list(Path(folder).iterdir())
