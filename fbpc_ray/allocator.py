@@ -18,3 +18,10 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_THRESHOLD, KEPT_BELOW))
+
+
+def give_back_freed_memory() -> None:
+    """Return what is freed to the system now, where there is a glibc to ask: what the process holds is then in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -3,10 +3,11 @@
 `python -m fbpc_ray.reproduce.cost` reads {"config": ..., "device": ..., "steps": ...} on standard input and writes
 {"peak_gb", "seconds": [...], "parameters"} on standard output. The experts are one untrained trajectory: neither memory
 nor time depends on the values of an expert's weights. Seconds are those of each step after a first one that warms up.
-The peak is that of CUDA's allocator, or on a CPU what the process grew by above what it held before the first step
-(data, network).
+The peak is that of CUDA's allocator, or on a CPU what the process grew by above what it held between two steps
+(data, network, libraries).
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from fbpc_ray import config as configs
 from fbpc_ray import pipeline, plan
+from fbpc_ray.allocator import give_back_freed_memory
 from fbpc_ray.config import Config
 from fbpc_ray.distill import Worker
 from fbpc_ray.errors import UserError
@@ -63,13 +65,14 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
             spec, store, dataset, labels.numpy(), d, config.networks.augment, 1,
             device=device, threads=plan.threads(config),
         )  # fmt: skip
+        worker.gradient(0, state.images.numpy(), state.inner_lr)  # warms up: libraries, caches, the memory they take
         before = _reset(device)
         seconds = []
-        for step in range(steps + 1):
+        for step in range(1, steps + 1):
             start = time.perf_counter()
             worker.gradient(step, state.images.numpy(), state.inner_lr)
             seconds.append(time.perf_counter() - start)
-        return Cost((_peak(device) - before) / 1e9, seconds[1:], network.parameter_count)
+        return Cost((_peak(device) - before) / 1e9, seconds, network.parameter_count)
 
 
 def _reset(device: str) -> int:
@@ -78,6 +81,8 @@ def _reset(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    gc.collect()
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     return _status("VmRSS")
 
