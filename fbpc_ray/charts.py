@@ -23,6 +23,7 @@ SIDE = 3.1  # inches: width of a panel
 COLUMNS = 4  # panels side by side, at most
 TITLE, LABEL, TICK = 10.0, 9.0, 8.0  # points
 LONGEST = 34  # characters of a title's line
+NAME = 22  # characters of a data set's name
 
 
 class Bins(Protocol):
@@ -89,7 +90,14 @@ def entropy_histogram(
     for name, each, colour, line in zip(names, values, (BLUE, ORANGE), ("-", "--"), strict=True):
         shares = np.histogram(np.clip(each, 0, top), edges)[0] / len(each)
         axes.stairs(shares, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
-        axes.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.8, label=f"{name} (n = {len(each):,})")
+        axes.stairs(
+            shares,
+            edges,
+            color=colour,
+            linestyle=line,
+            linewidth=1.8,
+            label=f"{_ending(name, NAME)} (n = {len(each):,})",
+        )
     if classes:
         axes.axvline(math.log(classes), color=GREY, linewidth=1, linestyle=":", label=f"log {classes} (uniform)")
     axes.set(xlim=(0, top * 1.02), ylim=(0, None))
@@ -191,6 +199,12 @@ def _wrapped(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
+
+
+def _ending(text: str, width: int) -> str:
+    """The last `width` characters of one line: what tells paths apart."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"…{line[1 - width :]}"
 
 
 def _save(figure: Figure, path: Path) -> None:

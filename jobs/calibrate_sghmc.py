@@ -11,9 +11,9 @@ with the paper's coreset taken for one more draw. Relative NLL, because its spre
 no setting gains by being noisy (with C = 1 it is 0.1 of the NLL and 0.01 of accuracy). The NLL is taken once per
 example and once as the lineage computes it (metrics.nll_of_batches, batches of 256), which says what the paper printed.
 
-The prior is read twice from the same rows, too. `sum`: one --chain-weight-decay for every ipc, which is divided by m and
-so is one Gaussian prior, of one variance, beside the *summed* loss. `mean`: one weight decay on the mean loss for every
-ipc, as --chain-weight-decay growing with the ipc. They agree at ipc 1.
+The prior is read twice from the same rows, too. `sum`: one --chain-weight-decay for every ipc, which is divided by m
+and so is one Gaussian prior, of one variance, beside the *summed* loss. `mean`: one weight decay on the mean loss for
+every ipc, as a --chain-weight-decay that grows with the ipc. They agree at ipc 1.
 
 A row is written as soon as its chain ends; the same command goes on where it stopped, and more coresets, settings or
 ipc add rows to the same file. Chains of other lengths are other rows.
@@ -163,7 +163,8 @@ def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]
                 chain_noise=noise, chain_weight_decay=decay, chain_augment=dsa == "on",
             )  # fmt: skip
             key = {
-                "ipc": ipc, "noise": noise, "weight_decay": decay, "prior": "weight_decay / m", "dsa": dsa, "coreset": number, "chain_seed": number,
+                "ipc": ipc, "noise": noise, "weight_decay": decay, "prior": "weight_decay / m", "dsa": dsa,
+                "coreset": number, "chain_seed": number,
                 "chain_steps": steps, "chain_every": settings.chain_every, "chain_eta": settings.chain_eta,
                 "chain_friction": settings.chain_friction, "chain_d": settings.chain_d,
                 "architecture": spec.architecture, "width": spec.width, "depth": spec.depth,

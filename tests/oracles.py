@@ -125,3 +125,33 @@ def jacobian_gaussian(
     )
     assert isinstance(moved, Tensor)
     return forward(params, images), moved.square().mean(0)
+
+
+def entropies_slow(samples: list[list[list[float]]]) -> list[tuple[float, float]]:
+    """(entropy of the mean, mean of the entropies) of samples[s][i][c] (logits), one example at a time."""
+
+    def entropy(p: list[float]) -> float:
+        return -sum(value * math.log(value) for value in p if value > 0)
+
+    found = []
+    for i in range(len(samples[0])):
+        each = [softmax_slow(sample[i]) for sample in samples]
+        mean = [sum(column) / len(each) for column in zip(*each, strict=True)]
+        found.append((entropy(mean), sum(map(entropy, each)) / len(each)))
+    return found
+
+
+def auroc_slow(familiar: list[float], strange: list[float]) -> float:
+    """The share of pairs in which the strange score is larger, ties counting one half."""
+    wins = [1.0 if k > n else 0.5 if k == n else 0.0 for n in familiar for k in strange]
+    return sum(wins) / len(wins)
+
+
+def nll_of_batches_slow(losses: list[list[float]], size: int) -> float:
+    """BPC's NLL of losses[s][i]: the mean over a batch, then the mixture over samples, weighted by the batch's size."""
+    n, total = len(losses[0]), 0.0
+    for start in range(0, n, size):
+        each = [one[start : start + size] for one in losses]
+        means = [sum(one) / len(one) for one in each]
+        total -= len(each[0]) * math.log(sum(math.exp(-mean) for mean in means) / len(means))
+    return total / n

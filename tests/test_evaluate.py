@@ -2,14 +2,27 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fbpc_ray import evaluate, pipeline, plan
 from fbpc_ray.config import Evaluation
-from fbpc_ray.evaluate import Chain, judge, posterior_samples, predictive, run_chain
-from fbpc_ray.inference.metrics import scores
+from fbpc_ray.errors import UserError
+from fbpc_ray.evaluate import (
+    Chain,
+    judge,
+    ood_split,
+    posterior_samples,
+    predictive,
+    quantities,
+    run_chain,
+    values,
+)
+from fbpc_ray.inference.metrics import nll_of_batches, scores
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc
+from fbpc_ray.rng import generator
 from fbpc_ray.vision.datasets import Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network
@@ -57,8 +70,6 @@ def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset
         chain_every=1,
     )
     (sample,) = posterior_samples(network, *coreset, settings, "none", seed=3)
-    from fbpc_ray.rng import generator
-
     name = network.spec.architecture
     params = {k: v.clone().requires_grad_() for k, v in network.init(generator(3, "chain", name, "init")).items()}
     velocity = {k: torch.zeros_like(v) for k, v in params.items()}
@@ -96,16 +107,22 @@ def test_the_augmentation_switch_acts(network, coreset: Pair):
     assert not same(plain[-1], posterior_samples(network, *coreset, SETTINGS, "dsa", 0)[-1])
 
 
-def test_scores_do_not_depend_on_batches_or_order_of_the_test_set(network, coreset: Pair, digits, monkeypatch):
-    """BatchNorm too: its statistics come from the coreset, not from the test images that share a batch."""
+@pytest.mark.parametrize("size", [1, 7, 90, 500])
+def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset: Pair, digits, monkeypatch, size):
+    """Scores, and what each image gets: BatchNorm too, its statistics coming from the coreset and not from the test
+    images that share a batch. 90 images, shuffled and sorted by class."""
     samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
-    images, labels = tensors(digits.test, "cpu")
-    found = []
-    for size, order in ((500, torch.arange(len(labels))), (7, torch.arange(len(labels)).flip(0))):
-        monkeypatch.setattr(evaluate, "TEST_BATCH", size)
-        test = RealData(images[order], labels[order], digits.mean, digits.std)
-        found.append(scores(predictive(network, samples, coreset[0], test)))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    images, labels = (each[:90] for each in tensors(digits.test, "cpu"))
+    whole = predictive(network, samples, coreset[0], RealData(images, labels, digits.mean, digits.std))
+    monkeypatch.setattr(evaluate, "TEST_BATCH", size)
+    for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
+        moved = RealData(images[order], labels[order], digits.mean, digits.std)
+        found = predictive(network, samples, coreset[0], moved)
+        assert scores(found.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
+        torch.testing.assert_close(found.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
+        for name in Uncertainty._fields:
+            expected = getattr(whole.uncertainty, name)[order]
+            torch.testing.assert_close(getattr(found.uncertainty, name), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
@@ -117,7 +134,7 @@ def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
         [network.predict(s, network.statistics(s, [coreset[0]]), batch.images).double().softmax(1) for s in samples]
     ).mean(0)
     nll = -p[torch.arange(len(p)), batch.labels].log().mean().item()
-    assert scores(predictive(network, samples, coreset[0], test)).nll == pytest.approx(nll, rel=1e-6)
+    assert scores(predictive(network, samples, coreset[0], test).stats).nll == pytest.approx(nll, rel=1e-6)
 
 
 def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digits):
@@ -129,13 +146,81 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
     assert result.stats.examples == 50
     samples = posterior_samples(network, *coreset, settings, "dsa", 0)
     expected = predictive(network, samples, coreset[0], RealData(*tensors(few, "cpu"), digits.mean, digits.std))
-    assert scores(result.stats) == scores(expected)
+    assert scores(result.stats) == scores(expected.stats)
+    assert result.familiar is result.strange is None, "sent though nobody asked"
 
 
 def test_a_chain_that_explodes_says_so(network, coreset: Pair, digits):
     settings = replace(SETTINGS, chain_eta=1e20)
     chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
-    assert run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu").stats is None
+    result = run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu")
+    assert result.stats is None
+    assert values(result) == {}
+
+
+def noise(digits, shape=(1, 8, 8), count=70):
+    """A data set whose test images are noise; of digits' sort but for their shape."""
+    images = torch.randint(256, (count, *shape), generator=generator(4), dtype=torch.uint8).numpy()
+    return digits._replace(name="noise", test=Split(images, np.arange(count)))
+
+
+def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
+    """By hand from the samples: the lineage's NLL in the order of the split, and how entropy and mutual information
+    rank noise above digits. The scores are those without strange images."""
+    strange = ood_split(digits, noise(digits))
+    judged = judge(digits, "test", SETTINGS, "dsa", strange)
+    chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
+    found = values(run_chain(judged, chain, "cpu"))
+    assert tuple(found) == quantities(judged)
+
+    samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
+    inside, outside = (
+        predictive(network, samples, coreset[0], RealData(*tensors(split, "cpu"), digits.mean, digits.std))
+        for split in (digits.test, strange)
+    )
+    assert len(inside.uncertainty.entropy) == len(digits.test.labels)
+    assert len(outside.uncertainty.entropy) == 70
+    for name in Uncertainty._fields:
+        expected = auroc(getattr(inside.uncertainty, name), getattr(outside.uncertainty, name))
+        assert found[f"ood_auroc_{name}"] == expected
+        assert expected != 0.5
+    assert found["nll_of_batches"] == nll_of_batches(inside.losses, 256)
+    assert found["nll_of_samples"] == inside.losses.mean().item()
+    assert found["nll"] < found["nll_of_batches"] < found["nll_of_samples"]
+
+    without = judged._replace(ood=None)
+    alone = values(run_chain(without, chain, "cpu"))
+    assert tuple(alone) == quantities(without) == tuple(found)[:-2]
+    assert alone == {name: found[name] for name in alone}
+
+
+def test_strange_images_are_fitted_or_refused(digits):
+    """Grey ones are repeated for networks that see three channels; other sizes are resized where that is asked for, to
+    the mean of four pixels at half the size; colour where the networks see grey, and other sizes, are refused."""
+    same_kind = ood_split(digits, noise(digits))
+    assert np.array_equal(same_kind.images, noise(digits).test.images)
+    assert same_kind.labels.tolist() == [0] * 70
+    colour = digits._replace(train=Split(np.zeros((2, 3, 8, 8), np.uint8), np.arange(2)), name="colour")
+    fitted = ood_split(colour, noise(digits)).images
+    assert fitted.shape == (70, 3, 8, 8)
+    assert fitted.flags.c_contiguous
+    assert all(np.array_equal(fitted[:, c], noise(digits).test.images[:, 0]) for c in range(3))
+    with pytest.raises(UserError, match=r"noise has images of 3 channels, digits of 1: choose"):
+        ood_split(digits, noise(digits, (3, 8, 8)))
+    with pytest.raises(UserError, match=r"noise has images of 16x16, digits of 8x8: .*--ood-resize"):
+        ood_split(digits, noise(digits, (1, 16, 16)))
+    flat = noise(digits, (1, 16, 16))
+    flat.test.images[:] = np.arange(70)[:, None, None, None]
+    halved = ood_split(digits, flat, resize=True).images
+    assert halved.shape == (70, 1, 8, 8)
+    assert np.array_equal(halved[:, 0, 3, 3], np.arange(70))
+    stripes = noise(digits, (1, 32, 32))
+    stripes.test.images[:] = np.tile([0, 255, 255, 0], 8)
+    quartered = ood_split(digits, stripes, resize=True).images
+    assert abs(quartered[..., 1:-1].astype(int) - 128).max() < 20, "stripes that the size can't show are grey"
+    ramp = noise(digits, (1, 16, 16))
+    ramp.test.images[:] = 8 * np.arange(16)
+    assert ood_split(digits, ramp, resize=True).images[0, 0, 0, 1:-1].tolist() == [16 * i + 4 for i in range(1, 7)]
 
 
 def test_training_on_more_real_images_scores_better(small, digits):
@@ -151,3 +236,16 @@ def test_training_on_more_real_images_scores_better(small, digits):
         accuracy.append(scores(result.stats).accuracy)
     assert accuracy[0] > 0.3
     assert accuracy[1] > accuracy[0] + 0.1
+
+
+def test_the_prior_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
+    """One prior for every m: the first step's pull on theta is -eta chain_weight_decay / m theta, by hand."""
+
+    def first(decay):
+        settings = replace(SETTINGS, chain_steps=1, chain_every=1, chain_d=0.0, chain_weight_decay=decay)
+        return posterior_samples(network, *coreset, settings, "none", seed=0)[0]
+
+    start = network.init(generator(0, "chain", network.spec.architecture, "init"))
+    free, pulled = first(0.0), first(40.0)
+    for name, value in start.items():
+        torch.testing.assert_close(pulled[name] - free[name], -0.03 * 40 / 20 * value, rtol=1e-3, atol=1e-6)

@@ -1,10 +1,19 @@
 """Scores against a slow loop over examples, and the invariances that sums and counts give."""
 
+import math
+
 import oracles
 import pytest
 import torch
 
-from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
+from fbpc_ray.inference.metrics import (
+    BINS,
+    log_mean_probability,
+    nll_of_batches,
+    predictive_stats,
+    sample_losses,
+    scores,
+)
 
 
 def some_predictions(samples=7, n=60, d=5, seed=0, scale=3.0):
@@ -85,3 +94,33 @@ def test_nothing_scored_is_an_error():
     empty = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="no example"):
         scores(empty)
+
+
+def test_losses_of_samples_are_their_own_nll():
+    """(S, n): of each sample by itself, so that the NLL is -log mean_s exp(-loss)."""
+    logits, labels = some_predictions()
+    losses = sample_losses(logits, labels)
+    slow = [[-math.log(oracles.softmax_slow(one)[y]) for one, y in zip(s, labels.tolist(), strict=True)]
+            for s in logits.double().tolist()]  # fmt: skip
+    torch.testing.assert_close(losses, torch.tensor(slow, dtype=torch.float64))
+    nll = math.log(len(losses)) - (-losses).logsumexp(0)
+    assert nll.mean().item() == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
+
+
+@pytest.mark.parametrize("size", [1, 16, 25, 60, 256])
+def test_the_lineages_nll_equals_a_slow_loop(size):
+    """Also where the last batch is smaller, and where one batch holds all."""
+    losses = sample_losses(*some_predictions())
+    assert nll_of_batches(losses, size) == pytest.approx(oracles.nll_of_batches_slow(losses.tolist(), size), rel=1e-10)
+
+
+def test_the_lineages_nll_is_the_nll_at_size_one_and_grows_with_the_batch():
+    """Averaging before mixing only adds (log-mean-exp is convex), up to the mean loss of a sample."""
+    logits, labels = some_predictions(n=64)
+    losses = sample_losses(logits, labels)
+    found = [nll_of_batches(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
+    assert found[0] == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 0.1
+    assert found[-1] < losses.mean()
+    assert nll_of_batches(losses[:1], 16) == pytest.approx(losses[0].mean().item()), "one sample: nothing is mixed"

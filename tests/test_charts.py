@@ -1,0 +1,170 @@
+"""What the charts show is what the numbers say, and no text lies on another or over the edge."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from fbpc_ray import charts
+from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
+
+
+def stats(scale=3.0, n=400, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=source)
+    logits = scale * (torch.nn.functional.one_hot(labels, 10) + torch.randn(1, n, 10, generator=source))
+    return predictive_stats(log_mean_probability(logits), labels)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, beside their files."""
+    figures: list[Figure] = []
+    save = charts._save
+    monkeypatch.setattr(charts, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def texts(figure):
+    """Every text that is seen, with its box in pixels."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    beyond = [  # ticks that matplotlib keeps but does not draw
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) - 1e-9 <= tick.get_loc() <= max(axis.get_view_interval()) + 1e-9
+        for label in (tick.label1, tick.label2)
+    ]
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
+    boxes = [(text, text.get_window_extent(canvas.get_renderer())) for text in found]
+    return [(text.get_text(), box) for text, box in boxes if box.width]
+
+
+def assert_readable(figure):
+    """No box of text meets another's, none leaves the sheet, none is below 8 points."""
+    width, height = figure.canvas.get_width_height()
+    boxes = texts(figure)
+    assert len(boxes) > 10
+    for text, box in boxes:
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, text
+    for (one, a), (other, b) in combinations(boxes, 2):
+        apart = a.x1 <= b.x0 + 0.5 or b.x1 <= a.x0 + 0.5 or a.y1 <= b.y0 + 0.5 or b.y1 <= a.y0 + 0.5
+        assert apart, f"{one!r} lies on {other!r}"
+    assert min(text.get_fontsize() for text in figure.findobj(Text)) >= 8
+
+
+def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
+    """Bars stand in their bins as high as its accuracy, dots at its mean confidence, counts below; ECE as `scores`."""
+    its = stats(0.3) + stats(6.0)  # too modest where it is unsure, too sure where it is sure: gaps of both signs
+    assert abs((its.bin_correct - its.bin_confidence).sum()) < 0.5 * (its.bin_correct - its.bin_confidence).abs().sum()
+    charts.reliability({"fbpc": its}, tmp_path / "r.png")
+    upper, lower = drawn[0].axes
+    full = (its.bin_count > 0).nonzero().flatten()
+    bars = [patch for patch in upper.patches if patch.get_width()]
+    accuracy, confidence = its.bin_correct / its.bin_count, its.bin_confidence / its.bin_count
+    assert [bar.get_x() for bar in bars] == pytest.approx((full / BINS).tolist())
+    assert [bar.get_width() for bar in bars] == pytest.approx([1 / BINS] * len(full))
+    assert [bar.get_height() for bar in bars] == pytest.approx(accuracy[full].tolist())
+    (gaps,) = upper.collections
+    for (low, high), bin_number in zip(gaps.get_segments(), full.tolist(), strict=True):
+        assert low[0] == high[0] == pytest.approx(confidence[bin_number].item())
+        ends = sorted([accuracy[bin_number].item(), confidence[bin_number].item()])
+        assert [low[1], high[1]] == pytest.approx(ends)
+    assert [bar.get_height() for bar in lower.patches] == its.bin_count[full].tolist()
+    found = scores(its)
+    assert upper.get_title() == f"fbpc\nECE {100 * found.ece:.1f} %, accuracy {100 * found.accuracy:.1f} %"
+    assert lower.get_xlabel() == "confidence (n = 800)"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_reliability_is_readable_for_any_number_of_coresets(drawn, tmp_path, count):
+    """One panel a coreset, four a row; long names are cut, `$` and `_` are no mathematics; counts share their scale."""
+    names = ["random", "fbpc", "bpc-fkl_$1$ on convnet-in and resnet18-in and more", "d", "e", "f"]
+    many = {name: stats(1 + i, n=300 + i, seed=i) for i, name in enumerate(names[:count])}
+    charts.reliability(many, tmp_path / "r.png", "CIFAR-10, 1 image a class, 3 chains of $m$")
+    assert_readable(drawn[0])
+    assert len(drawn[0].axes) == 2 * count
+    shown = [axes.get_title().split("\n")[0] for axes in drawn[0].axes if axes.get_title()]
+    assert [name[:30] for name in shown] == [name[:30] for name in names[:count]]
+    assert len({axes.get_ylim() for axes in drawn[0].axes if "confidence" in axes.get_xlabel()}) == 1
+    with Image.open(tmp_path / "r.png") as picture:
+        assert picture.size[0] > 400
+        assert len(picture.getcolors(1 << 24) or []) > 50
+
+
+def test_entropies_are_shares_of_their_own_images(drawn, tmp_path):
+    """Two outlines, each summing to 1 though one has ten times the images; every value is counted."""
+    source = np.random.default_rng(0)
+    familiar, strange = source.uniform(0, 1, 2000), source.uniform(1, math.log(10), 200)
+    charts.entropy_histogram(familiar, strange, tmp_path / "h.png", "fbpc", classes=10)
+    (axes,) = drawn[0].axes
+    outlines = [patch for patch in axes.patches if patch.get_label().startswith(("in", "out"))]
+    for outline, values in zip(outlines, (familiar, strange), strict=True):
+        data = outline.get_data()
+        assert data.values.sum() == pytest.approx(1)
+        assert data.edges[[0, -1]].tolist() == pytest.approx([0, math.log(10)])
+        assert (data.values * data.edges[1:]).sum() == pytest.approx(values.mean(), abs=0.08)
+    assert [outline.get_label() for outline in outlines] == [
+        "in distribution (n = 2,000)",
+        "out of distribution (n = 200)",
+    ]
+    assert_readable(drawn[0])
+
+
+def test_data_sets_in_deep_folders_have_short_names(drawn, tmp_path):
+    """A path keeps its end, which tells it from another, and the legend stays on the sheet."""
+    folder, values = "parquet:/a/folder/of/data/that/lies/deep/down", np.linspace(0, 2, 50)
+    names = (f"{folder}/cifar10-jpeg", f"{folder}/tiny-imagenet-100")
+    charts.entropy_histogram(values, values[:9], tmp_path / "h.png", "fbpc", classes=10, names=names)
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels[0].endswith("/cifar10-jpeg (n = 50)")
+    assert labels[1].endswith("/tiny-imagenet-100 (n = 9)")
+    assert_readable(drawn[0])
+
+
+def test_the_largest_value_is_counted_and_one_value_is_enough(drawn, tmp_path):
+    """Entropies of exactly log d, or above it by rounding, and all of them 0."""
+    top = np.full(5, math.log(3) * (1 + 1e-15))
+    charts.entropy_histogram(top, np.zeros(1), tmp_path / "h.png", classes=3, quantity="mutual information")
+    charts.entropy_histogram(np.zeros(4), np.zeros(2), tmp_path / "z.png")
+    for figure in drawn:
+        for outline in figure.axes[0].patches:
+            assert outline.get_data().values.sum() == pytest.approx(1)
+    assert drawn[0].axes[0].get_xlabel() == "mutual information (nats)"
+
+
+def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path):
+    nobody = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    one = np.ones(1)
+    for draw, message in (
+        (lambda path: charts.reliability({}, path), "no coreset"),
+        (lambda path: charts.reliability({"fbpc": nobody}, path), "fbpc: no example"),
+        (lambda path: charts.entropy_histogram(one[:0], one, path), "in distribution: 0 values"),
+        (lambda path: charts.entropy_histogram(one, one * np.nan, path), "out of distribution: 1 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(tmp_path / "no.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_colours_are_told_apart_by_colour_blind_people():
+    """Blue against vermilion under Machado's matrices of the three dichromacies: far apart in each."""
+    matrices = (
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    )
+    colours = [
+        np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2 for code in (charts.BLUE, charts.ORANGE)
+    ]
+    for matrix in matrices:
+        a, b = (np.clip(np.array(matrix) @ colour, 0, 1) ** (1 / 2.2) for colour in colours)
+        assert np.linalg.norm(a - b) > 0.3
