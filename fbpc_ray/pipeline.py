@@ -87,7 +87,7 @@ def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float) -> 
 
 def _loss(stats: Sequence[Stats]) -> float:
     """The sum of the architectures' losses."""
-    return float(sum(s["loss"] for s in stats))  # type: ignore[arg-type]
+    return sum(s["loss"] for s in stats)
 
 
 def distill(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -159,6 +160,9 @@ def test_the_small_scale_bounds_what_it_says():
             assert flat["steps"] <= 300
             assert flat["start_epoch"] <= 5
     assert cells_of("table1", paper_request("small", steps=7))[3].config.distillation.steps == 7
+    (tiny,) = (c for c in cells_of("table2", paper_request("small", expert_epochs=2)) if c.row == "FBPC" and
+               c.column == "Tiny-ImageNet ipc 10")  # fmt: skip
+    assert tiny.config.distillation.start_epoch == 1
 
 
 def test_keys_hold_what_a_number_depends_on():
@@ -228,6 +232,25 @@ def test_bad_input_is_one_line(more, said, tmp_path, capsys):
     assert "\n" not in error
     assert re.search(said, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_table_is_a_run_in_mlflow(out, tmp_path, monkeypatch):
+    """Its cells are metrics, its Markdown, picture and rows artifacts, its commit and scale tags."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    command = [word for word in words("table10", out) if word != "--no-tracking"]
+    cli.main(["reproduce", *command])
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "table10-small"
+    assert run.data.tags["table"] == "table10"
+    assert run.data.tags["commit"]
+    (row,) = (row for row in rows_of(out, "table10") if row["row"] == "FBPC (DSA)")
+    assert run.data.metrics["accuracy/FBPC _DSA_/ipc 1"] == pytest.approx(100 * row["accuracy"])
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"table10.md", "table10.png", "rows"}
 
 
 def test_a_row_of_another_program_is_named(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from fbpc_ray.vision.augment import AUGMENTATIONS
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network
 
-Stats = dict[str, float | int | str]
-"""What one gradient reports, as plain values by name."""
+Stats = dict[str, Any]
+"""What one gradient reports: int, float and str by name."""
 
 
 class Problem(NamedTuple):

@@ -29,8 +29,8 @@ class Scale(NamedTuple):
 
     changes: dict[str, Any]
     """What differs from the paper's settings, by flag."""
-    most: dict[str, int]
-    """Upper bounds, by flag."""
+    most_steps: int | None
+    """Upper bound of --steps; with one, --start-epoch leaves at least two of the epochs that are."""
     ipc: tuple[int, ...]
     """Images a class, where a table goes over them."""
     one_ipc: int
@@ -40,10 +40,10 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "paper": Scale({}, {}, (1, 10, 50), 10, 1, 5),
+    "paper": Scale({}, None, (1, 10, 50), 10, 1, 5),
     "small": Scale(
         {"width": 32, "expert_count": 5, "expert_epochs": 6, "real_batch_size": 64},
-        {"steps": 300, "start_epoch": 5}, (1, 10), 1, 2, 3,
+        300, (1, 10), 1, 2, 3,
     ),
 }  # fmt: skip
 
@@ -98,14 +98,15 @@ def _config(
     """The paper's settings, then the scale's, then what was asked for."""
     row = ipc if ipc in (1, 10, 50) else 1 if ipc < 10 else 10 if ipc < 50 else 50
     config = with_method(preset(f"{data}-ipc{row}").updated(ipc=ipc), method, ipc)
-    changes = dict(request.scale.changes)
-    flat = config.flat() | changes
-    changes |= {name: min(flat[name], most) for name, most in request.scale.most.items()}
+    changes = request.scale.changes | request.overrides
+    if request.scale.most_steps:
+        flat = config.flat() | changes
+        steps, last = min(flat["steps"], request.scale.most_steps), max(1, flat["expert_epochs"] - 1)
+        changes = {"steps": steps, "start_epoch": min(flat["start_epoch"], last)} | changes
     base = request.base
     config = config.updated(
         **changes | {"data": request.sources[data], "architectures": tuple(architectures), "augment": augment}
         | {"data_root": base.data.data_root, "download": base.data.download, "experts": base.experts.experts}
-        | request.overrides
     )  # fmt: skip
     return replace(config, workers=base.workers)
 
