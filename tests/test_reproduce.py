@@ -84,6 +84,7 @@ def test_each_table_is_made_from_scratch(table, out, capsys):
         assert f"| {column or '-'} |" in text
     for name, digits in {"table1": "35.45 ± 0.31", "table3": "degradation %", "table7": "2.56"}.items():
         assert (digits in text) or table != name
+    assert ("frost is made with procedural textures" in text) == (table == "table3")
 
 
 @pytest.mark.slow

@@ -69,8 +69,10 @@ def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
     )
 
 
-def markdown(table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], image: str) -> str:
-    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells."""
+def markdown(
+    table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], image: str, notes: tuple[str, ...]
+) -> str:
+    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells; `notes` come last."""
     shape = TABLES[table]
     lines = [f"# {shape.title}", "", _what(scale, request, configs), "", f"![{table}]({image})", ""]
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
@@ -85,7 +87,7 @@ def markdown(table: str, scale: str, request: Request, configs: list[Config], ro
             if any(theirs):
                 lines.append(f"| *paper* | {' | '.join(_paper(value, shown) for value in theirs)} |")
         lines.append("")
-    return "\n".join([*lines, *_legend(rows), ""])
+    return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
 
 
 def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
@@ -99,7 +101,7 @@ def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
     return {key: one.mean for key, one in found.items() if one}
 
 
-def picture(table: str, rows: list[Row], path: Path) -> None:
+def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
     """The table's first quantity as bars, the paper's values as marks."""
     quantity = TABLES[table].quantities[0]
     shown, paper = SHOWN[quantity], PAPER.get(table, {})
@@ -111,7 +113,7 @@ def picture(table: str, rows: list[Row], path: Path) -> None:
         {key: (one.mean, one.evaluation or 0.0) for key, one in found.items() if one},
         {key: values[quantity][0] for key, values in paper.items() if quantity in values and key in found},
         shown.label,
-        TABLES[table].title,
+        TABLES[table].title + ("" if scale == "paper" else f" ({scale} scale)"),
         path,
     )
 

@@ -25,7 +25,7 @@ from fbpc_ray.reproduce.render import markdown, picture
 from fbpc_ray.reproduce.rows import Rows, cell_key, coreset_key
 from fbpc_ray.reproduce.tables import TABLES, Cell, Request, cells_of
 from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.corrupted import official
+from fbpc_ray.vision.corrupted import notes, official
 from fbpc_ray.vision.datasets import Dataset, denormalise
 from fbpc_ray.vision.zoo import specify
 
@@ -201,6 +201,7 @@ def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
     configs = [task.cell.config for task in tasks]
+    said = notes(options.corruptions, 0) if TABLES[options.table].kind == "corruptions" else ()
     path, image = options.out / f"{options.table}.md", options.out / f"{options.table}.png"
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
@@ -209,6 +210,6 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} a class"
         figures.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)
     else:
-        picture(options.table, rows, image)
-    atomic.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, image.name))
+        picture(options.table, options.scale, rows, image)
+    atomic.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, image.name, said))
     return path
