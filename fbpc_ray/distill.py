@@ -77,7 +77,7 @@ def check_updated(state: State) -> None:
     """Raise UserError where an update left the values that the next step can start from."""
     if not torch.isfinite(state.images).all():
         raise UserError(f"non-finite pixels after step {state.step}: lower --alpha; the last checkpoint is kept")
-    if not state.inner_lr > 0:
+    if state.inner_velocity and not state.inner_lr > 0:
         raise UserError(
             f"the learned inner learning rate is {state.inner_lr:g} after step {state.step}: lower --inner-alpha; "
             "the last checkpoint is kept"

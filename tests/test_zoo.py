@@ -911,7 +911,7 @@ def test_a_users_own_network_runs_on_ray_to_the_bits_of_serial(nets):
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray}
     try:
         done = subprocess.run(
-            [sys.executable, str(job), *words], cwd=nets, env=environment, capture_output=True, text=True, timeout=180
+            [sys.executable, str(job), *words], cwd=nets, env=environment, capture_output=True, text=True, timeout=400
         )
     finally:
         shutil.rmtree(ray, ignore_errors=True)

@@ -149,10 +149,11 @@ def _what(scale: str, request: Request, configs: list[Config]) -> str:
         values = sorted({each[flag] for each in settings if flag != "steps" or each["method"] != "random"})
         return " or ".join(map(str, values)) or "-"
 
+    data = " or ".join(sorted({each["data"].rstrip("/").split("/")[-1] for each in settings}))
     size = (
         f"width {seen('width')}, {seen('expert_count')} experts of {seen('expert_epochs')} epochs, "
         f"{seen('steps')} steps, "
-        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_steps')} epochs; data {seen('data')}"
+        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_steps')} epochs; data {data}"
     )
     kind = (
         "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"
