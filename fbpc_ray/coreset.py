@@ -74,6 +74,13 @@ def save(coreset: Coreset, path: Path, metadata: dict[str, str] | None = None) -
     atomic.write_bytes(path, _ordered(to_bytes(tensors, {**(metadata or {}), **own})))
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of the coreset at `path`: what made it. Raises UserError where `load` would."""
+    load(path)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def load(path: Path) -> Coreset:
     """The coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
     try:

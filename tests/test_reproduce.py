@@ -71,6 +71,7 @@ def test_each_table_is_made_from_scratch(table, out, capsys):
     for row in rows:
         assert row["table"] == table
         assert row["commit"]
+        assert row["coreset_commit"] == (None if shape.kind == "cost" else row["commit"])
         assert json.loads(row["versions"])["torch"]
         assert json.loads(row["config"])["width"] == 8
         for quantity in shape.quantities:

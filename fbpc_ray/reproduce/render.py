@@ -171,6 +171,7 @@ def _legend(rows: list[Row]) -> list[str]:
         "*Italics* are the paper's values.",
         "",
         "Commit " + ", ".join(_order(row["commit"] for row in rows))
+        + "".join(f"; coresets made at {made}" for made in _order(row["coreset_commit"] for row in rows) if made)
         + "; " + ", ".join(_order(row["device"] for row in rows))
         + "; " + ", ".join(f"{k} {v}" for k, v in json.loads(rows[-1]["versions"]).items()) + ".",
     ]  # fmt: skip

@@ -18,7 +18,20 @@ QUANTITIES = (
     "accuracy", "nll", "ece", "brier", "nll_of_batches", "nll_of_samples", "degradation",
     "peak_gb", "seconds", "parameters", "logit",
 )  # fmt: skip
-_TEXT = ("table", "key", "row", "column", "scale", "judged_on", "config", "commit", "versions", "device", "coreset")
+_TEXT = (
+    "table",
+    "key",
+    "row",
+    "column",
+    "scale",
+    "judged_on",
+    "config",
+    "commit",
+    "versions",
+    "device",
+    "coreset",
+    "coreset_commit",
+)
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in _TEXT]
     + [(name, pa.int64()) for name in ("distill_seed", "eval_seed")]

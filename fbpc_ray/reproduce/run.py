@@ -75,7 +75,7 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
             if table.kind == "cost":
                 _measure(options, {t.key: t for t, _ in missing}.values(), rows, workers, made_by)
             else:
-                _make(unmade, workers, log)
+                _make(unmade, workers, made_by.commit, log)
                 _judge(options, missing, rows, workers, made_by, log)
     order = {task.key: place for place, task in enumerate(tasks)}
     found = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
@@ -129,7 +129,7 @@ def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
         yield members[0].dataset, members
 
 
-def _make(tasks: list[Task], workers: Backend, log: Log) -> None:
+def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> None:
     """The experts that the coresets need, then the coresets, a task each."""
     for dataset, group in _by_data(tasks):
         learned = [task.cell.config for task in group if task.cell.config.distillation.method != "random"]
@@ -142,7 +142,7 @@ def _make(tasks: list[Task], workers: Backend, log: Log) -> None:
         if stores:
             each, specs = zip(*stores.values(), strict=True)
             pipeline.train_experts(each, specs, count, dataset, workers, log)
-        items = [work.Making(task.cell.config, task.coreset) for task in group]
+        items = [work.Making(task.cell.config, task.coreset, commit) for task in group]
         with pipeline.progress("distil", len(items), "coreset") as bar:
             for index, _ in workers.map(work.make, dataset, items):
                 bar.update()
@@ -195,8 +195,15 @@ def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by
         "table": options.table, "key": task.key, "row": task.cell.row, "column": task.cell.column,
         "scale": options.scale, "judged_on": task.cell.judged_on, "config": json.dumps(task.cell.config.flat()),
         "commit": made_by.commit, "versions": json.dumps(made_by.versions), "device": made_by.device,
-        "coreset": task.coreset.name, "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
+        "coreset": task.coreset.name, "coreset_commit": _commit_of(task.coreset),
+        "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
     }  # fmt: skip
+
+
+def _commit_of(folder: Path) -> str | None:
+    """Of the code that made a coreset, which may be older than that which judges it; None where there is none."""
+    path = work.Run(folder).coreset_path
+    return coreset.metadata(path).get("commit") if path.exists() else None
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:

@@ -28,6 +28,8 @@ class Making(NamedTuple):
     config: Config
     folder: Path
     """Its run: checkpoints are kept there, and a half-made one goes on."""
+    commit: str
+    """Of the code that makes it."""
 
 
 def make(dataset: Dataset, item: Making, device: str) -> None:
@@ -52,7 +54,7 @@ def make(dataset: Dataset, item: Making, device: str) -> None:
             config, run, state, rows, workers, interruption, lambda values, step: None, lambda state: None
         )
     made = Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
-    facts = {"method": d.method, "data": dataset.name, "step": str(state.step)}
+    facts = {"method": d.method, "data": dataset.name, "step": str(state.step), "commit": item.commit}
     coreset.save(made, run.coreset_path, facts)
 
 
