@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from conftest import flags
 
-from fbpc_ray import pipeline, plan
+from fbpc_ray import cli, pipeline, plan
 from fbpc_ray.distill import METHODS, State, check_finite, check_updated, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.methods import function_space
 from fbpc_ray.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
 from fbpc_ray.rng import generator
+from fbpc_ray.vision.augment import AUGMENTATIONS
 from fbpc_ray.vision.datasets import tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network
@@ -223,3 +225,20 @@ def test_what_is_not_finite_is_refused_by_name(ending, value):
     check_finite(["a"], [good], 0)
     with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):
         check_finite(["a", "b"], [good, bad], 6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_augmentation_nothing_is_augmented(method, small, tmp_path, monkeypatch):
+    """Table 10: --augment none reaches experts, MAP solve, K steps, Eq. 17, inner steps and chains: DSA would raise."""
+
+    def refuse(count, source):
+        raise AssertionError("DSA was drawn")
+
+    monkeypatch.setitem(AUGMENTATIONS, "dsa", refuse)
+    config = small.updated(
+        method=method, augment="none", experts=str(tmp_path / "experts"), steps=1, expert_count=1, syn_steps=2,
+        start_rule="before", backend="serial", architectures=("convnet-in",), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    cli.main(["distill", *flags(config)])
+    with pytest.raises(AssertionError, match="DSA was drawn"):
+        cli.main(["distill", *flags(config, augment="dsa", out=str(tmp_path / "with"))])
