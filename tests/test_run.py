@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -86,10 +87,10 @@ def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
     for by_architecture in result["coresets"].values():
         assert set(by_architecture) == {"convnet-in", "convnet-bn"}
         for scores in by_architecture.values():
-            assert set(scores) == {"accuracy", "nll", "ece", "brier"}
+            assert set(scores) == {"accuracy", "nll", "ece", "brier", "nll_of_batches", "nll_of_samples"}
             assert all(len(values) == 2 and len(set(values)) == 2 for values in scores.values())  # one a seed
             assert all(0 < value < 1 for value in scores["accuracy"])
-    assert run.picture_path.stat().st_size > 1000
+    assert run.picture_path.stat().st_size > 1000 < run.reliability_path.stat().st_size
     assert json.loads(run.config_path.read_text())["steps"] == 12
 
 
@@ -202,7 +203,26 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
     assert result["coresets"]["random"]["convnet-in"] == before["coresets"]["random"]["convnet-in"]
     assert len(result["coresets"]["fbpc"]["convnet-none"]["nll"]) == 2
     assert "convnet-none" in capsys.readouterr().out
-    assert len(list((whole / "evaluations").glob("*.json"))) == 1
+    assert list((whole / "evaluations").glob("*-test-convnet-none-convnet-in.json"))
+
+
+def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
+    """Against the data itself the AUROC is exactly 1/2; images of another size ask for --ood-resize, and get it."""
+    large = {f"x_{part}": getattr(digits, part).images[:50, 0].repeat(2, 1).repeat(2, 2) for part in ("train", "test")}
+    labels = {f"y_{part}": getattr(digits, part).labels[:50] for part in ("train", "test")}
+    np.savez(tmp_path / "large.npz", **large, **labels)
+    base = ["evaluate", str(whole), "--backend", "serial", "--chain-steps", "20", "--chain-every", "10",
+            "--eval-seeds", "1", "--json", str(tmp_path / "r.json"), "--ood"]  # fmt: skip
+    cli.main([*base, "digits"])
+    found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
+    assert found["ood_auroc_entropy"] == found["ood_auroc_mutual_information"] == [0.5]
+    assert "OOD entropy" in capsys.readouterr().out
+    assert len(list((whole / "evaluations").glob("*entropy.png"))) == 4  # two coresets on two networks
+    strange = f"npz:{tmp_path / 'large.npz'}"
+    assert "--ood-resize" in refused(capsys, *base[1:], strange, command="evaluate")
+    cli.main([*base, strange, "--ood-resize"])
+    found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
+    assert 0 < found["ood_auroc_entropy"][0] < 1 != found["ood_auroc_entropy"][0] * 2
 
 
 def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
