@@ -270,7 +270,7 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         (["--data", "npz:/nowhere.npz"], "/nowhere.npz"),
         (["--resume"], "--out DIR"),
         (["--resume", "--out", "/nowhere"], "/nowhere holds no run"),
-        (["--width", "6", "--architectures", "convnet-gn"], "change --width"),
+        (["--width", "6", "--architectures", "convnet-gn"], "make --width a multiple of 4"),
         (["--depth", "5"], "lower --depth"),
         pytest.param(
             ["--device", "cuda"],
