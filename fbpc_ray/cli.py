@@ -210,14 +210,14 @@ def evaluate(argv: list[str], program: str) -> None:
 
 def reproduce(argv: list[str], program: str) -> None:
     args = _parse(ReproduceArguments, argv, program)
-    from fbpc_ray import commands
+    from fbpc_ray import reproduction
 
     given = vars(args)
     names = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny_imagenet"}
     sources = {data: given.pop(name) for data, name in names.items()}
     places = {name: given.pop(name) for name in ("data_root", "download", "experts", "tracking", "experiment")}
     base = Config(workers=given.pop("workers")).updated(**places)
-    commands.reproduce(given.pop("table"), base, sources, **given)
+    reproduction.reproduce(given.pop("table"), base, sources, **given)
 
 
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {

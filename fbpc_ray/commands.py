@@ -18,14 +18,10 @@ from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
-from fbpc_ray.errors import UserError, closest
+from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import ood_split
 from fbpc_ray.experts import ExpertStore, slug
 from fbpc_ray.provenance import Provenance, capture, home
-from fbpc_ray.reproduce.render import cell_means
-from fbpc_ray.reproduce.run import Options
-from fbpc_ray.reproduce.run import reproduce as reproduce_table
-from fbpc_ray.reproduce.tables import SCALES, TABLES, Request
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.vision.datasets import Dataset, denormalise
@@ -68,7 +64,7 @@ def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     if dry_run:
         _describe(job)
         return
-    with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("the same command goes on"):
+    with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("the same command goes on"):
         count = settings.experts.expert_count
         pipeline.train_experts(job.stores, job.specs, count, job.dataset, workers, log)
     folders = {spec.architecture: str(store.folder) for spec, store in zip(job.specs, job.stores, strict=True)}
@@ -96,7 +92,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
     interruption = Interruption()
     again = f"resume with: fbpc distill --out {shlex.quote(str(run.folder))} --resume"
-    with _says_how_to_resume(again), plan.backend(settings, interruption, log) as workers:
+    with says_how_to_resume(again), plan.backend(settings, interruption, log) as workers:
         run.write_config(settings)
         log(f"run: {run.folder}")
         made_by = capture(workers.describe())
@@ -222,7 +218,7 @@ def evaluate(
     if dry_run:
         _describe(_Job(settings, dataset, specs, []))
         return
-    with plan.backend(settings, Interruption(), log) as workers, _says_how_to_resume("nothing was written"):
+    with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
         augment = settings.networks.augment
         verdict = pipeline.evaluate(found, specs, dataset, split, settings.evaluation, augment, workers, log, strange)
@@ -248,72 +244,7 @@ def _draw_reliability(verdict: pipeline.Verdict, path: Path) -> None:
         charts.reliability({f"{coreset} on {name}": stats for (coreset, name), stats in verdict.stats.items()}, path)
 
 
-def reproduce(
-    table: str,
-    base: Config,
-    sources: dict[str, str],
-    *,
-    scale: str,
-    ipc: tuple[int, ...],
-    distill_seeds: int,
-    eval_seeds: int,
-    only: tuple[str, ...],
-    override: tuple[str, ...],
-    corruptions: str,
-    cost_steps: int,
-    out: str,
-    dry_run: bool,
-) -> None:
-    """Make a table or figure of the paper, or what is missing of it, and print it."""
-    if table not in TABLES:
-        raise UserError(f"unknown table '{table}': {closest(table, list(TABLES))}")
-    for name, value in (("--distill-seeds", distill_seeds), ("--eval-seeds", eval_seeds), ("--cost-steps", cost_steps)):
-        if value < 0 or (value == 0 and name == "--cost-steps"):
-            raise UserError(f"{name} is {value}: it must be 1 or more")
-    if any(count < 1 for count in ipc):
-        raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
-    size = SCALES[scale]
-    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, eval_seeds=eval_seeds or size.eval_seeds)
-    options = Options(
-        table, scale, Request(size, sources, ipc, _overrides(override), base), Path(out).absolute(), only,
-        Path(corruptions) if corruptions else None, cost_steps, dry_run,
-    )  # fmt: skip
-    with _says_how_to_resume("the same command goes on"):
-        path, found = reproduce_table(options, log)
-    if dry_run:
-        return
-    if base.output.tracking and found:
-        _track_table(options, path, found)
-    log(f"\n{path.read_text()}\n{path}")
-
-
-def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
-    """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
-    tracking = _tracking(f"everything is in {options.out}")
-    if not tracking:
-        return
-    first, settings = rows[0], options.request.base
-    tracker = tracking.Tracker(
-        tracking.default_uri(home()),
-        settings.output.experiment,
-        run_name=f"{options.table}-{options.scale}",
-        run_id=None,
-        tags={
-            "table": options.table, "scale": options.scale, "commit": first["commit"], "device": first["device"],
-            **{f"version.{name}": version for name, version in json_format.loads(first["versions"]).items()},
-        },
-        params={**options.request.sources, **options.request.overrides, "folder": str(options.out)},
-        log=log,
-    )  # fmt: skip
-    tracker.metrics(cell_means(options.table, rows), 0)
-    for file in (path, path.with_suffix(".png")):
-        tracker.artifact(file)
-    for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):
-        tracker.artifact(file, "rows")
-    tracker.finish("FINISHED")
-
-
-def _tracking(otherwise: str) -> Any:
+def tracking_module(otherwise: str) -> Any:
     """The module `tracking`, or None, said, where there is no MLflow."""
     try:
         from fbpc_ray import tracking
@@ -321,25 +252,6 @@ def _tracking(otherwise: str) -> Any:
         log(f"note: no MLflow ({error}); {otherwise}")
         return None
     return tracking
-
-
-def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
-    """FLAG=VALUE words as values of the flags' types. Raises UserError."""
-    known, found = Config().flat(), {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        if not equals or name not in known:
-            raise UserError(f"--override {word}: write FLAG=VALUE; {closest(name, list(known))}")
-        if isinstance(known[name], str):
-            found[name] = text
-            continue
-        try:
-            found[name] = json_format.loads(text.lower() if isinstance(known[name], bool) else text)
-        except ValueError:
-            raise UserError(f"--override {word}: {text!r} is no {type(known[name]).__name__}") from None
-    Config().updated(**found)
-    return found
 
 
 def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
@@ -393,7 +305,7 @@ def _describe(job: _Job) -> None:
 
 
 @contextmanager
-def _says_how_to_resume(how: str) -> Iterator[None]:
+def says_how_to_resume(how: str) -> Iterator[None]:
     try:
         yield
     except Interrupted:
@@ -426,7 +338,7 @@ def _tracked(job: _Job, run: Run, made_by: Provenance) -> Iterator[Any]:
     if not settings.output.tracking:
         yield _Untracked()
         return
-    tracking = _tracking(f"everything is in {run.folder}")
+    tracking = tracking_module(f"everything is in {run.folder}")
     if not tracking:
         yield _Untracked()
         return

@@ -26,7 +26,7 @@ LAYERS = {
     8: "pipeline",
     9: "cluster.* tracking figures charts",
     10: "reproduce.*",
-    11: "commands",
+    11: "commands reproduction",
     12: "cli",
     13: "__main__",
 }

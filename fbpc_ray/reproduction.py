@@ -1,0 +1,98 @@
+"""`fbpc reproduce`: a table or figure of the paper, from its settings to its last printed line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fbpc_ray.commands import log, says_how_to_resume, tracking_module
+from fbpc_ray.config import Config
+from fbpc_ray.errors import UserError, closest
+from fbpc_ray.provenance import home
+from fbpc_ray.reproduce import run
+from fbpc_ray.reproduce.render import cell_means
+from fbpc_ray.reproduce.run import Options
+from fbpc_ray.reproduce.tables import SCALES, TABLES, Request
+
+
+def reproduce(
+    table: str,
+    base: Config,
+    sources: dict[str, str],
+    *,
+    scale: str,
+    ipc: tuple[int, ...],
+    distill_seeds: int,
+    eval_seeds: int,
+    only: tuple[str, ...],
+    override: tuple[str, ...],
+    corruptions: str,
+    cost_steps: int,
+    out: str,
+    dry_run: bool,
+) -> None:
+    """Make a table or figure of the paper, or what is missing of it, and print it."""
+    if table not in TABLES:
+        raise UserError(f"unknown table '{table}': {closest(table, list(TABLES))}")
+    for name, value in (("--distill-seeds", distill_seeds), ("--eval-seeds", eval_seeds), ("--cost-steps", cost_steps)):
+        if value < 0 or (value == 0 and name == "--cost-steps"):
+            raise UserError(f"{name} is {value}: it must be 1 or more")
+    if any(count < 1 for count in ipc):
+        raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
+    size = SCALES[scale]
+    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, eval_seeds=eval_seeds or size.eval_seeds)
+    options = Options(
+        table, scale, Request(size, sources, ipc, _overrides(override), base), Path(out).absolute(), only,
+        Path(corruptions) if corruptions else None, cost_steps, dry_run,
+    )  # fmt: skip
+    with says_how_to_resume("the same command goes on"):
+        path, found = run.reproduce(options, log)
+    if dry_run:
+        return
+    if base.output.tracking and found:
+        _track_table(options, path, found)
+    log(f"\n{path.read_text()}\n{path}")
+
+
+def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
+    """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
+    tracking = tracking_module(f"everything is in {options.out}")
+    if not tracking:
+        return
+    first, settings = rows[0], options.request.base
+    tracker = tracking.Tracker(
+        tracking.default_uri(home()),
+        settings.output.experiment,
+        run_name=f"{options.table}-{options.scale}",
+        run_id=None,
+        tags={
+            "table": options.table, "scale": options.scale, "commit": first["commit"], "device": first["device"],
+            **{f"version.{name}": version for name, version in json.loads(first["versions"]).items()},
+        },
+        params={**options.request.sources, **options.request.overrides, "folder": str(options.out)},
+        log=log,
+    )  # fmt: skip
+    tracker.metrics(cell_means(options.table, rows), 0)
+    for file in (path, path.with_suffix(".png")):
+        tracker.artifact(file)
+    for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):
+        tracker.artifact(file, "rows")
+    tracker.finish("FINISHED")
+
+
+def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
+    """FLAG=VALUE words as values of the flags' types. Raises UserError."""
+    known, found = Config().flat(), {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not equals or name not in known:
+            raise UserError(f"--override {word}: write FLAG=VALUE; {closest(name, list(known))}")
+        if isinstance(known[name], str):
+            found[name] = text
+            continue
+        try:
+            found[name] = json.loads(text.lower() if isinstance(known[name], bool) else text)
+        except ValueError:
+            raise UserError(f"--override {word}: {text!r} is no {type(known[name]).__name__}") from None
+    Config().updated(**found)
+    return found
