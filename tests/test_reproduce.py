@@ -130,6 +130,20 @@ def paper_request(scale="paper", **overrides):
     return Request(SCALES[scale], SOURCES, (), overrides, Config())
 
 
+@pytest.mark.slow
+def test_a_cell_that_fails_leaves_the_others(out, capsys):
+    """An absurd alpha ends every distillation; the random cell is judged, and the exit status is not zero."""
+    elsewhere = out.parent / "failing"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", *words("table10", elsewhere, "--only", "FBPC"), "alpha=1e38"])
+    assert stop.value.code == 1
+    assert re.search(r"2 of the coresets could not be made.*non-finite", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", *words("table1", elsewhere, "--only", "Random", "FBPC/"), "alpha=1e38"])
+    assert {row["row"] for row in rows_of(elsewhere, "table1")} == {"Random"}
+    assert "| Random |" in (elsewhere / "table1.md").read_text()
+
+
 @pytest.mark.parametrize("table", PAPER)
 def test_every_number_of_the_paper_has_its_cell(table):
     """At the paper's scale: the cells are the table's, and BPC-W, which we add to Table 1."""

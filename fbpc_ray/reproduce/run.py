@@ -69,17 +69,27 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     if options.dry_run:
         log(f"{len(unmade) if table.kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
         return options.out / f"{options.table}.md", []
+    failed: dict[Path, str] = {}
     if missing or unmade:
         with plan.backend(options.request.base, Interruption(), log) as workers:
             made_by = capture(workers.describe())
             if table.kind == "cost":
                 _measure(options, {t.key: t for t, _ in missing}.values(), rows, workers, made_by)
             else:
-                _make(unmade, workers, made_by.commit, log)
-                _judge(options, missing, rows, workers, made_by, log)
+                failed = _make(unmade, workers, made_by.commit, log)
+                _judge(
+                    options, [each for each in missing if each[0].coreset not in failed], rows, workers, made_by, log
+                )
     order = {task.key: place for place, task in enumerate(tasks)}
     found = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
-    return _write(options, tasks, found), found
+    kept = [task for task in tasks if task.coreset not in failed]
+    path = _write(options, kept, found) if kept else None
+    if failed:
+        name, why = next(iter(failed.items()))
+        rest = f"; {path} has the others" if path else ""
+        raise UserError(f"{len(failed)} of the coresets could not be made: {name.name}: {why}{rest}", code=1)
+    assert path is not None
+    return path, found
 
 
 def _tasks(options: Options, log: Log) -> list[Task]:
@@ -129,8 +139,9 @@ def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
         yield members[0].dataset, members
 
 
-def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> None:
-    """The experts that the coresets need, then the coresets, a task each."""
+def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> dict[Path, str]:
+    """The experts that the coresets need, then the coresets, a task each; why those failed that did, by folder."""
+    failed = {}
     for dataset, group in _by_data(tasks):
         learned = [task.cell.config for task in group if task.cell.config.distillation.method != "random"]
         stores, count = {}, 0
@@ -144,9 +155,12 @@ def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> None:
             pipeline.train_experts(each, specs, count, dataset, workers, log)
         items = [work.Making(task.cell.config, task.coreset, commit) for task in group]
         with pipeline.progress("distil", len(items), "coreset") as bar:
-            for index, _ in workers.map(work.make, dataset, items):
+            for index, why in workers.map(work.make, dataset, items):
                 bar.update()
-                log(f"coreset {items[index].folder.name}")
+                log(f"coreset {items[index].folder.name}" + (f" FAILED: {why}" if why else ""))
+                if why:
+                    failed[items[index].folder] = why
+    return failed
 
 
 def _judge(

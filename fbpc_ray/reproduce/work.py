@@ -10,6 +10,7 @@ from fbpc_ray import coreset, pipeline, plan
 from fbpc_ray.backend import Serial
 from fbpc_ray.config import Config
 from fbpc_ray.coreset import Coreset
+from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, Judge, posterior_samples, predictive, run_chain, values
 from fbpc_ray.inference.metrics import scores
 from fbpc_ray.reproduce.cost import Cost, measure
@@ -32,8 +33,17 @@ class Making(NamedTuple):
     """Of the code that makes it."""
 
 
-def make(dataset: Dataset, item: Making, device: str) -> None:
-    """One task: distil the coreset, all its architectures in this process, from the last checkpoint."""
+def make(dataset: Dataset, item: Making, device: str) -> str:
+    """One task: distil the coreset, or say why it can't be, so that the others are made all the same."""
+    try:
+        _make(dataset, item, device)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _make(dataset: Dataset, item: Making, device: str) -> None:
+    """All the coreset's architectures in this process, from the last checkpoint."""
     config, run, d = item.config, Run(item.folder), item.config.distillation
     first, labels = pipeline.first_state(dataset, d.ipc, d.seed, d.inner_lr)
     state = first
