@@ -205,19 +205,19 @@ def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: Backe
 
 
 def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by: Provenance) -> dict[str, Any]:
+    made = None if TABLES[options.table].kind == "cost" else task.coreset  # a cost is that of any coreset
     return {
         "table": options.table, "key": task.key, "row": task.cell.row, "column": task.cell.column,
         "scale": options.scale, "judged_on": task.cell.judged_on, "config": json.dumps(task.cell.config.flat()),
         "commit": made_by.commit, "versions": json.dumps(made_by.versions), "device": made_by.device,
-        "coreset": task.coreset.name, "coreset_commit": _commit_of(task.coreset),
+        "coreset": made and made.name, "coreset_commit": made and _commit_of(made),
         "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
     }  # fmt: skip
 
 
 def _commit_of(folder: Path) -> str | None:
-    """Of the code that made a coreset, which may be older than that which judges it; None where there is none."""
-    path = work.Run(folder).coreset_path
-    return coreset.metadata(path).get("commit") if path.exists() else None
+    """Of the code that made a coreset, which may be older than that which judges it."""
+    return coreset.metadata(work.Run(folder).coreset_path).get("commit")
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
