@@ -4,18 +4,28 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from fbpc_ray.allocator import keep_freed_memory
-from fbpc_ray.distill import State, Worker
+from fbpc_ray.distill import State, Unit, Worker, threads
 from fbpc_ray.errors import UserError
 from fbpc_ray.methods.common import Gradient
 from fbpc_ray.signals import Interruption
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Crew(NamedTuple):
+    """What the workers of a distillation are made of, and what each step asks of them."""
+
+    arguments: dict[str, Any]
+    """Of `distill.Worker`, but for the device."""
+    units: list[Unit]
+    x_side_bytes: int = 0
+    """Of the largest part of a gradient that can be computed ahead; 0 where there is none."""
 
 
 class Backend(Protocol):
@@ -27,12 +37,12 @@ class Backend(Protocol):
         """Yield (index, function(shared, item, device)) as they are done, each on one CPU thread."""
         ...
 
-    def start_workers(self, shared: dict[str, Any], each: Sequence[dict[str, Any]], threads: int) -> None:
-        """One `distill.Worker` for each dict of its own arguments, beside those that all share."""
+    def start_workers(self, crew: Crew) -> None:
+        """Workers for the gradients of `crew`. From here on, `map` is their work too."""
         ...
 
-    def gradients(self, state: State) -> list[Gradient]:
-        """The gradient of every worker at `state`, in the order of the workers."""
+    def gradients(self, state: State) -> list[Gradient | None]:
+        """The gradient of every unit of the crew at `state`, in order; None for one that was skipped as too slow."""
         ...
 
     def stop_workers(self) -> None:
@@ -55,27 +65,28 @@ class Serial:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.interruption = interruption
         keep_freed_memory()
-        self.workers: list[Worker] = []
+        self.worker: Worker | None = None
+        self.units: list[Unit] = []
 
     def map(self, function, shared, items):
-        torch.set_num_threads(1)
         for index, item in enumerate(items):
-            with self.interruption.at_once():
+            with self.interruption.at_once(), threads(1):
                 result = function(shared, item, self.device)
             yield index, result
 
-    def start_workers(self, shared, each, threads):
-        self.workers = [Worker(**shared, **own, device=self.device, threads=threads) for own in each]
+    def start_workers(self, crew):
+        self.worker, self.units = Worker(**crew.arguments, device=self.device), crew.units
 
     def gradients(self, state):
-        gradients = []
-        for worker in self.workers:
-            value, stats, inner_lr = worker.gradient(state.step, state.images.numpy(), state.inner_lr)
+        assert self.worker is not None
+        gradients: list[Gradient | None] = []
+        for unit in self.units:
+            value, stats, inner_lr = self.worker.gradient(unit, state.step, state.images.numpy(), state.inner_lr)
             gradients.append(Gradient(torch.from_numpy(value), stats, inner_lr))
         return gradients
 
     def stop_workers(self):
-        self.workers = []
+        self.worker = None
 
     def describe(self):
         return f"{device_name(self.device)}, in this process"

@@ -136,15 +136,7 @@ def _learn(
     show(state)
     start = time.perf_counter()
     if state.step < steps:
-        shared = {
-            "dataset": job.dataset,
-            "labels": labels.numpy(),
-            "settings": settings.distillation,
-            "augment": settings.networks.augment,
-            "expert_count": count,
-        }
-        each = [{"spec": spec, "store": store} for spec, store in zip(job.specs, job.stores, strict=True)]
-        workers.start_workers(shared, each, plan.threads(settings))
+        workers.start_workers(plan.crew(settings, job.dataset, labels, job.specs, job.stores))
         state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show)
         workers.stop_workers()
     log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_endings(rows)}")

@@ -113,6 +113,9 @@ class Distillation:
     """bpc-w: learning rate of that learning rate."""
     weight_noise: float = 0.01
     """bpc-fkl, bpc-rkl: standard deviation of the weights under q_x and q_u, Eq. 6."""
+    draws_per_step: int = 1
+    """M: independent draws of (theta_x, theta_u) for each architecture and step, whose gradients are averaged; 1 is the
+    paper, more use more workers."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
 
@@ -148,20 +151,35 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where it runs. Nothing here changes a result, except --device and --threads in the last bits."""
+    """Where it runs. Nothing here changes a result, except --device and --threads in the last bits, and
+    --skip-stragglers."""
 
     backend: Literal["ray", "serial"] = "ray"
-    """ray: one actor an architecture, here or on a cluster; serial: this process alone, to the same bits."""
+    """ray: one actor for each architecture and draw, or fewer that take turns where there is no room, here or on a
+    cluster; serial: this process alone, to the same bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda. auto takes CUDA where a worker has it."""
     threads: int = 0
     """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""
     address: str = ""
     """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one."""
-    gpus_per_actor: float = 1.0
-    """GPUs of a gradient worker where the cluster has GPUs; a fraction lets several share one."""
+    gpus_per_actor: float = 0.0
+    """GPUs of a gradient worker where the cluster has GPUs; 0 means one each where there are as many, else a fraction
+    such that at most four share one."""
     cpus_per_actor: float = 0.0
-    """CPUs of a gradient worker; 0 means 1, or an equal share where architectures outnumber CPUs."""
+    """CPUs of a gradient worker; 0 means one for each of its threads, one beside a GPU."""
+    autoscale: bool = False
+    """The cluster starts nodes by itself: wait for them (--placement-timeout) instead of refusing what it lacks now."""
+    placement_timeout: float = 300.0
+    """Seconds to wait for a first worker, or for a new one after the last was lost, before the run ends."""
+    prefetch: int = 2
+    """Steps whose theta_x and K steps workers to spare compute ahead; 0: none. Bounded by the object store, too."""
+    step_deadline: float = 0.0
+    """Seconds after which a worker that doesn't answer is replaced and its gradient asked again; 0 means 20 times its
+    longest answer so far and 300 at least, 1,800 for the first."""
+    skip_stragglers: float = 0.0
+    """Leave out a gradient that takes so many times its usual time, the others standing in for it; 0: wait. With it, a
+    run depends on timing and doesn't repeat to the bit."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ as often as it is asked. `update` sums them in the order of the architectures. N
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.methods import function_space, weight_space
-from fbpc_ray.methods.common import Gradient, Method, Problem, Stats
+from fbpc_ray.methods.common import Gradient, Method, Problem, Stats, XSide
 from fbpc_ray.vision.datasets import Dataset, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
@@ -31,6 +32,23 @@ METHODS: dict[str, Method] = {
     "bpc-w": weight_space.distance,
 }
 """What `--method` may be, beside `random`, which learns nothing."""
+
+X_SIDES: dict[str, XSide] = {"fbpc": function_space.x_side}
+"""Methods whose gradient has a costly part that doesn't depend on u; it takes the result as its last argument."""
+
+
+class Unit(NamedTuple):
+    """One gradient of a step."""
+
+    architecture: int
+    """Its place among the run's."""
+    draw: int
+    """Which of the architecture's M independent draws."""
+
+
+def units_of(architectures: int, draws: int) -> list[Unit]:
+    """The gradients of a step in the order in which they are summed."""
+    return [Unit(architecture, draw) for architecture in range(architectures) for draw in range(draws)]
 
 
 class State(NamedTuple):
@@ -46,6 +64,31 @@ class State(NamedTuple):
     """Learning rate of the SGD steps on u that weight-space methods take; bpc-w learns it."""
     inner_velocity: float = 0.0
     """Its momentum."""
+
+
+def combine(units: Sequence[Unit], gradients: Sequence[Gradient | None]) -> list[Gradient]:
+    """One gradient for each architecture that has any, in order: the mean over its draws that are there.
+
+    Where an architecture has none (its workers were too slow, and skipping was asked for), the others stand in for it:
+    they are scaled such that their sum still estimates the sum over all.
+    """
+    parts: dict[int, list[Gradient]] = {unit.architecture: [] for unit in units}
+    for unit, gradient in zip(units, gradients, strict=True):
+        if gradient is not None:
+            parts[unit.architecture].append(gradient)
+    there = [each for each in parts.values() if each]
+    if not there:
+        raise ValueError("a step needs at least one gradient")
+    share = len(parts) / len(there)
+    return [_scaled(each, share / len(each)) for each in there]
+
+
+def _scaled(gradients: list[Gradient], factor: float) -> Gradient:
+    """Their sum times a factor; a single one times 1 keeps its bits."""
+    total = gradients[0].value
+    for each in gradients[1:]:
+        total = total + each.value
+    return Gradient(total * factor, {}, sum(each.inner_lr for each in gradients) * factor)
 
 
 def update(state: State, gradients: Sequence[Gradient], *, alpha: float, momentum: float, inner_alpha: float) -> State:
@@ -85,12 +128,13 @@ def check_updated(state: State) -> None:
 
 
 class Worker:
-    """Computes the gradients of one architecture: holds its network, experts and real images, and no random state."""
+    """Computes gradients of any of a run's architectures: holds the networks it was asked for, their experts and the
+    real images, and no random state."""
 
     def __init__(
         self,
-        spec: Spec,
-        store: ExpertStore,
+        specs: Sequence[Spec],
+        stores: Sequence[ExpertStore],
         dataset: Dataset,
         labels: np.ndarray,
         settings: Distillation,
@@ -100,21 +144,53 @@ class Worker:
         device: str,
         threads: int,
     ):
-        torch.set_num_threads(threads)
         keep_freed_memory()
-        network = Network(spec, device)
-        real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
-        self.problem = Problem(
-            network, store, real, torch.tensor(labels, device=device), settings, augment, expert_count
-        )
+        self.specs, self.stores, self.settings = specs, stores, settings
+        self.augment, self.expert_count = augment, expert_count
+        self.device, self.threads = device, threads
+        self.real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
+        self.labels = torch.tensor(labels, device=device)
+        self.networks: dict[int, Network] = {}
 
-    def ready(self) -> None:
-        """Answers once the worker stands."""
-
-    def gradient(self, step: int, images: np.ndarray, inner_lr: float) -> tuple[np.ndarray, Stats, float]:
-        """A `Gradient`'s parts, in numpy, which travels between processes without a copy."""
-        p = self.problem
-        value, stats, of_inner_lr = METHODS[p.settings.method](
-            p, step, torch.tensor(images, device=p.network.device), inner_lr
-        )
+    def gradient(
+        self, unit: Unit, step: int, images: np.ndarray, inner_lr: float, x_side: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Stats, float]:
+        """A `Gradient`'s parts, in numpy, which travels between processes without a copy. `x_side`: from the method of
+        that name, where it was computed ahead."""
+        with threads(self.threads):
+            ahead = () if x_side is None else (torch.tensor(x_side),)
+            value, stats, of_inner_lr = METHODS[self.settings.method](
+                self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr, *ahead
+            )
         return value.numpy(), stats, of_inner_lr
+
+    def x_side(self, unit: Unit, step: int) -> tuple[None, np.ndarray]:
+        """What `gradient` will need for `unit` at `step` whatever the images are then. Comes second, so that a caller
+        can ask for the first, which costs nothing to fetch, to know that it is there."""
+        with threads(self.threads):
+            return None, X_SIDES[self.settings.method](self._problem(unit), step).numpy()
+
+    def call(self, function: Callable[[Any, Any, str], Any], shared: Any, item: Any) -> Any:
+        """Another task, on this worker's device and one CPU thread."""
+        with threads(1):
+            return function(shared, item, self.device)
+
+    def _problem(self, unit: Unit) -> Problem:
+        index = unit.architecture
+        if index not in self.networks:
+            self.networks[index] = Network(self.specs[index], self.device)
+        return Problem(
+            self.networks[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
+            self.expert_count, unit.draw,
+        )  # fmt: skip
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's CPU threads inside the block: part of the bits of what is computed there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

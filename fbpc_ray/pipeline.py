@@ -1,5 +1,6 @@
 """The three jobs: train experts, distil, evaluate. The driver's side, whatever the backend."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, Evaluation
 from fbpc_ray.coreset import Coreset
-from fbpc_ray.distill import State, check_finite, check_updated, update
+from fbpc_ray.distill import State, check_finite, check_updated, combine, units_of, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, judge, quantities, run_chain, values
 from fbpc_ray.experts import ExpertStore
@@ -23,7 +24,7 @@ from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
 from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
+from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.teach import teach
 from fbpc_ray.vision.datasets import Dataset, Split, tensors
 from fbpc_ray.vision.realdata import RealData
@@ -73,21 +74,22 @@ def first_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) ->
     return State(0, images, torch.zeros_like(images), inner_lr), labels
 
 
-def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float) -> dict[str, float]:
-    """One step as flat metrics, `quantity/architecture`."""
-    values = {"loss": _loss(stats), "seconds/step": seconds}
+def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float, skipped: int = 0) -> dict[str, float]:
+    """One step as flat metrics, `quantity/architecture`: the mean over an architecture's draws, whose name stands in
+    `names` once for each. `loss` is the sum over architectures."""
+    found: dict[str, list[float]] = {}
     for name, s in zip(names, stats, strict=True):
         for key, value in s.items():
             if isinstance(value, int | float):
-                values[f"{key}/{name}"] = float(value)
+                found.setdefault(f"{key}/{name}", []).append(float(value))
         if "map_ending" in s:
-            values[f"map_converged/{name}"] = float(s["map_ending"] == Ending.CONVERGED)
+            found.setdefault(f"map_converged/{name}", []).append(float(s["map_ending"] == Ending.CONVERGED))
+    values = {key: statistics.fmean(each) for key, each in found.items()}
+    values["loss"] = sum(values[f"loss/{name}"] for name in dict.fromkeys(names))
+    values["seconds/step"] = seconds
+    if skipped:
+        values["skipped"] = float(skipped)
     return values
-
-
-def _loss(stats: Sequence[Stats]) -> float:
-    """The sum of the architectures' losses."""
-    return sum(s["loss"] for s in stats)
 
 
 def distill(
@@ -102,23 +104,34 @@ def distill(
 ) -> State:
     """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step and architecture.
 
-    A signal ends it with Interrupted after a checkpoint. Raises UserError for a non-finite step and OSError for a
-    checkpoint that can't be written; the last checkpoint is kept.
+    A signal ends it with Interrupted after a checkpoint. Raises UserError for a non-finite step or a cluster that can't
+    go on, after a checkpoint of the last good step, and OSError for a checkpoint that can't be written; then the
+    checkpoint before is kept.
     """
-    names, d = config.networks.architectures, config.distillation
+    d = config.distillation
+    units = units_of(len(config.networks.architectures), d.draws_per_step)
     with progress("distil", d.steps, "step", state.step) as bar:
         while state.step < d.steps:
             start = time.perf_counter()
-            gradients = workers.gradients(state)
-            check_finite(names, gradients, state.step)
-            state = update(state, gradients, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
-            seconds = time.perf_counter() - start
-            check_updated(state)
-            stats = [each.stats for each in gradients]
-            for name, its in zip(names, stats, strict=True):
-                rows.append({"step": state.step, "architecture": name, **its, "seconds_step": seconds})
-            on_step(metrics_of(names, stats, seconds), state.step)
-            bar.set_postfix(loss=f"{_loss(stats):.3f}", refresh=False)
+            try:
+                gradients = workers.gradients(state)
+                there = [(unit, each) for unit, each in zip(units, gradients, strict=True) if each is not None]
+                names = [config.networks.architectures[unit.architecture] for unit, _ in there]
+                check_finite(names, [each for _, each in there], state.step)
+                parts = combine(units, gradients)
+                after = update(state, parts, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
+                check_updated(after)
+            except (UserError, Interrupted):
+                if state.step and rows:
+                    run.save(state, rows)
+                raise
+            state, seconds = after, time.perf_counter() - start
+            for name, (unit, each) in zip(names, there, strict=True):
+                row = {"step": state.step, "architecture": name, "draw": unit.draw, **each.stats}
+                rows.append({**row, "seconds_step": seconds})
+            values = metrics_of(names, [each.stats for _, each in there], seconds, len(units) - len(there))
+            on_step(values, state.step)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             bar.update()
             if state.step % d.checkpoint_every == 0 or state.step == d.steps or interruption.number:
                 run.save(state, rows)

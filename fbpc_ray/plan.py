@@ -1,14 +1,17 @@
 """What a configuration means: checked values, the data set, networks, stores and the backend. Nothing runs here."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fbpc_ray import experts as expert_files
-from fbpc_ray.backend import Backend, Serial
+from fbpc_ray.backend import Backend, Crew, Serial
 from fbpc_ray.config import Config
+from fbpc_ray.distill import X_SIDES, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore, Recipe
 from fbpc_ray.methods.common import expert_epochs
@@ -17,7 +20,7 @@ from fbpc_ray.provenance import home
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision import contract, datasets, zoo
 from fbpc_ray.vision.datasets import Dataset
-from fbpc_ray.vision.zoo import Spec
+from fbpc_ray.vision.zoo import Network, Spec
 
 Log = Callable[[str], None]
 
@@ -34,7 +37,9 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha": _POSITIVE, "gamma": _POSITIVE, "map_lr": _POSITIVE, "lambda_x": _POSITIVE, "lambda_u": _POSITIVE,
     "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,
     "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
-    "gpus_per_actor": _NOT_NEGATIVE, "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
+    "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
+    "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
+    "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
     "chain_full_batch": _NOT_NEGATIVE, "momentum": _FRACTION, "chain_friction": _FRACTION, "validation": _FRACTION,
 }  # fmt: skip
@@ -109,6 +114,22 @@ def threads(config: Config) -> int:
     return config.workers.threads or max(1, (os.cpu_count() or 1) // 2 // len(config.networks.architectures))
 
 
+def crew(
+    config: Config, dataset: Dataset, labels: Tensor, chosen: Sequence[Spec], stores: Sequence[ExpertStore]
+) -> Crew:
+    """What a backend starts the workers of a distillation from."""
+    d = config.distillation
+    largest = max(Network(spec).parameter_count for spec in chosen) if d.method in X_SIDES else 0
+    return Crew(
+        {
+            "specs": list(chosen), "stores": list(stores), "dataset": dataset, "labels": labels.numpy(), "settings": d,
+            "augment": config.networks.augment, "expert_count": config.experts.expert_count, "threads": threads(config),
+        },
+        units_of(len(chosen), d.draws_per_step),
+        4 * largest * (1 + d.posterior_steps),
+    )  # fmt: skip
+
+
 @contextmanager
 def backend(config: Config, interruption: Interruption, log: Log) -> Iterator[Backend]:
     """The backend of a configuration, closed at the end; signals are caught from here on. Raises UserError."""
@@ -122,10 +143,7 @@ def backend(config: Config, interruption: Interruption, log: Log) -> Iterator[Ba
             raise UserError(
                 f"ray is not installed ({error}): pip install 'ray[default]', or use --backend serial"
             ) from None
-        opened = RayBackend(
-            address=x.address, device=x.device, gpus_per_actor=x.gpus_per_actor, cpus_per_actor=x.cpus_per_actor,
-            interruption=interruption, log=log,
-        )  # fmt: skip
+        opened = RayBackend(x, interruption, log)
     interruption.install()
     try:
         yield opened

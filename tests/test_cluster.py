@@ -10,15 +10,18 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import flags, train_experts
+from processes import all_cpus_free, gradient_workers, kill, soon
 from test_run import ENVIRONMENT, images_of, start, wait_for
 
 from fbpc_ray import coreset, pipeline, plan
 from fbpc_ray.backend import Serial
+from fbpc_ray.config import Workers
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, judge, run_chain
 from fbpc_ray.run import Run
@@ -42,36 +45,12 @@ def cluster(ray_folder):
 
     lines: list[str] = []
     backend = RayBackend(
-        address="local", device="cpu", gpus_per_actor=1.0, cpus_per_actor=0.0, interruption=Interruption(),
-        log=lines.append, num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, object_store_memory=200_000_000,
+        Workers(address="local", device="cpu"), Interruption(), lines.append,
+        num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, object_store_memory=200_000_000,
     )  # fmt: skip
     backend.lines = lines  # type: ignore[attr-defined]
     yield backend
     backend.close()
-
-
-def worker_pids() -> list[int]:
-    """Processes of gradient workers, as the kernel lists them."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
-
-
-def all_cpus_free(seconds: float = 20.0) -> bool:
-    import ray
-
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU"):
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def run_on(backend, config, digits, folder, on_step=lambda values, step: None):
@@ -79,13 +58,8 @@ def run_on(backend, config, digits, folder, on_step=lambda values, step: None):
     specs = plan.specs(config, digits)
     stores = [plan.store(config, digits, spec) for spec in specs]
     state, labels = pipeline.first_state(digits, config.distillation.ipc, config.distillation.seed)
-    shared = {
-        "dataset": digits, "labels": labels.numpy(), "settings": config.distillation,
-        "augment": config.networks.augment, "expert_count": config.experts.expert_count,
-    }  # fmt: skip
-    each = [{"spec": spec, "store": store} for spec, store in zip(specs, stores, strict=True)]
     rows: list[dict] = []
-    backend.start_workers(shared, each, 1)
+    backend.start_workers(plan.crew(config, digits, labels, specs, stores))
     try:
         state = pipeline.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
     finally:
@@ -106,7 +80,7 @@ def expected(small, digits, tmp_path_factory):
 
 def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected):
     assert_same(run_on(cluster, small, digits, tmp_path), expected)
-    assert all_cpus_free()
+    assert soon(all_cpus_free)
 
 
 def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, tmp_path, expected):
@@ -115,26 +89,21 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
 
     killed: list[int] = []
 
-    def kill(count: int) -> None:
-        for pid in worker_pids()[:count]:
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+    def kill_both() -> None:
+        killed.extend(pid for pid in gradient_workers() if kill(pid))
 
     def on_step(values, step):
         if step == 1:
-            ray.kill(cluster.workers[0])
+            ray.kill(cluster.pool.members[0].actor)
         if step == 2:
-            threading.Timer(0.05, kill, [2]).start()
+            threading.Timer(0.05, kill_both).start()
 
     cluster.lines.clear()
     assert_same(run_on(cluster, small, digits, tmp_path, on_step), expected)
-    assert len(killed) == 2
+    assert killed
     assert any("replaced and asked again" in line for line in cluster.lines)
-    assert all_cpus_free()
-    end = time.monotonic() + 20
-    while worker_pids() and time.monotonic() < end:  # the kernel takes a moment to reap them
-        time.sleep(0.2)
-    assert not worker_pids()
+    assert soon(all_cpus_free)
+    assert soon(lambda: not gradient_workers())
 
 
 def test_tasks_return_what_serial_returns(cluster, small, digits):
@@ -173,23 +142,19 @@ def test_a_gpu_that_no_node_has_is_refused(cluster):
     """On the cluster that is there already: one line, and the cluster stays."""
     from fbpc_ray.cluster.backend import RayBackend
 
-    if cluster.gpus:
-        pytest.skip("this cluster has a GPU")
     with pytest.raises(UserError, match="the Ray cluster has no GPU: use --device cpu"):
-        RayBackend(
-            address="", device="cuda", gpus_per_actor=1.0, cpus_per_actor=0.0, interruption=Interruption()
-        )  # fmt: skip
-    assert all_cpus_free()
+        RayBackend(Workers(device="cuda"), Interruption())
+    assert soon(all_cpus_free)
 
 
 def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path):
-    cluster.cpus_per_actor = 4.0
-    began = time.monotonic()
+    began, before = time.monotonic(), cluster.settings
+    cluster.settings = replace(before, cpus_per_actor=4.0)
     try:
-        with pytest.raises(UserError, match="need 8 CPU, the Ray cluster has 2: lower --cpus-per-actor"):
+        with pytest.raises(UserError, match="needs 4 CPU on one node, the nodes of the Ray cluster have 2 CPU"):
             run_on(cluster, small, digits, tmp_path)
     finally:
-        cluster.cpus_per_actor = 0.0
+        cluster.settings = before
     assert time.monotonic() - began < 5
 
 

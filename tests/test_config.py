@@ -199,7 +199,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "expert_count", "expert_epochs", "expert_lr", "expert_batch_size", "expert_dtype", "expert_seed", "method",
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
-        "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise",
+        "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 
@@ -230,10 +230,15 @@ NAN, INF = float("nan"), float("inf")
 COUNTS = (
     "ipc", "steps", "batch_size", "map_max_steps", "posterior_steps", "real_batch_size", "mc_samples",
     "checkpoint_every", "width", "expert_count", "expert_epochs", "expert_batch_size", "eval_seeds", "chain_steps",
-    "chain_every", "chain_batch_size", "syn_steps",
+    "chain_every", "chain_batch_size", "syn_steps", "draws_per_step",
 )  # fmt: skip
-POSITIVE = ("alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr")
-NOT_NEGATIVE = ("cpus_per_actor", "gpus_per_actor", "chain_d", "chain_weight_decay", "inner_alpha", "weight_noise")
+POSITIVE = (
+    "alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr", "placement_timeout",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_weight_decay", "inner_alpha", "weight_noise", "prefetch",
+    "step_deadline", "skip_stragglers",
+)  # fmt: skip
 FRACTION = ("momentum", "chain_friction", "validation")
 
 

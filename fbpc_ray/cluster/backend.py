@@ -1,38 +1,47 @@
-"""The Ray backend: tasks for what is independent, one actor an architecture for the gradients of Algorithm 1.
+"""The Ray backend: tasks for what is independent, a pool of actors for the gradients of Algorithm 1.
 
-Every call is a pure function of its arguments, so a lost worker is replaced and asked again, and the result is the same
-to the bit. Arrays travel as numpy: zero-copy through the object store.
+Every call is a pure function of its arguments, so a lost worker is replaced and its call made again, and the result is
+the same to the bit. Arrays travel as numpy: zero-copy through the object store.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.exceptions import AuthenticationError as RayAuthenticationError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from fbpc_ray.allocator import keep_freed_memory
-from fbpc_ray.backend import device_name
-from fbpc_ray.distill import State, Worker
+from fbpc_ray.backend import Crew, device_name
+from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
+from fbpc_ray.cluster.pool import Job, Pool, first_line, innermost
+from fbpc_ray.config import Workers
+from fbpc_ray.distill import State, Unit, Worker
+from fbpc_ray.distill import threads as torch_threads
 from fbpc_ray.errors import UserError
 from fbpc_ray.methods.common import Gradient
 from fbpc_ray.signals import Interruption
 
 ATTEMPTS = 5
 """Times a gradient is asked for before its loss of workers is taken for an illness of the machine."""
+FIRST_DEADLINE, LEAST_DEADLINE, TIMES_USUAL = 1800.0, 300.0, 20.0
+"""Seconds that a first call may take, and a later one at least; else so many times what its unit took at most."""
 
 _Worker = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
 
 
 @ray.remote
 def _task(function: Callable[[Any, Any, str], Any], shared: Any, item: Any, device: str) -> Any:
-    torch.set_num_threads(1)
     keep_freed_memory()
-    return function(shared, item, device)
+    with torch_threads(1):
+        return function(shared, item, device)
 
 
 @ray.remote
@@ -41,105 +50,114 @@ def _device_name(device: str) -> str:
 
 
 class RayBackend:
-    """Work on a Ray cluster: the one that is there, or one started here."""
+    """Work on a Ray cluster: the one that is there, or one started here. In a Tune trial: on the trial's share."""
 
     def __init__(
-        self,
-        *,
-        address: str,
-        device: str,
-        gpus_per_actor: float,
-        cpus_per_actor: float,
-        interruption: Interruption,
-        log: Callable[[str], None] = print,
-        **init_options: Any,
+        self, settings: Workers, interruption: Interruption, log: Callable[[str], None] = print, **init_options: Any
     ):
         """`init_options` go to ray.init where a cluster is started. Raises UserError."""
-        self.workers: list[Any] = []
-        self._make: list[Callable[[], Any]] = []
+        self.settings, self.interruption, self.log = settings, interruption, log
+        self.pool: Pool | None = None
+        self.crew = Crew({}, [])
         self.owned = not ray.is_initialized()
         if self.owned:
-            _connect(address, init_options)
-        resources = ray.cluster_resources()
-        self.cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        if device == "cuda" and not gpus:
+            _connect(settings.address, init_options)
+        gpus = sum(node.gpus for node in nodes())
+        wants_gpu = settings.device == "cuda"
+        if wants_gpu and not gpus and not settings.autoscale:
             self.close()
-            raise UserError("--device cuda, but the Ray cluster has no GPU: use --device cpu or add a GPU node")
-        self.device = "cuda" if gpus and device != "cpu" else "cpu"
-        self.gpus = gpus if self.device == "cuda" else 0.0
-        self.gpus_per_actor, self.cpus_per_actor = gpus_per_actor if self.gpus else 0.0, cpus_per_actor
-        self.interruption, self.log = interruption, log
+            raise UserError(
+                "--device cuda, but the Ray cluster has no GPU: use --device cpu, add a GPU node, or --autoscale where "
+                "the cluster starts them by itself"
+            )
+        self.device = "cuda" if wants_gpu or (gpus and settings.device == "auto") else "cpu"
 
     def map(self, function, shared, items):
-        task = _task.options(num_cpus=1, num_gpus=min(self.gpus_per_actor, 1.0))
-        reference = ray.put(shared)
-        pending = {task.remote(function, reference, item, self.device): i for i, item in enumerate(items)}
+        return self._on_workers(function, shared, items) if self.pool else self._as_tasks(function, shared, items)
+
+    def start_workers(self, crew: Crew) -> None:
+        here = nodes()
+        need = self._need(len(crew.units), crew.arguments["threads"])
+        if not room(here, need) and not self.settings.autoscale:
+            raise UserError(lacking(here, need))
+        self.crew = crew
+        self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.x_side_bytes, here)
+        self._x_sides: dict[tuple[Unit, int], Any] = {}  # references; there once no worker has the job any more
+        self._seconds: dict[Unit, list[float]] = defaultdict(list)
+        references = {name: ray.put(value) for name, value in crew.arguments.items()}
+        make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
+        wanted = len(crew.units) * (2 if self._ahead else 1)
+        growing = self.settings.autoscale  # a worker that does not fit is what makes the cluster grow
+        self.pool = Pool(
+            make,
+            wanted,
+            lambda: wanted if growing else room(nodes(), need),
+            lambda: f"{need}; the Ray cluster has {_free()} free",
+            patience=self.settings.placement_timeout,
+            check=self.interruption.check,
+            log=self.log,
+        )
+        while not self.pool.standing:
+            self.pool.outcomes()
+
+    def gradients(self, state: State) -> list[Gradient | None]:
+        assert self.pool is not None
         try:
-            while pending:
-                for done in self._wait(list(pending)):
-                    yield pending.pop(done), _get(done)
-        finally:
-            for left in pending:
-                ray.cancel(left, force=True)
-
-    def start_workers(self, shared: dict[str, Any], each: Sequence[dict[str, Any]], threads: int) -> None:
-        cpus = self.cpus_per_actor or min(1.0, int(100 * self.cpus / len(each)) / 100)
-        for kind, need, have in (
-            ("CPU", cpus * len(each), self.cpus),
-            ("GPU", self.gpus_per_actor * len(each), self.gpus),
-        ):
-            if need > have + 1e-9:
-                raise UserError(
-                    f"{len(each)} architectures need {need:g} {kind}, the Ray cluster has {have:g}: "
-                    f"lower --{kind.lower()}s-per-actor (fractions share one) or add nodes"
-                )
-        options = _Worker.options(num_cpus=cpus, num_gpus=self.gpus_per_actor)
-        references = {name: ray.put(value) for name, value in shared.items()}
-        self._make = [partial(options.remote, **references, **own, device=self.device, threads=threads) for own in each]
-        self.workers = [make() for make in self._make]
-        ready = [worker.ready.remote() for worker in self.workers]
-        waiting = ready
-        while waiting:
-            for done in self._wait(waiting):
-                _get(done)
-                waiting = [one for one in waiting if one != done]
-
-    def gradients(self, state: State) -> list[Gradient]:
-        reference = ray.put(state.images.numpy())
-        attempts = [1] * len(self.workers)
-
-        def ask(index: int) -> Any:
-            return self.workers[index].gradient.remote(state.step, reference, state.inner_lr)
-
-        pending = {ask(index): index for index in range(len(self.workers))}
-        results: dict[int, Gradient] = {}
-        while pending:
-            for done in self._wait(list(pending), raise_on_signal=False):
-                index = pending.pop(done)
-                try:
-                    value, stats, inner_lr = _get(done)
-                    results[index] = Gradient(torch.from_numpy(value.copy()), stats, inner_lr)
-                except (ActorDiedError, ActorUnavailableError) as error:
-                    if attempts[index] == ATTEMPTS:
-                        raise UserError(
-                            f"worker {index} was lost {ATTEMPTS} times in step {state.step + 1} "
-                            f"({_first_line(error)}): mend the cluster and run again with --resume"
-                        ) from error
-                    attempts[index] += 1
-                    self.log(f"worker {index} was lost in step {state.step + 1}; it is replaced and asked again")
-                    self._replace(index)
-                    pending[ask(index)] = index
-        return [results[index] for index in range(len(self.workers))]
+            images = ray.put(state.images.numpy())
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise UserError(
+                f"Ray's object store is full ({first_line(error)}): free memory or disk, then run again with --resume",
+                code=1,
+            ) from error
+        found: dict[Unit, Gradient | None] = {}
+        attempts = Counter[Unit]()
+        self._x_sides = {key: value for key, value in self._x_sides.items() if key[1] >= state.step}
+        while len(found) < len(self.crew.units):
+            self._hand_out(state, images, found)
+            for outcome in self.pool.outcomes():
+                kind, unit, step = outcome.key
+                if kind == "x-side" and outcome.lost:
+                    self._x_sides.pop((unit, step), None)  # the gradient computes it itself
+                elif kind == "gradient" and step == state.step and unit not in found:
+                    if outcome.lost:
+                        attempts[unit] += 1
+                        self._x_sides.pop((unit, step), None)
+                        self._say_lost(unit, step, attempts[unit], outcome.lost)
+                    else:
+                        value, stats, inner_lr = outcome.value
+                        found[unit] = Gradient(torch.from_numpy(value.copy()), stats, inner_lr)
+                        self._seconds[unit] = [*self._seconds[unit][-19:], outcome.seconds]
+            self._skip_stragglers(state.step, found)
+        return [found[unit] for unit in self.crew.units]
 
     def stop_workers(self) -> None:
-        for worker in self.workers:
-            ray.kill(worker)
-        self.workers, self._make = [], []
+        if self.pool:
+            self.pool.close()
+        self.pool, self.crew, self._x_sides = None, Crew({}, []), {}
 
     def describe(self) -> str:
-        place = f"{len(ray.nodes())} Ray node{'s' * (len(ray.nodes()) != 1)}"
-        task = _device_name.options(num_cpus=0, num_gpus=min(self.gpus_per_actor, 1.0))
-        return f"{ray.get(task.remote(self.device))}; {place}, {self.cpus:g} CPU, {self.gpus:g} GPU"
+        need = self._need(1, 1)
+        here = nodes()
+        if not room(here, need) and not self.settings.autoscale:
+            raise UserError(lacking(here, need))
+        name = _device_name.options(num_cpus=need.cpus, num_gpus=need.gpus).remote(self.device)
+        began, said = time.monotonic(), False
+        while not ray.wait([name], timeout=0.5)[0]:
+            self.interruption.check()
+            waited = time.monotonic() - began
+            if waited > 10 and not said:
+                said = True
+                self.log(f"waiting for {need}; the Ray cluster has {_free()} free")
+            if waited > self.settings.placement_timeout:
+                ray.cancel(name)
+                raise UserError(
+                    f"the Ray cluster had no {need} free within {waited:.0f} s: end what holds them, add nodes, "
+                    "or raise --placement-timeout",
+                    code=1,
+                )
+        count = len([node for node in ray.nodes() if node["Alive"]])
+        have = [f"{sum(node.cpus for node in here):g} CPU", f"{sum(node.gpus for node in here):g} GPU"]
+        return f"{ray.get(name)}; {count} Ray node{'s' * (count != 1)}, {', '.join(have)}"
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -147,18 +165,156 @@ class RayBackend:
             if self.owned:
                 ray.shutdown()
 
-    def _replace(self, index: int) -> None:
-        ray.kill(self.workers[index])
-        self.workers[index] = self._make[index]()
+    def _need(self, workers: int, threads: int) -> Need:
+        x = self.settings
+        return need_of(
+            workers, nodes(), gpu=self.device == "cuda", threads=threads,
+            cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor,
+        )  # fmt: skip
 
-    def _wait(self, references: list[Any], raise_on_signal: bool = True) -> Iterator[Any]:
-        """At least one finished reference; asks for signals meanwhile."""
-        while True:
-            if raise_on_signal:
+    def _hand_out(self, state: State, images: Any, found: dict[Unit, Gradient | None]) -> None:
+        """Gradients of this step to idle workers, what took longest first; x sides of later steps to those to spare."""
+        pool, running, step = self.pool, self.pool.running() if self.pool else {}, state.step
+        assert pool is not None
+        order = sorted(self.crew.units, key=lambda unit: -statistics.median(self._seconds[unit] or [0.0]))
+        todo = [
+            unit
+            for unit in order
+            if unit not in found
+            and ("gradient", unit, step) not in running
+            and ("x-side", unit, step) not in running  # it began earlier, so it will be there earlier
+        ]
+        while todo and (idle := pool.idle()):
+            # A worker keeps to the architectures that it has had, where one of them is left.
+            known = [(m, unit) for m in idle for unit in todo if unit.architecture in m.skills]
+            member, unit = known[0] if known else (idle[0], todo[0])
+            todo.remove(unit)
+            x_side = self._x_sides.get((unit, step))
+
+            def ask(actor: Any, unit: Unit = unit, x_side: Any = x_side) -> Any:
+                return actor.gradient.remote(unit, step, images, state.inner_lr, x_side)
+
+            pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
+        if todo:
+            return
+        for later in range(step + 1, step + 1 + self._ahead):
+            for unit in order:
+                spare = pool.standing - len(self.crew.units)
+                busy = sum(key[0] == "x-side" for key in pool.running())
+                if busy >= spare:
+                    return
+                if (unit, later) not in self._x_sides and not pool.give(self._x_side_job(unit, later)):
+                    return
+
+    def _x_side_job(self, unit: Unit, step: int) -> Job:
+        """The block stays where it was made: what is fetched is the first of two results, empty or an error."""
+
+        def ask(actor: Any) -> Any:
+            done, self._x_sides[unit, step] = actor.x_side.options(num_returns=2).remote(unit, step)
+            return done
+
+        return Job(("x-side", unit, step), ask, self._deadline(unit), unit.architecture)
+
+    def _deadline(self, unit: Unit) -> float:
+        if self.settings.step_deadline:
+            return self.settings.step_deadline
+        taken = self._seconds[unit]
+        return max(LEAST_DEADLINE, TIMES_USUAL * max(taken)) if taken else FIRST_DEADLINE
+
+    def _say_lost(self, unit: Unit, step: int, attempt: int, why: str) -> None:
+        name = self.crew.arguments["specs"][unit.architecture].architecture
+        if attempt == ATTEMPTS:
+            raise UserError(
+                f"the worker of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and run "
+                "again with --resume",
+                code=1,
+            )
+        self.log(f"the worker of {name} was lost in step {step + 1} ({why}); it is replaced and asked again")
+
+    def _skip_stragglers(self, step: int, found: dict[Unit, Gradient | None]) -> None:
+        """On request, leave out what takes many times its usual time; one gradient at least is waited for."""
+        times = self.settings.skip_stragglers
+        if not times or not any(found.values()):
+            return
+        assert self.pool is not None
+        for (kind, unit, of), seconds in self.pool.running().items():
+            taken = self._seconds[unit] if kind == "gradient" and of == step and unit not in found else []
+            if len(taken) >= 3 and seconds > times * statistics.median(taken):
+                found[unit] = None
+                name = self.crew.arguments["specs"][unit.architecture].architecture
+                self.log(
+                    f"step {step + 1}: {name} is skipped after {seconds:.1f} s, it usually takes "
+                    f"{statistics.median(taken):.1f} s; the others stand in for it"
+                )
+
+    def _as_tasks(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
+        need = self._need(len(items), 1)
+        here = nodes()
+        if items and not room(here, need) and not self.settings.autoscale:
+            raise UserError(lacking(here, need))
+        task = _task.options(num_cpus=need.cpus, num_gpus=need.gpus)
+        reference = ray.put(shared)
+        pending = {task.remote(function, reference, item, self.device): i for i, item in enumerate(items)}
+        try:
+            while pending:
                 self.interruption.check()
-            done, _ = ray.wait(references, num_returns=1, timeout=0.5)
-            if done:
-                return iter(done)
+                for done in ray.wait(list(pending), num_returns=1, timeout=0.5)[0]:
+                    yield pending.pop(done), _get(done)
+        finally:
+            for left in pending:
+                ray.cancel(left, force=True)
+
+    def _on_workers(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
+        """As tasks of the workers, which hold all there may be."""
+        assert self.pool is not None
+        reference, attempts = ray.put(shared), Counter[int]()
+        todo = list(enumerate(items))
+        left = len(todo)
+        while left:
+            self.interruption.check()
+            while todo:
+                index, item = todo[0]
+                ask = partial(_call, function, reference, item)
+                if not self.pool.give(Job(("task", index, reference), ask)):
+                    break
+                todo.pop(0)
+            for outcome in self.pool.outcomes():
+                kind, index, of = outcome.key
+                if kind != "task" or of != reference:
+                    continue
+                if not outcome.lost:
+                    left -= 1
+                    yield index, outcome.value
+                    continue
+                attempts[index] += 1
+                if attempts[index] == ATTEMPTS:
+                    raise UserError(
+                        f"a task lost its worker {ATTEMPTS} times ({outcome.lost}): mend the cluster and run again",
+                        code=1,
+                    )
+                todo.append((index, items[index]))
+
+
+def nodes() -> list[Node]:
+    """What there is to work on: the cluster's nodes or, inside a Tune trial, the bundles of its placement group."""
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    else:
+        found = [dict(bundle) for bundle in group.bundle_specs]
+        for name, amount in ray.get_runtime_context().get_assigned_resources().items():
+            found[0][name] = found[0].get(name, 0.0) - amount  # the trial's own process is in the first
+    store = min((n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
+    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0), store) for each in found]
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+
+
+def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> Any:
+    return actor.call.remote(function, shared, item)
 
 
 def _connect(address: str, options: dict[str, Any]) -> None:
@@ -166,12 +322,12 @@ def _connect(address: str, options: dict[str, Any]) -> None:
         ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
         raise UserError(
-            f"Ray refused the token ({_first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
+            f"Ray refused the token ({first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
             "here, or RAY_AUTH_MODE=disabled here and on the cluster"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster answers at '{address or os.environ.get('RAY_ADDRESS', '')}' ({_first_line(error)}): "
+            f"no Ray cluster answers at '{address or os.environ.get('RAY_ADDRESS', '')}' ({first_line(error)}): "
             "check --address and RAY_ADDRESS, or use --address local"
         ) from error
 
@@ -181,13 +337,7 @@ def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
+        cause = innermost(error)
         if isinstance(cause, UserError):
             raise cause from None
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

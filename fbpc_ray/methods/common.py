@@ -31,10 +31,13 @@ class Problem(NamedTuple):
     settings: Distillation
     augment: str
     expert_count: int
+    draw: int = 0
+    """Which of the step's independent draws of (theta_x, theta_u)."""
 
     def rng(self, step: int, purpose: str) -> torch.Generator:
-        """The stream of one purpose in one step, this architecture's own."""
-        return generator(self.settings.seed, "step", step, self.network.spec.architecture, purpose)
+        """The stream of one purpose in one step, this architecture's and this draw's own."""
+        more = (self.draw,) if self.draw else ()
+        return generator(self.settings.seed, "step", step, self.network.spec.architecture, purpose, *more)
 
     def batch(self, step: int) -> Tensor:
         """Indices of the step's batch of B images, the same for every architecture; all of u where m <= B."""
@@ -54,6 +57,9 @@ class Gradient(NamedTuple):
 
 Method = Callable[[Problem, int, Tensor, float], Gradient]
 """(problem, step, images (m, c, h, w) on the device, inner learning rate) -> Gradient. Pure."""
+
+XSide = Callable[[Problem, int], Tensor]
+"""(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
 
 
 def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:

@@ -1,6 +1,7 @@
 """FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
 
 import math
+from collections.abc import Iterable
 from itertools import islice
 
 import torch
@@ -10,11 +11,19 @@ from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
 from fbpc_ray.methods.common import Clock, Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.types import Params
 from fbpc_ray.vision.augment import AUGMENTATIONS
 
 
-def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gradient:
-    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used.
+def x_side(problem: Problem, step: int) -> Tensor:
+    """(1 + K, P): theta_x and its K steps on real images, each as one vector, on the CPU. They don't depend on u."""
+    theta_x = _theta_x(problem, *_expert(problem, step))
+    return torch.stack([_vector(params).cpu() for params in (theta_x, *_k_steps(problem, step, theta_x))])
+
+
+def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float, x_side: Tensor | None = None) -> Gradient:
+    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `x_side`, where it was
+    computed ahead, changes no bit.
 
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
@@ -28,11 +37,13 @@ def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gr
     isotropic = settings.method == "fbpc-isotropic"
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
-    epochs = expert_epochs(settings.start_epoch, settings.start_rule, problem.store.recipe.epochs)
-    expert, epoch = draw_expert(problem.expert_count, epochs, rng(step, "expert"))
-    theta_x = network.parameters_of(problem.store.read(expert, epoch))
-    batches = problem.real.stream(settings.real_batch_size, augment, rng(step, "real"))
-    samples_x = islice(sgd_trajectory(forward, theta_x, batches, settings.lambda_x), settings.posterior_steps)
+    expert, epoch = _expert(problem, step)
+    samples_x: Iterable[Params]
+    if x_side is None:
+        theta_x = _theta_x(problem, expert, epoch)
+        samples_x = _k_steps(problem, step, theta_x)
+    else:
+        theta_x, samples_x = _params(problem, x_side[0]), (_params(problem, row) for row in x_side[1:])
     posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented)
     seconds_x = clock.lap()
 
@@ -77,3 +88,33 @@ def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gr
             "seconds_gradient": clock.lap(),
         },
     )
+
+
+def _expert(problem: Problem, step: int) -> tuple[int, int]:
+    """The step's trajectory and epoch."""
+    s = problem.settings
+    epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs)
+    return draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
+
+
+def _theta_x(problem: Problem, expert: int, epoch: int) -> Params:
+    return problem.network.parameters_of(problem.store.read(expert, epoch))
+
+
+def _k_steps(problem: Problem, step: int, theta_x: Params) -> Iterable[Params]:
+    """theta_x^(1..K), Eq. 16 on the x side."""
+    s = problem.settings
+    batches = problem.real.stream(s.real_batch_size, problem.augment, problem.rng(step, "real"))
+    return islice(sgd_trajectory(problem.network.forward, theta_x, batches, s.lambda_x), s.posterior_steps)
+
+
+def _vector(params: Params) -> Tensor:
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def _params(problem: Problem, vector: Tensor) -> Params:
+    """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
+    where memory is aligned otherwise."""
+    shapes = problem.network.shapes
+    parts = vector.to(problem.network.device).split([shape.numel() for shape in shapes.values()])
+    return {name: part.clone().view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -22,7 +22,7 @@ from fbpc_ray import config as configs
 from fbpc_ray import pipeline, plan
 from fbpc_ray.allocator import give_back_freed_memory
 from fbpc_ray.config import Config
-from fbpc_ray.distill import Worker
+from fbpc_ray.distill import Unit, Worker
 from fbpc_ray.errors import UserError
 from fbpc_ray.rng import generator
 from fbpc_ray.vision.zoo import Network
@@ -56,21 +56,18 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, **rule)
         dataset = plan.load_data(config, lambda line: None)
-        spec = plan.specs(config, dataset)[0]
+        spec, unit = plan.specs(config, dataset)[0], Unit(0, 0)
         store, network = plan.store(config, dataset, spec), Network(spec)
         store.write(0, (network.module(generator(0, "cost", epoch)).state_dict() for epoch in range(epochs + 1)))
         d = config.distillation
         state, labels = pipeline.first_state(dataset, d.ipc, d.seed, d.inner_lr)
-        worker = Worker(
-            spec, store, dataset, labels.numpy(), d, config.networks.augment, 1,
-            device=device, threads=plan.threads(config),
-        )  # fmt: skip
-        worker.gradient(0, state.images.numpy(), state.inner_lr)  # warms up: libraries, caches, the memory they take
+        worker = Worker(**plan.crew(config, dataset, labels, [spec], [store]).arguments, device=device)
+        worker.gradient(unit, 0, state.images.numpy(), state.inner_lr)  # warms up libraries and caches
         before = _reset(device)
         seconds = []
         for step in range(1, steps + 1):
             start = time.perf_counter()
-            worker.gradient(step, state.images.numpy(), state.inner_lr)
+            worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
             seconds.append(time.perf_counter() - start)
         return Cost((_peak(device) - before) / 1e9, seconds, network.parameter_count)
 

@@ -54,12 +54,7 @@ def _make(dataset: Dataset, item: Making, device: str) -> None:
         stores = [plan.store(config, dataset, spec) for spec in specs]
         state, rows = run.restore(labels, dataset.image_shape) or (first, [])
         run.write_config(config)
-        shared = {
-            "dataset": dataset, "labels": labels.numpy(), "settings": d, "augment": config.networks.augment,
-            "expert_count": config.experts.expert_count,
-        }  # fmt: skip
-        each = [{"spec": spec, "store": store} for spec, store in zip(specs, stores, strict=True)]
-        workers.start_workers(shared, each, threads=1)
+        workers.start_workers(plan.crew(config.updated(threads=1), dataset, labels, specs, stores))
         state = pipeline.distill(
             config, run, state, rows, workers, interruption, lambda values, step: None, lambda state: None
         )

@@ -31,7 +31,7 @@ class Network:
         self._training = _with_batch_statistics(self._predicting)
         self._estimating = _with_averaged_statistics(self._predicting)
         self._buffers = dict(self._predicting.named_buffers())
-        self._shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
+        self.shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
 
     def init(self, source: torch.Generator) -> Params:
         """A draw of the parameters from the prior pi_0: PyTorch's default initialisation."""
@@ -63,13 +63,13 @@ class Network:
 
     def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
         """The parameters in a module's state (without its buffers), on the device. Raises UserError for another's."""
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             if name not in snapshot or snapshot[name].shape != shape:
                 raise UserError(
                     f"the experts of {self.spec.architecture} were made when it was another network ({name} differs): "
                     "give another --experts folder, or the network another name"
                 )
-        return {name: snapshot[name].to(self.device) for name in self._shapes}
+        return {name: snapshot[name].to(self.device) for name in self.shapes}
 
     @property
     def parameter_count(self) -> int:

@@ -1,0 +1,57 @@
+"""What runs on this machine, by the kernel's own account; only what a test started itself is looked at or killed."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def descendants(root: int) -> dict[int, str]:
+    """{pid: title} of the living children of `root`, their children, and so on."""
+    titles, parents = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                status = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+                if status[0] != "Z":
+                    parents[int(folder.name)] = int(status[1])
+                    titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    found, level = {}, {root}
+    while level:
+        level = {pid for pid, parent in parents.items() if parent in level}
+        found |= {pid: titles[pid] for pid in level}
+    return found
+
+
+def gradient_workers(root: int | None = None) -> list[int]:
+    """Processes of gradient workers below this process (or `root`), the oldest first."""
+    below = descendants(os.getpid() if root is None else root)
+    return sorted(pid for pid, title in below.items() if title.startswith("ray::Worker"))
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> bool:
+    """Send a signal; False where the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def soon(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something holds within so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.1)
+    return holds()
+
+
+def all_cpus_free() -> bool:
+    """Whether nothing holds a CPU of the Ray cluster that this process is connected to."""
+    import ray
+
+    return ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU")
