@@ -175,8 +175,8 @@ class Workers:
     prefetch: int = 2
     """Steps whose theta_x and K steps workers to spare compute ahead; 0: none. Bounded by the object store, too."""
     step_deadline: float = 0.0
-    """Seconds after which a worker that doesn't answer is replaced and its gradient asked again; 0 means 20 times its
-    longest answer so far and 300 at least, 1,800 for the first."""
+    """Seconds after which a worker that doesn't answer is replaced and its gradient asked again, with twice the time;
+    0 means 20 times its longest answer so far and 300 at least, 1,800 for the first."""
     skip_stragglers: float = 0.0
     """Leave out a gradient that takes so many times its usual time, the others standing in for it; 0: wait. With it, a
     run depends on timing and doesn't repeat to the bit."""

@@ -13,6 +13,7 @@ from fbpc_ray import pipeline, plan
 from fbpc_ray.backend import Backend, Serial
 from fbpc_ray.config import Config, preset
 from fbpc_ray.experts import ExpertStore
+from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset, load
 
@@ -55,6 +56,28 @@ def train_experts(config: Config, digits: Dataset, backend: Backend) -> list[Exp
     count = config.experts.expert_count
     pipeline.train_experts(stores, specs, count, digits, backend, lambda line: None)
     return stores
+
+
+def run_on(
+    backend: Backend, config: Config, digits: Dataset, folder: Path, on_step=lambda values, step: None, state=None,
+    rows=None,
+):  # fmt: skip
+    """Distil with `backend`: the images after the last step, and what each step and architecture reported of itself."""
+    specs = plan.specs(config, digits)
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    first, labels = pipeline.first_state(digits, config.distillation.ipc, config.distillation.seed)
+    state, rows = state or first, rows or []
+    backend.start_workers(plan.crew(config, digits, labels, specs, stores))
+    try:
+        state = pipeline.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
+    finally:
+        backend.stop_workers()
+    return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0])
+    assert one[1] == other[1]
 
 
 def flags(config: Config, **changes: object) -> list[str]:

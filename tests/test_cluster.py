@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, train_experts
-from processes import all_cpus_free, gradient_workers, kill, soon
+from conftest import assert_same, flags, run_on, train_experts
+from processes import all_cpus_free, free_port, gradient_workers, kill, soon
 from test_run import ENVIRONMENT, images_of, start, wait_for
 
 from fbpc_ray import coreset, pipeline, plan
@@ -51,25 +50,6 @@ def cluster(ray_folder):
     backend.lines = lines  # type: ignore[attr-defined]
     yield backend
     backend.close()
-
-
-def run_on(backend, config, digits, folder, on_step=lambda values, step: None):
-    """Distil with `backend`: the images after the last step, and what each step and architecture reported of itself."""
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
-    state, labels = pipeline.first_state(digits, config.distillation.ipc, config.distillation.seed)
-    rows: list[dict] = []
-    backend.start_workers(plan.crew(config, digits, labels, specs, stores))
-    try:
-        state = pipeline.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
-    finally:
-        backend.stop_workers()
-    return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
-
-
-def assert_same(one, other):
-    assert torch.equal(one[0], other[0])
-    assert one[1] == other[1]
 
 
 @pytest.fixture(scope="module")
@@ -204,12 +184,6 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
     output = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, output
     assert torch.equal(images_of(folder), images_of(whole))
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_it_runs_as_a_submitted_job(whole, small, tmp_path):

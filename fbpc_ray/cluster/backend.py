@@ -78,12 +78,12 @@ class RayBackend:
     def start_workers(self, crew: Crew) -> None:
         here = nodes()
         need = self._need(len(crew.units), crew.arguments["threads"])
-        if not room(here, need) and not self.settings.autoscale:
-            raise UserError(lacking(here, need))
+        self._refuse_what_fits_nowhere(need)
         self.crew = crew
         self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.x_side_bytes, here)
         self._x_sides: dict[tuple[Unit, int], Any] = {}  # references; there once no worker has the job any more
         self._seconds: dict[Unit, list[float]] = defaultdict(list)
+        self._attempts = Counter[Unit]()
         references = {name: ray.put(value) for name, value in crew.arguments.items()}
         make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
         wanted = len(crew.units) * (2 if self._ahead else 1)
@@ -98,6 +98,7 @@ class RayBackend:
             log=self.log,
         )
         while not self.pool.standing:
+            self._refuse_what_fits_nowhere(need)
             self.pool.outcomes()
 
     def gradients(self, state: State) -> list[Gradient | None]:
@@ -110,7 +111,7 @@ class RayBackend:
                 code=1,
             ) from error
         found: dict[Unit, Gradient | None] = {}
-        attempts = Counter[Unit]()
+        self._attempts.clear()
         self._x_sides = {key: value for key, value in self._x_sides.items() if key[1] >= state.step}
         while len(found) < len(self.crew.units):
             self._hand_out(state, images, found)
@@ -120,9 +121,8 @@ class RayBackend:
                     self._x_sides.pop((unit, step), None)  # the gradient computes it itself
                 elif kind == "gradient" and step == state.step and unit not in found:
                     if outcome.lost:
-                        attempts[unit] += 1
                         self._x_sides.pop((unit, step), None)
-                        self._say_lost(unit, step, attempts[unit], outcome.lost)
+                        self._say_lost(unit, step, outcome.lost)
                     else:
                         value, stats, inner_lr = outcome.value
                         found[unit] = Gradient(torch.from_numpy(value.copy()), stats, inner_lr)
@@ -137,9 +137,7 @@ class RayBackend:
 
     def describe(self) -> str:
         need = self._need(1, 1)
-        here = nodes()
-        if not room(here, need) and not self.settings.autoscale:
-            raise UserError(lacking(here, need))
+        self._refuse_what_fits_nowhere(need)
         name = _device_name.options(num_cpus=need.cpus, num_gpus=need.gpus).remote(self.device)
         began, said = time.monotonic(), False
         while not ray.wait([name], timeout=0.5)[0]:
@@ -155,7 +153,7 @@ class RayBackend:
                     "or raise --placement-timeout",
                     code=1,
                 )
-        count = len([node for node in ray.nodes() if node["Alive"]])
+        here, count = nodes(), len([node for node in ray.nodes() if node["Alive"]])
         have = [f"{sum(node.cpus for node in here):g} CPU", f"{sum(node.gpus for node in here):g} GPU"]
         return f"{ray.get(name)}; {count} Ray node{'s' * (count != 1)}, {', '.join(have)}"
 
@@ -171,6 +169,10 @@ class RayBackend:
             workers, nodes(), gpu=self.device == "cuda", threads=threads,
             cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor,
         )  # fmt: skip
+
+    def _refuse_what_fits_nowhere(self, need: Need) -> None:
+        if not room(here := nodes(), need) and not self.settings.autoscale:
+            raise UserError(lacking(here, need))
 
     def _hand_out(self, state: State, images: Any, found: dict[Unit, Gradient | None]) -> None:
         """Gradients of this step to idle workers, what took longest first; x sides of later steps to those to spare."""
@@ -216,14 +218,15 @@ class RayBackend:
         return Job(("x-side", unit, step), ask, self._deadline(unit), unit.architecture)
 
     def _deadline(self, unit: Unit) -> float:
-        if self.settings.step_deadline:
-            return self.settings.step_deadline
+        """Twice as long with each loss in this step: a deadline that is too short ends no run."""
         taken = self._seconds[unit]
-        return max(LEAST_DEADLINE, TIMES_USUAL * max(taken)) if taken else FIRST_DEADLINE
+        usual = max(LEAST_DEADLINE, TIMES_USUAL * max(taken)) if taken else FIRST_DEADLINE
+        return (self.settings.step_deadline or usual) * 2 ** self._attempts[unit]
 
-    def _say_lost(self, unit: Unit, step: int, attempt: int, why: str) -> None:
+    def _say_lost(self, unit: Unit, step: int, why: str) -> None:
+        self._attempts[unit] += 1
         name = self.crew.arguments["specs"][unit.architecture].architecture
-        if attempt == ATTEMPTS:
+        if self._attempts[unit] == ATTEMPTS:
             raise UserError(
                 f"the worker of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and run "
                 "again with --resume",
@@ -249,9 +252,7 @@ class RayBackend:
 
     def _as_tasks(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
         need = self._need(len(items), 1)
-        here = nodes()
-        if items and not room(here, need) and not self.settings.autoscale:
-            raise UserError(lacking(here, need))
+        self._refuse_what_fits_nowhere(need)
         task = _task.options(num_cpus=need.cpus, num_gpus=need.gpus)
         reference = ray.put(shared)
         pending = {task.remote(function, reference, item, self.device): i for i, item in enumerate(items)}

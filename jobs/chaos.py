@@ -1,0 +1,249 @@
+"""A soak: a distillation of digits on several local nodes while workers and nodes are killed and frozen at random.
+
+    python jobs/chaos.py --steps 600 --seed 0 --json benchmarks/results/chaos.json
+
+Draws from --seed what is hit and after how many steps. Leaves with 0 where the coreset equals that of an undisturbed
+serial run to the bit, everything is given back, and neither the object store nor the driver grew; else with 1.
+Everything happens on this machine, in a temporary folder.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on loopback; read as Ray is imported
+
+import torch
+import tyro
+
+from fbpc_ray import atomic, pipeline, plan
+from fbpc_ray.backend import Backend, Serial
+from fbpc_ray.config import Config, preset
+from fbpc_ray.distill import State
+from fbpc_ray.errors import UserError
+from fbpc_ray.provenance import capture
+from fbpc_ray.run import Run
+from fbpc_ray.signals import Interruption
+from fbpc_ray.vision.datasets import Dataset
+
+STORE = 80_000_000
+SMALL: dict[str, Any] = {
+    "architectures": ("convnet-in", "convnet-bn", "convnet-gn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
+    "start_epoch": 1, "gamma": 0.5, "map_lr": 0.02, "alpha": 1.0, "posterior_steps": 4, "real_batch_size": 32,
+    "mc_samples": 5, "checkpoint_every": 1000, "tracking": False, "threads": 1, "step_deadline": 10.0,
+}  # fmt: skip
+"""Small steps, so that many are taken; nothing of a step is left out."""
+QUICK_TO_NOTICE = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 10,
+}  # fmt: skip
+MAY_GROW = 0.10
+"""Of the driver's memory and of the object store, from the second fifth of the steps to the last."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Kill and freeze workers and nodes at random, and compare the coreset with an undisturbed run's."""
+
+    steps: int = 100
+    """Steps of the distillation."""
+    seed: int = 0
+    """Of what is hit, and when."""
+    nodes: int = 3
+    """Local nodes of one CPU each."""
+    every: int = 12
+    """A hit every so many steps on average; 0: none."""
+    json: str = ""
+    """Also write what happened to this file."""
+
+
+class Chaos:
+    """Hits a random worker or node after random steps; a killed node is followed by a new one."""
+
+    def __init__(self, cluster: Any, every: int, seed: int):
+        self.cluster, self.every, self.random = cluster, every, random.Random(seed)
+        self.hits: Counter[str] = Counter()
+        self.frozen: list[int] = []
+        self.nodes = [self._add()]
+
+    def _add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+
+    def fill(self, count: int) -> None:
+        self.nodes += [self._add() for _ in range(count - len(self.nodes))]
+
+    def maybe(self) -> None:
+        if not self.every or self.random.random() >= 1 / self.every:
+            return
+        kind = self.random.choices(["worker killed", "worker frozen", "node killed"], [6, 2, 2])[0]
+        node = self.random.choice(self.nodes)
+        raylet = node.all_processes["raylet"][0].process.pid
+        if kind == "node killed":
+            os.kill(raylet, signal.SIGKILL)
+            self.nodes[self.nodes.index(node)] = self._add()
+        else:
+            workers = _workers_of(raylet)
+            if not workers:
+                return
+            pid = self.random.choice(workers)
+            os.kill(pid, signal.SIGKILL if kind == "worker killed" else signal.SIGSTOP)
+            self.frozen += [pid] if kind == "worker frozen" else []
+        self.hits[kind] += 1
+
+
+def main() -> None:
+    args = tyro.cli(Arguments, description=__doc__)
+    folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
+    os.environ["RAY_TMPDIR"] = str(folder / "r")
+    try:
+        found = soak(args, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(found, indent=2))
+    if args.json:
+        atomic.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+    if not all(found["holds"].values()):
+        sys.exit(1)
+
+
+def soak(args: Arguments, folder: Path) -> dict[str, Any]:
+    """What happened, and what holds of it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from fbpc_ray.cluster.backend import RayBackend
+
+    config = preset("digits").updated(**SMALL, steps=args.steps, experts=str(folder / "experts"))
+    dataset = plan.load_data(config, print)
+    serial = Serial("cpu", Interruption())
+    specs = plan.specs(config, dataset)
+    stores = [plan.store(config, dataset, spec) for spec in specs]
+    pipeline.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    expected, alone = distil(config, dataset, serial, folder / "serial", lambda: None)
+
+    head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        chaos = Chaos(cluster, args.every, args.seed)
+        chaos.fill(args.nodes)
+        backend = RayBackend(config.workers, Interruption(), print)
+        made_by = capture(backend.describe())
+        memory, store = [], []
+
+        def after_step() -> None:
+            memory.append(_resident())
+            store.append(_store_used(cluster))
+            chaos.maybe()
+
+        images, seconds = distil(config, dataset, backend, folder / "ray", after_step)
+        freed = _soon(lambda: ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU"))
+        raylets = [node.all_processes["raylet"][0].process.pid for node in chaos.nodes]
+        gone = _soon(lambda: not any(_workers_of(raylet) for raylet in raylets))
+        gone = gone and _soon(lambda: not any(_alive(pid) for pid in chaos.frozen))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    growth = {name: _growth(values) for name, values in (("driver", memory), ("object store", store))}
+    return {
+        "steps": args.steps, "seed": args.seed, "nodes": args.nodes, "hits": dict(chaos.hits),
+        "seconds": round(seconds, 1), "seconds_serial": round(alone, 1),
+        "driver_bytes": [memory[0], memory[-1]], "object_store_bytes": [min(store), max(store)],
+        "growth": growth,
+        "holds": {
+            "equal to the bit": bool(torch.equal(images, expected)),
+            "all CPUs free": freed,
+            "no worker left": gone,
+            "memory flat": max(growth.values()) <= MAY_GROW,
+        },
+        **made_by._asdict(),
+    }  # fmt: skip
+
+
+def distil(
+    config: Config, dataset: Dataset, backend: Backend, folder: Path, after_step: Any
+) -> tuple[torch.Tensor, float]:
+    """The images after all steps, and the seconds that they took."""
+    specs = plan.specs(config, dataset)
+    stores = [plan.store(config, dataset, spec) for spec in specs]
+    first, labels = pipeline.first_state(dataset, config.distillation.ipc, config.distillation.seed)
+    backend.start_workers(plan.crew(config, dataset, labels, specs, stores))
+    began = time.perf_counter()
+    try:
+        state: State = pipeline.distill(
+            config, Run(folder), first, [], backend, Interruption(),
+            lambda values, step: after_step(), lambda state: None,
+        )  # fmt: skip
+    finally:
+        backend.stop_workers()
+    return state.images, time.perf_counter() - began
+
+
+def _growth(values: list[int]) -> float:
+    """Of the mean of the last fifth over that of the second."""
+    fifth = max(1, len(values) // 5)
+    early, late = values[fifth : 2 * fifth], values[-fifth:]
+    return round(sum(late) / len(late) / max(1.0, sum(early) / len(early)) - 1, 4) if early else 0.0
+
+
+def _resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _store_used(cluster: Any) -> int:
+    """Bytes in the object store of the driver's node, where the images of each step are put."""
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    address = cluster.head_node
+    reply = get_memory_info_reply(
+        get_state_from_address(cluster.address), address.node_ip_address, address.node_manager_port
+    )
+    return reply.store_stats.object_store_bytes_used
+
+
+def _workers_of(raylet: int) -> list[int]:
+    """Gradient workers that a raylet started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::Worker"):
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                found += [int(entry.name)] if parent == raylet else []
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _soon(holds: Any) -> bool:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -1,0 +1,171 @@
+"""What the machine and the network do to a run: memory that ends, a node that is cut off. Drivers in processes of their
+own, on clusters of their own; each run ends with the bits of an undisturbed one."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags
+from processes import descendants, free_port, kill, soon
+from test_run import ENVIRONMENT, distil, images_of
+
+from fbpc_ray.run import Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def config(small):
+    return small.updated(steps=STEPS, checkpoint_every=5, backend="ray", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machine") / "whole"
+    distil(*flags(config, backend="serial", out=str(folder)))
+    return folder
+
+
+@pytest.fixture
+def ray_folder():
+    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Driver:
+    """`fbpc distill` in a process of its own, with what it says in a file."""
+
+    def __init__(self, folder: Path, words: list[str], **environment: str):
+        self.output, self.run = folder / "output.txt", Run(folder / "run")
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fbpc_ray", "distill", *words, "--out", str(self.run.folder)],
+                env={**ENVIRONMENT, **environment}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def said(self, text: str) -> bool:
+        return text in self.output.read_text()
+
+    def wait_for_a_checkpoint(self) -> None:
+        assert soon(lambda: self.run.state_path.exists() or self.process.poll() is not None, 180)
+        assert self.process.poll() is None, self.output.read_text()
+
+    def ends_with_the_bits_of(self, whole: Path) -> None:
+        assert self.process.wait(300) == 0, self.output.read_text()
+        assert torch.equal(images_of(self.run.folder), images_of(whole))
+
+
+def stop(process: subprocess.Popen) -> None:
+    """A process that a test started, and all below it."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        kill(pid)
+    process.wait()
+
+
+def memory() -> tuple[float, float]:
+    """Bytes that this machine has and uses, as Ray counts them."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (1024.0 * int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return total, total - available
+
+
+def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_folder):
+    """Ray's memory monitor kills our workers as another process takes what is left; it ends, and so does the run."""
+    total, used = memory()
+    limit = used + 5e9
+    if limit > 0.9 * total:
+        pytest.skip(f"less than 5 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
+    driver = Driver(
+        tmp_path, flags(config, address="local"), RAY_TMPDIR=ray_folder, RAY_memory_monitor_refresh_ms="100",
+        RAY_memory_usage_threshold=f"{limit / total:.4f}",
+    )  # fmt: skip
+    hog = None
+    try:
+        driver.wait_for_a_checkpoint()
+        size = int(limit - memory()[1] + 3e8)
+        hog = subprocess.Popen([sys.executable, "-c", f"x = b'1' * {size}; import time; time.sleep(60)"])
+        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 60)
+        stop(hog)
+        assert driver.said("memory"), driver.output.read_text()  # the line says why
+        driver.ends_with_the_bits_of(whole)
+    finally:
+        for process in (driver.process, hog):
+            if process:
+                stop(process)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def network():
+    """A network namespace as another machine: (its name, our address, its address, the link to cut)."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and the command `ip` (iproute2)")
+    number = os.getpid() % 200 + 20
+    name, here, there = f"fbpc{number}", f"10.213.{number}.1", f"10.213.{number}.2"
+    try:
+        ip("netns", "add", name)
+        ip("link", "add", f"{name}h", "type", "veth", "peer", "name", f"{name}n", "netns", name)
+    except subprocess.CalledProcessError as error:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    ip("addr", "add", f"{here}/24", "dev", f"{name}h")
+    ip("link", "set", f"{name}h", "up")
+    for words in (["addr", "add", f"{there}/24", "dev", f"{name}n"], ["link", "set", f"{name}n", "up"],
+                  ["link", "set", "lo", "up"]):  # fmt: skip
+        ip("-n", name, *words)
+    yield name, here, there, f"{name}h"
+    ip("netns", "del", name)  # takes the link with it
+
+
+def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder, network):
+    """A head, a node beside it and one on "another machine"; the link to that one goes down amid the run."""
+    name, here, there, link = network
+    program, port = str(Path(sys.executable).with_name("ray")), free_port()
+    common = ["--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+    notice = (
+        '{"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,'
+        ' "health_check_failure_threshold": 5}'
+    )
+    head = [
+        "start", "--head", f"--port={port}", f"--node-ip-address={here}", "--num-cpus=0", "--include-dashboard=false",
+        f"--system-config={notice}", f"--temp-dir={ray_folder}", f"--ray-client-server-port={free_port()}",
+    ]  # fmt: skip
+    joins = ["start", f"--address={here}:{port}", "--num-cpus=1"]
+    started: list[subprocess.Popen] = []
+
+    def start(*command: str) -> None:
+        with Path(os.devnull).open("w") as nothing:
+            started.append(
+                subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=nothing, stderr=nothing)
+            )
+
+    try:
+        start(program, *head, *common)
+        assert soon(lambda: any("gcs_server" in title for title in descendants(started[0].pid).values()), 60)
+        time.sleep(5)
+        start(program, *joins, f"--node-ip-address={here}", *common)
+        start("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
+        assert soon(lambda: all("raylet" in " ".join(descendants(p.pid).values()) for p in started), 60)
+        driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
+        started.append(driver.process)
+        driver.wait_for_a_checkpoint()
+        assert soon(lambda: any(title.startswith("ray::Worker") for title in descendants(started[2].pid).values()), 60)
+        ip("link", "set", link, "down")
+        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 90)
+        driver.ends_with_the_bits_of(whole)
+        assert driver.said("was lost"), driver.output.read_text()
+    finally:
+        for process in reversed(started):
+            stop(process)
