@@ -10,7 +10,18 @@ import torch
 from conftest import flags
 
 from fbpc_ray import cli, pipeline, plan
-from fbpc_ray.distill import METHODS, State, check_finite, check_updated, update
+from fbpc_ray.distill import (
+    METHODS,
+    X_SIDES,
+    State,
+    Unit,
+    Worker,
+    check_finite,
+    check_updated,
+    combine,
+    units_of,
+    update,
+)
 from fbpc_ray.errors import UserError
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.methods import function_space
@@ -201,6 +212,106 @@ def test_update_is_momentum_sgd_on_the_sum_in_order():
     state = update(state, gradients, alpha=2.0, momentum=0.5, inner_alpha=0.0)
     assert (state.step, state.images[0].item(), state.velocity[0].item()) == (2, -6.25, 1.875)
     assert u.abs().sum() == 0
+
+
+def test_units_are_the_draws_of_each_architecture_in_turn():
+    assert units_of(2, 3) == [Unit(0, 0), Unit(0, 1), Unit(0, 2), Unit(1, 0), Unit(1, 1), Unit(1, 2)]
+
+
+def combined(*values: float | None, architectures: int, draws: int = 1) -> list[tuple[float, float]]:
+    """(gradient, that of the inner learning rate) of each architecture that is left; the latter is ten times as large."""
+    gradients = [None if v is None else Gradient(torch.full((1, 1, 1, 1), v), STATS, 10 * v) for v in values]
+    return [(each.value.item(), each.inner_lr) for each in combine(units_of(architectures, draws), gradients)]
+
+
+def test_draws_are_averaged_and_architectures_kept_apart():
+    """By hand: (1 + 2 + 6) / 3 and (10 + 20 + 0) / 3; one that is skipped leaves the mean of the other two."""
+    assert combined(1, 2, 6, 10, 20, 0, architectures=2, draws=3) == [(3.0, 30.0), (10.0, 100.0)]
+    assert combined(1, None, 6, 10, 20, 0, architectures=2, draws=3) == [(3.5, 35.0), (10.0, 100.0)]
+
+
+def test_the_others_stand_in_for_an_architecture_that_is_skipped():
+    """By hand: of three architectures two are there, so each counts 3 / 2: the sum still estimates the sum of three."""
+    assert combined(2, None, 4, architectures=3) == [(3.0, 30.0), (6.0, 60.0)]
+    with pytest.raises(ValueError, match="at least one"):
+        combined(None, None, architectures=2)
+
+
+def test_a_single_draw_of_each_architecture_keeps_its_bits():
+    value = torch.randn(3, 1, 2, 2, generator=generator(0, "bits")) * 1e-30  # scaling would round the subnormal ones
+    (found,) = combine(units_of(1, 1), [Gradient(value, STATS)])
+    assert torch.equal(found.value, value)
+
+
+def worker_of(config, digits, labels) -> Worker:
+    specs = plan.specs(config, digits)
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    return Worker(**plan.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+
+
+@pytest.mark.parametrize("architecture", [0, 1])
+@pytest.mark.parametrize("draw", [0, 2])
+def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
+    """theta_x and its K steps by one worker, the gradient by another: the bits of the gradient that does it all."""
+    config, digits, _, state, labels = setting
+    unit, images = Unit(architecture, draw), state.images.numpy()
+    _, ahead = worker_of(config, digits, labels).x_side(unit, 3)
+    specs = plan.specs(config, digits)
+    assert ahead.shape == (1 + config.distillation.posterior_steps, Network(specs[architecture]).parameter_count)
+    alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
+    helped = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead)
+    assert (helped[0] == alone[0]).all()
+    assert {k: v for k, v in helped[1].items() if "seconds" not in k} == {
+        k: v for k, v in alone[1].items() if "seconds" not in k
+    }
+    # Another step's x side would give another gradient: it is used, not computed again.
+    _, other = worker_of(config, digits, labels).x_side(unit, 4)
+    assert (worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, other)[0] != alone[0]).any()
+
+
+def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
+    """FBPC-isotropic takes no K steps: there is nothing to gain, and its crew says so."""
+    config, digits, _, _, labels = setting
+    specs = plan.specs(config, digits)
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    largest = max(Network(spec).parameter_count for spec in specs)
+    assert set(X_SIDES) == {"fbpc"}
+    assert plan.crew(config, digits, labels, specs, stores).x_side_bytes == 4 * largest * 7  # K = 6
+    isotropic = config.updated(method="fbpc-isotropic")
+    assert plan.crew(isotropic, digits, labels, specs, stores).x_side_bytes == 0
+
+
+def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
+    """M draws are independent: each has its own expert, prior, augmentation and noise; the first is that of M = 1."""
+    config, digits, real, state, labels = setting
+    spec = plan.specs(config, digits)[0]
+    settings = replace(config.distillation, batch_size=6)
+
+    def draw(number):
+        problem = Problem(Network(spec), plan.store(config, digits, spec), real, labels, settings, "dsa", 1, number)
+        drawn = [problem.rng(3, purpose).initial_seed() for purpose in ("expert", "prior", "augment", "monte-carlo")]
+        return drawn, problem.batch(3), METHODS["fbpc"](problem, 3, state.images, 0.0).value
+
+    seeds, batches, values = zip(*(draw(number) for number in range(3)), strict=True)
+    assert len({seed for each in seeds for seed in each}) == 12
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+    assert torch.equal(values[0], compute(config, digits, real, state.images, labels, batch_size=6).value)
+    assert not torch.equal(values[0], values[1])
+    assert not torch.equal(values[1], values[2])
+
+
+def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():
+    """By hand: losses 1 and 3 of one architecture, 10 of the other, one draw skipped: 2 + 10."""
+    stats = [
+        {"loss": loss, "map_steps": steps, "map_ending": ending}
+        for loss, steps, ending in ((1.0, 4, "converged"), (3.0, 6, "max_steps"), (10.0, 7, "converged"))
+    ]
+    values = pipeline.metrics_of(["a", "a", "b"], stats, 0.5, skipped=1)
+    assert values == {
+        "loss/a": 2.0, "loss/b": 10.0, "map_steps/a": 5.0, "map_steps/b": 7.0, "map_converged/a": 0.5,
+        "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5, "skipped": 1.0,
+    }  # fmt: skip
+    assert "skipped" not in pipeline.metrics_of(["a"], stats[:1], 0.5)
 
 
 def test_sum_follows_the_order_of_the_architectures():
