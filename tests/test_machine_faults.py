@@ -3,6 +3,7 @@ own, on clusters of their own; each run ends with the bits of an undisturbed one
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,63 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
         for process in (driver.process, hog):
             if process:
                 stop(process)
+
+
+FILL = """
+import sys, numpy, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+held, size = [], 1_000_000
+while True:
+    try:
+        held.append(ray.put(numpy.ones(size, numpy.uint8)))
+    except ray.exceptions.RayError:
+        if size == 1000:
+            print("full", flush=True)
+        size = max(1000, size // 10)
+"""
+
+
+def test_a_store_and_disk_that_are_full_leave_a_run_that_resumes(config, whole, tmp_path, ray_folder):
+    """Another program fills Ray's object store, and Ray may not use the disk: one line; with room again it goes on."""
+    address = f"127.0.0.1:{free_port()}"
+    head = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={address.split(':')[1]}",
+        "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats",
+        f"--temp-dir={ray_folder}", "--object-store-memory=80000000", f"--ray-client-server-port={free_port()}",
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "RAY_local_fs_capacity_threshold": "0.0001"}
+    words = flags(config, address=address)
+    started = []
+    try:
+        with (tmp_path / "ray.txt").open("w") as output:
+            started.append(
+                subprocess.Popen(head, env=environment, start_new_session=True, stdout=output, stderr=output)
+            )
+        assert soon(lambda: "raylet" in " ".join(descendants(started[0].pid).values()), 60)
+        driver = Driver(tmp_path, words)
+        started.append(driver.process)
+        driver.wait_for_a_checkpoint()
+        kill(driver.process.pid, signal.SIGSTOP)  # else it may have ended before the store is full
+        with (tmp_path / "filler.txt").open("w") as output:
+            filler = subprocess.Popen(
+                [sys.executable, "-c", FILL, address], env=ENVIRONMENT, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+        started.append(filler)
+        assert soon(lambda: "full" in (tmp_path / "filler.txt").read_text(), 60), (tmp_path / "filler.txt").read_text()
+        kill(driver.process.pid, signal.SIGCONT)
+        assert driver.process.wait(120) == 1
+        last = driver.output.read_text().strip().splitlines()[-1]
+        assert last.startswith("error: Ray's object store is full"), driver.output.read_text()
+        assert "--resume" in last
+        stop(filler)
+        again = Driver(tmp_path, [*words, "--resume"])
+        started.append(again.process)
+        again.ends_with_the_bits_of(whole)
+        assert again.said("resumed at step")
+    finally:
+        for process in reversed(started):
+            stop(process)
 
 
 def ip(*words: str) -> None:

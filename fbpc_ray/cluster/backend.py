@@ -16,12 +16,12 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import AuthenticationError as RayAuthenticationError
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import Crew, device_name
 from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
-from fbpc_ray.cluster.pool import Job, Pool, first_line, innermost
+from fbpc_ray.cluster.pool import STORE_FULL, Job, Pool, first_line, innermost
 from fbpc_ray.config import Workers
 from fbpc_ray.distill import State, Unit, Worker
 from fbpc_ray.distill import threads as torch_threads
@@ -105,7 +105,7 @@ class RayBackend:
         assert self.pool is not None
         try:
             images = ray.put(state.images.numpy())
-        except (ObjectStoreFullError, OutOfDiskError) as error:
+        except STORE_FULL as error:
             raise UserError(
                 f"Ray's object store is full ({first_line(error)}): free memory or disk, then run again with --resume",
                 code=1,
@@ -228,11 +228,11 @@ class RayBackend:
         name = self.crew.arguments["specs"][unit.architecture].architecture
         if self._attempts[unit] == ATTEMPTS:
             raise UserError(
-                f"the worker of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and run "
-                "again with --resume",
+                f"the gradient of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and "
+                "run again with --resume",
                 code=1,
             )
-        self.log(f"the worker of {name} was lost in step {step + 1} ({why}); it is replaced and asked again")
+        self.log(f"the gradient of {name} was lost in step {step + 1} ({why}); it is asked for again")
 
     def _skip_stragglers(self, step: int, found: dict[Unit, Gradient | None]) -> None:
         """On request, leave out what takes many times its usual time; one gradient at least is waited for."""

@@ -13,6 +13,8 @@ import ray
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
@@ -22,6 +24,7 @@ from ray.exceptions import (
 from fbpc_ray.errors import UserError
 
 WORKER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
 LOOK_EVERY = 2.0
 """Seconds between looks at what the cluster has."""
 SAY_AFTER = 4.0
@@ -51,7 +54,7 @@ class Outcome(NamedTuple):
     value: Any
     seconds: float
     lost: str = ""
-    """Why there is no value: the worker, or an argument, was lost. Empty where there is one."""
+    """Why there is no value: the worker or an argument was lost, or found no room for it. Empty where there is one."""
 
 
 @dataclass(eq=False)
@@ -197,7 +200,7 @@ class Pool:
             cause = innermost(error)
             if isinstance(cause, UserError):
                 raise cause from None
-            if isinstance(cause, (*WORKER_LOST, ObjectLostError)):  # of an argument
+            if isinstance(cause, (*WORKER_LOST, ObjectLostError, *STORE_FULL)):  # of an argument, or of the result
                 return Outcome(job.key, None, seconds, first_line(cause))
             raise
         member.job = member.reference = None
