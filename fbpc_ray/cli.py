@@ -22,6 +22,8 @@ from fbpc_ray.config import (
     Workers,
     preset,
     read_config,
+    refuse_unasked,
+    started,
     with_method,
 )
 from fbpc_ray.errors import UserError, closest
@@ -39,6 +41,8 @@ class Job:
     --data and --ipc where there is one, and digits where --data is not given."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint."""
+    again: bool = False
+    """Start the run in --out, or go on with it where one is there: the same command for every try of a job."""
     dry_run: bool = False
     """Say what would be done, and write nothing."""
     json: str = ""
@@ -176,9 +180,13 @@ MENDABLE = {
 
 def distill(argv: list[str], program: str) -> None:
     args = _parse(DistillArguments, argv, program, DistillArguments(config=_base(argv)))
+    job, out = args.job, args.config.output.out
+    if job.again and not out:
+        raise UserError("--again needs the folder of the run: add --out DIR")
     from fbpc_ray import commands
 
-    commands.distill(args.config, resume=args.job.resume, dry_run=args.job.dry_run, json=args.job.json)
+    resume = job.resume or (job.again and started(out))
+    commands.distill(args.config, resume=resume, dry_run=job.dry_run, json=job.json)
 
 
 def experts(argv: list[str], program: str) -> None:
@@ -200,6 +208,7 @@ def evaluate(argv: list[str], program: str) -> None:
         width=args.width or stored.networks.width,
     )
     config = replace(stored, networks=networks, evaluation=args.evaluation, workers=args.workers)
+    refuse_unasked(config, {"address"} | ({"architectures"} if args.architectures else set()), args.run)
     from fbpc_ray import commands
 
     commands.evaluate(
@@ -240,15 +249,19 @@ def _usage() -> str:
 def _base(argv: list[str]) -> Config:
     """The configuration that the flags in `argv` change: the stored one on --resume, a preset, or the defaults."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--data", "--ipc", "--out", "--method"):
+    for flag in ("--preset", "--data", "--ipc", "--out", "--method", "--address"):
         early.add_argument(flag)
-    early.add_argument("--resume", action="store_true")
+    early.add_argument("--architectures", nargs="*")
+    for flag in ("--resume", "--again"):
+        early.add_argument(flag, action="store_true")
     try:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
         return Config()  # a flag without its value: the full parser says so
-    if known.resume and known.out and not known.preset:
-        return read_config(Path(known.out))
+    if known.out and not known.preset and (known.resume or (known.again and started(known.out))):
+        stored = read_config(Path(known.out).expanduser())
+        refuse_unasked(stored, {name for name, value in vars(known).items() if value is not None}, known.out)
+        return stored
     row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")
     base = preset(row) if known.preset or row in PRESETS else Config()
     if known.method is None:

@@ -91,7 +91,8 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if state.step > _steps(settings):
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
     interruption = Interruption()
-    again = f"resume with: fbpc distill --out {shlex.quote(str(run.folder))} --resume"
+    repeated = [word for words in config.never_from_a_file(settings).values() for word in words]
+    again = "resume with: " + shlex.join(["fbpc", "distill", "--out", str(run.folder), "--resume", *repeated])
     with says_how_to_resume(again), plan.backend(settings, interruption, log) as workers:
         run.write_config(settings)
         log(f"run: {run.folder}")
@@ -252,7 +253,7 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     if resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
-        run, stored = Run(Path(out)), read_config(Path(out))
+        run, stored = Run(Path(out).expanduser()), read_config(Path(out).expanduser())
         if settings.workers.threads == 0:
             settings = settings.updated(threads=stored.workers.threads)
         check_resume(stored, settings)

@@ -5,6 +5,7 @@ Values marked [paper] are the paper's; [method] are readings of what the paper l
 """
 
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -319,11 +320,34 @@ def read_config(folder: Path) -> Config:
     return from_json(path.read_bytes(), str(path))
 
 
+def started(folder: str) -> bool:
+    """Whether there is a run in `folder`, whole or not."""
+    return (Path(folder).expanduser() / "config.json").is_file()
+
+
+def refuse_unasked(stored: Config, given: Set[str], source: str) -> None:
+    """Raise UserError where a configuration out of a file would have code run that nobody asked for: a network by its
+    import path, or a cluster to connect to, whose answers are unpickled. `given` are the flags on the command line.
+    """
+    for name, words in never_from_a_file(stored).items():
+        if name not in given:
+            what = "imports no code" if name == "architectures" else "connects to no Ray cluster"
+            raise UserError(f"{source} asks for {' '.join(words)}, but a file alone {what}: repeat it if you trust it")
+
+
+def never_from_a_file(config: Config) -> dict[str, list[str]]:
+    """{flag: its words} of what `refuse_unasked` wants repeated."""
+    names, address = config.networks.architectures, config.workers.address
+    own = any(":" in name for name in names)
+    found = {"architectures": ["--architectures", *names]} if own else {}
+    return found | ({"address": ["--address", address]} if address not in ("", "local") else {})
+
+
 def from_json(text: str | bytes, source: str) -> Config:
     """The inverse of `to_json`; `source` names the file in errors. Raises UserError."""
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{source} is not a configuration: it must hold one JSON object; restore or delete it")

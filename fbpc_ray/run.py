@@ -39,8 +39,10 @@ class Run:
         self.result_path = self.folder / "result.json"
 
     def refuse_if_taken(self) -> None:
-        """Raise UserError where the folder holds something already."""
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        """Raise UserError where the folder holds something already, but for what a kill left of a first config.json."""
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir() or any(not each.match(".config.json.*.tmp") for each in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
     def write_config(self, settings: Config) -> None:

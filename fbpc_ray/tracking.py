@@ -74,7 +74,7 @@ def ui_command(uri: str) -> str:
     program = "mlflow" if shutil.which("mlflow") == str(beside) or not beside.exists() else shlex.quote(str(beside))
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} ui "
-        f"--backend-store-uri {shlex.quote(_absolute(uri))} --port 5000"
+        f"--backend-store-uri {shlex.quote(_absolute(uri))} --host 127.0.0.1 --port 5000"
     )
 
 

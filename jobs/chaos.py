@@ -106,7 +106,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
     os.environ["RAY_TMPDIR"] = str(folder / "r")
     try:
-        found = soak(args, folder)
+        from fbpc_ray.cluster.backend import on_loopback
+
+        with on_loopback():
+            found = soak(args, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(found, indent=2))

@@ -1,11 +1,13 @@
 """What runs on this machine, by the kernel's own account; only what a test started itself is looked at or killed."""
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -24,6 +26,32 @@ def descendants(root: int) -> dict[int, str]:
         level = {pid for pid, parent in parents.items() if parent in level}
         found |= {pid: titles[pid] for pid in level}
     return found
+
+
+def listening(pids: Iterable[int]) -> list[tuple[int, ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
+    """(pid, address, port) of every TCP socket on which one of the processes waits for connections."""
+    sockets = {}
+    for family in ("tcp", "tcp6"):
+        for line in Path("/proc/net", family).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                address, port = words[1].split(":")
+                raw = bytes.fromhex(address)  # 32-bit words in this machine's order
+                raw = (
+                    b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4))
+                    if sys.byteorder == "little"
+                    else raw
+                )
+                found = ipaddress.ip_address(raw)
+                sockets[f"socket:[{words[9]}]"] = getattr(found, "ipv4_mapped", None) or found, int(port, 16)
+    held = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in Path("/proc", str(pid), "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if (name := str(link.readlink())) in sockets:
+                        held.append((pid, *sockets[name]))
+    return held
 
 
 def gradient_workers(root: int | None = None) -> list[int]:

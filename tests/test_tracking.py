@@ -216,7 +216,8 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert tracking.ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert tracking.ui_command("sqlite:////r/mlflow.db") == (
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:////r/mlflow.db --port 5000"
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:////r/mlflow.db "
+        "--host 127.0.0.1 --port 5000"
     )
     assert " 'sqlite:////a b/mlflow.db' " in tracking.ui_command("sqlite:////a b/mlflow.db")
     names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}

@@ -10,11 +10,13 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants, services
 from ray.exceptions import AuthenticationError as RayAuthenticationError
 from ray.exceptions import RayTaskError
 
@@ -61,7 +63,7 @@ class RayBackend:
         self.crew = Crew({}, [])
         self.owned = not ray.is_initialized()
         if self.owned:
-            _connect(settings.address, init_options)
+            _connect(settings.address, init_options, log)
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
@@ -318,9 +320,15 @@ def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> A
     return actor.call.remote(function, shared, item)
 
 
-def _connect(address: str, options: dict[str, Any]) -> None:
+def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Join the cluster at `address`, or start one that nobody can reach from another machine. Raises UserError."""
     try:
-        ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
+        starts = services.canonicalize_bootstrap_address(address or None, options.get("_temp_dir")) is None
+        with on_loopback() if starts else nullcontext():
+            ray.init(
+                address="local" if starts else address or None, logging_level=logging.ERROR, log_to_driver=False,
+                **({"include_dashboard": False} if starts else {}) | options,
+            )  # fmt: skip
     except RayAuthenticationError as error:
         raise UserError(
             f"Ray refused the token ({first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
@@ -331,6 +339,20 @@ def _connect(address: str, options: dict[str, Any]) -> None:
             f"no Ray cluster answers at '{address or os.environ.get('RAY_ADDRESS', '')}' ({first_line(error)}): "
             "check --address and RAY_ADDRESS, or use --address local"
         ) from error
+    if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
+        log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """What Ray starts inside listens on 127.0.0.1 alone. It does so by itself on macOS and Windows, by this switch;
+    elsewhere it takes the machine's address, for _node_ip_address="127.0.0.1" too."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _get(reference: Any) -> Any:
