@@ -19,7 +19,7 @@ from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
-from fbpc_ray.methods.common import Stats
+from fbpc_ray.methods.common import Gradient, Stats
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
@@ -92,6 +92,34 @@ def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float, ski
     return values
 
 
+class Step(NamedTuple):
+    """One step of Algorithm 1."""
+
+    state: State
+    """After it."""
+    gradients: list[tuple[str, int, Gradient]]
+    """(architecture, draw, gradient), in the order in which they were summed."""
+    skipped: int
+    """Gradients that were left out as too slow."""
+
+
+def step(config: Config, state: State, workers: Backend) -> Step:
+    """One step from `state`. Raises UserError for one that isn't finite, or where a cluster can't go on."""
+    d, names = config.distillation, config.networks.architectures
+    units = units_of(len(names), d.draws_per_step)
+    gradients = workers.gradients(state)
+    there = [
+        (names[unit.architecture], unit.draw, gradient)
+        for unit, gradient in zip(units, gradients, strict=True)
+        if gradient is not None
+    ]
+    check_finite([name for name, _, _ in there], [gradient for _, _, gradient in there], state.step)
+    parts = combine(units, gradients)
+    after = update(state, parts, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
+    check_updated(after)
+    return Step(after, there, len(units) - len(there))
+
+
 def distill(
     config: Config,
     run: Run,
@@ -102,34 +130,29 @@ def distill(
     on_step: Callable[[dict[str, float], int], None],
     on_checkpoint: Callable[[State], None],
 ) -> State:
-    """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step and architecture.
+    """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step, architecture and draw.
 
     A signal ends it with Interrupted after a checkpoint. Raises UserError for a non-finite step or a cluster that can't
     go on, after a checkpoint of the last good step, and OSError for a checkpoint that can't be written; then the
     checkpoint before is kept.
     """
     d = config.distillation
-    units = units_of(len(config.networks.architectures), d.draws_per_step)
     with progress("distil", d.steps, "step", state.step) as bar:
         while state.step < d.steps:
             start = time.perf_counter()
             try:
-                gradients = workers.gradients(state)
-                there = [(unit, each) for unit, each in zip(units, gradients, strict=True) if each is not None]
-                names = [config.networks.architectures[unit.architecture] for unit, _ in there]
-                check_finite(names, [each for _, each in there], state.step)
-                parts = combine(units, gradients)
-                after = update(state, parts, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
-                check_updated(after)
+                done = step(config, state, workers)
             except (UserError, Interrupted):
                 if state.step and rows:
                     run.save(state, rows)
                 raise
-            state, seconds = after, time.perf_counter() - start
-            for name, (unit, each) in zip(names, there, strict=True):
-                row = {"step": state.step, "architecture": name, "draw": unit.draw, **each.stats}
-                rows.append({**row, "seconds_step": seconds})
-            values = metrics_of(names, [each.stats for _, each in there], seconds, len(units) - len(there))
+            state, seconds = done.state, time.perf_counter() - start
+            rows += [
+                {"step": state.step, "architecture": name, "draw": draw, **gradient.stats, "seconds_step": seconds}
+                for name, draw, gradient in done.gradients
+            ]
+            names, stats = [name for name, _, _ in done.gradients], [each.stats for _, _, each in done.gradients]
+            values = metrics_of(names, stats, seconds, done.skipped)
             on_step(values, state.step)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             bar.update()

@@ -1,0 +1,141 @@
+"""What Ray costs and what it brings: the same steps in one process, by one worker and by two, interleaved.
+
+    python jobs/scaling.py --json benchmarks/results/scaling.json
+
+Runs each way of --ways for --steps steps from the same first images, --repeats times in turn, on one thread a gradient,
+checks that all give the same bits, and prints seconds a step (medians) with two ratios, medians over repeats:
+one worker / serial - 1 is the overhead of Ray, one worker / two workers the scaling.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on loopback; read as Ray is imported
+
+import torch
+import tyro
+
+from fbpc_ray import atomic, pipeline, plan
+from fbpc_ray.backend import Backend, Serial
+from fbpc_ray.config import Config, preset
+from fbpc_ray.errors import UserError
+from fbpc_ray.provenance import capture
+from fbpc_ray.signals import Interruption
+from fbpc_ray.vision.datasets import Dataset
+
+ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Serial, one Ray worker, two Ray workers: seconds a step of four architectures."""
+
+    data: str = "digits"
+    """Data set, as `fbpc distill --data`."""
+    width: int = 32
+    """Of the ConvNets."""
+    ipc: int = 1
+    """Images a class."""
+    posterior_steps: int = 30
+    """K [paper: 30]."""
+    steps: int = 10
+    """Steps timed in one go."""
+    repeats: int = 5
+    """Times that each way has its go."""
+    json: str = ""
+    """Also write what was measured to this file."""
+
+
+def main() -> None:
+    args = tyro.cli(Arguments, description=__doc__)
+    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        found = measure(args, Path(folder))
+    s = found["seconds_a_step"]
+    print(f"\n{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats, one thread a gradient")
+    for way, each in s.items():
+        print(f"{way:12} {each['median']:.3f} s a step  ({min(each['all']):.3f} to {max(each['all']):.3f})")
+    print(f"overhead of Ray: {found['overhead']['median']:+.1%}  ({_range(found['overhead'], '+.1%')})")
+    print(f"one worker / two: {found['scaling']['median']:.2f}  ({_range(found['scaling'], '.2f')})")
+    if args.json:
+        atomic.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+
+
+def measure(args: Arguments, folder: Path) -> dict[str, Any]:
+    """Seconds of every way and repeat, and the ratios."""
+    from fbpc_ray.cluster.backend import RayBackend
+
+    config = preset("digits").updated(
+        data=args.data, architectures=ARCHITECTURES, width=args.width, ipc=args.ipc, experts=str(folder / "experts"),
+        expert_count=1, expert_epochs=2, start_epoch=1, posterior_steps=args.posterior_steps, threads=1, prefetch=0,
+        batch_size=500, device="cpu", address="local",
+    )  # fmt: skip
+    dataset = plan.load_data(config, print)
+    serial = Serial("cpu", Interruption())
+    specs = plan.specs(config, dataset)
+    stores = [plan.store(config, dataset, spec) for spec in specs]
+    pipeline.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    two = RayBackend(config.workers, Interruption(), num_cpus=2, include_dashboard=False, _temp_dir=str(folder / "r"))
+    one = RayBackend(config.updated(cpus_per_actor=2.0).workers, Interruption())  # on the same cluster
+    ways: dict[str, Backend] = {"serial": serial, "one worker": one, "two workers": two}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    try:
+        images = [torch.empty(0)]
+        for repeat in range(args.repeats):
+            for way, backend in ways.items():
+                ended, took = run(config, dataset, backend, args.steps)
+                seconds[way].append(took)
+                images.append(ended)
+                print(f"repeat {repeat + 1}, {way}: {took:.3f} s a step", flush=True)
+        if not all(torch.equal(each, images[1]) for each in images[1:]):
+            raise UserError("the ways differ in their bits: this is a bug", code=1)
+        made_by = capture(two.describe())
+    finally:
+        two.close()
+    return {
+        "seconds_a_step": {way: _summary(values) for way, values in seconds.items()},
+        "overhead": _summary([r / s - 1 for r, s in zip(seconds["one worker"], seconds["serial"], strict=True)]),
+        "scaling": _summary([r / s for r, s in zip(seconds["one worker"], seconds["two workers"], strict=True)]),
+        "command": " ".join(["python", *sys.argv]),
+        "settings": vars(args),
+        "architectures": ARCHITECTURES,
+        **made_by._asdict(),
+    }
+
+
+def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple[torch.Tensor, float]:
+    """The images after so many steps, and seconds a step; workers stand and have done one step before the clock."""
+    d = config.distillation
+    specs = plan.specs(config, dataset)
+    stores = [plan.store(config, dataset, spec) for spec in specs]
+    state, labels = pipeline.first_state(dataset, d.ipc, d.seed)
+    backend.start_workers(plan.crew(config, dataset, labels, specs, stores))
+    try:
+        state, began = pipeline.step(config, state, backend).state, time.perf_counter()
+        for _ in range(steps):
+            state = pipeline.step(config, state, backend).state
+        return state.images, (time.perf_counter() - began) / steps
+    finally:
+        backend.stop_workers()
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "all": values}
+
+
+def _range(summary: dict[str, Any], form: str) -> str:
+    return f"{min(summary['all']):{form}} to {max(summary['all']):{form}}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
