@@ -6,7 +6,6 @@ Beside figures.py the only file that imports matplotlib, and like it only the ob
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fbpc_ray import atomic
+from fbpc_ray.storage import Place
 
 DPI = 150
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
@@ -39,7 +39,7 @@ class Bins(Protocol):
     def bin_confidence(self) -> np.typing.ArrayLike: ...
 
 
-def reliability(stats: Mapping[str, Bins], path: Path, title: str = "") -> None:
+def reliability(stats: Mapping[str, Bins], path: Place, title: str = "") -> None:
     """Write a PNG, whole or not at all: accuracy against confidence, one panel for each label of `stats`.
 
     A bar is the accuracy of a bin, the dot its mean confidence: the line between the two is what the model is wrong
@@ -70,7 +70,7 @@ def reliability(stats: Mapping[str, Bins], path: Path, title: str = "") -> None:
 
 
 def entropy_histogram(
-    familiar: np.ndarray, strange: np.ndarray, path: Path, title: str = "", classes: int | None = None,
+    familiar: np.ndarray, strange: np.ndarray, path: Place, title: str = "", classes: int | None = None,
     quantity: str = "predictive entropy", names: tuple[str, str] = ("in distribution", "out of distribution"),
 ) -> None:  # fmt: skip
     """Write a PNG, whole or not at all: the distributions of `quantity` in nats over familiar (n,) and strange (k,)
@@ -117,7 +117,7 @@ MARK: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersiz
 
 def bars(
     names: Sequence[str], groups: Sequence[str], values: Mapping[tuple[str, str], tuple[float, float]],
-    marks: Mapping[tuple[str, str], float], label: str, title: str, path: Path,
+    marks: Mapping[tuple[str, str], float], label: str, title: str, path: Place,
 ) -> None:  # fmt: skip
     """Write a PNG, whole or not at all: bars (mean, standard deviation) by (name, group), a colour for each name, and
     `marks`, the values of somebody else, as diamonds. What has no value has no bar.
@@ -207,7 +207,7 @@ def _ending(text: str, width: int) -> str:
     return line if len(line) <= width else f"…{line[1 - width :]}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Place) -> None:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     atomic.write_bytes(path, buffer.getvalue())

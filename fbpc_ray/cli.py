@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
@@ -28,6 +27,7 @@ from fbpc_ray.config import (
 )
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.signals import Interrupted
+from fbpc_ray.storage import place
 
 Arguments = TypeVar("Arguments")
 
@@ -78,7 +78,7 @@ class EvaluateArguments:
     """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a run that `distill` made."""
+    """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
     architectures: tuple[str, ...] = ()
     """Networks to evaluate on; empty means those of the run."""
     width: int = 0
@@ -200,7 +200,7 @@ def experts(argv: list[str], program: str) -> None:
 
 
 def evaluate(argv: list[str], program: str) -> None:
-    stored = read_config(Path(_parse(EvaluateArguments, argv, program).run))
+    stored = read_config(place(_parse(EvaluateArguments, argv, program).run))
     args = _parse(EvaluateArguments, argv, program, EvaluateArguments("", evaluation=stored.evaluation))
     networks = replace(
         stored.networks,
@@ -212,7 +212,7 @@ def evaluate(argv: list[str], program: str) -> None:
     from fbpc_ray import commands
 
     commands.evaluate(
-        Path(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize, dry_run=args.dry_run,
+        place(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize, dry_run=args.dry_run,
         json=args.json,
     )  # fmt: skip
 
@@ -259,7 +259,7 @@ def _base(argv: list[str]) -> Config:
     except argparse.ArgumentError:
         return Config()  # a flag without its value: the full parser says so
     if known.out and not known.preset and (known.resume or (known.again and started(known.out))):
-        stored = read_config(Path(known.out).expanduser())
+        stored = read_config(place(known.out))
         refuse_unasked(stored, {name for name, value in vars(known).items() if value is not None}, known.out)
         return stored
     row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")

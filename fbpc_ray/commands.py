@@ -24,6 +24,7 @@ from fbpc_ray.experts import ExpertStore, slug
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
+from fbpc_ray.storage import Place, place
 from fbpc_ray.vision.datasets import Dataset, denormalise
 from fbpc_ray.vision.zoo import Network, Spec
 
@@ -181,7 +182,7 @@ def _judge(
 
 
 def evaluate(
-    folder: Path,
+    folder: Place,
     settings: Config,
     split: str,
     *,
@@ -231,7 +232,7 @@ def evaluate(
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
 
 
-def _draw_reliability(verdict: pipeline.Verdict, path: Path) -> None:
+def _draw_reliability(verdict: pipeline.Verdict, path: Place) -> None:
     """Confidence against accuracy of every coreset and architecture, the chains taken together."""
     if verdict.stats:
         charts.reliability({f"{coreset} on {name}": stats for (coreset, name), stats in verdict.stats.items()}, path)
@@ -253,7 +254,7 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     if resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
-        run, stored = Run(Path(out).expanduser()), read_config(Path(out).expanduser())
+        run, stored = Run(place(out)), read_config(place(out))
         if settings.workers.threads == 0:
             settings = settings.updated(threads=stored.workers.threads)
         check_resume(stored, settings)
@@ -261,7 +262,7 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     d = settings.distillation
     data = Path(settings.data.data.split(":")[-1]).name
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{d.method}-{data}-ipc{d.ipc}"
-    run = Run(Path(out).expanduser() if out else home() / "outputs" / name)
+    run = Run(place(out) if out else home() / "outputs" / name)
     run.refuse_if_taken()
     return run, settings.updated(threads=plan.threads(settings), out=str(run.folder))
 
@@ -308,7 +309,7 @@ def says_how_to_resume(how: str) -> Iterator[None]:
 
 def _write_json(path: str, value: Any) -> None:
     if path:
-        atomic.write_text(Path(path).absolute(), json_format.dumps(value, indent=2, allow_nan=False) + "\n")
+        atomic.write_text(place(path).absolute(), json_format.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 class _Untracked:
@@ -321,7 +322,7 @@ class _Untracked:
 
     def image(self, key: str, image: Any, step: int) -> None: ...
 
-    def artifact(self, path: Path, folder: str | None = None) -> None: ...
+    def artifact(self, path: Place, folder: str | None = None) -> None: ...
 
 
 @contextmanager

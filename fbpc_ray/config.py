@@ -7,10 +7,10 @@ Values marked [paper] are the paper's; [method] are readings of what the paper l
 import json
 from collections.abc import Set
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fbpc_ray.errors import UserError, closest
+from fbpc_ray.storage import Place, place
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Experts:
     """Expert trajectories (App. C.1)."""
 
     experts: str = ""
-    """Folder that holds the experts of all data sets and architectures; empty means HOME/experts."""
+    """Holds the experts of all data sets and architectures: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty
+    means HOME/experts."""
     expert_count: int = 100
     """Trajectories for each architecture [paper: 100]."""
     expert_epochs: int = 50
@@ -188,7 +189,7 @@ class Output:
     """What it leaves."""
 
     out: str = ""
-    """Folder of the run; empty makes a new one under HOME/outputs."""
+    """Of the run: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty makes a new folder under HOME/outputs."""
     tracking: bool = True
     """Log to MLflow: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
     experiment: str = "fbpc"
@@ -312,7 +313,7 @@ def to_json(config: Config) -> str:
     return json.dumps(config.flat(), indent=2) + "\n"
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Place) -> Config:
     """The configuration of the run in `folder`. Raises UserError where there is none."""
     path = folder / "config.json"
     if not path.is_file():
@@ -322,7 +323,7 @@ def read_config(folder: Path) -> Config:
 
 def started(folder: str) -> bool:
     """Whether there is a run in `folder`, whole or not."""
-    return (Path(folder).expanduser() / "config.json").is_file()
+    return (place(folder) / "config.json").is_file()
 
 
 def refuse_unasked(stored: Config, given: Set[str], source: str) -> None:

@@ -6,7 +6,6 @@ normalisation and the names of the classes as JSON. Nothing is pickled.
 
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fbpc_ray import atomic
+from fbpc_ray import atomic, storage
 from fbpc_ray.errors import UserError
+from fbpc_ray.storage import Place
 
 FORMAT = "1"
 
@@ -55,7 +55,7 @@ def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.G
     return torch.cat([indices[torch.randperm(len(indices), generator=source)[:ipc]] for indices in members])
 
 
-def save(coreset: Coreset, path: Path, metadata: dict[str, str] | None = None) -> None:
+def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) -> None:
     """Write `coreset` to `path`, whole or not at all; `metadata` is kept beside it in the file's header.
 
     Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
@@ -74,17 +74,17 @@ def save(coreset: Coreset, path: Path, metadata: dict[str, str] | None = None) -
     atomic.write_bytes(path, _ordered(to_bytes(tensors, {**(metadata or {}), **own})))
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(path: Place) -> dict[str, str]:
     """The metadata in the header of the coreset at `path`: what made it. Raises UserError where `load` would."""
     load(path)
-    with safe_open(path, framework="pt") as file:
+    with storage.local(path) as near, safe_open(near, framework="pt") as file:
         return file.metadata() or {}
 
 
-def load(path: Path) -> Coreset:
+def load(path: Place) -> Coreset:
     """The coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with storage.local(path) as near, safe_open(near, framework="pt") as file:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
         if facts["format"] != FORMAT:

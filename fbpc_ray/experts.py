@@ -4,7 +4,8 @@
     00000.arrow     Arrow IPC file: record batch e holds the snapshot after epoch e, one column for one tensor
     00000.json      its manifest, written last: a trajectory without one does not exist
 
-A crash at any moment leaves a file that nobody lists, never half an expert. Nothing here is pickled.
+A crash at any moment leaves a file that nobody lists, never half an expert. Nothing here is pickled. In an object store
+a trajectory is written beside the local copies (cache.py), sent when it is whole, and read from its copy.
 """
 
 import fcntl
@@ -15,10 +16,10 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,14 @@ import torch
 from pyarrow import ipc
 from torch import Tensor
 
-from fbpc_ray import atomic
+from fbpc_ray import atomic, cache
 from fbpc_ray.errors import UserError
+from fbpc_ray.storage import Place, Remote
 
 FORMAT = 1
 MAX_OPEN = 128  # memory maps, each a file descriptor, that one store keeps
 STORED = {"float32": torch.float32, "float16": torch.float16}
+Found = TypeVar("Found")
 
 
 class Recipe(NamedTuple):
@@ -60,34 +63,40 @@ class Recipe(NamedTuple):
 class _Trajectory(NamedTuple):
     """An open, memory-mapped trajectory."""
 
-    identity: tuple[int, int]
+    path: Path
+    """The file, or its local copy."""
+    identity: tuple[int, int] | None
     """(inode, bytes) of the file when it was opened."""
     reader: ipc.RecordBatchFileReader
     shapes: dict[str, list[int]]
 
 
 class ExpertStore:
-    """The trajectories of one recipe in one folder. Opening creates nothing; reading is safe from several threads.
+    """The trajectories of one recipe in one folder or prefix. Opening creates nothing; reading is safe from several
+    threads, and writing from several processes.
 
     Raises UserError where the folder holds trajectories of another recipe.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    def __init__(self, folder: Place, recipe: Recipe):
         if recipe.dtype not in STORED:
             raise ValueError(f"recipe.dtype is {recipe.dtype!r}, known: {', '.join(STORED)}")
         self.__setstate__((folder, recipe))
         self._claimed()
 
-    def __getstate__(self) -> tuple[Path, Recipe]:
+    def __getstate__(self) -> tuple[Place, Recipe]:
         return self.folder, self.recipe
 
-    def __setstate__(self, state: tuple[Path, Recipe]) -> None:
+    def __setstate__(self, state: tuple[Place, Recipe]) -> None:
         self.folder, self.recipe = state
         self._open: dict[int, _Trajectory] = {}
         self._lock = threading.Lock()
 
     def missing(self, count: int) -> list[int]:
         """The indices below `count` that have no whole trajectory."""
+        if isinstance(self.folder, Remote):  # one request for all of them; an object that is there is whole
+            names = {each.name for each in self.folder.iterdir()}
+            return [n for n in range(count) if not {self._arrow(n).name, self._manifest(n).name} <= names]
         return [index for index in range(count) if not self._whole(index)]
 
     def write(self, index: int, snapshots: Iterable[dict[str, Tensor]]) -> None:
@@ -96,16 +105,20 @@ class ExpertStore:
         The tensors may alias live ones: a snapshot is on its way to disk before the next one is asked for. Floating
         tensors are stored as `recipe.dtype`, all others as int64. An earlier trajectory `index` stays until the new one
         is whole. Raises UserError for non-finite values, ValueError unless there are E + 1 snapshots of equal names and
-        shapes, OSError for a full disk; then nothing of the new trajectory is left.
+        shapes, OSError for a full disk; then nothing of the new trajectory is left. In an object store one that came
+        to be there in the meantime stays: it is the same.
         """
         if index < 0:
             raise ValueError(f"the index of a trajectory is {index}, must be at least 0")
         if not self._claimed():
-            self.folder.mkdir(parents=True, exist_ok=True)
             atomic.write_text(self.folder / "store.json", json.dumps({"format": FORMAT, "recipe": _plain(self.recipe)}))
         arrow, manifest = self._arrow(index), self._manifest(index)
-        _sweep(self.folder, f".{arrow.name}.*.tmp")
-        temporary = self.folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        if isinstance(arrow, Remote):
+            self._send(index, snapshots, arrow)
+            return
+        folder = arrow.parent
+        atomic.sweep(folder, f".{arrow.name}.*.tmp")
+        temporary = folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             with temporary.open("xb") as file:
                 with suppress(OSError):  # a file system without locks: then its leftovers are not swept
@@ -117,13 +130,29 @@ class ExpertStore:
             self._claimed()  # whoever created the folder in the meantime may have had another recipe
             manifest.unlink(missing_ok=True)
             temporary.replace(arrow)
-            facts = {"epochs": self.recipe.epochs, "bytes": sink.bytes, "checksum": sink.digest.hexdigest()}
-            atomic.write_text(manifest, json.dumps({**facts, "tensors": shapes}))
+            self._list(index, sink, shapes)
         except BaseException:
             temporary.unlink(missing_ok=True)
             if not manifest.exists():
                 arrow.unlink(missing_ok=True)
             raise
+
+    def _send(self, index: int, snapshots: Iterable[dict[str, Tensor]], arrow: Remote) -> None:
+        """`write` into an object store."""
+        with cache.scratch() as file:
+            sink = _Sink(file)
+            shapes = self._stream(index, snapshots, sink)
+            file.flush()
+            self._claimed()
+            if not self._whole(index):
+                arrow.upload(Path(file.name))
+                self._list(index, sink, shapes)
+            cache.keep(file, sink.digest.hexdigest())
+
+    def _list(self, index: int, sink: "_Sink", shapes: dict[str, list[int]]) -> None:
+        """Write the manifest of a trajectory: now it exists."""
+        facts = {"epochs": self.recipe.epochs, "bytes": sink.bytes, "checksum": sink.digest.hexdigest()}
+        atomic.write_text(self._manifest(index), json.dumps({**facts, "tensors": shapes}))
 
     def read(self, index: int, epoch: int) -> dict[str, Tensor]:
         """The tensors of one snapshot by name: fresh, writable, on the CPU, float32 or int64, in their own shapes.
@@ -158,17 +187,14 @@ class ExpertStore:
         try:
             with self._lock:
                 self._opened(index)
-            with self._arrow(index).open("rb") as file:
-                digest = hashlib.file_digest(file, _digest).hexdigest()
-            if digest != json.loads(self._manifest(index).read_text())["checksum"]:
-                raise ValueError("its checksum is not the one in its manifest")
+            self._with_file(index, _check_digest)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             self._damaged(index, error)
 
-    def _arrow(self, index: int) -> Path:
+    def _arrow(self, index: int) -> Place:
         return self.folder / f"{index:05d}.arrow"
 
-    def _manifest(self, index: int) -> Path:
+    def _manifest(self, index: int) -> Place:
         return self.folder / f"{index:05d}.json"
 
     def _damaged(self, index: int, error: Exception) -> NoReturn:
@@ -206,8 +232,11 @@ class ExpertStore:
 
     def _whole(self, index: int) -> bool:
         """Is there a manifest, and a file of the size it states?"""
+        arrow, manifest = self._arrow(index), self._manifest(index)
+        if isinstance(arrow, Remote):
+            return manifest.exists() and arrow.exists()
         try:
-            return json.loads(self._manifest(index).read_text())["bytes"] == self._arrow(index).stat().st_size
+            return json.loads(manifest.read_text())["bytes"] == arrow.stat().st_size
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -255,20 +284,38 @@ class ExpertStore:
 
     def _opened(self, index: int) -> _Trajectory:
         """Trajectory `index`, from the cache where the file is still the same one. The caller holds the lock."""
-        path = self._arrow(index)
-        status = path.stat()
-        identity = status.st_ino, status.st_size
         kept = self._open.pop(index, None)
-        if kept is None or kept.identity != identity:
-            manifest = json.loads(self._manifest(index).read_text())
-            if status.st_size != manifest["bytes"]:
-                raise ValueError(f"{status.st_size} bytes, its manifest says {manifest['bytes']}")
-            reader = ipc.open_file(pa.memory_map(str(path)))
-            kept = _Trajectory(identity, reader, self._checked(reader, manifest))
+        if kept is None or kept.identity != _identity(kept.path):
+            if isinstance(self.folder, Remote):  # let go of what was pushed out of the cache, for the disk's sake
+                self._open = {n: each for n, each in self._open.items() if each.identity == _identity(each.path)}
+            kept = self._with_file(index, self._mapped)
         self._open[index] = kept  # last: the one used longest ago is first
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]
         return kept
+
+    def _with_file(self, index: int, use: Callable[[Path, dict[str, Any]], Found]) -> Found:
+        """What `use` makes of the file of trajectory `index`, or of its local copy, and of its manifest. A copy that
+        `use` can't read is fetched once more: it was tested as it came, so it was damaged here."""
+        arrow, manifest = self._arrow(index), json.loads(self._manifest(index).read_text())
+        if isinstance(arrow, Path):
+            return use(arrow, manifest)
+        for last in (False, True):
+            with cache.copy(arrow, manifest["bytes"], manifest["checksum"]) as path:
+                try:
+                    return use(path, manifest)
+                except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+                    if last:
+                        raise
+                    path.unlink(missing_ok=True)
+        raise AssertionError("not reached")
+
+    def _mapped(self, path: Path, manifest: dict[str, Any]) -> _Trajectory:
+        size = path.stat().st_size
+        if size != manifest["bytes"]:
+            raise ValueError(f"{size} bytes, its manifest says {manifest['bytes']}")
+        reader = ipc.open_file(pa.memory_map(str(path)))
+        return _Trajectory(path, _identity(path), reader, self._checked(reader, manifest))
 
     def _checked(self, reader: ipc.RecordBatchFileReader, manifest: dict[str, Any]) -> dict[str, list[int]]:
         """The shapes by name, after comparing the file's schema with the recipe and with its manifest."""
@@ -296,7 +343,7 @@ class _Sink:
     closed = False
 
     def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.bytes = file, _digest(), 0
+        self.file, self.digest, self.bytes = file, cache.digest(), 0
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
@@ -313,7 +360,7 @@ class _Sink:
         """Arrow calls this; the file stays open."""
 
 
-def folder(root: Path, recipe: Recipe) -> Path:
+def folder(root: Place, recipe: Recipe) -> Place:
     """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts.
 
     Those without DSA (Table 10) live beside those with it, as convnet-in-w128-d3-none.
@@ -333,13 +380,16 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(recipe._asdict()))
 
 
-def _digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=32)
+def _identity(path: Path) -> tuple[int, int] | None:
+    """(inode, bytes) of a file, None where it is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size
 
 
-def _sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed writers left behind: a living one holds a lock on its file."""
-    for leftover in folder.glob(pattern):
-        with suppress(OSError), leftover.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+def _check_digest(path: Path, manifest: dict[str, Any]) -> None:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, cache.digest).hexdigest() != manifest["checksum"]:
+            raise ValueError("its checksum is not the one in its manifest")

@@ -8,7 +8,6 @@ import bisect
 import functools
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from fbpc_ray import atomic
+from fbpc_ray.storage import Place
 
 DPI = 150
 # All lengths are whole pixels, so that every pixel of an image is a square of the same size.
@@ -34,7 +34,7 @@ def coreset_grid(
     images: np.ndarray,
     labels: np.ndarray,
     classes: tuple[str, ...],
-    path: Path,
+    path: Place,
     title: str = "",
     max_per_class: int = 10,
     max_classes: int = 20,

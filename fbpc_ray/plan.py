@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from fbpc_ray.methods.common import expert_epochs
 from fbpc_ray.methods.weight_space import AHEAD
 from fbpc_ray.provenance import home
 from fbpc_ray.signals import Interruption
+from fbpc_ray.storage import place
 from fbpc_ray.vision import contract, datasets, zoo
 from fbpc_ray.vision.datasets import Dataset
 from fbpc_ray.vision.zoo import Network, Spec
@@ -104,7 +104,7 @@ def store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
         architecture=spec.architecture, width=spec.width, depth=spec.depth, epochs=e.expert_epochs, lr=e.expert_lr,
         batch_size=e.expert_batch_size, augment=config.networks.augment, dtype=e.expert_dtype, seed=e.expert_seed,
     )  # fmt: skip
-    root = Path(e.experts).expanduser() if e.experts else home() / "experts"
+    root = place(e.experts) if e.experts else home() / "experts"
     return ExpertStore(expert_files.folder(root.absolute(), recipe), recipe)
 
 

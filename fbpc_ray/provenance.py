@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fbpc_ray import __version__
+from fbpc_ray.storage import local_folder
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 
@@ -16,7 +17,7 @@ def home() -> Path:
     """Where experts, outputs and mlflow.db go unless told otherwise: $FBPC_HOME, else the current folder; in a
     submitted Ray job, whose current folder is a temporary copy, ~/fbpc-ray."""
     if chosen := os.environ.get("FBPC_HOME"):
-        return Path(chosen).expanduser().absolute()
+        return local_folder(chosen, "FBPC_HOME").absolute()
     return Path.home() / "fbpc-ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 

@@ -12,6 +12,7 @@ from fbpc_ray.reproduce import run
 from fbpc_ray.reproduce.render import cell_means
 from fbpc_ray.reproduce.run import Options
 from fbpc_ray.reproduce.tables import SCALES, TABLES, Request
+from fbpc_ray.storage import local_folder
 
 
 def reproduce(
@@ -38,10 +39,10 @@ def reproduce(
             raise UserError(f"{name} is {value}: it must be 1 or more")
     if any(count < 1 for count in ipc):
         raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
-    size = SCALES[scale]
+    size, folder = SCALES[scale], local_folder(out, "--out").absolute()
     size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, eval_seeds=eval_seeds or size.eval_seeds)
     options = Options(
-        table, scale, Request(size, sources, ipc, _overrides(override), base), Path(out).absolute(), only,
+        table, scale, Request(size, sources, ipc, _overrides(override), base), folder, only,
         Path(corruptions) if corruptions else None, cost_steps, dry_run,
     )  # fmt: skip
     with says_how_to_resume("the same command goes on"):

@@ -8,7 +8,6 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,16 +17,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fbpc_ray import atomic, config
+from fbpc_ray import atomic, config, storage
 from fbpc_ray.config import MAY_CHANGE_ON_RESUME, Config
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError
+from fbpc_ray.storage import Place
 
 
 class Run:
-    """A run's folder. Opening one writes nothing."""
+    """A run's folder, or its prefix in an object store. Opening one writes nothing."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Place):
         self.folder = folder.absolute()
         self.config_path = self.folder / "config.json"
         self.state_path = self.folder / "checkpoint" / "state.safetensors"
@@ -61,13 +61,13 @@ class Run:
         if not self.state_path.exists():
             return None
         try:
-            with safetensors.safe_open(self.state_path, "pt") as file:
+            with storage.local(self.state_path) as path, safetensors.safe_open(path, "pt") as file:
                 images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
                 step = int(file.metadata()["step"])
             shape = (len(labels), *image_shape)
             if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
                 raise ValueError(f"images of {tuple(images.shape)}, not {shape}")
-            rows = pq.read_table(self.metrics_path).to_pylist() if self.metrics_path.exists() else []
+            rows = _rows(self.metrics_path)
         except (safetensors.SafetensorError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
@@ -94,3 +94,10 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
     return buffer.getvalue()
+
+
+def _rows(path: Place) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with storage.local(path) as file:
+        return pq.read_table(file).to_pylist()

@@ -33,6 +33,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from fbpc_ray.storage import Place, local
+
 ENVIRONMENT = {  # defaults that MLflow reads at import and later: silent, no telemetry, short waits; the user's win
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -167,15 +169,17 @@ class Tracker:
 
         self._put(_Record(send))
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """A file, or a folder with all it holds, under `folder` of the run's artifacts; read when it is delivered."""
+    def artifact(self, path: Place, folder: str | None = None) -> None:
+        """A file, or a folder of this machine with all it holds, under `folder` of the run's artifacts; read when it is
+        delivered."""
         path = path.absolute()
 
         def send(client: MlflowClient, run: str, _again: bool) -> None:
-            if path.is_dir():
+            if isinstance(path, Path) and path.is_dir():
                 client.log_artifacts(run, str(path), f"{folder}/{path.name}" if folder else path.name)
-            else:
-                client.log_artifact(run, str(path), folder)
+                return
+            with local(path) as file:
+                client.log_artifact(run, str(file), folder)
 
         self._put(_Record(send))
 

@@ -16,7 +16,7 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "allocator atomic config rng types signals provenance",
+    1: "allocator atomic cache config rng storage types signals provenance",
     2: "inference.* vision.*",
     3: "coreset experts",
     4: "teach methods.* evaluate",
@@ -126,8 +126,8 @@ def test_inference_and_vision_do_not_know_each_other_nor_anything_above():
 
 
 def test_the_base_imports_nothing_of_the_package_but_errors_and_each_other():
-    """config, errors, rng, types and atomic can be read, and tested, without the rest."""
-    base = {"config", "errors", "rng", "types", "atomic"}
+    """config, errors, rng, types, atomic and storage can be read, and tested, without the rest."""
+    base = {"config", "errors", "rng", "types", "atomic", "storage"}
     for who, whom, _ in inner():
         if who in base:
             assert whom in base, f"{who} imports {whom}"
@@ -135,10 +135,10 @@ def test_the_base_imports_nothing_of_the_package_but_errors_and_each_other():
 
 
 def test_tracking_figures_and_charts_know_nobody():
-    """They take plain values; of the package at most the error and the whole-file write, which are standard library."""
+    """They take plain values; of the package at most the error, places, and the whole-file write."""
     for who, whom, _ in inner():
         if who in ("tracking", "figures", "charts"):
-            assert whom in ("errors", "atomic", "__init__"), f"{who} imports {whom}"
+            assert whom in ("errors", "atomic", "storage", "__init__"), f"{who} imports {whom}"
 
 
 def test_nothing_below_cluster_imports_it_at_module_level():
