@@ -8,7 +8,7 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 
 import io
 import json
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,20 +23,25 @@ from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError
 from fbpc_ray.storage import Place
 
+Where = TypeVar("Where", bound=Place)
 
-class Run:
+
+class Run(Generic[Where]):
     """A run's folder, or its prefix in an object store. Opening one writes nothing."""
 
-    def __init__(self, folder: Place):
-        self.folder = folder.absolute()
-        self.config_path = self.folder / "config.json"
-        self.state_path = self.folder / "checkpoint" / "state.safetensors"
-        self.metrics_path = self.folder / "metrics.parquet"
-        self.coreset_path = self.folder / "coreset" / "coreset.safetensors"
-        self.random_path = self.folder / "coreset" / "random.safetensors"
-        self.picture_path = self.folder / "coreset.png"
-        self.reliability_path = self.folder / "reliability.png"
-        self.result_path = self.folder / "result.json"
+    def __init__(self, folder: Where):
+        self.folder = cast(Where, folder.absolute())
+        self.config_path = self._of("config.json")
+        self.state_path = self._of("checkpoint/state.safetensors")
+        self.metrics_path = self._of("metrics.parquet")
+        self.coreset_path = self._of("coreset/coreset.safetensors")
+        self.random_path = self._of("coreset/random.safetensors")
+        self.picture_path = self._of("coreset.png")
+        self.reliability_path = self._of("reliability.png")
+        self.result_path = self._of("result.json")
+
+    def _of(self, name: str) -> Where:
+        return cast(Where, self.folder / name)
 
     def refuse_if_taken(self) -> None:
         """Raise UserError where the folder holds something already, but for what a kill left of a first config.json."""

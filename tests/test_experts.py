@@ -108,7 +108,7 @@ def test_float32_comes_back_to_the_bit(tmp_path):
     for index in (0, 2):
         store.write(index, trajectory(index))
     assert store.missing(3) == [1]
-    assert visible(store.folder) == ["00000.arrow", "00000.json", "00002.arrow", "00002.json", "store.json"]
+    assert visible(tmp_path / "new/store") == ["00000.arrow", "00000.json", "00002.arrow", "00002.json", "store.json"]
     for opened in (store, ExpertStore(store.folder, RECIPE)):
         for index in (0, 2):
             for epoch in (3, 0, 1, 2):
