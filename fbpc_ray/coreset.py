@@ -95,7 +95,7 @@ def load(path: Place) -> Coreset:
             raise ValueError(problem)
     except FileNotFoundError as error:
         raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
         raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
     return coreset

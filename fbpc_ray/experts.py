@@ -216,7 +216,7 @@ class ExpertStore:
             version, recipe = store["format"], dict(store["recipe"])
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}): give another --experts folder") from error
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, this version reads {FORMAT}: give another --experts folder")
@@ -237,7 +237,7 @@ class ExpertStore:
             return manifest.exists() and arrow.exists()
         try:
             return json.loads(manifest.read_text())["bytes"] == arrow.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _stream(self, index: int, snapshots: Iterable[dict[str, Tensor]], sink: "_Sink") -> dict[str, list[int]]:

@@ -72,18 +72,25 @@ class Run(Generic[Where]):
             shape = (len(labels), *image_shape)
             if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
                 raise ValueError(f"images of {tuple(images.shape)}, not {shape}")
-            rows = _rows(self.metrics_path)
+            rows = [row for row in _rows(self.metrics_path) if row["step"] <= step]
         except (safetensors.SafetensorError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
             ) from None
-        return State(step, images, velocity, *inner.tolist()), [row for row in rows if row["step"] <= step]
+        return State(step, images, velocity, *inner.tolist()), rows
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
-        return json.loads(self.result_path.read_text()) if self.result_path.exists() else None
+        """The result; None where there is none yet. Raises UserError for damage."""
+        if not self.result_path.exists():
+            return None
+        try:
+            result = json.loads(self.result_path.read_bytes())
+            return dict(result) | {"steps": int(result["steps"]), "coresets": dict(result["coresets"])}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.result_path} is damaged ({error!r:.80}): delete it and run again") from None
 
 
 def check_resume(stored: Config, wanted: Config) -> None:

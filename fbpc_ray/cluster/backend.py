@@ -323,12 +323,12 @@ def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> A
 def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> None:
     """Join the cluster at `address`, or start one that nobody can reach from another machine. Raises UserError."""
     try:
-        starts = services.canonicalize_bootstrap_address(address or None, options.get("_temp_dir")) is None
+        given: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
+        starts = services.canonicalize_bootstrap_address(given, options.get("_temp_dir")) is None
+        if starts:
+            given, options = "local", {"include_dashboard": False, **options}
         with on_loopback() if starts else nullcontext():
-            ray.init(
-                address="local" if starts else address or None, logging_level=logging.ERROR, log_to_driver=False,
-                **({"include_dashboard": False} if starts else {}) | options,
-            )  # fmt: skip
+            ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
         raise UserError(
             f"Ray refused the token ({first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "

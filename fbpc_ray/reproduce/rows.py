@@ -83,8 +83,11 @@ class Rows:
         found = []
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                found += pq.read_table(path, schema=SCHEMA).to_pylist()
-            except (pa.ArrowException, OSError) as error:
+                rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+                if any(row["key"] is None for row in rows):
+                    raise ValueError("it has no rows of a table")
+                found += rows
+            except (pa.ArrowException, OSError, ValueError) as error:
                 line = str(error).splitlines()[0]
                 raise UserError(f"{path} can't be read ({line}): delete it, and its cell is made again") from None
         return found

@@ -30,6 +30,8 @@ SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid":
 """Name of a folder, or first word of a parquet file's name (lower case) -> the split that it holds."""
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+"""What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 NPZ_KEYS = {
@@ -243,7 +245,7 @@ def _rgb(data: bytes | None) -> np.ndarray:
     """One encoded image -> (3, h, w) uint8. PIL in one thread takes 0.08 ms for 32x32; threads don't help."""
     if data is None:
         raise ValueError("no image bytes")
-    with Image.open(BytesIO(data)) as image:
+    with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixels of mode {image.mode}, only 8 bits a channel are supported")
         if image.mode == "P":  # a palette may hold transparency, which only RGBA takes without a warning
