@@ -226,7 +226,7 @@ def loaders(small, digits, tmp_path_factory):
     def checkpoint():
         return run.restore(labels, digits.image_shape)
 
-    place = experts().folder
+    place = Path(str(experts().folder))
     found: dict[str, tuple[Path, Callable[[], object]]] = {
         "coreset": (run.coreset_path, lambda: coreset.load(run.coreset_path)),
         "what made a coreset": (run.coreset_path, lambda: coreset.metadata(run.coreset_path)),

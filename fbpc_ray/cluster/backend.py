@@ -327,7 +327,8 @@ def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) 
         starts = services.canonicalize_bootstrap_address(given, options.get("_temp_dir")) is None
         if starts:
             given, options = "local", {"include_dashboard": False, **options}
-        with on_loopback() if starts else nullcontext():
+        host = (address or os.environ.get("RAY_ADDRESS", "")).rpartition(":")[0]
+        with on_loopback() if starts or host in ("127.0.0.1", "localhost") else nullcontext():
             ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
         raise UserError(
@@ -345,8 +346,8 @@ def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) 
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """What Ray starts inside listens on 127.0.0.1 alone. It does so by itself on macOS and Windows, by this switch;
-    elsewhere it takes the machine's address, for _node_ip_address="127.0.0.1" too."""
+    """What Ray starts inside listens on 127.0.0.1 alone, and 127.0.0.1 means 127.0.0.1 to what connects. It does so by
+    itself on macOS and Windows, by this switch; elsewhere it puts the machine's address in the place of 127.0.0.1."""
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
