@@ -1,6 +1,6 @@
 """Every setting, documented field by field; the command line's flags are made from these classes.
 
-`PRESETS` are the rows of the paper's Table 4, plus `digits`, the small default that runs anywhere.
+`PRESETS` are the rows of the paper's Table 4, plus `digits`, the small default that runs anywhere; a file can be one.
 Values marked [paper] are the paper's; [method] are readings of what the paper leaves open.
 """
 
@@ -211,6 +211,32 @@ def _fitting(name: str, value: Any, kind: Any) -> Any:
     raise UserError(f"--{name.replace('_', '-')} is {value!r}: it must be of type {expected}")
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep tries, and how it chooses. Trials see the training images and the validation split alone."""
+
+    space: str = ""
+    """MODULE:NAME of {flag: what to try}, importable from the current folder: domains of ray.tune (loguniform(1, 100),
+    choice([...]), grid_search([...])), functions of the trial's other values, or plain values. Empty: T, gamma,
+    lambda_x, lambda_u, N, alpha and B of Table 4, around the values of the preset and the flags."""
+    grid: tuple[str, ...] = ()
+    """FLAG=VALUE,VALUE ...: all combinations, instead of --space or on top of it; alone, each combination once."""
+    samples: int = 0
+    """Configurations drawn (of each combination of a grid), by --seed; 0 means 8, or 1 with --grid alone."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: a trial whose metric is worse than the median of those that came as far is stopped; none: all end."""
+    metric: Literal["nll", "accuracy"] = "nll"
+    """On the validation split, the mean over the architectures."""
+    evaluate_every: int = 0
+    """Steps between two looks at the validation split, each with a checkpoint; 0 means a quarter of --steps."""
+    judge_chain_steps: int = 0
+    """Epochs of the chains of these looks; 0 means a fifth of --chain-steps."""
+    judge_seeds: int = 1
+    """Chains of these looks for each architecture."""
+    workers_per_trial: int = 0
+    """Gradient workers of a trial; 0 means as many as leave room for all trials at once, and one at least."""
+
+
 GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Workers, Output)
 
 
@@ -279,10 +305,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration of a preset. Raises UserError for an unknown one."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
-    return Config().updated(**PRESETS[name])
+    """The configuration of a preset: a name in `PRESETS`, or a JSON file of {flag: value}. Raises UserError."""
+    if name in PRESETS:
+        return Config().updated(**PRESETS[name])
+    if (path := Path(name).expanduser()).is_file():
+        return from_json(path.read_bytes(), name)
+    if name.endswith(".json") or "/" in name:
+        raise UserError(f"--preset {name}: there is no such file; give the best.json of a sweep, or a name")
+    raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
+
+
+def to_preset(config: Config) -> str:
+    """The text of a preset file: what makes a result, without the places and machines of one run."""
+    mine = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads"} | {"data_root", "download"}
+    return json.dumps({name: value for name, value in config.flat().items() if name not in mine}, indent=2) + "\n"
 
 
 def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[str, Any]:
@@ -307,6 +343,29 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
         return config.updated(method=method)
     row = 1 if ipc < 10 else 10 if ipc < 20 else 20
     return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
+
+
+def from_word(word: str, option: str) -> tuple[str, str]:
+    """FLAG=TEXT as (field, text); `option` is where it was given. Raises UserError for an unknown flag."""
+    name, equals, text = word.partition("=")
+    name, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
+    if not equals or name not in known:
+        raise UserError(f"{option} {word}: write FLAG=VALUE; {closest(name, known)}")
+    return name, text
+
+
+def from_text(name: str, text: str, said: str) -> Any:
+    """`text` as a value of the flag `name`; `said` is what was given, for the error. Raises UserError."""
+    default = Config().flat()[name]
+    if isinstance(default, str):
+        value: Any = text
+    else:
+        try:
+            value = json.loads(text.lower() if isinstance(default, bool) else text)
+        except ValueError:
+            raise UserError(f"{said}: {text!r} is no {type(default).__name__}") from None
+    Config().updated(**{name: value})
+    return value
 
 
 def to_json(config: Config) -> str:

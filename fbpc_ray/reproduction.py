@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fbpc_ray.commands import log, says_how_to_resume, tracking_module
-from fbpc_ray.config import Config
+from fbpc_ray.config import Config, from_text, from_word
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.provenance import home
 from fbpc_ray.reproduce import run
@@ -82,18 +82,8 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
 
 def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
     """FLAG=VALUE words as values of the flags' types. Raises UserError."""
-    known, found = Config().flat(), {}
+    found = {}
     for word in words:
-        name, equals, text = word.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        if not equals or name not in known:
-            raise UserError(f"--override {word}: write FLAG=VALUE; {closest(name, list(known))}")
-        if isinstance(known[name], str):
-            found[name] = text
-            continue
-        try:
-            found[name] = json.loads(text.lower() if isinstance(known[name], bool) else text)
-        except ValueError:
-            raise UserError(f"--override {word}: {text!r} is no {type(known[name]).__name__}") from None
-    Config().updated(**found)
+        name, text = from_word(word, "--override")
+        found[name] = from_text(name, text, f"--override {word}")
     return found

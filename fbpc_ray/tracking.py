@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import getpass
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -26,10 +27,11 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
 
@@ -80,6 +82,38 @@ def ui_command(uri: str) -> str:
     )
 
 
+def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """The page that compares runs of one experiment: on the server, or where `ui_command` will show it."""
+    runs, experiments = (quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
+    return f"{_server(uri)}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+class Found(NamedTuple):
+    """A run of the store."""
+
+    run_id: str
+    experiment_id: str
+    running: bool
+
+
+def find_runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, Found]:
+    """{key of a `Tracker`: its run} of the runs that carry a tag. Empty where MLflow doesn't answer."""
+    uri = _absolute(uri)
+    with contextlib.suppress(Exception):
+        place = Path(unquote(urlsplit(uri).path[1:])).parent if uri.startswith(SQLITE) else None
+        client, found, page = _open_store(uri, place), {}, None
+        known = client.get_experiment_by_name(experiment)
+        while known:
+            part = client.search_runs([known.experiment_id], f"tags.`{_name(tag)}` = '{value}'", page_token=page)
+            for run in part:
+                key = run.data.tags.get(SESSION, run.info.run_id)
+                found[key] = Found(run.info.run_id, run.info.experiment_id, run.info.status == "RUNNING")
+            page = part.token
+            if not page:
+                return found
+    return {}
+
+
 @dataclass(slots=True)
 class _Record:
     """One call of the caller. `metrics` beside `send`: neighbours of that kind share one request."""
@@ -94,6 +128,7 @@ class Tracker:
 
     Args:
         uri: of the tracking server or database; a relative SQLite path is taken from the working directory.
+        key: in the place of `run_id`: continue the run that was made with this key, or make one. Not for two at once.
         run_id: continue this run. Points it has already, with the same value, are not logged again; params that have
             changed become tags `resumed/<name>`. If it is gone, a new run is created, with a note.
         tags, params: of the run, the first two records to be delivered; too long values are cut, visibly.
@@ -108,6 +143,7 @@ class Tracker:
         *,
         run_name: str,
         run_id: str | None = None,
+        key: str = "",
         tags: Mapping[str, str] | None = None,
         params: Mapping[str, object] | None = None,
         log: Callable[[str], None] = print,
@@ -121,7 +157,7 @@ class Tracker:
         self.experiment_id: str | None = None
         self._experiment, self._run_name, self._log = experiment, run_name, log
         self._retry_seconds, self._finish_seconds = retry_seconds, finish_seconds
-        self._started, self._session = _milliseconds(), uuid.uuid4().hex
+        self._started, self._session, self._keyed = _milliseconds(), key or uuid.uuid4().hex, bool(key)
         self._continued = run_id is not None
         self._past: dict[str, set[tuple[int, float]]] = {}  # continued run: metric -> {(step, value)} it has already
         self._wake = threading.Condition()  # guards what follows; the worker sends without holding it
@@ -142,6 +178,14 @@ class Tracker:
         self._worker = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._worker.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Until the run has an id, for so long at most, or until MLflow doesn't answer. Whether it has one."""
+        end = time.monotonic() + seconds
+        while not self.experiment_id and time.monotonic() < end and "silent" not in self._noted:
+            time.sleep(0.05)
+        self._say_notes()
+        return self.experiment_id is not None
+
     @property
     def pending(self) -> int:
         """Calls whose record has not been delivered (yet)."""
@@ -150,8 +194,7 @@ class Tracker:
     @property
     def url(self) -> str | None:
         """The run's page: on its server, or where `ui_command` will show it; None while the run has no id."""
-        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}" if self.experiment_id else None
+        return f"{_server(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}" if self.experiment_id else None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points at `step`. NaN and infinity are kept: MLflow stores NaN as it is and an infinity as +-1.8e308."""
@@ -299,6 +342,7 @@ class Tracker:
                 self._note("restored", f"MLflow: experiment {self._experiment!r} was deleted; it is restored.")
         found = client.search_runs([experiment_id], f"tags.{SESSION} = '{self._session}'", max_results=1)
         if found:
+            self._continued = self._continued or self._keyed
             return found[0]
         tags = {"mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL", SESSION: self._session}
         with contextlib.suppress(OSError, KeyError):
@@ -375,6 +419,10 @@ class Tracker:
             points = [point for point in points if (point.step, _stored(point.value)) not in self._past[point.key]]
         for start in range(0, len(points), MAX_METRICS):
             client.log_batch(run, metrics=points[start : start + MAX_METRICS], synchronous=True)
+
+
+def _server(uri: str) -> str:
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 def _open_store(uri: str, place: Path | None) -> MlflowClient:

@@ -52,6 +52,11 @@ def room(nodes: Sequence[Node], need: Need) -> int:
     return sum(_fits(node, need) for node in nodes)
 
 
+def share(nodes: Sequence[Node], need: Need, units: int, trials: int) -> int:
+    """How many workers each of several trials gets: an equal part of the room, one at least, `units` at most."""
+    return max(1, min(units, room(nodes, need) // trials))
+
+
 def lacking(nodes: Sequence[Node], need: Need) -> str:
     """Why not one worker fits: one line."""
     have = ", ".join(sorted({f"{node.cpus:g} CPU and {node.gpus:g} GPU" for node in nodes})) or "nothing"
@@ -75,8 +80,11 @@ def _fits(node: Node, need: Need) -> int:
 
 
 def _slots(gpus: float, each: float) -> int:
-    """A fraction lies on one GPU."""
-    return int(gpus + 1e-6) * int(1 / each + 1e-6) if each < 1 else int(gpus / each + 1e-6)
+    """A fraction lies on one GPU; what a bundle has beyond whole ones is a part of one."""
+    whole = int(gpus + 1e-6)
+    if each >= 1:
+        return int(gpus / each + 1e-6)
+    return whole * int(1 / each + 1e-6) + int((gpus - whole) / each + 1e-6)
 
 
 def _floor(value: float, digits: int) -> float:

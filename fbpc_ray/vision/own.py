@@ -39,7 +39,7 @@ def search_current_folder() -> None:
 
 
 @contextmanager
-def users_code(name: str) -> Iterator[None]:
+def users_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION") -> Iterator[None]:
     """Around code of the user: whatever it raises is a UserError of one line that names the place in that code."""
     try:
         yield
@@ -52,5 +52,5 @@ def users_code(name: str) -> Iterator[None]:
         where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         missing = isinstance(error, ImportError | AttributeError | ValueError) and not places
-        mend = "give MODULE:FUNCTION as Python imports it from this folder" if missing else "mend it"
-        raise UserError(f"--architectures {name} fails{where} ({what}): {mend}") from error
+        mend = f"give MODULE:{kind} as Python imports it from this folder" if missing else "mend it"
+        raise UserError(f"{flag} {name} fails{where} ({what}): {mend}") from error
