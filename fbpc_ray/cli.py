@@ -18,6 +18,7 @@ from fbpc_ray.config import (
     Evaluation,
     Experts,
     Networks,
+    Sweep,
     Workers,
     preset,
     read_config,
@@ -30,6 +31,8 @@ from fbpc_ray.signals import Interrupted
 from fbpc_ray.storage import place
 
 Arguments = TypeVar("Arguments")
+VALIDATION = 0.1
+"""Share of the training images that a sweep holds out where --validation doesn't say."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Job:
     """This call, not the run."""
 
     preset: str = ""
-    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) or digits; other flags change it. Empty: the row of
-    --data and --ipc where there is one, and digits where --data is not given."""
+    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50), digits, or a JSON file, such as the best.json of a
+    sweep; other flags change it. Empty: the row of --data and --ipc where there is one, and digits where --data is not
+    given."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint."""
     again: bool = False
@@ -95,6 +99,15 @@ class EvaluateArguments:
     """Say what would be done, and write nothing."""
     json: str = ""
     """Also write the result to this file."""
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """Sweep hyperparameters with Ray Tune, choose on the validation split, and judge the best on test, once."""
+
+    job: Job = field(default_factory=Job)
+    sweep: Sweep = field(default_factory=Sweep)
+    config: Config = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,20 @@ def evaluate(argv: list[str], program: str) -> None:
     )  # fmt: skip
 
 
+def tune(argv: list[str], program: str) -> None:
+    base = _base(argv)
+    if not base.data.validation:
+        base = base.updated(validation=VALIDATION)
+    args = _parse(TuneArguments, argv, program, TuneArguments(config=base))
+    from fbpc_ray import tuning
+
+    job = args.job
+    if job.resume and args.config.output.out:
+        stored = tuning.read_plan(Path(args.config.output.out)).settings
+        args = _parse(TuneArguments, argv, program, TuneArguments(sweep=stored, config=base))
+    tuning.tune(args.config, args.sweep, resume=job.resume, dry_run=job.dry_run, json=job.json)
+
+
 def reproduce(argv: list[str], program: str) -> None:
     args = _parse(ReproduceArguments, argv, program)
     from fbpc_ray import reproduction
@@ -233,6 +260,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "distill": distill,
     "experts": experts,
     "evaluate": evaluate,
+    "tune": tune,
     "reproduce": reproduce,
 }
 
@@ -240,7 +268,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
 def _usage() -> str:
     kinds = {
         "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
-        "reproduce": ReproduceArguments,
+        "tune": TuneArguments, "reproduce": ReproduceArguments,
     }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])

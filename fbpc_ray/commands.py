@@ -34,7 +34,7 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-class _Job(NamedTuple):
+class Prepared(NamedTuple):
     """A configuration and what it stands for."""
 
     settings: Config
@@ -44,7 +44,7 @@ class _Job(NamedTuple):
     """The experts of each network; none for a method that needs none."""
 
 
-def _prepare(settings: Config, dry_run: bool) -> _Job:
+def prepare(settings: Config, dry_run: bool) -> Prepared:
     """Load the data, build the networks and open the stores. Writes nothing, but for --download where it is no dry run.
 
     Raises UserError for what can't be.
@@ -54,16 +54,16 @@ def _prepare(settings: Config, dry_run: bool) -> _Job:
     dataset = plan.load_data(settings, log)
     specs = plan.specs(settings, dataset)
     stores = [plan.store(settings, dataset, spec) for spec in specs] if _steps(settings) else []
-    return _Job(settings, dataset, specs, stores)
+    return Prepared(settings, dataset, specs, stores)
 
 
 def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing."""
     settings = plan.canonical(settings)
     plan.check(settings)
-    job = _prepare(settings, dry_run)
+    job = prepare(settings, dry_run)
     if dry_run:
-        _describe(job)
+        describe(job)
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("the same command goes on"):
         count = settings.experts.expert_count
@@ -71,7 +71,7 @@ def experts(settings: Config, *, dry_run: bool, json: str) -> None:
     folders = {spec.architecture: str(store.folder) for spec, store in zip(job.specs, job.stores, strict=True)}
     for architecture, folder in folders.items():
         log(f"{architecture}: {folder}")
-    _write_json(json, folders)
+    write_json(json, folders)
 
 
 def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None:
@@ -80,11 +80,11 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     plan.check(settings)
     if resume and (done := run.read_result()) and done["steps"] >= _steps(settings):
         log(f"this run is complete; raise --steps above {done['steps']} to go on\n\n{results.table(done['coresets'])}")
-        _write_json(json, done)
+        write_json(json, done)
         return
-    job = _prepare(settings, dry_run)
+    job = prepare(settings, dry_run)
     if dry_run:
-        _describe(job)
+        describe(job)
         return
     d = settings.distillation
     first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
@@ -101,8 +101,8 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"data: {job.dataset.name}, {len(job.dataset.train.labels)} training images; on {made_by.device}")
         with _tracked(job, run, made_by) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
-            result = _judge(job, run, first, state, labels, rows, workers, made_by, tracker)
-    _write_json(json, result)
+            result = judge(job, run, first, state, labels, rows, workers, made_by, tracker)
+    write_json(json, result)
     log(f"\n{results.table(result['coresets'])}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
@@ -113,7 +113,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
 
 
 def _learn(
-    job: _Job,
+    job: Prepared,
     run: Run,
     state: State,
     labels: Tensor,
@@ -145,8 +145,8 @@ def _learn(
     return state
 
 
-def _judge(
-    job: _Job,
+def judge(
+    job: Prepared,
     run: Run,
     first: State,
     state: State,
@@ -210,7 +210,7 @@ def evaluate(
     if ood:
         strange = ood_split(dataset, plan.load_data(settings.updated(data=ood, normalisation="auto"), log), ood_resize)
     if dry_run:
-        _describe(_Job(settings, dataset, specs, []))
+        describe(Prepared(settings, dataset, specs, []))
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
@@ -228,7 +228,7 @@ def evaluate(
             path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"),
             f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
         )  # fmt: skip
-    _write_json(json, result)
+    write_json(json, result)
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
 
 
@@ -285,7 +285,7 @@ def _endings(rows: list[dict[str, Any]]) -> str:
     return f"; MAP solves: {counted}, {steps:.0f} steps on average"
 
 
-def _describe(job: _Job) -> None:
+def describe(job: Prepared) -> None:
     """--dry-run: what would be done."""
     log(config.to_json(job.settings).rstrip())
     counts = {part: len(getattr(job.dataset, part).labels) for part in ("train", "validation", "test")}
@@ -307,12 +307,12 @@ def says_how_to_resume(how: str) -> Iterator[None]:
         raise
 
 
-def _write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: Any) -> None:
     if path:
         atomic.write_text(place(path).absolute(), json_format.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-class _Untracked:
+class Untracked:
     """In the place of a Tracker where there is none."""
 
     run_id = None
@@ -324,17 +324,19 @@ class _Untracked:
 
     def artifact(self, path: Place, folder: str | None = None) -> None: ...
 
+    def finish(self, status: str) -> None: ...
+
 
 @contextmanager
-def _tracked(job: _Job, run: Run, made_by: Provenance) -> Iterator[Any]:
+def _tracked(job: Prepared, run: Run, made_by: Provenance) -> Iterator[Any]:
     """The MLflow run of this distillation, ended as the block ends."""
     settings, dataset = job.settings, job.dataset
     if not settings.output.tracking:
-        yield _Untracked()
+        yield Untracked()
         return
     tracking = tracking_module(f"everything is in {run.folder}")
     if not tracking:
-        yield _Untracked()
+        yield Untracked()
         return
     uri = tracking.default_uri(home())
     remembered = run.folder / "mlflow.json"

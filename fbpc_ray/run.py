@@ -8,6 +8,7 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 
 import io
 import json
+from collections.abc import Set
 from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
@@ -93,10 +94,10 @@ class Run(Generic[Where]):
             raise UserError(f"{self.result_path} is damaged ({error!r:.80}): delete it and run again") from None
 
 
-def check_resume(stored: Config, wanted: Config) -> None:
+def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:
     """Raise UserError where a flag differs that the steps already taken depend on; name the flags with both sides."""
     before, now = stored.flat(), wanted.flat()
-    differing = [name for name in before if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME]
+    differing = [name for name in before if before[name] != now[name] and name not in may_change]
     if differing:
         told = ", ".join(f"--{name.replace('_', '-')} was {before[name]!r}, now {now[name]!r}" for name in differing)
         raise UserError(f"--resume with another configuration: {told}; repeat the old value or start another --out")

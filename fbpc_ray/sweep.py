@@ -93,8 +93,8 @@ def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def check_space(space: Any, source: str) -> None:
-    """Raise UserError for what is no {flag: what to try}, or names a flag that trials can't differ in."""
+def checked(space: Any, source: str) -> dict[str, Any]:
+    """`space`. Raises UserError for what is no {flag: what to try}, or names a flag that trials can't differ in."""
     if not isinstance(space, dict) or not space:
         raise UserError(f"{source} is {type(space).__name__}: it must be a dict of flags and what to try of each")
     known = [name for name in Config().flat() if name not in SHARED]
@@ -103,6 +103,7 @@ def check_space(space: Any, source: str) -> None:
             raise UserError(f"{source} has '{name}': it is the same for all trials; give --{name.replace('_', '-')}")
         if name not in known:
             raise UserError(f"{source} has the unknown flag '{name}': {closest(str(name), known)}")
+    return space
 
 
 def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Path, number: int) -> Config:

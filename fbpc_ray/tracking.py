@@ -194,7 +194,8 @@ class Tracker:
     @property
     def url(self) -> str | None:
         """The run's page: on its server, or where `ui_command` will show it; None while the run has no id."""
-        return f"{_server(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}" if self.experiment_id else None
+        page = f"{_server(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return page if self.experiment_id else None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points at `step`. NaN and infinity are kept: MLflow stores NaN as it is and an infinity as +-1.8e308."""

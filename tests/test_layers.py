@@ -23,10 +23,10 @@ LAYERS = {
     5: "distill",
     6: "backend run",
     7: "plan results",
-    8: "pipeline",
+    8: "pipeline sweep",
     9: "cluster.* tracking figures charts",
     10: "reproduce.*",
-    11: "commands reproduction",
+    11: "commands reproduction tuning",
     12: "cli",
     13: "__main__",
 }
@@ -248,6 +248,6 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     Ray's backend says in one line what to do.
     """
     core = [module for module in modules() if layer(module) < layer("cluster.backend") and module != "__init__"]
-    top = ["commands", "cli"]
+    top = ["commands", "tuning", "cli"]
     found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
     assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "True"]

@@ -1,4 +1,4 @@
-"""Search spaces, in the words of ray.tune, and the configurations that are drawn from them. Needs no running cluster."""
+"""Search spaces in the words of ray.tune, and the configurations that are drawn from them. Needs no cluster."""
 
 from typing import Any
 

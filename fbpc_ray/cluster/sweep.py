@@ -70,9 +70,7 @@ def run(
         return
     need, workers = place(task, len(todo), backend)
     at_once = min(len(todo), room(nodes(), need) // workers) or 1
-    log(
-        f"sweep: {len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}"
-    )
+    log(f"{len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     space = folder / "tune"
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
@@ -175,11 +173,12 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
 class _Ears(tune.Callback):
     """What Tune says, in the listener's words; and where it asks whether a signal came."""
 
-    def __init__(
-        self, listener: Listener, interruption: Interruption, place: str, log: Callable[[str], None]
-    ):
+    def __init__(self, listener: Listener, interruption: Interruption, place: str, log: Callable[[str], None]):
         self._listener, self._interruption, self._place, self._log = listener, interruption, place, log
         self._idle_since: float | None = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes a pickle of all that it is given; nobody reads it
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._interruption.check()
@@ -196,7 +195,9 @@ class _Ears(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.started(trial.config["number"])
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         self._listener.looked(trial.config["number"], Look(*result["look"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -31,6 +31,13 @@ def build(name: str, image_shape: tuple[int, int, int], classes: int) -> nn.Modu
     return module
 
 
+def named(name: str, flag: str, kind: str) -> object:
+    """What `flag` names by import path, a `kind` in the user's words. Raises UserError."""
+    search_current_folder()
+    with users_code(name, flag, kind):
+        return pkgutil.resolve_name(name)
+
+
 def search_current_folder() -> None:
     """Look for modules in the current folder first, as `python -m` does. Ray gives its workers the driver's itself."""
     here = str(Path.cwd())

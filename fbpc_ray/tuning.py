@@ -1,0 +1,420 @@
+"""`fbpc tune`: a sweep, from its settings to its last printed line."""
+
+import io
+import json as json_format
+import shlex
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fbpc_ray import atomic, pipeline, plan, results, sweep
+from fbpc_ray.commands import Prepared, Untracked, judge, log, says_how_to_resume, tracking_module, write_json
+from fbpc_ray.config import (
+    MAY_CHANGE_ON_RESUME,
+    Config,
+    Evaluation,
+    Experts,
+    Networks,
+    Sweep,
+    read_config,
+    to_json,
+    to_preset,
+)
+from fbpc_ray.errors import UserError
+from fbpc_ray.provenance import Provenance, capture, home
+from fbpc_ray.run import Run, check_resume
+from fbpc_ray.signals import Interrupted, Interruption
+from fbpc_ray.sweep import Look, Outcome, Task
+from fbpc_ray.vision import own
+from fbpc_ray.vision.datasets import Dataset
+
+MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every"}
+"""Flags of a sweep that don't change what its trials find."""
+COMPARED = 5
+"""Runs that the printed MLflow page compares."""
+
+
+class Plan(NamedTuple):
+    """sweep.json."""
+
+    name: str
+    id: str
+    settings: Sweep
+    trials: list[dict[str, Any]]
+    """The flags of each trial that are its own."""
+
+
+class _Sweep(NamedTuple):
+    """A sweep and what it stands for."""
+
+    folder: Path
+    base: Config
+    plan: Plan
+    task: Task
+    dataset: Dataset
+    """Whole: the trials' is in `task`."""
+
+    def outcomes(self) -> list[Outcome]:
+        return [sweep.outcome(config, number) for number, config in enumerate(self.task.configs)]
+
+
+def tune(base: Config, settings: Sweep, *, resume: bool, dry_run: bool, json: str) -> None:
+    """Draw, run and compare trials; judge the best on the test images, once."""
+    folder = _folder(base, resume)
+    path = folder / "result.json"
+    if resume and path.exists():
+        log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
+        write_json(json, json_format.loads(path.read_text()))
+        return
+    found = _prepared(base, settings, folder, resume, dry_run)
+    if dry_run:
+        _describe(found)
+        return
+    if not resume:
+        _write_plan(found)
+    interruption = Interruption()
+    again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
+    with says_how_to_resume(again), plan.backend(found.base, interruption, log) as workers:
+        log(f"sweep: {folder}")
+        made_by = capture(workers.describe())
+        d = found.dataset
+        log(f"data: {d.name}, {len(d.train.labels)} images to train, {len(d.validation.labels)} to validate")
+        with _board(found, made_by) as board:
+            _train_shared_experts(found, workers)
+            from fbpc_ray.cluster import sweep as trials  # plan.backend has said it where there is no Ray
+
+            board.tracked()
+            trials.run(found.task, board.outcomes, folder, workers, interruption, board, log)  # type: ignore[arg-type]
+            result = _conclude(found, board, workers, made_by)
+    write_json(json, result)
+    log(f"\n{(folder / 'trials.md').read_text()}")
+    log(f"best:    trial {result['best']['trial']}, {sweep.told(result['best']['flags'])}")
+    log(f"\n{results.table(result['test']['coresets'])}\n")
+    log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
+    log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
+    log(f"result:  {path}")
+    board.say_where()
+
+
+def _folder(base: Config, resume: bool) -> Path:
+    out = base.output.out
+    if resume and not out:
+        raise UserError("--resume needs the folder of the sweep: add --out DIR")
+    data = Path(base.data.data.split(":")[-1]).name
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-tune-{data}-ipc{base.distillation.ipc}"
+    run = Run(Path(out).expanduser() if out else home() / "outputs" / name)
+    if not resume:
+        run.refuse_if_taken()
+    return run.folder
+
+
+def _prepared(base: Config, settings: Sweep, folder: Path, resume: bool, dry_run: bool) -> _Sweep:
+    """The trials, all of them checked. Writes nothing. Raises UserError."""
+    base, kept = plan.canonical(base), None
+    plan.check(base)
+    _check(base, settings)
+    if resume:
+        kept = read_plan(folder)
+        if replace(settings, workers_per_trial=0) != replace(kept.settings, workers_per_trial=0):
+            raise UserError("--resume of another sweep than the stored one: leave its flags out, or take another --out")
+        check_resume(read_config(folder), base, MAY_CHANGE)
+        kept = kept._replace(settings=settings)
+    else:
+        base = base.updated(threads=plan.threads(base), out=str(folder))
+    dataset = plan.load_data(base.updated(download=base.data.download and not dry_run), log)
+    if kept is None:
+        kept = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
+    root = Path(base.experts.experts).expanduser() if base.experts.experts else home() / "experts"
+    placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
+    configs = [sweep.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
+    for config in {each.networks: each for each in configs}.values():
+        plan.specs(config, dataset)
+    return _Sweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
+
+
+def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
+    """What trials get: all but the test images."""
+    return Task(configs, sweep.withheld(dataset), settings)
+
+
+def _check(base: Config, settings: Sweep) -> None:
+    if base.workers.backend != "ray":
+        raise UserError("--backend serial runs no sweep: leave it out, Ray runs on one machine too")
+    if not base.data.validation:
+        raise UserError("--validation is 0: a sweep chooses on the validation split, never on test data; give 0.1")
+    for name in ("samples", "evaluate_every", "judge_chain_steps", "workers_per_trial"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be 0 or more")
+    if settings.judge_seeds < 1:
+        raise UserError(f"--judge-seeds is {settings.judge_seeds}: it must be 1 or more")
+
+
+def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
+    """The flags of each trial. Raises UserError."""
+    try:
+        from fbpc_ray.cluster import space as spaces
+    except ImportError as error:
+        raise UserError(f"ray is not installed ({error}): pip install 'ray[default,tune]'") from None
+    grid = sweep.grid_of(settings.grid)
+    if settings.space:
+        space = sweep.checked(own.named(settings.space, "--space", "NAME"), f"--space {settings.space}")
+    else:
+        space = {} if grid else spaces.default_space(base, classes)
+    if grid:
+        sweep.checked(grid, "--grid")
+    samples = settings.samples or (8 if space else 1)
+    return spaces.variants(spaces.gridded(space, grid), samples, base.distillation.seed)
+
+
+def _write_plan(found: _Sweep) -> None:
+    text = {**found.plan._asdict(), "settings": asdict(found.plan.settings)}
+    atomic.write_text(found.folder / "config.json", to_json(found.base))
+    atomic.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
+
+
+def read_plan(folder: Path) -> Plan:
+    """How the sweep in `folder` was drawn. Raises UserError where there is none."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no sweep (no sweep.json): check the path, or start one without --resume")
+    try:
+        told = json_format.loads(path.read_text())
+        settings = Sweep(**{**told["settings"], "grid": tuple(told["settings"]["grid"])})
+        return Plan(told["name"], told["id"], settings, [dict(each) for each in told["trials"]])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): start the sweep again in another --out") from None
+
+
+def _describe(found: _Sweep) -> None:
+    """--dry-run: what would be done."""
+    log(to_json(found.base).rstrip())
+    for number, flags in enumerate(found.plan.trials):
+        log(f"trial {number}: {sweep.told(flags)}")
+    counts = {part: len(getattr(found.dataset, part).labels) for part in ("train", "validation", "test")}
+    log(f"data: {found.dataset.name}, {counts}; trials get no test image")
+    log("dry run: nothing was written")
+
+
+def _train_shared_experts(found: _Sweep, workers: Any) -> None:
+    """The experts of all trials, once, where these don't differ in how experts are made; else each trial makes its."""
+    recipe = {name for group in (Networks, Experts) for name in group.__dataclass_fields__}
+    if any(recipe & flags.keys() for flags in found.plan.trials) or not any(map(sweep.steps_of, found.task.configs)):
+        return
+    settings, dataset = found.task.configs[0], found.task.dataset
+    specs = plan.specs(settings, dataset)
+    stores = [plan.store(settings, dataset, spec) for spec in specs]
+    pipeline.train_experts(stores, specs, settings.experts.expert_count, dataset, workers, log)
+
+
+def _conclude(found: _Sweep, board: "_Board", workers: Any, made_by: Provenance) -> dict[str, Any]:
+    """The table, the best preset, its coreset judged on the test images, the result."""
+    folder, metric = found.folder, found.plan.settings.metric
+    outcomes = board.outcomes
+    rows = sweep.rows_of(outcomes, found.plan.trials)
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    atomic.write_bytes(folder / "trials.parquet", buffer.getvalue())
+    order = [each.number for each in sweep.best_first(outcomes, metric)]
+    rest = [each.number for each in outcomes if each.number not in order]
+    atomic.write_text(folder / "trials.md", sweep.markdown([rows[number] for number in order + rest]))
+    if not order:
+        raise UserError(f"no trial finished ({board.counted()}): see why in {folder / 'trials.md'}", code=1)
+    best = outcomes[order[0]]
+    assert best.look is not None
+    config = found.task.configs[best.number]
+    given, every = found.base.experts.experts, found.base.distillation.checkpoint_every
+    atomic.write_text(folder / "best.json", to_preset(config.updated(experts=given, checkpoint_every=every)))
+    log(f"best: trial {best.number}, {metric} {getattr(best.look, metric):.4g} on the validation split; now on test")
+    tested = _on_test(config, found.dataset, workers, made_by, board.parent)
+    result = {
+        "sweep": found.plan.name, "metric": metric, "scheduler": found.plan.settings.scheduler,
+        "trials": dict(Counter(each.how for each in outcomes)),
+        "best": {
+            "trial": best.number, "flags": found.plan.trials[best.number],
+            "validation": {name: getattr(best.look, name) for name in sweep.SCORES},
+        },
+        "test": tested, "rows": rows,
+    }  # fmt: skip
+    atomic.write_text(folder / "result.json", json_format.dumps(result, indent=2, allow_nan=False) + "\n")
+    for name in ("best.json", "trials.md", "trials.parquet", "result.json"):
+        board.parent.artifact(folder / name)
+    return result
+
+
+def _on_test(config: Config, dataset: Dataset, workers: Any, made_by: Provenance, tracker: Any) -> dict[str, Any]:
+    """The coreset of a finished trial, as it is, beside random images: files in its folder as of any run."""
+    run, d = Run(Path(config.output.out)), config.distillation
+    first, labels = pipeline.first_state(dataset, d.ipc, d.seed, d.inner_lr)
+    state, rows = run.restore(labels, dataset.image_shape) or (first, [])
+    job = Prepared(config, dataset, plan.specs(config, dataset), [])
+    return judge(job, run, first, state, labels, rows, workers, made_by, tracker)
+
+
+class _Board:
+    """Hears of the trials: a line on the terminal, their files, and MLflow."""
+
+    def __init__(self, found: _Sweep, parent: Any, tracking: Any):
+        self.parent = parent
+        self.outcomes = found.outcomes()
+        self._found, self._tracking = found, tracking
+        self._children: dict[int, Any] = {}
+        self._page = ""
+
+    def tracked(self) -> None:
+        """Before the first trial: wait for the parent's id, which the runs of the trials carry."""
+        if self._tracking and not self.parent.wait(60):
+            log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
+        self._summary()
+
+    def started(self, number: int) -> None:
+        if number not in self._children:
+            self._children[number] = self._child(number)
+            record = self.outcomes[number].record
+            before = f", goes on after step {record.looks[-1].step}" if record.looks else ""
+            log(f"trial {number} runs{before}: {sweep.told(self._found.plan.trials[number])}")
+
+    def looked(self, number: int, look: Look) -> None:
+        log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
+        if number in self._children:
+            _send(self._children[number], look)
+
+    def ended(self, number: int, lost: str) -> None:
+        config = self._found.task.configs[number]
+        now = sweep.outcome(config, number)
+        if lost:
+            sweep.end(Path(config.output.out), "lost", lost)
+        elif now.how not in ("finished", "failed"):
+            step = now.look.step if now.look else 0
+            sweep.end(Path(config.output.out), "stopped", f"at step {step} of {sweep.steps_of(config)}")
+        now = self.outcomes[number] = sweep.outcome(config, number)
+        log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.counted()})")
+        if child := self._children.pop(number, None):
+            _finish(child, now)
+        self._summary()
+
+    def counted(self) -> str:
+        counts = Counter(each.how for each in self.outcomes)
+        return ", ".join(f"{counts[how]} {how}" for how in sorted(counts))
+
+    def close(self, status: str) -> None:
+        """End what MLflow would show as running: the trials' runs of this process and of those before, the sweep's."""
+        for child in self._children.values():
+            child.finish(status)
+        self._children.clear()
+        if not self._tracking:
+            return
+        runs = self._runs()
+        for each in self.outcomes:
+            run = runs.get(self._key(each.number))
+            if run and run.running:  # its end, or that of its process, came after the last word to MLflow
+                if each.how == "open":
+                    self._child(each.number).finish(status)
+                else:
+                    _finish(self._child(each.number), each)
+        best = sweep.best_first(self.outcomes, self._found.plan.settings.metric)[:COMPARED]
+        keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
+        if keys:
+            ids = [runs[key].run_id for key in keys]
+            self._page = self._tracking.compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
+            self.parent.tags({"compare": self._page})
+        self.parent.finish(status)
+
+    def say_where(self) -> None:
+        if self._tracking:
+            log(f"MLflow:  {self._tracking.ui_command(self.parent.uri)}")
+            if self._page:
+                log(f"compare: {self._page}")
+
+    def _key(self, number: int) -> str:
+        return f"{self._found.plan.id}/{number}"
+
+    def _runs(self) -> dict[str, Any]:
+        found = self._found
+        return self._tracking.find_runs(self.parent.uri, found.base.output.experiment, "sweep_id", found.plan.id)
+
+    def _child(self, number: int) -> Any:
+        """The MLflow run of a trial, the same one after any resume, with all that the trial found so far."""
+        if not self._tracking:
+            return Untracked()
+        found = self._found
+        parent = {"mlflow.parentRunId": self.parent.run_id} if self.parent.run_id else {}
+        child = self._tracking.Tracker(
+            self.parent.uri,
+            found.base.output.experiment,
+            run_name=f"{found.plan.name}/{number}",
+            key=self._key(number),
+            tags={
+                **parent, "sweep": found.plan.name, "sweep_id": found.plan.id, "trial": str(number),
+                "folder": found.task.configs[number].output.out,
+            },
+            params=found.plan.trials[number],
+            log=log,
+            finish_seconds=15.0,
+        )  # fmt: skip
+        for look in self.outcomes[number].record.looks:
+            _send(child, look)
+        return child
+
+    def _summary(self) -> None:
+        """The sweep after so many ended trials, which is the step."""
+        counts = Counter(each.how for each in self.outcomes)
+        values = {f"trials/{how}": float(counts[how]) for how in ("finished", "stopped", "failed", "lost")}
+        if best := sweep.best_first(self.outcomes, self._found.plan.settings.metric):
+            assert best[0].look is not None
+            values |= {f"best/validation/{name}": getattr(best[0].look, name) for name in sweep.SCORES}
+            values["best/trial"] = float(best[0].number)
+        self.parent.metrics(values, len(self.outcomes) - counts["open"])
+
+
+@contextmanager
+def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
+    """The board of a sweep, with its MLflow run, ended as the block ends."""
+    output, settings = found.base.output, found.plan.settings
+    tracking = tracking_module(f"everything is in {found.folder}") if output.tracking else None
+    parent: Any = Untracked()
+    if tracking:
+        parent = tracking.Tracker(
+            tracking.default_uri(home()),
+            output.experiment,
+            run_name=found.plan.name,
+            key=found.plan.id,
+            tags={
+                "sweep": found.plan.name, "sweep_id": found.plan.id, "data": found.dataset.name,
+                "commit": made_by.commit, "device": made_by.device, "folder": str(found.folder),
+                "flags": " ".join(found.plan.trials[0]),
+                **{f"version.{name}": version for name, version in made_by.versions.items()},
+            },
+            params={**found.base.flat(), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
+            log=log,
+        )  # fmt: skip
+    board = _Board(found, parent, tracking)
+    status = "FAILED"
+    try:
+        yield board
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        board.close(status)
+
+
+def _send(child: Any, look: Look) -> None:
+    for step, loss in look.losses:
+        child.metrics({"loss": loss}, int(step))
+    child.metrics({f"validation/{name}": getattr(look, name) for name in sweep.SCORES}, look.step)
+
+
+def _finish(child: Any, outcome: Outcome) -> None:
+    if isinstance(child, Untracked):
+        return
+    child.tags({"ended": f"{outcome.how} {outcome.why}".strip()})
+    child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")

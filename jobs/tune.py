@@ -1,0 +1,8 @@
+"""Sweep hyperparameters on Ray: `python jobs/tune.py --help`."""
+
+import sys
+
+from fbpc_ray.cli import main
+
+if __name__ == "__main__":
+    main(["tune", *sys.argv[1:]])
