@@ -235,13 +235,16 @@ def tune(argv: list[str], program: str) -> None:
     if not base.data.validation:
         base = base.updated(validation=VALIDATION)
     args = _parse(TuneArguments, argv, program, TuneArguments(config=base))
+    job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
+    if (job.resume or job.again) and not out:
+        raise UserError("--resume and --again need the folder of the sweep: add --out DIR")
     from fbpc_ray import tuning
 
-    job = args.job
-    if job.resume and args.config.output.out:
-        stored = tuning.read_plan(Path(args.config.output.out)).settings
+    resume = job.resume or (job.again and started(out))
+    if resume:
+        stored = tuning.read_plan(place(out)).settings
         args = _parse(TuneArguments, argv, program, TuneArguments(sweep=stored, config=base))
-    tuning.tune(args.config, args.sweep, resume=job.resume, dry_run=job.dry_run, json=job.json)
+    tuning.tune(args.config, args.sweep, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
 
 
 def reproduce(argv: list[str], program: str) -> None:
@@ -292,6 +295,8 @@ def _base(argv: list[str]) -> Config:
         return stored
     row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")
     base = preset(row) if known.preset or row in PRESETS else Config()
+    if known.preset and known.preset not in PRESETS:
+        refuse_unasked(base, {name for name, value in vars(known).items() if value is not None}, known.preset)
     if known.method is None:
         return base
     ipc = known.ipc if (known.ipc or "").isdecimal() else base.distillation.ipc

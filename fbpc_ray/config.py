@@ -308,9 +308,9 @@ def preset(name: str) -> Config:
     """The configuration of a preset: a name in `PRESETS`, or a JSON file of {flag: value}. Raises UserError."""
     if name in PRESETS:
         return Config().updated(**PRESETS[name])
-    if (path := Path(name).expanduser()).is_file():
-        return from_json(path.read_bytes(), name)
     if name.endswith(".json") or "/" in name:
+        if (path := place(name)).is_file():
+            return from_json(path.read_bytes(), name)
         raise UserError(f"--preset {name}: there is no such file; give the best.json of a sweep, or a name")
     raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
 

@@ -12,7 +12,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbpc_ray import atomic, pipeline, plan
@@ -25,6 +24,7 @@ from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
+from fbpc_ray.storage import Place, place
 from fbpc_ray.vision.datasets import Dataset, Split
 
 MODES = {"nll": "min", "accuracy": "max"}
@@ -106,7 +106,7 @@ def checked(space: Any, source: str) -> dict[str, Any]:
     return space
 
 
-def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Path, number: int) -> Config:
+def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Place, number: int) -> Config:
     """The configuration of a trial. Raises UserError for what no run can use."""
     try:
         method = flags.get("method", base.distillation.method)
@@ -124,8 +124,8 @@ def steps_of(config: Config) -> int:
     return 0 if config.distillation.method == "random" else config.distillation.steps
 
 
-def trial_folder(folder: Path, number: int) -> Path:
-    return folder / "trials" / f"{number:05d}"
+def trial_folder(folder: Place, number: int) -> Place:
+    return folder / f"trials/{number:05d}"
 
 
 def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
@@ -141,7 +141,7 @@ def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Look]
     A configuration that can't work ends it with the reason in its record. Raises UserError for a machine that can't.
     """
     settings = task.configs[number]
-    run = Run(Path(settings.output.out))
+    run = Run(place(settings.output.out))
     record = read_record(run.folder)
     run.write_config(settings)
     try:
@@ -210,7 +210,7 @@ def losses(rows: Sequence[dict[str, Any]], after: int) -> list[list[float]]:
     return [[step, sum(map(statistics.fmean, by.values()))] for step, by in sorted(found.items())]
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Place) -> Record:
     """What a trial found so far. Raises UserError for a damaged file."""
     path = folder / "trial.json"
     if not path.exists():
@@ -222,19 +222,19 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"{path} is damaged ({error}): delete {folder}, its trial then starts again") from None
 
 
-def write_record(folder: Path, record: Record) -> None:
+def write_record(folder: Place, record: Record) -> None:
     text = {**asdict(record), "looks": [look._asdict() for look in record.looks]}
     atomic.write_text(folder / "trial.json", json.dumps(text, indent=1) + "\n")
 
 
-def end(folder: Path, how: str, why: str) -> None:
+def end(folder: Place, how: str, why: str) -> None:
     """Say why a trial ended that didn't by itself."""
     atomic.write_text(folder / "ended.json", json.dumps({"how": how, "why": why}) + "\n")
 
 
 def outcome(config: Config, number: int) -> Outcome:
     """Where a trial stands, by its files."""
-    folder = Path(config.output.out)
+    folder = place(config.output.out)
     record = read_record(folder)
     if record.error:
         return Outcome(number, "failed", record.error, record)

@@ -32,6 +32,7 @@ from fbpc_ray.errors import UserError
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
+from fbpc_ray.storage import Place, place
 from fbpc_ray.sweep import Look, Outcome, Task
 from fbpc_ray.vision import own
 from fbpc_ray.vision.datasets import Dataset
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
 class _Sweep(NamedTuple):
     """A sweep and what it stands for."""
 
-    folder: Path
+    folder: Place
     base: Config
     plan: Plan
     task: Task
@@ -66,15 +67,16 @@ class _Sweep(NamedTuple):
         return [sweep.outcome(config, number) for number, config in enumerate(self.task.configs)]
 
 
-def tune(base: Config, settings: Sweep, *, resume: bool, dry_run: bool, json: str) -> None:
-    """Draw, run and compare trials; judge the best on the test images, once."""
+def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run: bool, json: str) -> None:
+    """Draw, run and compare trials; judge the best on the test images, once. `trusted`: what --space names, which may
+    name networks to import, was given on the command line, not by a file alone."""
     folder = _folder(base, resume)
     path = folder / "result.json"
     if resume and path.exists():
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
         write_json(json, json_format.loads(path.read_text()))
         return
-    found = _prepared(base, settings, folder, resume, dry_run)
+    found = _prepared(base, settings, folder, resume, trusted, dry_run)
     if dry_run:
         _describe(found)
         return
@@ -92,7 +94,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, dry_run: bool, json: st
             from fbpc_ray.cluster import sweep as trials  # plan.backend has said it where there is no Ray
 
             board.tracked()
-            trials.run(found.task, board.outcomes, folder, workers, interruption, board, log)  # type: ignore[arg-type]
+            trials.run(found.task, board.outcomes, workers, interruption, board, log)  # type: ignore[arg-type]
             result = _conclude(found, board, workers, made_by)
     write_json(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
@@ -104,19 +106,17 @@ def tune(base: Config, settings: Sweep, *, resume: bool, dry_run: bool, json: st
     board.say_where()
 
 
-def _folder(base: Config, resume: bool) -> Path:
+def _folder(base: Config, resume: bool) -> Place:
     out = base.output.out
-    if resume and not out:
-        raise UserError("--resume needs the folder of the sweep: add --out DIR")
     data = Path(base.data.data.split(":")[-1]).name
     name = f"{datetime.now():%Y%m%d-%H%M%S}-tune-{data}-ipc{base.distillation.ipc}"
-    run = Run(Path(out).expanduser() if out else home() / "outputs" / name)
+    run = Run(place(out) if out else home() / "outputs" / name)
     if not resume:
         run.refuse_if_taken()
     return run.folder
 
 
-def _prepared(base: Config, settings: Sweep, folder: Path, resume: bool, dry_run: bool) -> _Sweep:
+def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> _Sweep:
     """The trials, all of them checked. Writes nothing. Raises UserError."""
     base, kept = plan.canonical(base), None
     plan.check(base)
@@ -132,7 +132,10 @@ def _prepared(base: Config, settings: Sweep, folder: Path, resume: bool, dry_run
     dataset = plan.load_data(base.updated(download=base.data.download and not dry_run), log)
     if kept is None:
         kept = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
-    root = Path(base.experts.experts).expanduser() if base.experts.experts else home() / "experts"
+    foreign = [each for flags in kept.trials for each in flags.get("architectures", []) if ":" in each]
+    if resume and foreign and not trusted:
+        raise UserError(f"{folder} asks for {foreign[0]}, but a file alone imports no code: repeat --space to trust it")
+    root = place(base.experts.experts) if base.experts.experts else home() / "experts"
     placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
     configs = [sweep.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
     for config in {each.networks: each for each in configs}.values():
@@ -180,7 +183,7 @@ def _write_plan(found: _Sweep) -> None:
     atomic.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Place) -> Plan:
     """How the sweep in `folder` was drawn. Raises UserError where there is none."""
     path = folder / "sweep.json"
     if not path.is_file():
@@ -251,7 +254,7 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, made_by: Provenance)
 
 def _on_test(config: Config, dataset: Dataset, workers: Any, made_by: Provenance, tracker: Any) -> dict[str, Any]:
     """The coreset of a finished trial, as it is, beside random images: files in its folder as of any run."""
-    run, d = Run(Path(config.output.out)), config.distillation
+    run, d = Run(place(config.output.out)), config.distillation
     first, labels = pipeline.first_state(dataset, d.ipc, d.seed, d.inner_lr)
     state, rows = run.restore(labels, dataset.image_shape) or (first, [])
     job = Prepared(config, dataset, plan.specs(config, dataset), [])
@@ -290,10 +293,10 @@ class _Board:
         config = self._found.task.configs[number]
         now = sweep.outcome(config, number)
         if lost:
-            sweep.end(Path(config.output.out), "lost", lost)
+            sweep.end(place(config.output.out), "lost", lost)
         elif now.how not in ("finished", "failed"):
             step = now.look.step if now.look else 0
-            sweep.end(Path(config.output.out), "stopped", f"at step {step} of {sweep.steps_of(config)}")
+            sweep.end(place(config.output.out), "stopped", f"at step {step} of {sweep.steps_of(config)}")
         now = self.outcomes[number] = sweep.outcome(config, number)
         log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.counted()})")
         if child := self._children.pop(number, None):

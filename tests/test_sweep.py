@@ -2,16 +2,21 @@
 
 import json
 import os
+import pickle
 import re
 import signal
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import flags
-from processes import soon
+from processes import descendants, soon
 from test_run import start
 
 from fbpc_ray import cli, config, plan, sweep, tuning
@@ -84,7 +89,7 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         (["--backend", "serial"], "runs no sweep"),
         (["--samples", "-1"], "--samples is -1"),
         (["--judge-seeds", "0"], "--judge-seeds is 0"),
-        (["--resume"], "add --out DIR"),
+        (["--again"], "add --out DIR"),
         (["--preset", "nowhere/best.json"], "no such file"),
     ],
 )
@@ -245,15 +250,184 @@ def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_pat
 
 
 def test_what_trials_get_holds_no_test_image(digits, tmp_path):
-    """Bytes of the test images, which are in the whole data set's, are not in what is sent; nor can they be asked for."""
-    from ray import cloudpickle
-
+    """Bytes of the test images, which are in the whole data set, are not in what is sent to trials."""
     base = preset("digits").updated(validation=0.1)
     dataset = plan.load_data(base, print)
     wanted = dataset.test.images[7].tobytes()
     own = [sweep.config_of(base, {}, Sweep(), tmp_path, 0)]
-    assert wanted in cloudpickle.dumps(dataset)
-    sent = cloudpickle.dumps(tuning.task_of(own, dataset, Sweep()))
+    assert wanted in pickle.dumps(dataset)
+    sent = pickle.dumps(tuning.task_of(own, dataset, Sweep()))
     assert wanted not in sent
     assert dataset.validation.images[7].tobytes() in sent
     assert not {row.tobytes() for row in dataset.validation.images} & {row.tobytes() for row in dataset.test.images}
+
+
+def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
+    """A trial worse than the median of ended ones is stopped; to a scheduler without a past it is the best."""
+    from fbpc_ray.cluster import sweep as on_ray
+
+    task = task_of(small, digits, tmp_path, *[{}] * 4)
+    past = [outcome(n, "finished", (float(n), 0.5)) for n in range(3)]
+    past = [each._replace(record=Record([0], [each.record.looks[0]._replace(step=2)])) for each in past]
+    trial = SimpleNamespace(trial_id="x", config={"number": 3})
+    for known, nll, decision in ((past, 0.9, "CONTINUE"), (past, 1.1, "STOP"), ([], 1.1, "CONTINUE")):
+        asha = on_ray._scheduler(task, [*known, outcome(3, "open")])
+        asha.on_trial_add(None, trial)
+        assert asha.on_trial_result(None, trial, {"step": 2, "nll": nll}) == decision
+
+
+def trial_files(folder: Path) -> dict[int, Path]:
+    return {int(path.parent.name): path for path in sorted((folder / "trials").glob("*/trial.json"))}
+
+
+def steps_of_looks(folder: Path) -> dict[int, list[int]]:
+    """{trial: the steps at which it looked}."""
+    return {
+        number: [look["step"] for look in json.loads(path.read_text())["looks"]]
+        for number, path in trial_files(folder).items()
+    }
+
+
+def over(folder: Path) -> list[int]:
+    return [number for number, steps in steps_of_looks(folder).items() if steps[-1:] == [STEPS]]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+STEPS = 12
+GRID = {0: 5.0, 1: 1e30, 2: 2.0, 3: 8.0}
+"""alpha of each trial; the second diverges."""
+
+
+class Session(NamedTuple):
+    """What one of the processes left."""
+
+    code: int
+    said: str
+    finished: dict[int, int]
+    """{trial that was over: when its file was written, ns}."""
+    status: dict[str, str]
+    """{key of a run in MLflow: its status}."""
+
+
+@pytest.fixture(scope="module")
+def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
+    """(home, folder, sessions) of a sweep on a cluster of its own. Its driver is killed with SIGKILL once a trial is
+    over and another is under way, goes on, is asked to end by SIGTERM, goes on to its end."""
+    home = tmp_path_factory.mktemp("sweep")
+    folder, sessions = home / "mine", []
+    base = small.updated(
+        steps=STEPS, validation=0.1, tracking=True, experiment="sweeps", address="local", device="cpu",
+        out=str(folder), experts=str(home / "experts"),
+    )  # fmt: skip
+    grid = f"alpha={','.join(map(str, GRID.values()))}"
+    words = [*flags(base), "--grid", grid, "--scheduler", "none", "--evaluate-every", "2"]
+    for least, number in ((1, signal.SIGKILL), (2, signal.SIGTERM), (3, None)):
+        process = start("tune", *words, FBPC_HOME=str(home), MLFLOW_TRACKING_URI="")
+        words, below = ["--out", str(folder), "--resume"], {}
+        if number is not None:
+
+            def amid(process: subprocess.Popen[str] = process, least: int = least) -> bool:
+                under_way = [steps for steps in steps_of_looks(folder).values() if steps and steps[-1] < STEPS]
+                return process.poll() is not None or (len(over(folder)) >= least and bool(under_way))
+
+            assert soon(amid, 120)
+            assert process.poll() is None, process.communicate()[0]
+            below = descendants(process.pid)
+            os.kill(process.pid, number)
+        said = process.communicate(timeout=120)[0]
+        if number is not None:
+            assert soon(lambda below=below: not any(map(alive, below)), 60), "processes are left behind"
+        written = {each: trial_files(folder)[each].stat().st_mtime_ns for each in over(folder)}
+        sessions.append(Session(process.returncode, said, written, statuses(home)))
+    return home, folder, sessions
+
+
+def runs(home: Path) -> list[Any]:
+    from fbpc_ray.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("sweeps")
+    return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def statuses(home: Path) -> dict[str, str]:
+    return {run.data.tags.get("trial", "parent"): run.info.status for run in runs(home)}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_goes_on_after_kills_and_repeats_nothing(swept):
+    _, folder, sessions = swept
+    assert [each.code for each in sessions] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0], sessions[-1].said
+    assert f"resume with: fbpc tune --out {folder} --resume" in sessions[1].said
+    assert steps_of_looks(folder) == {0: [2, 4, 6, 8, 10, 12], 1: [], 2: [2, 4, 6, 8, 10, 12], 3: [2, 4, 6, 8, 10, 12]}
+    assert sessions[0].finished
+    for before in sessions[:2]:
+        for number, written in before.finished.items():
+            assert sessions[2].finished[number] == written  # nobody touched what was over
+    starts = {number: json.loads(path.read_text())["starts"] for number, path in trial_files(folder).items()}
+    assert any(len(each) > 1 and each[-1] > 0 for each in starts.values())  # one went on in the middle
+    for number in (0, 2, 3):
+        rows = pq.read_table(folder / f"trials/{number:05d}/metrics.parquet").to_pylist()
+        assert Counter(row["step"] for row in rows) == dict.fromkeys(range(1, STEPS + 1), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
+    _, folder, _ = swept
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    assert [row["ended"] for row in rows] == ["finished", "failed", "finished", "finished"]
+    assert "lower --alpha" in rows[1]["why"]
+    assert "lower --alpha" in (folder / "trials.md").read_text()
+    result = json.loads((folder / "result.json").read_text())
+    best = min((row for row in rows if row["nll"] is not None), key=lambda row: row["nll"])["trial"]
+    assert result["best"]["trial"] == best
+    assert result["test"]["images_scored"] == 360
+    assert preset(str(folder / "best.json")).distillation.alpha == GRID[best]
+    cli.main(["distill", "--preset", str(folder / "best.json"), "--dry-run", "--experts", str(folder / "none")])
+    assert f'"alpha": {GRID[best]}' in capsys.readouterr().out
+    cli.main(["tune", "--out", str(folder), "--resume"])
+    assert "this sweep is complete" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
+    from fbpc_ray.tracking import MlflowClient
+
+    home, _, sessions = swept
+    assert "RUNNING" in sessions[0].status.values()  # SIGKILL leaves no time; what follows mends it
+    assert set(sessions[1].status.values()) <= {"FINISHED", "FAILED", "KILLED"}
+    assert sessions[2].status == {
+        "parent": "FINISHED",
+        "0": "FINISHED",
+        "1": "FAILED",
+        "2": "FINISHED",
+        "3": "FINISHED",
+    }
+    found = {run.data.tags.get("trial", "parent"): run for run in runs(home)}
+    assert len(runs(home)) == 5
+    client, parent = MlflowClient(f"sqlite:///{home}/mlflow.db"), found.pop("parent")
+    for name, run in found.items():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["sweep"] == "mine"
+        history = client.get_metric_history(run.info.run_id, "validation/nll")
+        assert sorted(point.step for point in history) == ([] if name == "1" else [2, 4, 6, 8, 10, 12])
+        losses = client.get_metric_history(run.info.run_id, "loss")
+        assert sorted(point.step for point in losses) == ([] if name == "1" else list(range(1, STEPS + 1)))
+    best = client.get_metric_history(parent.info.run_id, "best/validation/nll")
+    assert max(point.step for point in best) == 4  # after the last trial
+    values = [point.value for point in sorted(best, key=lambda point: point.step)]
+    assert values == sorted(values, reverse=True)
+    assert client.get_metric_history(parent.info.run_id, "trials/failed")[-1].value == 1
+    page = re.search(r"compare: (\S+)", sessions[2].said)
+    assert page
+    compared = json.loads(unquote(page[1].split("runs=")[1].split("&")[0]))
+    assert set(compared) == {run.info.run_id for name, run in found.items() if name != "1"}

@@ -6,11 +6,10 @@ as its last snapshot.
 """
 
 import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -18,11 +17,13 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+from fbpc_ray import atomic
 from fbpc_ray.cluster.backend import RayBackend, nodes
 from fbpc_ray.cluster.placement import Need, lacking, need_of, room, share
 from fbpc_ray.distill import units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.signals import Interruption
+from fbpc_ray.storage import place as located
 from fbpc_ray.sweep import MODES, Look, Outcome, Task, run_trial, steps_of
 
 ATTEMPTS = 3
@@ -55,7 +56,6 @@ class Listener(Protocol):
 def run(
     task: Task,
     outcomes: Sequence[Outcome],
-    folder: Path,
     backend: RayBackend,
     interruption: Interruption,
     listener: Listener,
@@ -72,25 +72,22 @@ def run(
     at_once = min(len(todo), room(nodes(), need) // workers) or 1
     log(f"{len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    space = folder / "tune"
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
-        param_space={"number": tune.grid_search([each.number for each in todo])},
-        tune_config=tune.TuneConfig(
-            metric=task.settings.metric, mode=MODES[task.settings.metric], scheduler=_scheduler(task, outcomes),
-            trial_name_creator=_name, trial_dirname_creator=_name,
-        ),
-        run_config=tune.RunConfig(
-            name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=str(space), verbose=0,
-            failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
-            callbacks=[_Ears(listener, interruption, f"{workers} x {need}", log)],
-        ),
-    )  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory(prefix="fbpc-tune-") as scratch:  # for what Tune writes of its own
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
+            param_space={"number": tune.grid_search([each.number for each in todo])},
+            tune_config=tune.TuneConfig(
+                metric=task.settings.metric, mode=MODES[task.settings.metric], scheduler=_scheduler(task, outcomes),
+                trial_name_creator=_name, trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=scratch, verbose=0,
+                failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
+                callbacks=[_Ears(listener, interruption, f"{workers} x {need}", log)],
+            ),
+        )  # fmt: skip
         tuner.fit()
-    finally:
-        shutil.rmtree(space, ignore_errors=True)
 
 
 def place(task: Task, trials: int, backend: RayBackend) -> tuple[Need, int]:
@@ -116,12 +113,12 @@ def _trial(config: dict[str, Any], task: Task) -> None:
     """In a process of its own, in a thread of Tune's: the driver of a distillation in the trial's placement group."""
     number = config["number"]
     own = task.configs[number]
-    path = Path(own.output.out) / "log.txt"
+    path = located(own.output.out) / "log.txt"
+    said = [path.read_text()] if path.is_file() else []
 
     def log(line: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{datetime.now():%H:%M:%S} {line}\n")
+        said.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        atomic.write_text(path, "".join(said))
 
     def report(look: Look) -> None:
         tune.report({"step": look.step, task.settings.metric: getattr(look, task.settings.metric), "look": look})
