@@ -30,8 +30,8 @@ ATTEMPTS = 3
 """Times a trial is started before the loss of its machine is taken for an illness of the cluster."""
 REDUCTION = 2
 """ASHA: a half goes on from each rung to the next, which has twice the steps."""
-SAY_AFTER = 10.0
-"""Seconds without any running trial before it is said."""
+SAY_AFTER = 60.0
+"""Seconds without any running trial before it is said; to start one takes ten."""
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours are the only files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports nothing
@@ -78,8 +78,7 @@ def run(
             tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
             param_space={"number": tune.grid_search([each.number for each in todo])},
             tune_config=tune.TuneConfig(
-                metric=task.settings.metric, mode=MODES[task.settings.metric], scheduler=_scheduler(task, outcomes),
-                trial_name_creator=_name, trial_dirname_creator=_name,
+                scheduler=_scheduler(task, outcomes), trial_name_creator=_name, trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=scratch, verbose=0,
