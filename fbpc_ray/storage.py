@@ -66,15 +66,15 @@ class Remote:
         return self._kind() == "Directory"
 
     def iterdir(self) -> "Iterator[Remote]":
-        """What lies right below; nothing where there is no such prefix."""
+        """The objects right below, without the prefixes, which not all stores list."""
         from pyarrow.fs import FileSelector
 
         with _said(self, "listed"):
             found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True))
-        return iter([Remote(self.scheme, info.path) for info in found])
+        return iter([Remote(self.scheme, info.path) for info in found if info.type.name == "File"])
 
     def glob(self, pattern: str) -> "Iterator[Remote]":
-        """What lies right below and has a name like `pattern`."""
+        """Those with a name like `pattern`."""
         return (each for each in self.iterdir() if each.match(pattern))
 
     def match(self, pattern: str) -> bool:
