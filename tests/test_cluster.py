@@ -1,11 +1,8 @@
 """Ray is plumbing: the same bits as without it, whatever becomes of its processes. Real clusters on this machine."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -15,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same, flags, run_on, train_experts
-from processes import all_cpus_free, free_port, gradient_workers, kill, soon
-from test_run import ENVIRONMENT, images_of, start, wait_for
+from processes import all_cpus_free, gradient_workers, kill, soon
+from test_run import images_of, start, wait_for
 
 from fbpc_ray import coreset, pipeline, plan
 from fbpc_ray.backend import Serial
@@ -184,54 +181,3 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
     output = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, output
     assert torch.equal(images_of(folder), images_of(whole))
-
-
-def test_it_runs_as_a_submitted_job(whole, small, tmp_path):
-    """`ray job submit --working-dir . -- python jobs/distill_multi.py` on a head of `ray start --head`."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    root = Path(__file__).parents[1]
-    ray, dashboard = tempfile.mkdtemp(prefix="fr", dir="/tmp"), free_port()
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
-        "--num-cpus=2", "--object-store-memory=200000000", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-        "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}",
-        "--dashboard-agent-listen-port=0", f"--temp-dir={ray}",
-    ]  # fmt: skip
-    head = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        client, end = None, time.monotonic() + 90
-        while client is None:
-            assert head.poll() is None
-            assert time.monotonic() < end, "the head did not start"
-            try:
-                client = JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
-            except (ConnectionError, RuntimeError):
-                time.sleep(0.5)
-        folder = tmp_path / "job"
-        words = flags(small, backend="ray", steps=16, out=str(folder))
-        job = client.submit_job(
-            entrypoint=f"{sys.executable} jobs/distill_multi.py {' '.join(words)}",
-            runtime_env={"working_dir": str(root)},
-        )
-        end = time.monotonic() + 180
-        while not client.get_job_status(job).is_terminal():
-            assert time.monotonic() < end, client.get_job_logs(job)
-            time.sleep(0.5)
-        logs = client.get_job_logs(job)
-        assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
-        assert "convnet-bn" in logs
-        assert torch.equal(images_of(folder), images_of(whole))
-        assert json.loads(Run(folder).result_path.read_text())["steps"] == 16
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
-        for pid in ray_processes(ray):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(ray, ignore_errors=True)

@@ -22,6 +22,7 @@ from ray.exceptions import RayTaskError
 
 from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import Crew, device_name
+from fbpc_ray.cluster.knock import knock, refused
 from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
 from fbpc_ray.cluster.pool import STORE_FULL, Job, Pool, first_line, innermost
 from fbpc_ray.config import Workers
@@ -322,23 +323,25 @@ def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> A
 
 def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> None:
     """Join the cluster at `address`, or start one that nobody can reach from another machine. Raises UserError."""
+    asked = address or os.environ.get("RAY_ADDRESS", "")
+    here = asked.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    given: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
     try:
-        given: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
-        starts = services.canonicalize_bootstrap_address(given, options.get("_temp_dir")) is None
+        with on_loopback() if here else nullcontext():
+            where = services.canonicalize_bootstrap_address(given, options.get("_temp_dir"))
+        starts = where is None
         if starts:
             given, options = "local", {"include_dashboard": False, **options}
-        host = (address or os.environ.get("RAY_ADDRESS", "")).rpartition(":")[0]
-        with on_loopback() if starts or host in ("127.0.0.1", "localhost") else nullcontext():
+        elif "://" not in asked:
+            knock(where)
+        with on_loopback() if starts or here else nullcontext():
             ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
-        raise UserError(
-            f"Ray refused the token ({first_line(error)}): set RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN "
-            "here, or RAY_AUTH_MODE=disabled here and on the cluster"
-        ) from error
+        raise refused(first_line(error)) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster answers at '{address or os.environ.get('RAY_ADDRESS', '')}' ({first_line(error)}): "
-            "check --address and RAY_ADDRESS, or use --address local"
+            f"no Ray cluster answers at '{asked}' ({first_line(error)}): check --address and RAY_ADDRESS, or use "
+            "--address local"
         ) from error
     if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
         log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
