@@ -21,7 +21,7 @@ from test_layers import ROOT
 from test_run import distil, refused
 
 from fbpc_ray import cli, coreset, plan
-from fbpc_ray.config import read_config
+from fbpc_ray.config import preset, read_config
 from fbpc_ray.errors import UserError
 from fbpc_ray.reproduce.rows import Rows
 from fbpc_ray.run import Run
@@ -93,6 +93,14 @@ def test_a_configuration_imports_no_network_unasked(run, network, sprung, capsys
     assert f"--architectures convnet-in {network}" in said
     assert not sprung.exists()
     assert "theirnets" not in sys.modules
+
+
+@pytest.mark.parametrize("command", ["distill", "experts", "tune"])
+def test_a_preset_file_imports_no_network_unasked(network, sprung, tmp_path, capsys, command):
+    (tmp_path / "best.json").write_text(json.dumps({"architectures": ["convnet-in", network]}))
+    said = refused(capsys, "--preset", "best.json", "--dry-run", "--backend", "serial", command=command)
+    assert f"--architectures convnet-in {network}" in said
+    assert not sprung.exists()
 
 
 def test_a_network_that_is_asked_for_is_imported(run, network, sprung, capsys):
@@ -233,6 +241,7 @@ def loaders(small, digits, tmp_path_factory):
         "checkpoint": (run.state_path, checkpoint),
         "metrics": (run.metrics_path, checkpoint),
         "configuration": (run.config_path, lambda: read_config(run.folder)),
+        "preset": (folder / "best.json", lambda: preset(str(folder / "best.json"))),
         "result": (run.result_path, run.read_result),
         "experts' recipe": (place / "store.json", experts),
         "an expert's manifest": (place / "00000.json", lambda: experts().missing(1) and experts().read(0, 0)),
@@ -257,7 +266,7 @@ def good(small, digits, tmp_path_factory):
 
 
 LOADERS = (
-    "coreset", "what made a coreset", "checkpoint", "metrics", "configuration", "result", "experts' recipe",
+    "coreset", "what made a coreset", "checkpoint", "metrics", "configuration", "preset", "result", "experts' recipe",
     "an expert's manifest", "an expert", "rows of a table", "npz", "parquet", "image", "cifar10",
 )  # fmt: skip
 
