@@ -21,7 +21,7 @@ from typing import Any
 
 from fbpc_ray.errors import UserError
 
-CONNECT, SILENT, ATTEMPTS = 4.0, 8.0, 3
+CONNECT, SILENT, ATTEMPTS = 4.0, 6.0, 5
 """S3: seconds to connect, seconds without a byte, and how often a request is made."""
 RETRY = timedelta(seconds=10)
 """Google: how long a request is tried again."""

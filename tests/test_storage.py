@@ -506,6 +506,7 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     assert f"{out} is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_google_s_protocol(local, tmp_path):
     settings, folder = local
     out = Remote("gs", f"{BUCKET}/{tmp_path.name}")
@@ -515,6 +516,7 @@ def test_a_run_on_google_s_protocol(local, tmp_path):
     assert names(out / "run" / "evaluations") == ["001-test-convnet-in.json", "001-test-convnet-in.reliability.png"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
     settings, folder = local
     out = s3 / "run"
