@@ -136,9 +136,11 @@ class Remote:
     def _check_bucket(self) -> None:
         """Stores say of an object that it isn't there, and mean that its bucket isn't. Raises UserError for that."""
         bucket = self.key.partition("/")[0]
+        import pyarrow as pa
+
         try:
             there = self._store().get_file_info(bucket).type.name != "NotFound"
-        except OSError:  # one may be allowed to use what is in a bucket that one may not look at
+        except (OSError, pa.ArrowException):  # one may be allowed to use what is in a bucket that one may not look at
             return
         if not there:
             raise UserError(f"there is no bucket {self.scheme}://{bucket}: make it, or check the address", code=1)
@@ -215,6 +217,8 @@ def _endpoint(address: str, otherwise: str) -> tuple[str, str]:
 @contextmanager
 def _said(where: Remote, done: str) -> Iterator[None]:
     """What the store says, as FileNotFoundError where an object isn't there and else as a UserError of one line."""
+    import pyarrow as pa
+
     try:
         yield
     except FileNotFoundError:
@@ -222,7 +226,7 @@ def _said(where: Remote, done: str) -> Iterator[None]:
         if done == "written":
             raise UserError(f"{where} cannot be written (not found): check the address", code=1) from None
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason, mend = _explained(where.scheme, str(error))
         kept = "; what was there before is whole, and --resume goes on" if done == "written" else ""
         raise UserError(f"{where} cannot be {done} ({reason}): {mend}{kept}", code=1) from error
@@ -248,7 +252,9 @@ def _explained(scheme: str, error: str) -> tuple[str, str]:
     mends = (by_scheme[scheme] for seen, by_scheme in MENDS if scheme in by_scheme and re.search(seen, error))
     lines = error.strip().splitlines() or ["no reason given"]
     cause = re.sub(r".*?(during \w+ operation: |underlying error message was: |last message of )", "", lines[0])
-    cause = re.sub(r"No response body\.|curlCode: \d+, |; Details: .*| ?\(Request ID.*| error_info=.*", "", cause)
-    if not cause.strip():
-        cause = lines[0]
-    return cause.strip(" .")[:200], next(mends, "check the address and the store")
+    cause = re.sub(r"No response body|(curlCode: \d+, |.*CURL error \[\d+\]=)|; Details: .*", "", cause)
+    cause = re.sub(r" ?\(Request ID.*| error_info=.*|[})]*$", "", cause).strip(" .")
+    if not cause:
+        named = re.search(r"AWS Error (\w+)", lines[0])
+        cause = named[1].replace("_", " ").lower() if named else lines[0]
+    return cause[:200], next(mends, "check the address and the store")

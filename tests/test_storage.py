@@ -29,6 +29,7 @@ from fbpc_ray.run import Run
 from fbpc_ray.storage import Remote, place
 
 ROOT = Path(__file__).parent.parent
+ATTEMPTS = storage.ATTEMPTS
 S3 = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
@@ -50,6 +51,9 @@ def environment(servers, monkeypatch, tmp_path):
     use(monkeypatch, "s3", servers["s3"])
     use(monkeypatch, "gs", servers["gs"])
     monkeypatch.setenv("FBPC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)  # for the tests' time; commands in processes of their own have all
+    monkeypatch.setattr(storage, "RETRY", storage.timedelta(seconds=2))
+    storage._opened.cache_clear()
 
 
 def use(monkeypatch, scheme: str, port: int) -> None:
@@ -150,8 +154,6 @@ def test_another_process_opens_the_store_by_itself(folder):
 def test_an_upload_that_is_cut_leaves_the_old_object(folder, servers, monkeypatch):
     """Cut in the second of three parts, at each attempt; and with no object there before, none appears."""
     monkeypatch.setattr(storage, "PART", 10 * 2**20)
-    monkeypatch.setattr(storage, "RETRY", storage.timedelta(seconds=2))
-    storage._opened.cache_clear()
     wire = Wire(servers[folder.scheme])
     use(monkeypatch, folder.scheme, wire.port)
     old, new = folder / "old", folder / "new"
@@ -227,7 +229,6 @@ def test_a_run_that_is_not_there(folder, capsys):
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_nobody_at_the_address(scheme, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "RETRY", storage.timedelta(seconds=2))
     use(monkeypatch, scheme, 9)
     error = leaves(capsys, "distill", "--out", f"{scheme}://{BUCKET}/x")
     assert re.search(r"cannot be read \(.*connect to server.*\): check the network", error), error
@@ -238,6 +239,14 @@ def test_an_address_that_never_answers(monkeypatch, capsys, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(monkeypatch, "s3", silent.getsockname()[1])
         assert "check the network" in leaves(capsys, "distill", "--out", f"s3://{BUCKET}/x")
+
+
+def test_credentials_that_are_not_there(monkeypatch, capsys):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/not/there.json")
+    error = leaves(capsys, "distill", "--out", f"gs://{BUCKET}/x")
+    assert "cannot be read (Cannot open credentials file /not/there.json" in error
+    assert ": check GOOGLE_APPLICATION_CREDENTIALS" in error
 
 
 def test_credentials_that_are_refused(servers, capsys):
@@ -251,7 +260,7 @@ def test_credentials_that_are_refused(servers, capsys):
     after(b"0")
     try:
         error = leaves(capsys, "distill", "--out", f"s3://{BUCKET}/x")
-        assert "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in error
+        assert "cannot be read (access denied): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in error
     finally:
         after(b"inf")
 
@@ -526,7 +535,7 @@ def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
     wire.cut_at = b"PUT /" + state.key.encode(), 1500
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
-    assert wire.cuts == storage.ATTEMPTS
+    assert wire.cuts == ATTEMPTS
     assert "Traceback" not in output
     assert re.fullmatch(
         rf"error: {state} cannot be written \(.*\): check the network, .*; what was there before is whole, and "
