@@ -440,3 +440,28 @@ def test_metric_points_are_stored_once(store: str):
     for _ in range(2):
         client.log_batch(run, metrics=points)
     assert len(client.get_metric_history(run, "a")) == 3
+
+
+def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
+    """What a sweep's trials rely on: a process that was killed and its successor are one run."""
+    for step, status in ((0, "KILLED"), (1, "FINISHED")):
+        tracker = Tracker(
+            store, "keyed", run_name="trial", key="sweep/3", tags={"sweep": "it's", "sweep_id": "s"}, log=silent
+        )
+        tracker.metrics({"nll": 2.0}, 0)
+        tracker.metrics({"nll": 1.0}, step)
+        assert tracker.wait(60)
+        tracker.finish(status)
+    other = Tracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
+    assert other.wait(60)
+    found = tracking.find_runs(store, "keyed", "sweep_id", "s")
+    assert found.keys() == {"sweep/3", "sweep/4"}
+    assert (found["sweep/3"].run_id, found["sweep/3"].running) == (tracker.run_id, False)
+    assert found["sweep/4"].running
+    other.finish("FINISHED")
+    points = MlflowClient(store).get_metric_history(str(tracker.run_id), "nll")
+    assert sorted((point.step, point.value) for point in points) == [(0, 1.0), (0, 2.0), (1, 1.0)]
+    page = tracking.compare_url("http://host:1/", "7", ["a", "b"])
+    assert page == "http://host:1/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+    assert tracking.find_runs(store, "no such experiment", "sweep_id", "s") == {}
+    assert tracking.find_runs("http://127.0.0.1:9", "keyed", "sweep_id", "s") == {}
