@@ -336,11 +336,12 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
                 under_way = [steps for steps in steps_of_looks(folder).values() if steps and steps[-1] < STEPS]
                 return process.poll() is not None or (len(over(folder)) >= least and bool(under_way))
 
-            assert soon(amid, 120)
-            assert process.poll() is None, process.communicate()[0]
+            if not soon(amid, 240) or process.poll() is not None:
+                process.kill()
+                pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
             below = descendants(process.pid)
             os.kill(process.pid, number)
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=240)[0]
         if number is not None:
             assert soon(lambda below=below: not any(map(alive, below)), 60), "processes are left behind"
         written = {each: trial_files(folder)[each].stat().st_mtime_ns for each in over(folder)}
