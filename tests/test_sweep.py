@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import pyarrow.parquet as pq
 import pytest
 from conftest import flags
-from processes import descendants, soon
+from processes import descendants, gradient_workers, kill, soon
 from test_run import start
 
 from fbpc_ray import cli, config, plan, sweep, tuning
@@ -318,7 +318,8 @@ class Session(NamedTuple):
 @pytest.fixture(scope="module")
 def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
     """(home, folder, sessions) of a sweep on a cluster of its own. Its driver is killed with SIGKILL once a trial is
-    over and another is under way, goes on, is asked to end by SIGTERM, goes on to its end."""
+    over and another is under way, goes on, is asked to end by SIGTERM, goes on, loses the process of a trial, and comes
+    to its end."""
     home = tmp_path_factory.mktemp("sweep")
     folder, sessions = home / "mine", []
     base = small.updated(
@@ -341,6 +342,10 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
                 pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
             below = descendants(process.pid)
             os.kill(process.pid, number)
+        else:
+            assert soon(lambda process=process: bool(gradient_workers(process.pid)), 120)
+            trials = [pid for pid, title in descendants(process.pid).items() if title.startswith("ray::ImplicitFunc")]
+            assert kill(trials[0])
         said = process.communicate(timeout=240)[0]
         if number is not None:
             assert soon(lambda below=below: not any(map(alive, below)), 60), "processes are left behind"
@@ -367,6 +372,7 @@ def test_a_sweep_goes_on_after_kills_and_repeats_nothing(swept):
     _, folder, sessions = swept
     assert [each.code for each in sessions] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0], sessions[-1].said
     assert f"resume with: fbpc tune --out {folder} --resume" in sessions[1].said
+    assert re.search(r"trial \d was lost \(.*\); it is started again", sessions[2].said), sessions[2].said
     assert steps_of_looks(folder) == {0: [2, 4, 6, 8, 10, 12], 1: [], 2: [2, 4, 6, 8, 10, 12], 3: [2, 4, 6, 8, 10, 12]}
     assert sessions[0].finished
     for before in sessions[:2]:

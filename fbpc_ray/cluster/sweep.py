@@ -200,8 +200,17 @@ class _Ears(tune.Callback):
         self._listener.ended(trial.config["number"], "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = (trial.get_error() or "for an unknown reason").strip().splitlines()
-        self._listener.ended(trial.config["number"], lines[-1][:200])
+        self._listener.ended(trial.config["number"], _reason(trial))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._log(f"trial {trial.config['number']} was lost ({_reason(trial)}); it is started again")
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial was lost, in a line."""
+    lines = [line for line in (trial.get_error() or "").splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line]  # a traceback names it last, Ray explains it below
+    return (named or lines or ["no reason given"])[-1].strip()[:200]
 
 
 def _name(trial: Any) -> str:
