@@ -348,7 +348,8 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
             assert kill(trials[0])
         said = process.communicate(timeout=240)[0]
         if number is not None:
-            assert soon(lambda below=below: not any(map(alive, below)), 60), "processes are left behind"
+            gone = soon(lambda below=below: not any(map(alive, below)), 60)
+            assert gone, f"left behind: {[title for pid, title in below.items() if alive(pid)]}"
         written = {each: trial_files(folder)[each].stat().st_mtime_ns for each in over(folder)}
         sessions.append(Session(process.returncode, said, written, statuses(home)))
     return home, folder, sessions
