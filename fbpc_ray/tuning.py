@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fbpc_ray import atomic, pipeline, plan, results, sweep
+from fbpc_ray import atomic, figures, pipeline, plan, results, sweep
 from fbpc_ray.commands import Prepared, Untracked, judge, log, says_how_to_resume, tracking_module, write_json
 from fbpc_ray.config import (
     MAY_CHANGE_ON_RESUME,
@@ -35,7 +35,7 @@ from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.storage import Place, place
 from fbpc_ray.sweep import Look, Outcome, Task
 from fbpc_ray.vision import own
-from fbpc_ray.vision.datasets import Dataset
+from fbpc_ray.vision.datasets import Dataset, denormalise
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every"}
 """Flags of a sweep that don't change what its trials find."""
@@ -287,7 +287,7 @@ class _Board:
     def looked(self, number: int, look: Look) -> None:
         log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
         if number in self._children:
-            _send(self._children[number], look)
+            _send(self._children[number], look, self._found.plan.settings.metric)
 
     def ended(self, number: int, lost: str) -> None:
         config = self._found.task.configs[number]
@@ -300,7 +300,7 @@ class _Board:
         now = self.outcomes[number] = sweep.outcome(config, number)
         log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.counted()})")
         if child := self._children.pop(number, None):
-            _finish(child, now)
+            self._finish(child, now)
         self._summary()
 
     def counted(self) -> str:
@@ -321,7 +321,7 @@ class _Board:
                 if each.how == "open":
                     self._child(each.number).finish(status)
                 else:
-                    _finish(self._child(each.number), each)
+                    self._finish(self._child(each.number), each)
         best = sweep.best_first(self.outcomes, self._found.plan.settings.metric)[:COMPARED]
         keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
         if keys:
@@ -363,8 +363,27 @@ class _Board:
             finish_seconds=15.0,
         )  # fmt: skip
         for look in self.outcomes[number].record.looks:
-            _send(child, look)
+            _send(child, look, found.plan.settings.metric)
         return child
+
+    def _finish(self, child: Any, outcome: Outcome) -> None:
+        """End the run of a trial that is over, with a picture of its images."""
+        if isinstance(child, Untracked):
+            return
+        child.tags({"ended": f"{outcome.how} {outcome.why}".strip()})
+        if outcome.look:
+            child.artifact(self._picture(outcome))
+        child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
+
+    def _picture(self, outcome: Outcome) -> Place:
+        config, dataset = self._found.task.configs[outcome.number], self._found.task.dataset
+        run, d = Run(place(config.output.out)), config.distillation
+        first, labels = pipeline.first_state(dataset, d.ipc, d.seed)
+        state, _ = run.restore(labels, dataset.image_shape) or (first, [])
+        title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
+        images = denormalise(state.images, dataset.mean, dataset.std).numpy()
+        figures.coreset_grid(images, labels.numpy(), dataset.classes, run.picture_path, title)
+        return run.picture_path
 
     def _summary(self) -> None:
         """The sweep after so many ended trials, which is the step."""
@@ -410,14 +429,9 @@ def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
         board.close(status)
 
 
-def _send(child: Any, look: Look) -> None:
+def _send(child: Any, look: Look, metric: str) -> None:
+    """The names are such that the one that is compared comes first: MLflow's plot of several runs begins with it."""
     for step, loss in look.losses:
-        child.metrics({"loss": loss}, int(step))
-    child.metrics({f"validation/{name}": getattr(look, name) for name in sweep.SCORES}, look.step)
-
-
-def _finish(child: Any, outcome: Outcome) -> None:
-    if isinstance(child, Untracked):
-        return
-    child.tags({"ended": f"{outcome.how} {outcome.why}".strip()})
-    child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
+        child.metrics({"training/loss": loss}, int(step))
+    scores = {f"validation/{name}": getattr(look, name) for name in sweep.SCORES}
+    child.metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)

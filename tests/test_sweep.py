@@ -300,6 +300,8 @@ def alive(pid: int) -> bool:
 
 
 STEPS = 12
+OURS = "ray::ImplicitFunc", "ray::Worker"
+"""Processes of trials and of their gradients."""
 GRID = {0: 5.0, 1: 1e30, 2: 2.0, 3: 8.0}
 """alpha of each trial; the second diverges."""
 
@@ -340,11 +342,11 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
             if not soon(amid, 240) or process.poll() is not None:
                 process.kill()
                 pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
-            below = descendants(process.pid)
+            below = {pid: title for pid, title in descendants(process.pid).items() if title.startswith(OURS)}
             os.kill(process.pid, number)
         else:
             assert soon(lambda process=process: bool(gradient_workers(process.pid)), 120)
-            trials = [pid for pid, title in descendants(process.pid).items() if title.startswith("ray::ImplicitFunc")]
+            trials = [pid for pid, title in descendants(process.pid).items() if title.startswith(OURS[0])]
             assert kill(trials[0])
         said = process.communicate(timeout=240)[0]
         if number is not None:
@@ -428,7 +430,10 @@ def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
         assert run.data.tags["sweep"] == "mine"
         history = client.get_metric_history(run.info.run_id, "validation/nll")
         assert sorted(point.step for point in history) == ([] if name == "1" else [2, 4, 6, 8, 10, 12])
-        losses = client.get_metric_history(run.info.run_id, "loss")
+        assert client.get_metric_history(run.info.run_id, "objective/nll") or name == "1"
+        pictures = [file.path for file in client.list_artifacts(run.info.run_id)]
+        assert pictures == ([] if name == "1" else ["coreset.png"])  # the page that compares shows them side by side
+        losses = client.get_metric_history(run.info.run_id, "training/loss")
         assert sorted(point.step for point in losses) == ([] if name == "1" else list(range(1, STEPS + 1)))
     best = client.get_metric_history(parent.info.run_id, "best/validation/nll")
     assert max(point.step for point in best) == 4  # after the last trial
