@@ -99,6 +99,7 @@ class Found(NamedTuple):
 def find_runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, Found]:
     """{key of a `Tracker`: its run} of the runs that carry a tag. Empty where MLflow doesn't answer."""
     uri = _absolute(uri)
+    _hush()
     with contextlib.suppress(Exception):
         place = Path(unquote(urlsplit(uri).path[1:])).parent if uri.startswith(SQLITE) else None
         client, found, page = _open_store(uri, place), {}, None
@@ -150,8 +151,7 @@ class Tracker:
         retry_seconds: float = 30.0,
         finish_seconds: float = 30.0,
     ):
-        # Comes from MLflow's own tables when the worker opens a database; a thread must not change the filters.
-        warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
+        _hush()  # here, because the worker's thread must not change the filters
         self.uri = _absolute(uri)
         self.run_id = run_id  # None while the store has not answered yet; when continuing, the given id from the start
         self.experiment_id: str | None = None
@@ -420,6 +420,11 @@ class Tracker:
             points = [point for point in points if (point.step, _stored(point.value)) not in self._past[point.key]]
         for start in range(0, len(points), MAX_METRICS):
             client.log_batch(run, metrics=points[start : start + MAX_METRICS], synchronous=True)
+
+
+def _hush() -> None:
+    """Keep back what MLflow's own tables make SQLAlchemy say when a database is opened."""
+    warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
 
 def _server(uri: str) -> str:

@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 import subprocess
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -360,9 +361,11 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
 def runs(home: Path) -> list[Any]:
     from fbpc_ray.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiment = client.get_experiment_by_name("sweeps")
-    return list(client.search_runs([experiment.experiment_id])) if experiment else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of SQLAlchemy, about MLflow
+        client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+        experiment = client.get_experiment_by_name("sweeps")
+        return list(client.search_runs([experiment.experiment_id])) if experiment else []
 
 
 def statuses(home: Path) -> dict[str, str]:
@@ -409,6 +412,7 @@ def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
     from fbpc_ray.tracking import MlflowClient
 
