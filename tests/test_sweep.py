@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 import subprocess
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -275,6 +276,23 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
         asha = on_ray._scheduler(task, [*known, outcome(3, "open")])
         asha.on_trial_add(None, trial)
         assert asha.on_trial_result(None, trial, {"step": 2, "nll": nll}) == decision
+
+
+def test_a_sweep_that_finds_no_room_says_so_and_ends():
+    """Asked at each turn of Tune's loop."""
+    from fbpc_ray.cluster import sweep as on_ray
+
+    said, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
+    ears = on_ray._Ears(None, Interruption(), said.append, lambda: "1 CPU", 0.2, say_after=0.0)  # type: ignore[arg-type]
+    ears.on_step_begin(0, [pending])
+    ears.on_step_begin(0, [pending])
+    assert said == ["no trial runs yet: waiting for 1 CPU"]
+    ears.on_step_begin(0, [pending, running])
+    time.sleep(0.3)
+    ears.on_step_begin(0, [pending, running])  # while any runs, the others may wait
+    time.sleep(0.3)
+    with pytest.raises(UserError, match=r"no trial started within .* waited for 1 CPU; .*--placement-timeout"):
+        ears.on_step_begin(0, [pending])
 
 
 def trial_files(folder: Path) -> dict[int, Path]:

@@ -72,6 +72,14 @@ def run(
     at_once = min(len(todo), room(nodes(), need) // workers) or 1
     log(f"{len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+
+    def waiting() -> str:
+        free = ray.available_resources()
+        return (
+            f"{workers} x {need} for a trial; the Ray cluster has {free.get('CPU', 0):g} CPU and "
+            f"{free.get('GPU', 0):g} GPU free"
+        )
+
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
     with tempfile.TemporaryDirectory(prefix="fbpc-tune-") as scratch:  # for what Tune writes of its own
         tuner = tune.Tuner(
@@ -83,7 +91,7 @@ def run(
             run_config=tune.RunConfig(
                 name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=scratch, verbose=0,
                 failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
-                callbacks=[_Ears(listener, interruption, f"{workers} x {need}", log)],
+                callbacks=[_Ears(listener, interruption, log, waiting, backend.settings.placement_timeout)],
             ),
         )  # fmt: skip
         tuner.fit()
@@ -169,9 +177,19 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
 class _Ears(tune.Callback):
     """What Tune says, in the listener's words; and where it asks whether a signal came."""
 
-    def __init__(self, listener: Listener, interruption: Interruption, place: str, log: Callable[[str], None]):
-        self._listener, self._interruption, self._place, self._log = listener, interruption, place, log
-        self._idle_since: float | None = time.monotonic()
+    def __init__(
+        self,
+        listener: Listener,
+        interruption: Interruption,
+        log: Callable[[str], None],
+        waiting: Callable[[], str],
+        patience: float,
+        say_after: float = SAY_AFTER,
+    ):
+        """`waiting` puts into words what each trial waits for; after `patience` seconds without any it is an error."""
+        self._listener, self._interruption, self._log, self._waiting = listener, interruption, log, waiting
+        self._patience, self._say_after = patience, say_after
+        self._idle_since, self._said = time.monotonic(), False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune writes a pickle of all that it is given; nobody reads it
@@ -179,13 +197,17 @@ class _Ears(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._interruption.check()
         if any(trial.status == "RUNNING" for trial in trials):
-            self._idle_since = time.monotonic()
-        elif self._idle_since and time.monotonic() - self._idle_since > SAY_AFTER:
-            self._idle_since = None
-            free = ray.available_resources()
-            self._log(
-                f"no trial runs yet: each waits for {self._place} of its own; the Ray cluster has "
-                f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
+            self._idle_since, self._said = time.monotonic(), False
+            return
+        waited = time.monotonic() - self._idle_since
+        if waited > self._say_after and not self._said:
+            self._said = True
+            self._log(f"no trial runs yet: waiting for {self._waiting()}")
+        if waited > max(self._say_after, self._patience):
+            raise UserError(
+                f"no trial started within {waited:.0f} s: waited for {self._waiting()}; end what holds them, add "
+                "nodes, or raise --placement-timeout, then --resume",
+                code=1,
             )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
