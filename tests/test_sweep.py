@@ -339,8 +339,8 @@ class Session(NamedTuple):
 @pytest.fixture(scope="module")
 def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
     """(home, folder, sessions) of a sweep on a cluster of its own. Its driver is killed with SIGKILL once a trial is
-    over and another is under way, goes on, is asked to end by SIGTERM, goes on, loses the process of a trial, and comes
-    to its end."""
+    over and another is under way, goes on, is asked to end by SIGTERM as soon as a trial is under way, goes on, loses
+    the process of a trial, and comes to its end."""
     home = tmp_path_factory.mktemp("sweep")
     folder, sessions = home / "mine", []
     base = small.updated(
@@ -349,22 +349,22 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
     )  # fmt: skip
     grid = f"alpha={','.join(map(str, GRID.values()))}"
     words = [*flags(base), "--grid", grid, "--scheduler", "none", "--evaluate-every", "2"]
-    for least, number in ((1, signal.SIGKILL), (2, signal.SIGTERM), (3, None)):
+    for number in (signal.SIGKILL, signal.SIGTERM, None):
         process = start("tune", *words, FBPC_HOME=str(home), MLFLOW_TRACKING_URI="")
         words, below = ["--out", str(folder), "--resume"], {}
+
+        def amid(process: subprocess.Popen[str] = process) -> bool:
+            under_way = [steps for steps in steps_of_looks(folder).values() if steps and steps[-1] < STEPS]
+            now = bool(over(folder) and under_way) if not sessions else bool(gradient_workers(process.pid))
+            return now or process.poll() is not None
+
+        if not soon(amid, 240) or process.poll() is not None:
+            process.kill()
+            pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
         if number is not None:
-
-            def amid(process: subprocess.Popen[str] = process, least: int = least) -> bool:
-                under_way = [steps for steps in steps_of_looks(folder).values() if steps and steps[-1] < STEPS]
-                return process.poll() is not None or (len(over(folder)) >= least and bool(under_way))
-
-            if not soon(amid, 240) or process.poll() is not None:
-                process.kill()
-                pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
             below = {pid: title for pid, title in descendants(process.pid).items() if title.startswith(OURS)}
             os.kill(process.pid, number)
         else:
-            assert soon(lambda process=process: bool(gradient_workers(process.pid)), 120)
             trials = [pid for pid, title in descendants(process.pid).items() if title.startswith(OURS[0])]
             assert kill(trials[0])
         said = process.communicate(timeout=240)[0]
