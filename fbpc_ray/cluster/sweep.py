@@ -81,7 +81,8 @@ def run(
         )
 
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
-    with tempfile.TemporaryDirectory(prefix="fbpc-tune-") as scratch:  # for what Tune writes of its own
+    # For what Tune writes of its own, which a thread of its may still do as a signal ends it.
+    with tempfile.TemporaryDirectory(prefix="fbpc-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
             param_space={"number": tune.grid_search([each.number for each in todo])},
@@ -232,7 +233,7 @@ def _reason(trial: Any) -> str:
     """Why a trial was lost, in a line."""
     lines = [line for line in (trial.get_error() or "").splitlines() if line.strip()]
     named = [line for line in lines if "Error: " in line]  # a traceback names it last, Ray explains it below
-    return (named or lines or ["no reason given"])[-1].strip()[:200]
+    return (named or lines or ["its process or its machine ended"])[-1].strip()[:200]
 
 
 def _name(trial: Any) -> str:
