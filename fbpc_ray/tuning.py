@@ -430,8 +430,8 @@ def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
 
 
 def _send(child: Any, look: Look, metric: str) -> None:
-    """The names are such that the one that is compared comes first: MLflow's plot of several runs begins with it."""
-    for step, loss in look.losses:
-        child.metrics({"training/loss": loss}, int(step))
+    """What is compared goes first: MLflow's plot of several runs begins with the first metric that they have."""
     scores = {f"validation/{name}": getattr(look, name) for name in sweep.SCORES}
     child.metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
+    for step, loss in look.losses:
+        child.metrics({"training/loss": loss}, int(step))
