@@ -86,6 +86,9 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         describe(job)
         return
+    if settings.workers.compiled == "auto" or not resume:
+        settings = settings.updated(compiled="on" if plan.compiled(settings, job.dataset, job.specs, log) else "off")
+        job = job._replace(settings=settings)
     d = settings.distillation
     first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     state, rows = (resume and run.restore(labels, job.dataset.image_shape)) or (first, [])
@@ -257,6 +260,8 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
         run, stored = Run(place(out)), read_config(place(out))
         if settings.workers.threads == 0:
             settings = settings.updated(threads=stored.workers.threads)
+        if settings.workers.compiled == "auto":
+            settings = settings.updated(compiled=stored.workers.compiled)
         check_resume(stored, settings)
         return run, settings
     d = settings.distillation
@@ -278,11 +283,12 @@ def _pixels(state: State, dataset: Dataset) -> np.ndarray:
 
 def _endings(rows: list[dict[str, Any]]) -> str:
     endings = results.map_endings(rows)
+    eager = next((f"; not compiled ({row['not_compiled']})" for row in rows if row.get("not_compiled")), "")
     if not endings:
-        return ""
+        return eager
     steps = sum(row["map_steps"] for row in rows) / len(rows)
     counted = ", ".join(f"{count} {ending}" for ending, count in endings.items())
-    return f"; MAP solves: {counted}, {steps:.0f} steps on average"
+    return f"; MAP solves: {counted}, {steps:.0f} steps on average{eager}"
 
 
 def describe(job: Prepared) -> None:

@@ -153,7 +153,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Workers:
-    """Where it runs. Nothing here changes a result, except --device and --threads in the last bits, and
+    """Where it runs. Nothing here changes a result, except --device, --threads and --compiled in the last bits, and
     --skip-stragglers."""
 
     backend: Literal["ray", "serial"] = "ray"
@@ -163,6 +163,12 @@ class Workers:
     """auto | cpu | cuda. auto takes CUDA where a worker has it."""
     threads: int = 0
     """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""
+    compiled: Literal["auto", "on", "off"] = "auto"
+    """Compile the networks' passes for the CPU (kept in $FBPC_CACHE, else the user's cache folder); auto: where the run
+    is long enough to earn it back. Part of the bits."""
+    x_cache: float = 20.0
+    """Gigabytes of each node's disk, in the same place, that keep theta_x and its K steps for every run that shares the
+    experts; 0: none."""
     address: str = ""
     """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one."""
     gpus_per_actor: float = 0.0
@@ -272,7 +278,12 @@ class Config:
 
 
 MAY_CHANGE_ON_RESUME = {
-    *(f.name for group in (Evaluation, Workers, Output) for f in fields(group) if f.name not in ("threads", "device")),
+    *(
+        f.name
+        for group in (Evaluation, Workers, Output)
+        for f in fields(group)
+        if f.name not in ("threads", "device", "compiled")
+    ),
     *("data_root", "download", "experts", "checkpoint_every", "steps"),
 }
 """Flags that don't change the steps already taken."""

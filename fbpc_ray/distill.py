@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbpc_ray import cache
 from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.config import Distillation
 from fbpc_ray.errors import UserError
@@ -20,6 +21,8 @@ from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.methods import function_space, weight_space
 from fbpc_ray.methods.common import Gradient, Method, Problem, Stats, XSide
+from fbpc_ray.methods.x_cache import XCache
+from fbpc_ray.passes import Passes
 from fbpc_ray.vision.datasets import Dataset, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
@@ -143,14 +146,20 @@ class Worker:
         *,
         device: str,
         threads: int,
+        compiled: bool = False,
+        x_cache_bytes: float = 0.0,
     ):
+        """`compiled`: run compiled passes (passes.py). `x_cache_bytes`: of this node's disk for what
+        methods/x_cache.py keeps; 0 keeps nothing."""
         keep_freed_memory()
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
         self.device, self.threads = device, threads
         self.real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
-        self.networks: dict[int, Network] = {}
+        self.compiled = cache.folder() / "compiled" if compiled and device == "cpu" else None
+        self.x_cache = XCache(cache.folder() / "x-sides", x_cache_bytes) if x_cache_bytes else None
+        self.passes: dict[int, Passes] = {}
 
     def gradient(
         self, unit: Unit, step: int, images: np.ndarray, inner_lr: float, x_side: np.ndarray | None = None
@@ -158,17 +167,19 @@ class Worker:
         """A `Gradient`'s parts, in numpy, which travels between processes without a copy. `x_side`: from the method of
         that name, where it was computed ahead."""
         with threads(self.threads):
-            ahead = () if x_side is None else (torch.tensor(x_side),)
+            problem, ahead = self._problem(unit), () if x_side is None else (x_side,)
             value, stats, of_inner_lr = METHODS[self.settings.method](
-                self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr, *ahead
+                problem, step, torch.tensor(images, device=self.device), inner_lr, *ahead
             )
+        if problem.passes.complaint:
+            stats = {**stats, "not_compiled": problem.passes.complaint}
         return value.numpy(), stats, of_inner_lr
 
     def x_side(self, unit: Unit, step: int) -> tuple[None, np.ndarray]:
         """What `gradient` will need for `unit` at `step` whatever the images are then. Comes second, so that a caller
         can ask for the first, which costs nothing to fetch, to know that it is there."""
         with threads(self.threads):
-            return None, X_SIDES[self.settings.method](self._problem(unit), step).numpy()
+            return None, X_SIDES[self.settings.method](self._problem(unit), step)
 
     def call(self, function: Callable[[Any, Any, str], Any], shared: Any, item: Any) -> Any:
         """Another task, on this worker's device and one CPU thread."""
@@ -177,11 +188,11 @@ class Worker:
 
     def _problem(self, unit: Unit) -> Problem:
         index = unit.architecture
-        if index not in self.networks:
-            self.networks[index] = Network(self.specs[index], self.device)
+        if index not in self.passes:
+            self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled)
         return Problem(
-            self.networks[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
-            self.expert_count, unit.draw,
+            self.passes[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
+            self.expert_count, unit.draw, self.x_cache,
         )  # fmt: skip
 
 

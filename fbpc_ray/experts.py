@@ -69,6 +69,7 @@ class _Trajectory(NamedTuple):
     """(inode, bytes) of the file when it was opened."""
     reader: ipc.RecordBatchFileReader
     shapes: dict[str, list[int]]
+    checksum: str
 
 
 class ExpertStore:
@@ -153,6 +154,14 @@ class ExpertStore:
         """Write the manifest of a trajectory: now it exists."""
         facts = {"epochs": self.recipe.epochs, "bytes": sink.bytes, "checksum": sink.digest.hexdigest()}
         atomic.write_text(self._manifest(index), json.dumps({**facts, "tensors": shapes}))
+
+    def checksum(self, index: int) -> str:
+        """Of the file of trajectory `index`, as its manifest states it. Raises UserError where there is none."""
+        try:
+            with self._lock:
+                return self._opened(index).checksum
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            self._damaged(index, error)
 
     def read(self, index: int, epoch: int) -> dict[str, Tensor]:
         """The tensors of one snapshot by name: fresh, writable, on the CPU, float32 or int64, in their own shapes.
@@ -315,7 +324,7 @@ class ExpertStore:
         if size != manifest["bytes"]:
             raise ValueError(f"{size} bytes, its manifest says {manifest['bytes']}")
         reader = ipc.open_file(pa.memory_map(str(path)))
-        return _Trajectory(path, _identity(path), reader, self._checked(reader, manifest))
+        return _Trajectory(path, _identity(path), reader, self._checked(reader, manifest), str(manifest["checksum"]))
 
     def _checked(self, reader: ipc.RecordBatchFileReader, manifest: dict[str, Any]) -> dict[str, list[int]]:
         """The shapes by name, after comparing the file's schema with the recipe and with its manifest."""

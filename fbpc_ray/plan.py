@@ -1,6 +1,7 @@
 """What a configuration means: checked values, the data set, networks, stores and the backend. Nothing runs here."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore, Recipe
 from fbpc_ray.methods.common import expert_epochs
 from fbpc_ray.methods.weight_space import AHEAD
+from fbpc_ray.passes import multiplications
 from fbpc_ray.provenance import home
 from fbpc_ray.signals import Interruption
 from fbpc_ray.storage import place
@@ -38,6 +40,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,
     "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
     "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
+    "x_cache": _NOT_NEGATIVE,
     "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
     "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
@@ -114,6 +117,29 @@ def threads(config: Config) -> int:
     return config.workers.threads or max(1, (os.cpu_count() or 1) // 2 // len(config.networks.architectures))
 
 
+USUAL_MAP_STEPS = 100
+COMPILE_FROM = 1e13
+"""Floating-point operations of a run and architecture from which compiling its passes is earned back: it costs one to
+two minutes, and an eager pass does some 3e10 a second where a compiled one does half as much again."""
+
+
+def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log = lambda line: None) -> bool:
+    """Whether the passes of a distillation are compiled."""
+    d, x = config.distillation, config.workers
+    if x.compiled == "off" or x.device == "cuda":
+        return False
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), "")
+    if not shutil.which(compiler):
+        if x.compiled == "on":
+            log("note: --compiled on, but no C++ compiler (g++) is here; passes stay eager")
+        return False
+    m = min(d.batch_size, d.ipc * len(dataset.classes))
+    u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
+    x_side = 3 * d.real_batch_size * d.posterior_steps
+    most = max(2 * multiplications(Network(spec)) for spec in chosen)
+    return x.compiled == "on" or most * d.steps * d.draws_per_step * (u_side + x_side) > COMPILE_FROM
+
+
 def crew(
     config: Config, dataset: Dataset, labels: Tensor, chosen: Sequence[Spec], stores: Sequence[ExpertStore]
 ) -> Crew:
@@ -124,6 +150,7 @@ def crew(
         {
             "specs": list(chosen), "stores": list(stores), "dataset": dataset, "labels": labels.numpy(), "settings": d,
             "augment": config.networks.augment, "expert_count": config.experts.expert_count, "threads": threads(config),
+            "compiled": compiled(config, dataset, chosen), "x_cache_bytes": 1e9 * config.workers.x_cache,
         },
         units_of(len(chosen), d.draws_per_step),
         4 * largest * (1 + d.posterior_steps),

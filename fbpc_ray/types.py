@@ -25,3 +25,7 @@ class Batch(NamedTuple):
     """(b, c, h, w) float32, normalised."""
     labels: Tensor
     """(b,) int64."""
+
+
+LossGradient = Callable[[Params, Batch], tuple[Tensor, Params]]
+"""(parameters, batch) -> () mean cross-entropy, nats an image, and its gradient by parameter. No graph is left."""

@@ -1,8 +1,12 @@
 """Shared by the tests: the digits, and experts that are trained once a session."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read as Ray is imported
+os.environ["FBPC_CACHE"] = tempfile.mkdtemp(prefix="fbpc-cache-")
 
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from fbpc_ray.experts import ExpertStore
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset, load
+
+atexit.register(shutil.rmtree, os.environ["FBPC_CACHE"], ignore_errors=True)
 
 SMALL = {
     "architectures": ("convnet-in", "convnet-bn"), "width": 8, "expert_count": 2, "expert_epochs": 3,

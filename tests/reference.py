@@ -58,7 +58,7 @@ def gradient(
     epoch = s.start_epoch + int(torch.randint(len(snapshots) - s.start_epoch, (), generator=source))
     module_x.load_state_dict(snapshots[epoch])
 
-    stream = real.stream(s.real_batch_size, "dsa", rng("real"))
+    stream = real.stream(s.real_batch_size, "dsa", generator(0, "x-side", spec.architecture, 0, epoch))
     real_batches = [next(stream) for _ in range(s.posterior_steps)]
     psi_x = variance_of(module_x, real_batches, s.lambda_x, x.detach())
 

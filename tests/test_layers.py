@@ -16,9 +16,9 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "allocator atomic cache config rng storage types signals provenance",
+    1: "allocator atomic cache compiled config rng storage types signals provenance",
     2: "inference.* vision.*",
-    3: "coreset experts",
+    3: "coreset experts passes",
     4: "teach methods.* evaluate",
     5: "distill",
     6: "backend run",

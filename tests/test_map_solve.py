@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.inference.map_solve import Ending, map_solve
+from fbpc_ray.inference.posterior import loss_gradient
 from fbpc_ray.types import Batch
 
 
@@ -19,7 +20,9 @@ SEPARABLE = Batch(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 1]))
 
 def solve(batches=None, params=None, **settings):
     defaults = {"threshold": 0.05, "learning_rate": 0.05, "max_steps": 2000}
-    return map_solve(linear, params or {"w": torch.zeros(4, 3)}, batches or repeat(SEPARABLE), **(defaults | settings))
+    return map_solve(
+        loss_gradient(linear), params or {"w": torch.zeros(4, 3)}, batches or repeat(SEPARABLE), **(defaults | settings)
+    )
 
 
 def test_it_stops_at_the_first_loss_at_or_below_the_threshold():
@@ -83,7 +86,7 @@ def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
             yield easy
 
     settings = {"threshold": 0.25, "learning_rate": 0.01, "max_steps": 400, "batches_per_pass": 2}
-    solution = map_solve(forward, {"w": torch.zeros(4, 3)}, alternate(), **settings)
+    solution = map_solve(loss_gradient(forward), {"w": torch.zeros(4, 3)}, alternate(), **settings)
     assert solution.ending == Ending.CONVERGED
     hard_loss = cross_entropy(forward(solution.params, hard.images), hard.labels).item()
     assert (

@@ -10,9 +10,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from fbpc_ray.types import Batch, Forward, Params
+from fbpc_ray.types import Batch, LossGradient, Params
 
 
 class Ending(StrEnum):
@@ -36,7 +35,7 @@ class MapSolution(NamedTuple):
 
 
 def map_solve(
-    forward: Forward,
+    slope: LossGradient,
     params: Params,
     batches: Iterable[Batch],
     *,
@@ -47,17 +46,17 @@ def map_solve(
 ) -> MapSolution:
     """Adam on the mean cross-entropy of each batch until the loss of one pass is `threshold` (gamma) or less.
 
-    `batches` is endless: the augmented pseudocoreset afresh each step, or its minibatches in turn; the loss of a pass
-    is the mean of the last `batches_per_pass` losses, each taken before its step. `params` (the draw from the prior) is
-    left as it is.
+    `slope` gives that loss and its gradient. `batches` is endless: the augmented pseudocoreset afresh each step, or its
+    minibatches in turn; the loss of a pass is the mean of the last `batches_per_pass` losses, each taken before its
+    step. `params` (the draw from the prior) is left as it is.
     """
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
-    values = list(leaves.values())
+    solution = {name: value.detach().clone() for name, value in params.items()}
+    values = list(solution.values())
     optimiser = torch.optim.Adam(values, lr=learning_rate, fused=True)
     recent: deque[float] = deque(maxlen=batches_per_pass)
     ending, steps = Ending.MAX_STEPS, 0
     for batch in batches:
-        loss = cross_entropy(forward(leaves, batch.images), batch.labels)
+        loss, gradients = slope(solution, batch)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
             ending = Ending.NONFINITE
@@ -67,9 +66,10 @@ def map_solve(
             break
         if steps == max_steps:
             break
-        for value, gradient in zip(values, torch.autograd.grad(loss, values), strict=True):
-            value.grad = gradient
+        for name, value in solution.items():
+            value.grad = gradients[name]
         optimiser.step()
         steps += 1
-    solution = {name: value.detach() for name, value in leaves.items()}
+    for value in values:
+        value.grad = None
     return MapSolution(solution, ending, steps, sum(recent) / max(len(recent), 1))

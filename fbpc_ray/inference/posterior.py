@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.types import Batch, Forward, Params
+from fbpc_ray.types import Batch, Forward, LossGradient, Params
 
 
 class FunctionPosterior(NamedTuple):
@@ -26,22 +26,29 @@ class FunctionPosterior(NamedTuple):
     """(m, d) the diagonal of Psi in squared logits. No gradient flows."""
 
 
+def loss_gradient(forward: Forward) -> LossGradient:
+    """The mean cross-entropy of a batch and its gradient, by autograd."""
+
+    def of(params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        with torch.enable_grad():
+            loss = cross_entropy(forward(leaves, batch.images), batch.labels)
+            gradients = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+    return of
+
+
 def sgd_trajectory(
-    forward: Forward, params: Params, batches: Iterable[Batch], learning_rate: float
+    slope: LossGradient, params: Params, batches: Iterable[Batch], learning_rate: float
 ) -> Iterator[Params]:
     """Yield theta^(1), theta^(2), ...: one plain SGD step on the mean cross-entropy of each batch (Eq. 16's `opt`).
 
     `params` is left as it is; what is yielded carries no gradient and may be kept.
     """
     for batch in batches:
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        with torch.enable_grad():
-            loss = cross_entropy(forward(leaves, batch.images), batch.labels)
-            gradients = torch.autograd.grad(loss, list(leaves.values()))
-        params = {
-            name: (value - learning_rate * gradient).detach()
-            for (name, value), gradient in zip(leaves.items(), gradients, strict=True)
-        }
+        _, gradients = slope(params, batch)
+        params = {name: value.detach() - learning_rate * gradients[name] for name, value in params.items()}
         yield params
 
 
@@ -66,15 +73,16 @@ def empirical_variance(logits: Iterable[Tensor]) -> Tensor:
 
 
 def function_posterior(
-    forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor
+    forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor, logits: Forward | None = None
 ) -> FunctionPosterior:
     """Eqs. 15-16 at the (augmented) pseudocoreset `images` (m, c, h, w).
 
-    `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic.
+    `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic. `logits`: a faster
+    `forward` for them, through which no gradient flows.
     """
     mean = forward({name: value.detach() for name, value in params.items()}, images)
     if samples is None:
         return FunctionPosterior(mean, torch.ones_like(mean))
     with torch.no_grad():
         fixed = images.detach()
-        return FunctionPosterior(mean, empirical_variance(forward(sample, fixed) for sample in samples))
+        return FunctionPosterior(mean, empirical_variance((logits or forward)(sample, fixed) for sample in samples))

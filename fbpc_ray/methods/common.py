@@ -4,12 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fbpc_ray.config import Distillation
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
+from fbpc_ray.methods.x_cache import XCache
+from fbpc_ray.passes import Passes
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch
 from fbpc_ray.vision.augment import AUGMENTATIONS
@@ -23,7 +26,7 @@ Stats = dict[str, Any]
 class Problem(NamedTuple):
     """What a worker holds between two steps: one architecture, its experts, the data and the settings."""
 
-    network: Network
+    passes: Passes
     store: ExpertStore
     real: RealData
     labels: Tensor
@@ -33,6 +36,12 @@ class Problem(NamedTuple):
     expert_count: int
     draw: int = 0
     """Which of the step's independent draws of (theta_x, theta_u)."""
+    x_cache: XCache | None = None
+    """Where theta_x and its K steps are kept."""
+
+    @property
+    def network(self) -> Network:
+        return self.passes.network
 
     def rng(self, step: int, purpose: str) -> torch.Generator:
         """The stream of one purpose in one step, this architecture's and this draw's own."""
@@ -58,7 +67,7 @@ class Gradient(NamedTuple):
 Method = Callable[[Problem, int, Tensor, float], Gradient]
 """(problem, step, images (m, c, h, w) on the device, inner learning rate) -> Gradient. Pure."""
 
-XSide = Callable[[Problem, int], Tensor]
+XSide = Callable[[Problem, int], np.ndarray]
 """(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
 
 

@@ -1,9 +1,11 @@
 """FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
 
+import hashlib
 import math
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,17 +13,21 @@ from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
 from fbpc_ray.methods.common import Clock, Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.rng import generator
 from fbpc_ray.types import Params
 from fbpc_ray.vision.augment import AUGMENTATIONS
 
 
-def x_side(problem: Problem, step: int) -> Tensor:
-    """(1 + K, P): theta_x and its K steps on real images, each as one vector, on the CPU. They don't depend on u."""
-    theta_x = _theta_x(problem, *_expert(problem, step))
-    return torch.stack([_vector(params).cpu() for params in (theta_x, *_k_steps(problem, step, theta_x))])
+def x_side(problem: Problem, step: int) -> np.ndarray:
+    """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
+    expert, epoch = _expert(problem, step)
+    found = _kept(problem, expert, epoch)
+    return np.stack(list(_rows(problem, expert, epoch))) if found is None else found
 
 
-def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float, x_side: Tensor | None = None) -> Gradient:
+def gradient(
+    problem: Problem, step: int, images: Tensor, inner_lr: float, x_side: np.ndarray | None = None
+) -> Gradient:
     """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `x_side`, where it was
     computed ahead, changes no bit.
 
@@ -29,7 +35,8 @@ def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float, x_sid
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
     network, labels, settings, augment = problem.network, problem.labels, problem.settings, problem.augment
-    forward, size, rng = network.forward, settings.batch_size, problem.rng
+    forward, slope, logits = network.forward, problem.passes.loss_gradient, problem.passes.logits
+    size, rng = settings.batch_size, problem.rng
     clock = Clock(network.device)
     u = images.detach().requires_grad_()
     chosen = problem.batch(step)
@@ -38,18 +45,20 @@ def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float, x_sid
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
     expert, epoch = _expert(problem, step)
+    if x_side is None and not isotropic:
+        x_side = _kept(problem, expert, epoch)
     samples_x: Iterable[Params]
     if x_side is None:
         theta_x = _theta_x(problem, expert, epoch)
-        samples_x = _k_steps(problem, step, theta_x)
+        samples_x = _k_steps(problem, expert, epoch, theta_x)
     else:
         theta_x, samples_x = _params(problem, x_side[0]), (_params(problem, row) for row in x_side[1:])
-    posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented)
+    posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
     seconds_x = clock.lap()
 
     # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior.
     solution = map_solve(
-        forward,
+        slope,
         network.init(rng(step, "prior")),
         coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
         threshold=settings.gamma,
@@ -61,8 +70,8 @@ def gradient(problem: Problem, step: int, images: Tensor, inner_lr: float, x_sid
 
     # Its K steps on the pseudocoreset.
     batches = coreset_batches(u.detach(), labels, size, augment, rng(step, "coreset"))
-    samples_u = islice(sgd_trajectory(forward, solution.params, batches, settings.lambda_u), settings.posterior_steps)
-    posterior_u = function_posterior(forward, solution.params, None if isotropic else samples_u, augmented)
+    samples_u = islice(sgd_trajectory(slope, solution.params, batches, settings.lambda_u), settings.posterior_steps)
+    posterior_u = function_posterior(forward, solution.params, None if isotropic else samples_u, augmented, logits)
     seconds_u = clock.lap()
 
     divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
@@ -101,20 +110,45 @@ def _theta_x(problem: Problem, expert: int, epoch: int) -> Params:
     return problem.network.parameters_of(problem.store.read(expert, epoch))
 
 
-def _k_steps(problem: Problem, step: int, theta_x: Params) -> Iterable[Params]:
-    """theta_x^(1..K), Eq. 16 on the x side."""
-    s = problem.settings
-    batches = problem.real.stream(s.real_batch_size, problem.augment, problem.rng(step, "real"))
-    return islice(sgd_trajectory(problem.network.forward, theta_x, batches, s.lambda_x), s.posterior_steps)
+def _k_steps(problem: Problem, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
+    """theta_x^(1..K), Eq. 16 on the x side. A snapshot has one such trajectory: its real images and their augmentation
+    are drawn by the snapshot's name, so that every step, run and seed that meets it can share the work."""
+    s, recipe = problem.settings, problem.store.recipe
+    source = generator(recipe.seed, "x-side", problem.network.spec.architecture, expert, epoch)
+    batches = problem.real.stream(s.real_batch_size, problem.augment, source)
+    return islice(sgd_trajectory(problem.passes.loss_gradient, theta_x, batches, s.lambda_x), s.posterior_steps)
+
+
+def _rows(problem: Problem, expert: int, epoch: int) -> Iterator[Tensor]:
+    theta_x = _theta_x(problem, expert, epoch)
+    for params in chain([theta_x], _k_steps(problem, expert, epoch, theta_x)):
+        yield _vector(params).cpu()
+
+
+def _kept(problem: Problem, expert: int, epoch: int) -> np.ndarray | None:
+    """The rows from the cache, made where they aren't there; None where there is no cache for them."""
+    if problem.x_cache is None:
+        return None
+    s, passes = problem.settings, problem.passes
+    about = (
+        problem.store.recipe, expert, problem.store.checksum(expert), epoch,
+        s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
+        torch.__version__, torch.get_num_threads(), str(problem.network.device.type), passes.folder is not None,
+        torch.backends.cpu.get_cpu_capability(),
+    )  # fmt: skip
+    key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
+    shape = 1 + s.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
+    return problem.x_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
 
 
 def _vector(params: Params) -> Tensor:
     return torch.cat([value.flatten() for value in params.values()])
 
 
-def _params(problem: Problem, vector: Tensor) -> Params:
+def _params(problem: Problem, row: np.ndarray) -> Params:
     """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
     where memory is aligned otherwise."""
     shapes = problem.network.shapes
-    parts = vector.to(problem.network.device).split([shape.numel() for shape in shapes.values()])
-    return {name: part.clone().view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    ends = list(accumulate(shape.numel() for shape in shapes.values()))
+    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
+    return {name: torch.tensor(row[a:b], device=problem.network.device).view(shape) for (name, shape), a, b in parts}

@@ -54,7 +54,7 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
     epochs = 3  # enough for every method to begin at 0
     rule = {"start_epoch": 1, "start_rule": "before"}
     with tempfile.TemporaryDirectory() as folder:
-        config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, **rule)
+        config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, x_cache=0.0, **rule)
         dataset = plan.load_data(config, lambda line: None)
         spec, unit = plan.specs(config, dataset)[0], Unit(0, 0)
         store, network = plan.store(config, dataset, spec), Network(spec)

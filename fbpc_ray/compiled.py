@@ -1,0 +1,87 @@
+"""Functions of tensors compiled ahead of time by torch's Inductor, each for one set of shapes.
+
+A function is traced to the operations that it makes of its arguments, and what is compiled of them is kept on disk
+under a checksum of these operations, of the versions and of the kind of processor: processes and runs share it, and a
+changed network can't meet old code. Loading takes milliseconds; compiling tens of seconds and a C++ compiler.
+
+What is loaded is machine code. So the folder is one that only its user can write to, and a folder of others is refused.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import secrets
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Function = Callable[..., list[Tensor]]
+
+
+class CannotCompile(Exception):
+    """Why, in one line."""
+
+
+def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> Function:
+    """`function`, tensors to a list of tensors, compiled for arguments like these and for as many CPU threads as torch
+    has now. Its results differ from the function's own by rounding alone, and carry no gradient.
+
+    Raises CannotCompile where there is no compiler, or where it fails.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about itself
+            graph = make_fx(function)(*arguments)
+            path = folder / f"{_name(graph, arguments)}.pt2"
+            if not path.exists():
+                _make(graph, arguments, path)
+            return torch._inductor.aoti_load_package(str(path))
+    except Exception as error:
+        raise CannotCompile(str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)) from error
+
+
+def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
+    """Compile `graph` to `path`; of several processes that want the same, one does."""
+    _own(path.parent)
+    with (path.parent / f"{path.stem}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: each compiles by itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pt2")
+        try:
+            with torch.no_grad():
+                program = torch.export.export(graph, tuple(arguments))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _own(folder: Path) -> None:
+    """Make the folder, for its user alone. Raises CannotCompile where others can write to it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CannotCompile(f"{folder} can be written to by others")
+
+
+def _name(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> str:
+    """The checksum of all that the machine code depends on."""
+    digest = hashlib.blake2b(digest_size=20)
+    about: list[Any] = [
+        torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(),
+        graph.code, [(tuple(each.shape), str(each.dtype), each.stride(), str(each.device)) for each in arguments],
+    ]  # fmt: skip
+    digest.update(repr(about).encode())
+    for name, value in sorted(graph.state_dict().items()):
+        digest.update(repr((name, value.shape, value.dtype)).encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""Compiled passes against eager ones, and what is kept on disk: x sides and machine code."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fbpc_ray import compiled as compiling
+from fbpc_ray import plan
+from fbpc_ray.compiled import CannotCompile, compiled
+from fbpc_ray.methods.x_cache import XCache
+from fbpc_ray.passes import Passes, multiplications
+from fbpc_ray.rng import generator
+from fbpc_ray.types import Batch
+from fbpc_ray.vision.zoo import Network, specify
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+def network(name: str) -> Network:
+    return Network(specify(name, (1, 8, 8), 10, 8, 0))
+
+
+def batch(count: int, seed: int = 0) -> Batch:
+    source = generator(seed, "batch")
+    return Batch(torch.randn(count, 1, 8, 8, generator=source), torch.arange(count) % 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["in", "bn"])
+def test_compiled_passes_equal_eager_ones_to_rounding(norm, folder):
+    net = network(f"convnet-{norm}")
+    eager, fast = Passes(net), Passes(net, folder)
+    for seed in (0, 1):  # other values than those that were compiled with
+        params, some = net.init(generator(seed, "params")), batch(6, seed)
+        loss, gradients = fast.loss_gradient(params, some)
+        expected, wanted = eager.loss_gradient(params, some)
+        assert not fast.complaint
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(
+                gradients[name], value, rtol=1e-4, atol=1e-5 * float(wanted["head.weight"].norm())
+            )
+        torch.testing.assert_close(
+            fast.logits(params, some.images), eager.logits(params, some.images), rtol=1e-4, atol=1e-4
+        )
+    assert not loss.requires_grad
+    # Asked again, it is the same to the bit; and machine code did it: one file for the gradient, one for the logits.
+    assert torch.equal(fast.loss_gradient(params, some)[0], loss)
+    assert not any(torch.equal(gradients[name], value) for name, value in wanted.items() if value.ndim == 4)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
+    """A second Passes loads what is there; another width is another network, and gets machine code of its own."""
+    net, some = network("convnet-in"), batch(6)
+    Passes(net, folder).loss_gradient(net.init(generator(0, "params")), some)
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")}
+    code = (
+        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); from test_passes import *\n"
+        "net = network('convnet-in'); fast = Passes(net, Path(sys.argv[2]))\n"
+        "fast.loss_gradient(net.init(generator(0, 'params')), batch(6)); print(repr(fast.complaint))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "''", said.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")} == files
+    wider = Network(specify("convnet-in", (1, 8, 8), 10, 12, 0))
+    Passes(wider, folder).logits(wider.init(generator(0, "params")), some.images)
+    assert len(list(folder.glob("*.pt2"))) == len(files) + 1
+
+
+def test_where_it_cannot_be_compiled_it_stays_eager_and_says_why(tmp_path, monkeypatch):
+    """No compiler; and a folder into which others could put machine code."""
+    net, some = network("convnet-in"), batch(3)
+    params = net.init(generator(0, "params"))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *a, **k: 1 / 0)
+    broken = Passes(net, tmp_path / "a")
+    assert torch.equal(broken.loss_gradient(params, some)[0], Passes(net).loss_gradient(params, some)[0])
+    assert "division by zero" in broken.complaint
+    assert not [path for path in (tmp_path / "a").iterdir() if path.suffix != ".lock"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b").chmod(0o777)
+    with pytest.raises(CannotCompile, match="can be written to by others"):
+        compiled(lambda x: [x + 1], [torch.zeros(2)], tmp_path / "b")
+
+
+def test_a_changed_network_or_thread_count_has_another_name(folder):
+    def name_of(function):
+        return compiling._name(compiling.make_fx(function)(torch.zeros(3)), [torch.zeros(3)])
+
+    names = {name_of(lambda x: [x + 1]), name_of(lambda x: [x + 2]), name_of(lambda x: [x * torch.ones(3)])}
+    torch.set_num_threads(2)
+    names.add(name_of(lambda x: [x + 1]))
+    torch.set_num_threads(1)
+    assert len(names) == 4
+    assert name_of(lambda x: [x + 1]) in names
+
+
+def test_multiplications_by_hand():
+    """8x8 digits, width 8, depth 2: 64 x 8 x 9 x 1, 16 x 8 x 9 x 8, and 32 x 10 in the head."""
+    assert multiplications(network("convnet-in")) == 64 * 8 * 9 + 16 * 8 * 9 * 8 + 32 * 10
+
+
+def test_only_long_runs_are_compiled(small, digits, monkeypatch):
+    """By what they compute: a thousand steps of width 128 on CIFAR-like images are, four of digits aren't."""
+    lines: list[str] = []
+    small = small.updated(device="cpu")
+    specs = plan.specs(small, digits)
+    assert not plan.compiled(small, digits, specs, lines.append)
+    assert plan.compiled(small.updated(compiled="on"), digits, specs, lines.append)
+    large = small.updated(steps=100_000, posterior_steps=30, real_batch_size=256)
+    assert plan.compiled(large, digits, specs, lines.append)
+    assert not plan.compiled(large.updated(compiled="off"), digits, specs, lines.append)
+    assert not lines
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not plan.compiled(large.updated(compiled="on"), digits, specs, lines.append)
+    assert "no C++ compiler" in lines[0]
+
+
+def rows(values):
+    """The block's rows, and how often they were asked for."""
+    asked = []
+
+    def make():
+        asked.append(1)
+        return (torch.full((3,), float(value)) for value in values)
+
+    return make, asked
+
+
+def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
+    make, asked = rows([0.1, 1 / 3])
+    kept = XCache(tmp_path, 1e6)
+    first, again = kept.block("a", (2, 3), make), XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    assert first is not None
+    assert (first == np.array([[0.1] * 3, [1 / 3] * 3], np.float32)).all()
+    assert again is not None
+    assert (again == first).all()
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        again[0] = 1
+
+
+def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
+    kept, (make, _) = XCache(tmp_path, 500), rows([1, 2])
+    for name, age in (("a", 10), ("b", 20), ("c", 30)):
+        kept.block(name, (2, 3), make)
+        os.utime(tmp_path / f"{name}.npy", (age, age))
+    kept.block("a", (2, 3), make)  # used now
+    kept.block("d", (2, 3), make)
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"a", "c", "d"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 500
+    assert XCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_block_is_made_again(content, tmp_path):
+    (tmp_path / "a.npy").write_bytes(content)
+    make, asked = rows([5, 6])
+    found = XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    assert found is not None
+    assert found[1, 0] == 6
+    assert asked
+
+
+def test_a_block_of_another_shape_is_made_again(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 4), np.float32))
+    found = XCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+    assert found is not None
+    assert found.shape == (2, 3)
+
+
+def test_a_cache_that_cannot_be_written_is_one_that_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert XCache(tmp_path / "file" / "below", 1e6).block("a", (2, 3), rows([1, 2])[0]) is None
+
+
+def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
+    def broken():
+        yield torch.zeros(3)
+        raise RuntimeError("amid")
+
+    with pytest.raises(RuntimeError, match="amid"):
+        XCache(tmp_path, 1e6).block("a", (2, 3), broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
+    found: list[np.ndarray | None] = [None] * 8
+
+    def want(place):
+        found[place] = XCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
+
+    threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
