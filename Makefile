@@ -1,11 +1,12 @@
 # make demo   set up, then distil handwritten digits with four networks on Ray (ARGS="--steps 20" passes flags)
 # make test   set up, then run the tests                (ARGS="-k posterior" passes flags to pytest)
 # make lint   set up, then ruff and pyright
+# make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda)
 # make setup  only the environment, in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 setup: .venv/ready
 
 # uv installs everything in half a minute; plain pip, which takes a few, stands in where uv can't be had.
@@ -26,6 +27,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+DEVICE ?= cpu
+bench: setup
+	$(BIN)/python jobs/benchmark.py --device $(DEVICE) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
