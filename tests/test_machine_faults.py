@@ -1,6 +1,7 @@
 """What the machine and the network do to a run: memory that ends, a node that is cut off. Drivers in processes of their
 own, on clusters of their own; each run ends with the bits of an undisturbed one."""
 
+import json
 import os
 import shutil
 import signal
@@ -102,6 +103,21 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
         for process in (driver.process, hog):
             if process:
                 stop(process)
+
+
+def test_the_soak_holds_what_it_says(tmp_path):
+    """jobs/chaos.py, short: workers and nodes are hit, and the coreset is that of an undisturbed run."""
+    report, job = tmp_path / "chaos.json", Path(__file__).parent.parent / "jobs" / "chaos.py"
+    done = subprocess.run(
+        [sys.executable, str(job), "--steps", "30", "--every", "5", "--seed", "1", "--json", str(report)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert sum(found["hits"].values()) >= 1
+    assert found["holds"] == {
+        "equal to the bit": True, "all CPUs free": True, "no worker left": True, "memory flat": True,
+    }  # fmt: skip
 
 
 FILL = """
