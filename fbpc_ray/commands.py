@@ -86,8 +86,9 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         describe(job)
         return
+    compiled = plan.compiled(settings, job.dataset, job.specs, log)
     if settings.workers.compiled == "auto" or not resume:
-        settings = settings.updated(compiled="on" if plan.compiled(settings, job.dataset, job.specs, log) else "off")
+        settings = settings.updated(compiled="on" if compiled else "off")
         job = job._replace(settings=settings)
     d = settings.distillation
     first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)

@@ -131,7 +131,7 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), "")
     if not shutil.which(compiler):
         if x.compiled == "on":
-            log("note: --compiled on, but no C++ compiler (g++) is here; passes stay eager")
+            log("note: --compiled on, but there is no C++ compiler (g++) here: passes stay eager, to other last bits")
         return False
     m = min(d.batch_size, d.ipc * len(dataset.classes))
     u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
