@@ -13,9 +13,10 @@ import os
 import platform
 import secrets
 import stat
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,24 @@ def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) 
         try:
             with torch.no_grad():
                 program = torch.export.export(graph, tuple(arguments))
-            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+            with _scratch(path.parent):
+                torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Inductor's intermediate files lie below `folder` and go after the block, instead of gathering in /tmp."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        os.environ[name] = scratch
+        try:
+            yield
+        finally:
+            os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _own(folder: Path) -> None:

@@ -54,6 +54,7 @@ def test_compiled_passes_equal_eager_ones_to_rounding(norm, folder):
             fast.logits(params, some.images), eager.logits(params, some.images), rtol=1e-4, atol=1e-4
         )
     assert not loss.requires_grad
+    assert {path.suffix for path in folder.iterdir()} == {".pt2", ".lock"}
     # Asked again, it is the same to the bit; and machine code did it: one file for the gradient, one for the logits.
     assert torch.equal(fast.loss_gradient(params, some)[0], loss)
     assert not any(torch.equal(gradients[name], value) for name, value in wanted.items() if value.ndim == 4)
