@@ -284,12 +284,11 @@ def _pixels(state: State, dataset: Dataset) -> np.ndarray:
 
 def _endings(rows: list[dict[str, Any]]) -> str:
     endings = results.map_endings(rows)
-    eager = next((f"; not compiled ({row['not_compiled']})" for row in rows if row.get("not_compiled")), "")
     if not endings:
-        return eager
+        return ""
     steps = sum(row["map_steps"] for row in rows) / len(rows)
     counted = ", ".join(f"{count} {ending}" for ending, count in endings.items())
-    return f"; MAP solves: {counted}, {steps:.0f} steps on average{eager}"
+    return f"; MAP solves: {counted}, {steps:.0f} steps on average"
 
 
 def describe(job: Prepared) -> None:

@@ -12,17 +12,20 @@ import hashlib
 import os
 import platform
 import secrets
+import shutil
 import stat
+import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 Function = Callable[..., list[Tensor]]
 
@@ -40,6 +43,9 @@ def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> F
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
+            from torch.fx.experimental.proxy_tensor import make_fx  # a second or two, for those who compile
+
+            _own(folder)
             graph = make_fx(function)(*arguments)
             path = folder / f"{_name(graph, arguments)}.pt2"
             if not path.exists():
@@ -51,7 +57,6 @@ def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> F
 
 def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
     """Compile `graph` to `path`; of several processes that want the same, one does."""
-    _own(path.parent)
     with (path.parent / f"{path.stem}.lock").open("w") as lock:
         with suppress(OSError):  # a file system without locks: each compiles by itself
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -61,7 +66,10 @@ def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) 
         try:
             with torch.no_grad():
                 program = torch.export.export(graph, tuple(arguments))
-            with _scratch(path.parent):
+            from torch._inductor import config
+
+            # Headers that are compiled beforehand lie in a folder of /tmp whose name anybody can guess.
+            with _scratch(path.parent), config.patch({"aot_inductor.precompile_headers": False}):
                 torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
             temporary.replace(path)
         finally:
@@ -82,18 +90,46 @@ def _scratch(folder: Path) -> Iterator[None]:
 
 
 def _own(folder: Path) -> None:
-    """Make the folder, for its user alone. Raises CannotCompile where others can write to it."""
+    """Make the folder, for its user alone, and clear what killed compilations left a day ago. Raises CannotCompile
+    where others can write to it, or put another in its place."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CannotCompile(f"{folder} can be written to by others")
+    for each, sticky in ((folder, 0), (folder.parent, stat.S_ISVTX)):
+        status = each.stat()
+        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
+        if others or status.st_uid not in (os.geteuid(), 0):
+            raise CannotCompile(f"{each} can be written to by others: set FBPC_CACHE to a folder of your own")
+    for left in (*folder.glob(".inductor-*"), *folder.glob(".*.pt2")):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@cache
+def _machine() -> tuple[str, ...]:
+    """The processor and the compiler: machine code is for the very kind that it was compiled on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    compiler = os.environ.get("CXX", "g++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return (*kind, version.splitlines()[0])
+
+
+@cache
+def complaint(folder: Path) -> str:
+    """Why nothing can be compiled here, found out on the smallest function; empty where it can."""
+    try:
+        compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
+    except CannotCompile as error:
+        return str(error)
+    return ""
 
 
 def _name(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> str:
     """The checksum of all that the machine code depends on."""
     digest = hashlib.blake2b(digest_size=20)
     about: list[Any] = [
-        torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(),
+        torch.__version__, platform.machine(), _machine(), torch.get_num_threads(),
         graph.code, [(tuple(each.shape), str(each.dtype), each.stride(), str(each.device)) for each in arguments],
     ]  # fmt: skip
     digest.update(repr(about).encode())

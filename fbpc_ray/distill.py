@@ -167,12 +167,10 @@ class Worker:
         """A `Gradient`'s parts, in numpy, which travels between processes without a copy. `x_side`: from the method of
         that name, where it was computed ahead."""
         with threads(self.threads):
-            problem, ahead = self._problem(unit), () if x_side is None else (x_side,)
+            ahead = () if x_side is None else (x_side,)
             value, stats, of_inner_lr = METHODS[self.settings.method](
-                problem, step, torch.tensor(images, device=self.device), inner_lr, *ahead
+                self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr, *ahead
             )
-        if problem.passes.complaint:
-            stats = {**stats, "not_compiled": problem.passes.complaint}
         return value.numpy(), stats, of_inner_lr
 
     def x_side(self, unit: Unit, step: int) -> tuple[None, np.ndarray]:

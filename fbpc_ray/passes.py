@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fbpc_ray.compiled import CannotCompile, Function, compiled
+from fbpc_ray.errors import UserError
 from fbpc_ray.inference.posterior import loss_gradient
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch, Params
@@ -17,14 +18,13 @@ from fbpc_ray.vision.zoo import Network
 class Passes:
     """The loss with its gradient, and the logits, of one network on one device.
 
-    With a folder for what is compiled, each is compiled for each number of images at its first use; where that can't
-    be, it stays eager and `complaint` says why. Compiled or not is part of the bits.
+    With a folder for what is compiled, each is compiled for each number of images at its first use. Compiled or not is
+    part of the bits: where it can't be, a UserError says so, for a worker that went on by itself would change them.
     """
 
     def __init__(self, network: Network, folder: Path | None = None):
         self.network, self.folder = network, folder
-        self.complaint = ""
-        self._compiled: dict[tuple[str, torch.Size], Function | None] = {}
+        self._compiled: dict[tuple[str, torch.Size], Function] = {}
         self._eager_loss_gradient = loss_gradient(network.forward)
 
     def loss_gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
@@ -53,8 +53,11 @@ class Passes:
             try:
                 self._compiled[key] = compiled(function, arguments, self.folder)
             except CannotCompile as error:
-                self._compiled[key] = None
-                self.complaint = str(error)
+                raise UserError(
+                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): mend it on "
+                    "every node, or start again with --compiled off",
+                    code=1,
+                ) from error
         return self._compiled[key]
 
     def _loss_and_gradients(self, *arguments: Tensor) -> list[Tensor]:

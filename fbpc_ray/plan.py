@@ -1,13 +1,14 @@
 """What a configuration means: checked values, the data set, networks, stores and the backend. Nothing runs here."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from fbpc_ray import cache
+from fbpc_ray import compiled as compiling
 from fbpc_ray import experts as expert_files
 from fbpc_ray.backend import Backend, Crew, Serial
 from fbpc_ray.config import Config
@@ -117,10 +118,12 @@ def threads(config: Config) -> int:
     return config.workers.threads or max(1, (os.cpu_count() or 1) // 2 // len(config.networks.architectures))
 
 
+RARELY = 4
+"""Times the limit of the x cache from which a run doesn't use it."""
 USUAL_MAP_STEPS = 100
 COMPILE_FROM = 1e13
-"""Floating-point operations of a run and architecture from which compiling its passes is earned back: it costs one to
-two minutes, and an eager pass does some 3e10 a second where a compiled one does half as much again."""
+"""Floating-point operations of a run and architecture, on the way to minutes of CPU time, from which it is worth the
+tens of seconds that each pass takes to compile."""
 
 
 def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log = lambda line: None) -> bool:
@@ -128,16 +131,27 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
     d, x = config.distillation, config.workers
     if x.compiled == "off" or x.device == "cuda":
         return False
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), "")
-    if not shutil.which(compiler):
-        if x.compiled == "on":
-            log("note: --compiled on, but there is no C++ compiler (g++) here: passes stay eager, to other last bits")
-        return False
     m = min(d.batch_size, d.ipc * len(dataset.classes))
     u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
     x_side = 3 * d.real_batch_size * d.posterior_steps
     most = max(2 * multiplications(Network(spec)) for spec in chosen)
-    return x.compiled == "on" or most * d.steps * d.draws_per_step * (u_side + x_side) > COMPILE_FROM
+    if x.compiled == "auto" and most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
+        return False
+    why = compiling.complaint(cache.folder() / "compiled")
+    if why:
+        log(f"note: passes stay eager, which is slower: they cannot be compiled here ({why})")
+    return not why
+
+
+def x_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:
+    """What a worker may keep of theta_x and its K steps; 0 where so little of them fits that it would be met rarely."""
+    d, e = config.distillation, config.experts
+    if d.method not in X_SIDES:
+        return 0.0
+    snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
+    each = sum(4 * Network(spec).parameter_count * (1 + d.posterior_steps) for spec in chosen)
+    limit = 1e9 * config.workers.x_cache
+    return limit if each * snapshots <= RARELY * limit else 0.0
 
 
 def crew(
@@ -150,7 +164,7 @@ def crew(
         {
             "specs": list(chosen), "stores": list(stores), "dataset": dataset, "labels": labels.numpy(), "settings": d,
             "augment": config.networks.augment, "expert_count": config.experts.expert_count, "threads": threads(config),
-            "compiled": compiled(config, dataset, chosen), "x_cache_bytes": 1e9 * config.workers.x_cache,
+            "compiled": compiled(config, dataset, chosen), "x_cache_bytes": x_cache_bytes(config, chosen),
         },
         units_of(len(chosen), d.draws_per_step),
         4 * largest * (1 + d.posterior_steps),

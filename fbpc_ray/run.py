@@ -45,10 +45,13 @@ class Run(Generic[Where]):
         return cast(Where, self.folder / name)
 
     def refuse_if_taken(self) -> None:
-        """Raise UserError where the folder holds something already, but for what a kill left of a first config.json."""
+        """Raise UserError where the folder holds something already, but for what a kill left before a config.json."""
         if not self.folder.exists():
             return
-        if not self.folder.is_dir() or any(not each.match(".config.json.*.tmp") for each in self.folder.iterdir()):
+        leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json")
+        if not self.folder.is_dir() or any(
+            not any(each.match(name) for name in leftovers) for each in self.folder.iterdir()
+        ):
             raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
     def write_config(self, settings: Config) -> None:

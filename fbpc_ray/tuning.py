@@ -125,7 +125,10 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
         kept = read_plan(folder)
         if replace(settings, workers_per_trial=0) != replace(kept.settings, workers_per_trial=0):
             raise UserError("--resume of another sweep than the stored one: leave its flags out, or take another --out")
-        check_resume(read_config(folder), base, MAY_CHANGE)
+        stored = read_config(folder)
+        if base.workers.threads == 0:
+            base = base.updated(threads=stored.workers.threads)
+        check_resume(stored, base, MAY_CHANGE)
         kept = kept._replace(settings=settings)
     else:
         base = base.updated(threads=plan.threads(base), out=str(folder))
@@ -174,13 +177,16 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
     if grid:
         sweep.checked(grid, "--grid")
     samples = settings.samples or (8 if space else 1)
-    return spaces.variants(spaces.gridded(space, grid), samples, base.distillation.seed)
+    drawn = spaces.variants(spaces.gridded(space, grid), samples, base.distillation.seed)
+    if not drawn:
+        raise UserError("the space has no trial: give each flag a value to try")
+    return drawn
 
 
 def _write_plan(found: _Sweep) -> None:
     text = {**found.plan._asdict(), "settings": asdict(found.plan.settings)}
-    atomic.write_text(found.folder / "config.json", to_json(found.base))
     atomic.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
+    atomic.write_text(found.folder / "config.json", to_json(found.base))  # last: now there is a sweep
 
 
 def read_plan(folder: Place) -> Plan:

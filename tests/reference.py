@@ -2,7 +2,7 @@
 likelihood. Slow and plain, it is what `fbpc_ray.methods` are held against; it shares only the draws."""
 
 import copy
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,9 @@ def gradient(
 
     module_u, source = fresh(), rng("map")
     optimiser = torch.optim.Adam(module_u.parameters(), lr=s.map_lr)
-    while True:
+    for taken in count():
         value = loss(module_u, dsa.apply(dsa.draw(len(labels), source), images), labels)
-        if value.item() <= s.gamma:
+        if value.item() <= s.gamma or taken == s.map_max_steps:
             break
         optimiser.zero_grad()
         value.backward()

@@ -27,12 +27,10 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(report.read_text())["cases"]
-    assert (case["network"], case["width"], case["m"], case["not_compiled"]) == ("convnet-in", 8, 10, "")
+    assert (case["network"], case["width"], case["m"]) == ("convnet-in", 8, 10)
     assert case["map_steps"] > 1
     assert set(case["seconds"]) == {"reference", "ours", "ours, cold", "floor", "bpc-fkl"}
     assert all(len(each["all"]) == 2 and min(each["all"]) > 0 for each in case["seconds"].values())
-    # The x side is 30 passes over 256 images, and all that the cold way does more.
-    assert case["seconds"]["ours, cold"]["median"] > case["seconds"]["ours"]["median"]
     assert case["ratios"]["ours / floor"]["all"][0] == pytest.approx(
         case["seconds"]["ours"]["all"][0] / case["seconds"]["floor"]["all"][0]
     )

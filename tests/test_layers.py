@@ -1,4 +1,4 @@
-"""Imports go one way (design.md), heavy libraries stay in their file, and the core runs without ray and mlflow."""
+"""Imports go one way (CONTRIBUTING.md), heavy libraries stay in their file, the core runs without ray and mlflow."""
 
 import ast
 import subprocess

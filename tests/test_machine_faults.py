@@ -108,11 +108,15 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
 def test_the_soak_holds_what_it_says(tmp_path):
     """jobs/chaos.py, short: workers and nodes are hit, and the coreset is that of an undisturbed run."""
     report, job = tmp_path / "chaos.json", Path(__file__).parent.parent / "jobs" / "chaos.py"
-    done = subprocess.run(
-        [sys.executable, str(job), "--steps", "30", "--every", "5", "--seed", "1", "--json", str(report)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(job), "--steps", "30", "--every", "5", "--seed", "1", "--json", str(report)],
+            env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        assert process.wait(500) == 0, (tmp_path / "output.txt").read_text()
+    finally:
+        stop(process)
     found = json.loads(report.read_text())
     assert sum(found["hits"].values()) >= 1
     assert found["holds"] == {

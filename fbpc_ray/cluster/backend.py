@@ -121,7 +121,7 @@ class RayBackend:
             for outcome in self.pool.outcomes():
                 kind, unit, step = outcome.key
                 if kind == "x-side" and outcome.lost:
-                    self._x_sides.pop((unit, step), None)  # the gradient computes it itself
+                    self._x_sides[unit, step] = None  # the gradient computes it itself
                 elif kind == "gradient" and step == state.step and unit not in found:
                     if outcome.lost:
                         self._x_sides.pop((unit, step), None)
@@ -170,7 +170,7 @@ class RayBackend:
         x = self.settings
         return need_of(
             workers, nodes(), gpu=self.device == "cuda", threads=threads,
-            cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor,
+            cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor or (1.0 if x.autoscale else 0.0),
         )  # fmt: skip
 
     def _refuse_what_fits_nowhere(self, need: Need) -> None:
@@ -202,7 +202,8 @@ class RayBackend:
             pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
         if todo:
             return
-        for later in range(step + 1, step + 1 + self._ahead):
+        last = self.crew.arguments["settings"].steps
+        for later in range(step + 1, min(step + 1 + self._ahead, last)):
             for unit in order:
                 spare = pool.standing - len(self.crew.units)
                 busy = sum(key[0] == "x-side" for key in pool.running())

@@ -17,6 +17,9 @@ from fbpc_ray.rng import generator
 from fbpc_ray.types import Params
 from fbpc_ray.vision.augment import AUGMENTATIONS
 
+X_FORMAT = 1
+"""To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
+
 
 def x_side(problem: Problem, step: int) -> np.ndarray:
     """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
@@ -130,11 +133,12 @@ def _kept(problem: Problem, expert: int, epoch: int) -> np.ndarray | None:
     if problem.x_cache is None:
         return None
     s, passes = problem.settings, problem.passes
+    device = problem.network.device
     about = (
-        problem.store.recipe, expert, problem.store.checksum(expert), epoch,
+        X_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
         s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
-        torch.__version__, torch.get_num_threads(), str(problem.network.device.type), passes.folder is not None,
-        torch.backends.cpu.get_cpu_capability(),
+        torch.__version__, torch.get_num_threads(), passes.folder is not None, torch.backends.cpu.get_cpu_capability(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )  # fmt: skip
     key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
     shape = 1 + s.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())

@@ -5,8 +5,10 @@ under a checksum of all that it depends on. The folder holds a bounded number of
 first. A cache that can't be written is one that isn't there.
 """
 
+import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from fbpc_ray import atomic
 
 LARGEST = 256e6
 """Bytes of a block that is kept. That of a ResNet18 (1.4 GB) costs more to read than to prefetch."""
@@ -23,7 +27,7 @@ HEADER = 128
 
 
 class XCache(NamedTuple):
-    """A folder and the bytes that it may hold."""
+    """A folder and the bytes that it may hold, half of what its disk has for it at most."""
 
     folder: Path
     limit: float
@@ -45,13 +49,14 @@ class XCache(NamedTuple):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
             with temporary.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while it is held, nobody sweeps it
+                block = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not in a mapped page
-            block = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            for place, row in zip(block, rows(), strict=True):
-                place[:] = row.numpy(force=True)
-            block.flush()
-            del block
-            temporary.replace(path)
+                for place, row in zip(block, rows(), strict=True):
+                    place[:] = row.numpy(force=True)
+                block.flush()
+                del block
+                temporary.replace(path)
         except OSError:
             return None
         finally:
@@ -60,11 +65,13 @@ class XCache(NamedTuple):
         return _read(path, shape)
 
     def _make_room(self, size: int) -> None:
+        atomic.sweep(self.folder, ".*.tmp")
         files = []
         for path in self.folder.glob("*.npy"):
             with suppress(OSError):
                 files.append((path.stat().st_mtime, path.stat().st_size, path))
-        excess = sum(bytes_ for _, bytes_, _ in files) + size - self.limit
+        used, free = sum(bytes_ for _, bytes_, _ in files), shutil.disk_usage(self.folder).free
+        excess = used + size - min(self.limit, (used + free) / 2)
         for _, bytes_, path in sorted(files):
             if excess <= 0:
                 return
