@@ -79,7 +79,11 @@ class ExpertArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
+    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture.
+
+    Any other coreset, whoever made it: `fbpc evaluate --coreset PATH --data DATA`, with flags that
+    `fbpc evaluate --coreset PATH --help` explains.
+    """
 
     run: Annotated[str, tyro.conf.Positional]
     """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
@@ -99,6 +103,42 @@ class EvaluateArguments:
     """Say what would be done, and write nothing."""
     json: str = ""
     """Also write the result to this file."""
+
+
+@dataclass(frozen=True)
+class GivenArguments:
+    """Evaluate any coreset with SGHMC, beside as many random real images; writes nothing but --json."""
+
+    coreset: str
+    """A file (.safetensors, .npz, .pt, .parquet) or a folder: what `fbpc export` makes, a Hugging Face data set, MTT's
+    images_best.pt and labels_best.pt, or images in class folders."""
+    data: Data = field(default_factory=lambda: Data(data=""))
+    networks: Networks = field(default_factory=Networks)
+    pixels: Literal["auto", "normalised", "unit"] = "auto"
+    """What floats are, where the file doesn't say: normalised as the data is (--normalisation) | unit: in 0..1 | auto:
+    unit where all are in 0..1."""
+    split: str = "test"
+    """test | validation."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+    json: str = ""
+    """Write the result to this file."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write the coreset of a run in a format that others read: Hugging Face, .pt as MTT's, safetensors, npz, PNG."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+    format: Literal["hf", "safetensors", "pt", "png", "npz"]
+    """hf: a folder for datasets.load_dataset, with a card | safetensors | pt: images_best.pt and labels_best.pt | png:
+    class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate --coreset` reads all.
+    """
+    out: str = ""
+    """Where to, a local path where nothing is; empty means HOME/exports/RUN-FORMAT."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +253,9 @@ def experts(argv: list[str], program: str) -> None:
 
 
 def evaluate(argv: list[str], program: str) -> None:
+    if any(word.split("=")[0] == "--coreset" for word in argv):
+        _evaluate_given(argv, program)
+        return
     stored = read_config(place(_parse(EvaluateArguments, argv, program).run))
     args = _parse(EvaluateArguments, argv, program, EvaluateArguments("", evaluation=stored.evaluation))
     networks = replace(
@@ -228,6 +271,23 @@ def evaluate(argv: list[str], program: str) -> None:
         place(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize, dry_run=args.dry_run,
         json=args.json,
     )  # fmt: skip
+
+
+def _evaluate_given(argv: list[str], program: str) -> None:
+    args = _parse(GivenArguments, argv, program)
+    if not args.data.data:
+        raise UserError("--data is missing: name the data set whose images judge the coreset")
+    from fbpc_ray import export as exports
+
+    config = Config(data=args.data, networks=args.networks, evaluation=args.evaluation, workers=args.workers)
+    exports.evaluate(args.coreset, config, args.split, args.pixels, dry_run=args.dry_run, json=args.json)
+
+
+def export(argv: list[str], program: str) -> None:
+    args = _parse(ExportArguments, argv, program)
+    from fbpc_ray import export as exports
+
+    exports.export(place(args.run), args.format, args.out)
 
 
 def tune(argv: list[str], program: str) -> None:
@@ -263,6 +323,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "distill": distill,
     "experts": experts,
     "evaluate": evaluate,
+    "export": export,
     "tune": tune,
     "reproduce": reproduce,
 }
@@ -271,7 +332,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
 def _usage() -> str:
     kinds = {
         "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
-        "tune": TuneArguments, "reproduce": ReproduceArguments,
+        "export": ExportArguments, "tune": TuneArguments, "reproduce": ReproduceArguments,
     }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])

@@ -56,7 +56,12 @@ def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.G
 
 
 def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) -> None:
-    """Write `coreset` to `path`, whole or not at all; `metadata` is kept beside it in the file's header.
+    """Write `coreset` to `path`, whole or not at all; otherwise as `dumps`."""
+    atomic.write_bytes(path, dumps(coreset, metadata))
+
+
+def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
+    """`coreset` as a file; `metadata` is kept beside it in the file's header.
 
     Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
     """
@@ -67,11 +72,11 @@ def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) 
         "classes": json.dumps(list(coreset.classes)),
     }
     taken = sorted(own.keys() & (metadata or {}).keys())
-    problem = f"metadata may not name {', '.join(taken)}" if taken else _problem(coreset)
-    if problem:
-        raise ValueError(f"not a coreset to save: {problem}")
+    wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
+    if wrong:
+        raise ValueError(f"not a coreset to save: {wrong}")
     tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in ("images", "labels")}
-    atomic.write_bytes(path, _ordered(to_bytes(tensors, {**(metadata or {}), **own})))
+    return _ordered(to_bytes(tensors, {**(metadata or {}), **own}))
 
 
 def metadata(path: Place) -> dict[str, str]:
@@ -91,8 +96,8 @@ def load(path: Place) -> Coreset:
             raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
         mean, std, classes = (tuple(json.loads(facts[name])) for name in ("mean", "std", "classes"))
         coreset = Coreset(images, labels, mean, std, classes)
-        if problem := _problem(coreset):
-            raise ValueError(problem)
+        if wrong := problem(coreset):
+            raise ValueError(wrong)
     except FileNotFoundError as error:
         raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -113,7 +118,7 @@ def _ordered(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def _problem(coreset: Coreset) -> str | None:
+def problem(coreset: Coreset) -> str | None:
     """Why these five things do not belong together, or None."""
     images, labels, mean, std, classes = coreset
     if images.dtype != torch.float32 or images.ndim != 4 or not images.numel():

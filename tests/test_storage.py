@@ -23,6 +23,7 @@ from test_experts import RECIPE, refusal, same, snapshot, trajectory
 from test_run import distil, images_of, start
 
 from fbpc_ray import cache, cli, coreset, storage
+from fbpc_ray.config import Config
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.run import Run
@@ -194,6 +195,25 @@ def test_ctrl_c_in_an_upload_leaves_no_part_of_an_object(s3, wire):
     error = process.communicate(timeout=60)[1]
     assert b"KeyboardInterrupt" in error
     assert len(each.read_bytes()) in (3, 30_000_000)
+
+
+def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
+    """And a file alone is evaluated where it lies; a folder there is one line."""
+    run, source = Run(folder / "run"), torch.Generator().manual_seed(0)
+    made = coreset.Coreset(
+        torch.randn(10, 1, 8, 8, generator=source), torch.arange(10), (0.5,), (0.25,), tuple("0123456789")
+    )
+    run.write_config(Config())
+    coreset.save(made, run.coreset_path, {"method": "fbpc"})
+    cli.main(["export", str(run.folder), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
+    assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, made.images)
+    evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
+                "--chain-steps", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
+    cli.main([*evaluate, str(run.coreset_path)])
+    assert "convnet-in    given" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*evaluate, str(run.folder)])
+    assert "of a store only a file can be read" in capsys.readouterr().err
 
 
 # What stores say
