@@ -1,4 +1,5 @@
-"""Charts of an evaluation: how far confidence can be trusted, and what strange images do to the entropy.
+"""Charts of a run and its evaluation: its course over the steps, how far confidence can be trusted, and what strange
+images do to the entropy.
 
 Beside figures.py the only file that imports matplotlib, and like it only the objects (Figure, Agg): no pyplot.
 """
@@ -6,12 +7,13 @@ Beside figures.py the only file that imports matplotlib, and like it only the ob
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from fbpc_ray import atomic
 from fbpc_ray.storage import Place
@@ -125,7 +127,9 @@ def bars(
     Raises OSError where `path` can't be written.
     """
     width = 0.8 / max(len(names), 1)
-    figure = Figure(figsize=(max(5.0, 1.2 + 0.28 * len(names) * len(groups)), 3.8), dpi=DPI, layout="constrained")
+    shown = [_wrapped(group, 14) for group in groups]
+    each = max(0.28 * len(names), 0.15 + 0.075 * max(map(len, shown), default=0))  # inches: its bars, its name
+    figure = Figure(figsize=(max(5.0, 1.2 + each * len(groups)), 3.8), dpi=DPI, layout="constrained")
     _padded(figure)
     axes = figure.add_subplot()
     for index, name in enumerate(names):
@@ -142,12 +146,90 @@ def bars(
     if marks:
         axes.plot([], [], "D", label="the paper's", **MARK)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xticks(range(len(groups)), [_wrapped(group, 14) for group in groups], fontsize=TICK)
+    axes.set_xticks(range(len(groups)), shown, fontsize=TICK)
     axes.set_ylabel(label, fontsize=LABEL)
     axes.set_title(_wrapped(title, 2 * LONGEST), fontsize=TITLE, parse_math=False)
     _tidy(axes)
-    figure.legend(loc="outside lower center", ncols=min(4, len(names) + 1), fontsize=TICK, frameon=False)
+    fitting = int(figure.get_figwidth() / (0.55 + 0.075 * max(map(len, names), default=1)))  # inches of a name
+    columns = max(1, min(4, len(names) + 1, fitting))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False)
     _save(figure, path)
+
+
+class Course(NamedTuple):
+    """One quantity over the steps."""
+
+    title: str
+    unit: str
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float], bool]]
+    """(label, steps, values, dashed). Lines of one label, in one panel or several, have one colour."""
+    counts: bool = False
+    """Values are whole numbers from 0 up."""
+
+
+DENSE = 150
+"""Points from which a line is shown by its mean over a window, the points themselves faint behind it."""
+
+
+def over_steps(courses: Sequence[Course], path: Place, title: str = "") -> None:
+    """Write a PNG, whole or not at all: a panel for each course, two side by side.
+
+    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    """
+    if not courses or not all(course.lines for course in courses):
+        raise ValueError("no values to draw")
+    columns = min(2, len(courses))
+    rows = math.ceil(len(courses) / columns)
+    figure = Figure(figsize=(4.3 * columns, 2.7 * rows + 0.6), dpi=DPI, layout="constrained")
+    _padded(figure)
+    if title:
+        figure.suptitle(_wrapped(title, LONGEST * columns + 10), fontsize=TITLE + 1, parse_math=False)
+    labels = list(dict.fromkeys(label for course in courses for label, *_ in course.lines))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for index, course in enumerate(courses):
+        axes = grid[divmod(index, columns)]
+        for label, steps, values, dashed in course.lines:
+            _line(axes, labels.index(label), steps, values, dashed)
+        axes.set_title(_wrapped(course.title, LONGEST + 10), fontsize=TITLE, parse_math=False)
+        axes.set_ylabel(course.unit, fontsize=LABEL)
+        axes.set_xlabel("step", fontsize=LABEL)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+        axes.locator_params(axis="y", nbins=5, integer=course.counts)
+        if course.counts:
+            axes.set_ylim(0, None)
+        _tidy(axes)
+    for index in range(len(courses), rows * columns):
+        grid[divmod(index, columns)].remove()
+    handles = [Line2D([], [], linewidth=1.8, **_look(index)) for index in range(len(labels))]
+    names = [_ending(label, NAME) for label in labels]
+    figure.legend(handles, names, loc="outside lower center", ncols=2 * columns, fontsize=TICK, frameon=False)
+    _save(figure, path)
+
+
+def _line(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float], dashed: bool) -> None:
+    look = _look(index)
+    if dashed:
+        look["linestyle"] = "--"
+    x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    if len(x) < DENSE:
+        axes.plot(x, y, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4, **look)
+        return
+    axes.plot(x, y, linewidth=0.5, alpha=0.3, color=look["color"])
+    window = window_of(len(x))
+    means = np.convolve(y, np.full(window, 1 / window), "valid")
+    axes.plot(np.convolve(x, np.full(window, 1 / window), "valid"), means, linewidth=1.8, **look)
+
+
+def window_of(points: int) -> int:
+    """Points of which a dense line shows the mean; 1 for one that is shown as it is."""
+    return points // 30 if points >= DENSE else 1
+
+
+LINES = [colour for colour in PALETTE if colour != "#F0E442"]  # without yellow, which is faint on white
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": LINES[index % len(LINES)], "linestyle": ("-", ":", "-.")[index // len(LINES) % 3]}
 
 
 def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, first: bool) -> float:

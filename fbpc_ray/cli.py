@@ -195,6 +195,21 @@ class ReproduceArguments:
     """Say what would be done, and write nothing."""
 
 
+@dataclass(frozen=True)
+class ReportArguments:
+    """Write one HTML page about a run, or about several beside each other; and the same as Markdown."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Runs that `distill` made: folders, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+    out: str = "report.html"
+    """The page; FILE.md and FILE-files/ lie beside it. An earlier report there is replaced, nothing else."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Say whether all that is needed is here and works, and how to mend what doesn't."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit status: 0 done, 2 bad input, 1 failed, 128 + n ended by signal n."""
     argv = sys.argv[1:] if argv is None else argv
@@ -319,6 +334,22 @@ def reproduce(argv: list[str], program: str) -> None:
     reproduction.reproduce(given.pop("table"), base, sources, **given)
 
 
+def report(argv: list[str], program: str) -> None:
+    args = _parse(ReportArguments, argv, program)
+    if not args.runs:
+        raise UserError("name a run: fbpc report RUN [RUN ...]")
+    from fbpc_ray import report
+
+    report.report(args.runs, args.out, lambda line: print(line, flush=True))
+
+
+def doctor(argv: list[str], program: str) -> None:
+    _parse(DoctorArguments, argv, program)
+    from fbpc_ray import doctor
+
+    sys.exit(doctor.doctor(lambda line: print(line, flush=True)))
+
+
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "distill": distill,
     "experts": experts,
@@ -326,6 +357,8 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "export": export,
     "tune": tune,
     "reproduce": reproduce,
+    "report": report,
+    "doctor": doctor,
 }
 
 
@@ -333,6 +366,7 @@ def _usage() -> str:
     kinds = {
         "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
         "export": ExportArguments, "tune": TuneArguments, "reproduce": ReproduceArguments,
+        "report": ReportArguments, "doctor": DoctorArguments,
     }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])

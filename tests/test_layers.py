@@ -16,7 +16,7 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "allocator atomic cache compiled config rng storage types signals provenance",
+    1: "allocator atomic cache compiled config rng storage types signals provenance page",
     2: "inference.* vision.*",
     3: "coreset exchange experts passes",
     4: "teach methods.* evaluate",
@@ -26,7 +26,7 @@ LAYERS = {
     8: "pipeline sweep",
     9: "cluster.* tracking figures charts",
     10: "reproduce.*",
-    11: "commands export reproduction tuning",
+    11: "commands export reproduction tuning report doctor",
     12: "cli",
     13: "__main__",
 }
@@ -248,6 +248,6 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     Ray's backend says in one line what to do.
     """
     core = [module for module in modules() if layer(module) < layer("cluster.backend") and module != "__init__"]
-    top = ["commands", "export", "tuning", "cli"]
+    top = ["commands", "export", "tuning", "report", "doctor", "cli"]
     found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
     assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "True"]
