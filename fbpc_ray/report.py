@@ -162,8 +162,7 @@ def _read(folder: Place, label: str) -> Found:
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
     scores = _checked(result, str(run.result_path))
     its = coreset.load(run.coreset_path)
-    later = [_read_later(path) for path in sorted((folder / "evaluations").glob("*.json"), key=lambda path: path.name)]
-    return Found(label, run, config, result, scores, its, _rows(run.metrics_path), later)
+    return Found(label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations"))
 
 
 def _checked(result: dict[str, Any], source: str) -> Scores:
@@ -197,16 +196,22 @@ def _number(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _read_later(path: Place) -> Later:
-    try:
-        result = json.loads(path.read_bytes())
+def _read_later(folder: Place) -> list[Later]:
+    """The evaluations in `folder`, by their numbers."""
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
+        try:
+            result = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} is damaged: delete it, and the report goes without") from None
+        stem = path.name.removesuffix(".json")
+        beside = sorted(
+            (each for each in folder.glob("*.png") if each.name.startswith(f"{stem}.")), key=lambda p: p.name
+        )
+        pictures = [(each.name[len(stem) + 1 : -4], _png(each)) for each in beside]
         scores = _checked(result, str(path))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: delete it, and the report goes without") from None
-    stem = path.name.removesuffix(".json")
-    beside = [each for each in _beside(path, "").iterdir() if each.name.startswith(f"{stem}.") and each.match("*.png")]
-    shown = [(each.name[len(stem) + 1 : -4], _png(each)) for each in sorted(beside, key=lambda each: each.name)]
-    return Later(path.name, result["split"], str(result.get("ood", "")), scores, shown)
+        found.append(Later(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
+    return found
 
 
 def _png(path: Place) -> bytes:

@@ -168,3 +168,36 @@ def test_colours_are_told_apart_by_colour_blind_people():
     for matrix in matrices:
         a, b = (np.clip(np.array(matrix) @ colour, 0, 1) ** (1 / 2.2) for colour in colours)
         assert np.linalg.norm(a - b) > 0.3
+
+
+@pytest.mark.parametrize("points", [1, 30, 1000])
+@pytest.mark.parametrize("networks", [1, 4, 9])
+def test_the_course_of_a_run_is_readable(drawn, tmp_path, points, networks):
+    """Whatever the number of steps, and with many networks of long names; the lines are the values."""
+    steps, rng = list(range(1, points + 1)), np.random.default_rng(0)
+    names = [f"mypackage.networks:build_{index}" if networks > 4 else f"convnet-{index}" for index in range(networks)]
+    values = {name: (1e3 * rng.random(points)).tolist() for name in names}
+    lines = [(name, steps, values[name], False) for name in names]
+    courses = [charts.Course(f"quantity {i}", "nats an image", lines, counts=i == 2) for i in range(3)]
+    charts.over_steps(courses, tmp_path / "c.png", "a title of some length, as runs have them, over the steps")
+    assert_readable(drawn[0])
+    first = drawn[0].axes[0].lines
+    raw = [line for line in first if len(line.get_xdata()) == points]
+    assert [list(np.asarray(line.get_ydata())) for line in raw][:networks] == list(values.values())
+    window = charts.window_of(points)
+    if window > 1:
+        mean = next(line for line in first if len(line.get_xdata()) == points - window + 1)
+        assert np.asarray(mean.get_ydata())[0] == pytest.approx(np.mean(values[names[0]][:window]))
+        assert np.asarray(mean.get_xdata())[0] == pytest.approx(np.mean(steps[:window]))
+    colours = {line.get_color() for line in first}
+    assert len(colours) == min(networks, 7)
+
+
+@pytest.mark.parametrize(("names", "groups"), [(2, 8), (9, 1), (4, 4)])
+def test_bars_have_room_for_their_names(drawn, tmp_path, names, groups):
+    """Long names of many networks, and of many coresets in the legend."""
+    labels = [f"fbpc-isotropic ({chr(65 + index)})" for index in range(names)]
+    networks = [f"convnet-gn-{index}" for index in range(groups)]
+    values = {(label, network): (50.0, 1.0) for label in labels for network in networks}
+    charts.bars(labels, networks, values, {}, "accuracy %", "accuracy % by network", tmp_path / "b.png")
+    assert_readable(drawn[0])
