@@ -226,15 +226,15 @@ def cuda_line(found: dict, here: bool) -> Line:
 
 def compiler() -> Line:
     """The C++ compiler that --compiled takes, tried on a library with OpenMP."""
-    program = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), "")
-    less = "--compiled goes without, and passes take longer"
+    program = os.environ.get("CXX") or "g++"
+    less = "passes stay eager, which is slower"
     how = "install one (apt-get install g++, dnf install gcc-c++), or name yours in CXX"
-    if not program or not shutil.which(program.split()[0]):
-        return Line("note", f"C++ compiler: {program or 'none'} not found; {less}", how)
+    if not shutil.which(program):
+        return Line("note", f"C++ compiler: no {program}; {less}", how)
     with tempfile.TemporaryDirectory(prefix="fbpc-") as folder:
         source = Path(folder) / "try.cpp"
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
-        words = [*program.split(), "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(source.with_suffix(".so"))]
+        words = [program, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(source.with_suffix(".so"))]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
@@ -291,11 +291,13 @@ def cache_line() -> Line:
         except ValueError:
             return Line("mend", f"cache: FBPC_CACHE_GB is {limit!r}", "give a number of gigabytes, or unset it")
     line = folder_line("cache", path, "note", "set FBPC_CACHE to a folder that can be written")
-    if line.state == "ok" and path.exists():
-        status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            why = f"cache: others can write to {path}, so no compiled pass is loaded from it"
-            return Line("note", why, f"chmod go-w {path}, or set FBPC_CACHE to a folder of your own")
+    for each, sticky in ((path / "compiled", 0), (path, stat.S_ISVTX)):
+        if line.state == "ok" and each.exists():
+            status = each.stat()
+            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
+            if others or status.st_uid not in (os.geteuid(), 0):
+                why = f"cache: others can write to {each}, so no compiled pass is loaded from it"
+                return Line("note", why, f"chmod go-w {each}, or set FBPC_CACHE to a folder of your own")
     return line
 
 

@@ -118,7 +118,7 @@ def test_what_torch_makes_of_gpus(built, devices, error, here, state, said):
 def test_the_compiler_is_tried(monkeypatch, tmp_path):
     """One that works, one that isn't there, one that fails: without it runs go on, so it's a note."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.compiler().state == "note" and "no-such-compiler not found" in doctor.compiler().what
+    assert doctor.compiler().state == "note" and "no no-such-compiler" in doctor.compiler().what
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'omp.h: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -126,7 +126,7 @@ def test_the_compiler_is_tried(monkeypatch, tmp_path):
     assert doctor.compiler().state == "note" and "omp.h: No such file" in doctor.compiler().what
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "none not found" in doctor.compiler().what
+    assert "no g++" in doctor.compiler().what
 
 
 def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
@@ -140,6 +140,11 @@ def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
     assert home.state == "note" and "cannot be written" in home.what
     assert runs.state == "mend" and "/proc/nowhere" in runs.what and "FBPC_HOME" in runs.how
     assert cache.state == "note" and "others can write" in cache.what and "chmod" in cache.how
+    (tmp_path / "shared").chmod(0o700)
+    assert list(doctor.folders())[2].state == "ok"
+    (tmp_path / "shared" / "compiled").mkdir()
+    (tmp_path / "shared" / "compiled").chmod(0o770)
+    assert "shared/compiled" in list(doctor.folders())[2].how
     monkeypatch.setenv("FBPC_HOME", "s3://bucket/x")
     monkeypatch.setenv("FBPC_CACHE_GB", "many")
     monkeypatch.setenv("HOME", str(tmp_path / "made" / "later"))
