@@ -544,8 +544,9 @@ def _taking_away(found: Sequence[Found]) -> list[Block]:
             blocks.append(Heading(each.name, 3))
         code = form.format(path=str(path), shape=tuple(images.shape), count=len(images))
         blocks.append(Code(code, "python"))
-    first = shlex.join(["fbpc", "evaluate", str(found[0].run.folder), "--architectures"])
-    return [*blocks, Text("To judge it on another network:"), Code(f"{first} convnet-ln", "sh")]
+    run = shlex.quote(str(found[0].run.folder))
+    lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"
+    return [*blocks, Text("As a data set that `datasets` loads, and judged on another network:"), Code(lines, "sh")]
 
 
 def _provenance(found: Sequence[Found]) -> list[Block]:
