@@ -42,6 +42,7 @@ Files = dict[str, bytes]
 SIDECAR = "coreset.json"
 SHARD = "data/train-00000-of-00001.parquet"
 PAIR = ("images_best.pt", "labels_best.pt")
+OF_A_RUN = "coreset/coreset.safetensors"
 Pixels = Literal["auto", "normalised", "unit"]
 
 
@@ -181,10 +182,10 @@ class Loaded(NamedTuple):
 def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
     """The coreset at `where`, made here or elsewhere, for `dataset`, whose classes and image size it must have.
 
-    A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, or
-    class folders of images. Images are uint8 or floats; (m, h, w, c) and (m, h, w) are understood. Floats of a file
-    that doesn't say its normalisation are as `pixels` says: normalised as the data set is | unit, in 0..1 | auto: unit
-    where all are in 0..1. Raises UserError for everything else; no file runs code.
+    A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, a
+    run, or class folders of images. Images are uint8 or floats; (m, h, w, c) and (m, h, w) are understood. Floats of a
+    file that doesn't say its normalisation are as `pixels` says: normalised as the data set is | unit, in 0..1 | auto:
+    unit where all are in 0..1. Raises UserError for everything else; no file runs code.
     """
     try:
         if isinstance(where, Remote):
@@ -210,6 +211,8 @@ def _read(where: Path, dataset: Dataset) -> _Raw:
         if where.suffix not in SUFFIXES:
             raise UserError(f"{where}: a coreset is a folder or a file that ends in {', '.join(SUFFIXES)}")
         return SUFFIXES[where.suffix](where)
+    if (where / "config.json").exists() and (where / OF_A_RUN).exists():
+        return _read_safetensors(where / OF_A_RUN)
     if (where / PAIR[0]).exists():
         return _read_pt(where / PAIR[0])
     if any(where.glob("*.parquet")) or any(where.glob("data/*.parquet")):

@@ -82,7 +82,8 @@ def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path,
     out = suffixed(tmp_path, kind)
     cli.main(["export", str(run), "--format", kind, "--out", str(out)])
     assert capsys.readouterr().out == f"export: {out}\n"
-    assert same(exchange.load(out, _digits()).coreset, coreset.load(Run(run).coreset_path))
+    for source in (out, run):
+        assert same(exchange.load(source, _digits()).coreset, coreset.load(Run(run).coreset_path))
     before = json.loads(Run(run).result_path.read_text())["coresets"]
     after = evaluated(out, small, tmp_path / "result.json")
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
