@@ -87,7 +87,7 @@ class RayBackend:
         self._x_sides: dict[tuple[Unit, int], Any] = {}  # references; there once no worker has the job any more
         self._seconds: dict[Unit, list[float]] = defaultdict(list)
         self._attempts = Counter[Unit]()
-        references = {name: ray.put(value) for name, value in crew.arguments.items()}
+        references = {name: _put(value) for name, value in crew.arguments.items()}
         make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
         wanted = len(crew.units) * (2 if self._ahead else 1)
         growing = self.settings.autoscale  # a worker that does not fit is what makes the cluster grow
@@ -106,13 +106,7 @@ class RayBackend:
 
     def gradients(self, state: State) -> list[Gradient | None]:
         assert self.pool is not None
-        try:
-            images = ray.put(state.images.numpy())
-        except STORE_FULL as error:
-            raise UserError(
-                f"Ray's object store is full ({first_line(error)}): free memory or disk, then run again with --resume",
-                code=1,
-            ) from error
+        images = _put(state.images.numpy())
         found: dict[Unit, Gradient | None] = {}
         self._attempts.clear()
         self._x_sides = {key: value for key, value in self._x_sides.items() if key[1] >= state.step}
@@ -258,7 +252,7 @@ class RayBackend:
         need = self._need(len(items), 1)
         self._refuse_what_fits_nowhere(need)
         task = _task.options(num_cpus=need.cpus, num_gpus=need.gpus)
-        reference = ray.put(shared)
+        reference = _put(shared)
         pending = {task.remote(function, reference, item, self.device): i for i, item in enumerate(items)}
         try:
             while pending:
@@ -272,7 +266,7 @@ class RayBackend:
     def _on_workers(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
         """As tasks of the workers, which hold all there may be."""
         assert self.pool is not None
-        reference, attempts = ray.put(shared), Counter[int]()
+        reference, attempts = _put(shared), Counter[int]()
         todo = list(enumerate(items))
         left = len(todo)
         while left:
@@ -316,6 +310,17 @@ def nodes() -> list[Node]:
 def _free() -> str:
     free = ray.available_resources()
     return f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+
+
+def _put(value: Any) -> Any:
+    """ray.put. Raises UserError where there is no room for it."""
+    try:
+        return ray.put(value)
+    except STORE_FULL as error:
+        raise UserError(
+            f"Ray's object store is full ({first_line(error)}): free memory or disk, then run again with --resume",
+            code=1,
+        ) from error
 
 
 def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> Any:
