@@ -167,7 +167,7 @@ class Course(NamedTuple):
     """Values are whole numbers from 0 up."""
 
 
-DENSE = 150
+DENSE = 50
 """Points from which a line is shown by its mean over a window, the points themselves faint behind it."""
 
 
@@ -214,7 +214,7 @@ def _line(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float
     if len(x) < DENSE:
         axes.plot(x, y, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4, **look)
         return
-    axes.plot(x, y, linewidth=0.5, alpha=0.3, color=look["color"])
+    axes.plot(x, y, linewidth=0.5, alpha=0.22, color=look["color"])
     window = window_of(len(x))
     means = np.convolve(y, np.full(window, 1 / window), "valid")
     axes.plot(np.convolve(x, np.full(window, 1 / window), "valid"), means, linewidth=1.8, **look)
@@ -222,7 +222,7 @@ def _line(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float
 
 def window_of(points: int) -> int:
     """Points of which a dense line shows the mean; 1 for one that is shown as it is."""
-    return points // 30 if points >= DENSE else 1
+    return points // 15 if points >= DENSE else 1
 
 
 LINES = [colour for colour in PALETTE if colour != "#F0E442"]  # without yellow, which is faint on white

@@ -152,11 +152,13 @@ def _refuse_others(path: Place) -> None:
 def _read(folder: Place, label: str) -> Found:
     """The run in `folder`. Raises UserError where there is none, where it has not ended, and for a damaged file."""
     if (folder / "sweep.json").is_file():
-        raise UserError(f"{folder} is a sweep: give one of its trials, {folder}/trials/NUMBER (trials.md lists them)")
+        raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no run (no config.json): give what `fbpc distill` got as --out")
     run, config = Run(folder), read_config(folder)
     result = run.read_result()
+    if result is None and (folder / "trial.json").is_file():
+        raise UserError(f"{folder} is a trial that was not judged on the test split: give the best one of its sweep")
     if result is None:
         words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
@@ -277,7 +279,8 @@ def _compared(found: Sequence[Found]) -> list[Block]:
         lines.append([each.name, each.method, each.result["data"], str(c.distillation.ipc), networks, steps])
     blocks: list[Block] = [Table(lines)]
     flat = [each.config.flat() for each in found]
-    differing = [name for name in flat[0] if name not in PLACES and len({repr(one[name]) for one in flat}) > 1]
+    same = PLACES | {"data_root", "download", "experts", "checkpoint_every"}
+    differing = [name for name in flat[0] if name not in same and len({repr(one[name]) for one in flat}) > 1]
     if differing:
         rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
         blocks += [Heading("Where they differ", 3), Table([["setting", *(each.label for each in found)], *rows])]

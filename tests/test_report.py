@@ -280,6 +280,10 @@ def test_what_is_no_ended_run_is_one_line(runs, tmp_path, capsys):
     said = broken("result.json", None)
     assert "has not ended" in said and "--resume" in said
     assert "is a sweep" in broken("sweep.json", b"{}")
+    trial = shutil.copytree(runs["fbpc"], tmp_path / "trial")
+    (trial / "trial.json").write_text("{}")
+    (trial / "result.json").unlink()
+    assert "is a trial" in refused(capsys, str(trial), *out)
     assert "no coreset" in broken("coreset/coreset.safetensors", None)
     result = json.loads((runs["fbpc"] / "result.json").read_text())
     for content in (b"{", b"[]", b'{"steps": 1, "coresets": {}}', json.dumps(result | {"data": 1}).encode()):
