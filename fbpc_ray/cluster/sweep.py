@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -70,6 +71,9 @@ def run(
         return
     need, workers = place(task, len(todo), backend)
     at_once = min(len(todo), room(nodes(), need) // workers) or 1
+    out = located(task.configs[0].output.out)
+    if isinstance(out, Path) and len([node for node in ray.nodes() if node["Alive"]]) > 1:
+        log(f"note: all nodes must see {out.parent.parent}; where they don't share it (NFS), give --out s3://...")
     log(f"{len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
 
