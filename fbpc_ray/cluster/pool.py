@@ -27,8 +27,8 @@ WORKER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedErro
 STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
 LOOK_EVERY = 2.0
 """Seconds between looks at what the cluster has."""
-SAY_AFTER = 4.0
-"""Seconds of waiting for a place before it is said."""
+SAY_AFTER = 10.0
+"""Seconds of waiting for a first worker before it is said; to start one takes some, more on a busy machine."""
 
 
 Key = tuple[str, Any, Any]
