@@ -322,8 +322,8 @@ RUN = {"eval", "exec", "compile", "__import__"}
 
 
 def test_no_module_can_unpickle_or_evaluate():
-    """In the package and the jobs: no import of what unpickles, torch.load for weights alone, no eval, no allow_pickle; one
-    place, for networks that are asked for, imports by name."""
+    """In the package and the jobs: no import of what unpickles, no eval, no allow_pickle; torch.load in one place, for
+    weights alone; imports by name in one place, for networks that are asked for."""
     jobs = ROOT.parent / "jobs"
     for path in [*ROOT.rglob("*.py"), *jobs.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -342,10 +342,10 @@ def test_a_browser_shows_it_without_scrolling_sideways(runs, tmp_path, width):
     probed = re.sub(r"<meta http-equiv[^>]*>", "", found.source).replace("</body>", f"{script}</body>")
     (tmp_path / "probed.html").write_text(probed)
     words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900"]
-    title, said = None, ""
+    title, said, address = None, "", f"file://{tmp_path}/probed.html"
     for attempt in range(3):  # on a busy machine Chromium sometimes ends without a word
         done = subprocess.run(
-            ["chromium", *words, f"--user-data-dir={tmp_path}/{attempt}", "--dump-dom", f"file://{tmp_path}/probed.html"],
+            ["chromium", *words, f"--user-data-dir={tmp_path}/{attempt}", "--dump-dom", address],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         title, said = re.search(r"<title>(.*?)</title>", done.stdout), done.stderr[-500:]
