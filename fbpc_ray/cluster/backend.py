@@ -80,7 +80,7 @@ class RayBackend:
 
     def start_workers(self, crew: Crew) -> None:
         here = nodes()
-        need = self._need(len(crew.units), crew.arguments["threads"])
+        need = self.need(len(crew.units), crew.arguments["threads"])
         self._refuse_what_fits_nowhere(need)
         self.crew = crew
         self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.x_side_bytes, here)
@@ -133,7 +133,7 @@ class RayBackend:
         self.pool, self.crew, self._x_sides = None, Crew({}, []), {}
 
     def describe(self) -> str:
-        need = self._need(1, 1)
+        need = self.need(1, 1)
         self._refuse_what_fits_nowhere(need)
         name = _device_name.options(num_cpus=need.cpus, num_gpus=need.gpus).remote(self.device)
         began, said = time.monotonic(), False
@@ -160,7 +160,8 @@ class RayBackend:
             if self.owned:
                 ray.shutdown()
 
-    def _need(self, workers: int, threads: int) -> Need:
+    def need(self, workers: int, threads: int) -> Need:
+        """What each of `workers` takes here."""
         x = self.settings
         return need_of(
             workers, nodes(), gpu=self.device == "cuda", threads=threads,
@@ -249,7 +250,7 @@ class RayBackend:
                 )
 
     def _as_tasks(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
-        need = self._need(len(items), 1)
+        need = self.need(len(items), 1)
         self._refuse_what_fits_nowhere(need)
         task = _task.options(num_cpus=need.cpus, num_gpus=need.gpus)
         reference = _put(shared)

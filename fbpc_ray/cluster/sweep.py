@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from fbpc_ray import atomic
 from fbpc_ray.cluster.backend import RayBackend, nodes
-from fbpc_ray.cluster.placement import Need, lacking, need_of, room, share
+from fbpc_ray.cluster.placement import Need, lacking, room, share
 from fbpc_ray.distill import units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.signals import Interruption
@@ -106,10 +106,7 @@ def place(task: Task, trials: int, backend: RayBackend) -> tuple[Need, int]:
     """What each worker of a trial takes, and how many a trial has. Raises UserError where not one fits."""
     units = max(len(units_of(len(c.networks.architectures), c.distillation.draws_per_step)) for c in task.configs)
     here, x = nodes(), backend.settings
-    need = need_of(
-        units, here, gpu=backend.device == "cuda", threads=x.threads, cpus_per_actor=x.cpus_per_actor,
-        gpus_per_actor=x.gpus_per_actor,
-    )  # fmt: skip
+    need = backend.need(units, x.threads)
     if not room(here, need) and not x.autoscale:
         raise UserError(lacking(here, need))
     wanted = task.settings.workers_per_trial
