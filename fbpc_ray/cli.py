@@ -384,14 +384,15 @@ def _base(argv: list[str]) -> Config:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
         return Config()  # a flag without its value: the full parser says so
+    given = {name for name, value in vars(known).items() if value is not None}
     if known.out and not known.preset and (known.resume or (known.again and started(known.out))):
         stored = read_config(place(known.out))
-        refuse_unasked(stored, {name for name, value in vars(known).items() if value is not None}, known.out)
+        refuse_unasked(stored, given, known.out)
         return stored
     row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")
     base = preset(row) if known.preset or row in PRESETS else Config()
     if known.preset and known.preset not in PRESETS:
-        refuse_unasked(base, {name for name, value in vars(known).items() if value is not None}, known.preset)
+        refuse_unasked(base, given, known.preset)
     if known.method is None:
         return base
     ipc = known.ipc if (known.ipc or "").isdecimal() else base.distillation.ipc

@@ -131,12 +131,13 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
     d, x = config.distillation, config.workers
     if x.compiled == "off" or x.device == "cuda":
         return False
-    m = min(d.batch_size, d.ipc * len(dataset.classes))
-    u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
-    x_side = 3 * d.real_batch_size * d.posterior_steps
-    most = max(2 * multiplications(Network(spec)) for spec in chosen)
-    if x.compiled == "auto" and most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
-        return False
+    if x.compiled == "auto":
+        m = min(d.batch_size, d.ipc * len(dataset.classes))
+        u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
+        x_side = 3 * d.real_batch_size * d.posterior_steps
+        most = max(2 * multiplications(Network(spec)) for spec in chosen)
+        if most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
+            return False
     why = compiling.complaint(cache.folder() / "compiled")
     if why:
         log(f"note: passes stay eager, which is slower: they cannot be compiled here ({why})")

@@ -95,7 +95,7 @@ class RayBackend:
             make,
             wanted,
             lambda: wanted if growing else room(nodes(), need),
-            lambda: f"{need}; the Ray cluster has {_free()} free",
+            lambda: f"{need}; the Ray cluster has {free()} free",
             patience=self.settings.placement_timeout,
             check=self.interruption.check,
             log=self.log,
@@ -142,7 +142,7 @@ class RayBackend:
             waited = time.monotonic() - began
             if waited > 10 and not said:
                 said = True
-                self.log(f"waiting for {need}; the Ray cluster has {_free()} free")
+                self.log(f"waiting for {need}; the Ray cluster has {free()} free")
             if waited > self.settings.placement_timeout:
                 ray.cancel(name)
                 raise UserError(
@@ -308,9 +308,10 @@ def nodes() -> list[Node]:
     return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0), store) for each in found]
 
 
-def _free() -> str:
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+def free() -> str:
+    """What nobody holds of the cluster, in words."""
+    left = ray.available_resources()
+    return f"{left.get('CPU', 0):g} CPU and {left.get('GPU', 0):g} GPU"
 
 
 def _put(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from fbpc_ray import atomic
-from fbpc_ray.cluster.backend import RayBackend, nodes
+from fbpc_ray.cluster.backend import RayBackend, free, nodes
 from fbpc_ray.cluster.placement import Need, lacking, room, share
 from fbpc_ray.distill import units_of
 from fbpc_ray.errors import UserError
@@ -78,11 +78,7 @@ def run(
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
 
     def waiting() -> str:
-        free = ray.available_resources()
-        return (
-            f"{workers} x {need} for a trial; the Ray cluster has {free.get('CPU', 0):g} CPU and "
-            f"{free.get('GPU', 0):g} GPU free"
-        )
+        return f"{workers} x {need} for a trial; the Ray cluster has {free()} free"
 
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
     # For what Tune writes of its own, which a thread of its may still do as a signal ends it.
