@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -136,13 +136,16 @@ def _make_room(size: int) -> None:
             "or set FBPC_CACHE to a folder on a larger disk",
             code=1,
         )
-    excess = max(used + size - limit, size - free)
+    drop_oldest([each for each in files if each[0].suffix == ".arrow"], max(used + size - limit, size - free))
+
+
+def drop_oldest(files: Sequence[tuple[Path, os.stat_result]], excess: float) -> None:
+    """Delete the files used longest ago, until they had `excess` bytes."""
     for path, status in sorted(files, key=lambda each: each[1].st_mtime):
         if excess <= 0:
-            break
-        if path.suffix == ".arrow":
-            path.unlink(missing_ok=True)
-            excess -= status.st_size
+            return
+        path.unlink(missing_ok=True)
+        excess -= status.st_size
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fbpc_ray import atomic
+from fbpc_ray import atomic, cache
 
 LARGEST = 256e6
 """Bytes of a block that is kept. That of a ResNet18 (1.4 GB) costs more to read than to prefetch."""
@@ -69,14 +69,9 @@ class XCache(NamedTuple):
         files = []
         for path in self.folder.glob("*.npy"):
             with suppress(OSError):
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
-        used, free = sum(bytes_ for _, bytes_, _ in files), shutil.disk_usage(self.folder).free
-        excess = used + size - min(self.limit, (used + free) / 2)
-        for _, bytes_, path in sorted(files):
-            if excess <= 0:
-                return
-            path.unlink(missing_ok=True)
-            excess -= bytes_
+                files.append((path, path.stat()))
+        used, free = sum(status.st_size for _, status in files), shutil.disk_usage(self.folder).free
+        cache.drop_oldest(files, used + size - min(self.limit, (used + free) / 2))
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
