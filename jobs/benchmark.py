@@ -36,6 +36,7 @@ import reference
 
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import device_name
+from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset, with_method
 from fbpc_ray.distill import Unit, Worker
 from fbpc_ray.errors import UserError
@@ -80,8 +81,8 @@ class Arguments:
     """Also write what was measured to this file."""
 
 
-def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
+def benchmark(argv: list[str], program: str) -> None:
+    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
     if args.device == "cuda" and "reference" in args.ways:
@@ -236,8 +237,5 @@ def line(case: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    COMMANDS["benchmark"] = benchmark
+    main(["benchmark", *sys.argv[1:]])

@@ -26,17 +26,22 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on l
 import torch
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from processes import all_cpus_free, gradient_workers, soon
+
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend, Serial
+from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset
 from fbpc_ray.distill import State
-from fbpc_ray.errors import UserError
 from fbpc_ray.provenance import capture
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset
 
 STORE = 80_000_000
+WAIT = 60.0
+"""Seconds until all is given back."""
 SMALL: dict[str, Any] = {
     "architectures": ("convnet-in", "convnet-bn", "convnet-gn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
     "start_epoch": 1, "gamma": 0.5, "map_lr": 0.02, "map_max_steps": 30, "alpha": 1.0, "posterior_steps": 4,
@@ -93,7 +98,7 @@ class Chaos:
             os.kill(raylet, signal.SIGKILL)
             self.nodes[self.nodes.index(node)] = self._add()
         else:
-            workers = _workers_of(raylet)
+            workers = gradient_workers(raylet)
             if not workers:
                 return
             pid = self.random.choice(workers)
@@ -102,8 +107,8 @@ class Chaos:
         self.hits[kind] += 1
 
 
-def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
+def chaos(argv: list[str], program: str) -> None:
+    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
     os.environ["RAY_TMPDIR"] = str(folder / "r")
     try:
@@ -139,8 +144,8 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        chaos = Chaos(cluster, args.every, args.seed)
-        chaos.fill(args.nodes)
+        made = Chaos(cluster, args.every, args.seed)
+        made.fill(args.nodes)
         backend = RayBackend(config.workers, Interruption(), print)
         made_by = capture(backend.describe())
         memory, store = [], []
@@ -148,19 +153,19 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
         def after_step() -> None:
             memory.append(_resident())
             store.append(_store_used(cluster))
-            chaos.maybe()
+            made.maybe()
 
         images, seconds = distil(config, dataset, backend, folder / "ray", after_step)
-        freed = _soon(lambda: ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU"))
-        raylets = [node.all_processes["raylet"][0].process.pid for node in chaos.nodes]
-        gone = _soon(lambda: not any(_workers_of(raylet) for raylet in raylets))
-        gone = gone and _soon(lambda: not any(_alive(pid) for pid in chaos.frozen))
+        freed = soon(all_cpus_free, WAIT)
+        raylets = [node.all_processes["raylet"][0].process.pid for node in made.nodes]
+        gone = soon(lambda: not any(gradient_workers(raylet) for raylet in raylets), WAIT)
+        gone = gone and soon(lambda: not any(_alive(pid) for pid in made.frozen), WAIT)
     finally:
         ray.shutdown()
         cluster.shutdown()
     growth = {name: _growth(values) for name, values in (("driver", memory), ("object store", store))}
     return {
-        "steps": args.steps, "seed": args.seed, "nodes": args.nodes, "hits": dict(chaos.hits),
+        "steps": args.steps, "seed": args.seed, "nodes": args.nodes, "hits": dict(made.hits),
         "seconds": round(seconds, 1), "seconds_serial": round(alone, 1),
         "driver_bytes": [memory[0], memory[-1]], "object_store_bytes": [min(store), max(store)],
         "growth": growth,
@@ -216,19 +221,6 @@ def _store_used(cluster: Any) -> int:
     return reply.store_stats.object_store_bytes_used
 
 
-def _workers_of(raylet: int) -> list[int]:
-    """Gradient workers that a raylet started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::Worker"):
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                found += [int(entry.name)] if parent == raylet else []
-        except OSError:
-            continue
-    return sorted(found)
-
-
 def _alive(pid: int) -> bool:
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -236,18 +228,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _soon(holds: Any) -> bool:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if holds():
-            return True
-        time.sleep(0.2)
-    return False
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    COMMANDS["chaos"] = chaos
+    main(["chaos", *sys.argv[1:]])

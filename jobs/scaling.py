@@ -24,6 +24,7 @@ import tyro
 
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend, Serial
+from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset
 from fbpc_ray.errors import UserError
 from fbpc_ray.provenance import capture
@@ -53,8 +54,8 @@ class Arguments:
     """Also write what was measured to this file."""
 
 
-def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
+def scaling(argv: list[str], program: str) -> None:
+    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
         found = measure(args, Path(folder))
     s = found["seconds_a_step"]
@@ -134,8 +135,5 @@ def _range(summary: dict[str, Any], form: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    COMMANDS["scaling"] = scaling
+    main(["scaling", *sys.argv[1:]])
