@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,18 @@ def folder() -> Path:
     if chosen := os.environ.get("FBPC_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fbpc-ray"
+
+
+def open_to_others(path: Path) -> Path | None:
+    """Where others could change what lies in `path`: itself, or its parent, where they could put another in its place.
+    None where they can't."""
+    for each, sticky in ((path, 0), (path.parent, stat.S_ISVTX)):
+        if each.exists():
+            status = each.stat()
+            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
+            if others or status.st_uid not in (os.geteuid(), 0):
+                return each
+    return None
 
 
 def digest() -> hashlib.blake2b:

@@ -13,7 +13,6 @@ import os
 import platform
 import secrets
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fbpc_ray.cache import open_to_others
 
 Function = Callable[..., list[Tensor]]
 
@@ -93,11 +94,8 @@ def _own(folder: Path) -> None:
     """Make the folder, for its user alone, and clear what killed compilations left a day ago. Raises CannotCompile
     where others can write to it, or put another in its place."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for each, sticky in ((folder, 0), (folder.parent, stat.S_ISVTX)):
-        status = each.stat()
-        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
-        if others or status.st_uid not in (os.geteuid(), 0):
-            raise CannotCompile(f"{each} can be written to by others: set FBPC_CACHE to a folder of your own")
+    if place := open_to_others(folder):
+        raise CannotCompile(f"{place} can be written to by others: set FBPC_CACHE to a folder of your own")
     for left in (*folder.glob(".inductor-*"), *folder.glob(".*.pt2")):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > 86_400:

@@ -291,13 +291,9 @@ def cache_line() -> Line:
         except ValueError:
             return Line("mend", f"cache: FBPC_CACHE_GB is {limit!r}", "give a number of gigabytes, or unset it")
     line = folder_line("cache", path, "note", "set FBPC_CACHE to a folder that can be written")
-    for each, sticky in ((path / "compiled", 0), (path, stat.S_ISVTX)):
-        if line.state == "ok" and each.exists():
-            status = each.stat()
-            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
-            if others or status.st_uid not in (os.geteuid(), 0):
-                why = f"cache: others can write to {each}, so no compiled pass is loaded from it"
-                return Line("note", why, f"chmod go-w {each}, or set FBPC_CACHE to a folder of your own")
+    if line.state == "ok" and (place := cache.open_to_others(path / "compiled")):
+        why = f"cache: others can write to {place}, so no compiled pass is loaded from it"
+        return Line("note", why, f"chmod go-w {place}, or set FBPC_CACHE to a folder of your own")
     return line
 
 
