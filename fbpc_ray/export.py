@@ -17,16 +17,29 @@ from fbpc_ray.signals import Interruption
 from fbpc_ray.storage import Place, local_folder, place
 from fbpc_ray.vision.datasets import Dataset
 
-LICENCES = {
+LICENCES: dict[str, tuple[dict[str, str], str]] = {
     "digits": (
-        "cc-by-4.0",
-        "Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), UCI repository, CC BY 4.0",
+        {"license": "cc-by-4.0"},
+        "Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998), UCI Machine Learning Repository, "
+        "under CC BY 4.0: name its authors; scikit-learn ships its test set",
     ),
-    "cifar10": ("unknown", "CIFAR-10 (A. Krizhevsky, 2009): its authors state no licence"),
-    "cifar100": ("unknown", "CIFAR-100 (A. Krizhevsky, 2009): its authors state no licence"),
-    "tiny-imagenet": ("other", "Tiny-ImageNet (Stanford CS231n), from ImageNet: under ImageNet's terms of access"),
+    "cifar10": (
+        {"license": "unknown"},
+        "CIFAR-10, which states no licence; its author asks to be cited: A. Krizhevsky, Learning Multiple Layers of "
+        "Features from Tiny Images, 2009",
+    ),
+    "cifar100": (
+        {"license": "unknown"},
+        "CIFAR-100, which states no licence; its author asks to be cited: A. Krizhevsky, Learning Multiple Layers of "
+        "Features from Tiny Images, 2009",
+    ),
+    "tiny-imagenet": (
+        {"license": "other", "license_name": "imagenet", "license_link": "https://www.image-net.org/download.php"},
+        "Tiny-ImageNet (Stanford CS231n), a part of ImageNet, whose terms of access allow non-commercial research and "
+        "education only",
+    ),
 }
-"""Data set -> the licence of its images, as the Hub writes it and in words."""
+"""Data set -> the licence of its images: as the Hub's card writes it, and in words."""
 
 
 def export(folder: Place, kind: str, out: str) -> None:
@@ -57,10 +70,12 @@ def _short(data: str) -> str:
 def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> str:
     """README.md of an export: what it is, how it is read, what made it, and whose images it stands for."""
     m, c, h, w = found.images.shape
-    licence, source = LICENCES.get(facts["data"], ("unknown", "not known here: that of the images it was made from"))
+    licence, source = LICENCES.get(
+        facts["data"], ({"license": "unknown"}, "Not known here: that of the images it was made from")
+    )
     names = {str(label): name for label, name in enumerate(found.classes)}
     head = {
-        "license": licence, "task_categories": ["image-classification"], "pretty_name": _title(facts, m, found),
+        **licence, "task_categories": ["image-classification"], "pretty_name": _title(facts, m, found),
         "tags": ["dataset-distillation", "pseudocoreset"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         "dataset_info": {

@@ -192,6 +192,27 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
         assert str(tmp_path) not in card and str(run) not in card and settings.experts.experts not in card
 
 
+@pytest.mark.parametrize(
+    ("data", "licence", "words"),
+    [
+        ("digits", {"license": "cc-by-4.0"}, "CC BY 4.0"),
+        ("cifar10", {"license": "unknown"}, "states no licence"),
+        ("cifar100", {"license": "unknown"}, "states no licence"),
+        (
+            "tiny-imagenet",
+            {"license": "other", "license_name": "imagenet", "license_link": "https://www.image-net.org/download.php"},
+            "non-commercial research",
+        ),
+        ("folder:cats", {"license": "unknown"}, "Not known here"),
+    ],
+)
+def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data, licence, words):
+    card = exports.card(coreset.load(Run(run).coreset_path), "hf", read_config(run), {"data": data}, None)
+    head = yaml.safe_load(card.split("---\n", 2)[1])
+    assert {name: value for name, value in head.items() if name.startswith("license")} == licence
+    assert words in card.split("## Licence of the source")[1]
+
+
 # ---- coresets of others
 
 
