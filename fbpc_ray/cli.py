@@ -3,14 +3,15 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
-from fbpc_ray import __version__
+from fbpc_ray import __version__, manual
 from fbpc_ray.config import (
     PRESETS,
     Config,
@@ -58,7 +59,7 @@ class DistillArguments:
     """Distil a pseudocoreset over several architectures (Algorithm 1), and evaluate it beside random real images."""
 
     job: Job = field(default_factory=Job)
-    config: Config = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,9 @@ class ExpertArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture.
+    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
 
-    Any other coreset, whoever made it: `fbpc evaluate --coreset PATH --data DATA`, with flags that
-    `fbpc evaluate --coreset PATH --help` explains.
-    """
-
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
     architectures: tuple[str, ...] = ()
     """Networks to evaluate on; empty means those of the run."""
@@ -131,7 +128,7 @@ class GivenArguments:
 class ExportArguments:
     """Write the coreset of a run in a format that others read: Hugging Face, .pt as MTT's, safetensors, npz, PNG."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
     format: Literal["hf", "safetensors", "pt", "png", "npz"]
     """hf: a folder for datasets.load_dataset, with a card | safetensors | pt: images_best.pt and labels_best.pt | png:
@@ -147,14 +144,14 @@ class TuneArguments:
 
     job: Job = field(default_factory=Job)
     sweep: Sweep = field(default_factory=Sweep)
-    config: Config = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
 class ReproduceArguments:
     """Make a table or figure of the paper from scratch; the same command goes on where it stopped."""
 
-    table: Annotated[str, tyro.conf.Positional]
+    table: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")]
     """table1 | table2 | table3 | table5 | table6 | table7 | table8 | table9 | table10 | fig2a | fig2b | fig3."""
     scale: Literal["paper", "small"] = "small"
     """paper: its sizes, for a GPU; small: width 32, 5 experts of 6 epochs, at most 300 steps, for two CPU cores."""
@@ -199,7 +196,7 @@ class ReproduceArguments:
 class ReportArguments:
     """Write one HTML page about a run, or about several beside each other; and the same as Markdown."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Runs that `distill` made: folders, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
     out: str = "report.html"
     """The page; FILE.md and FILE-files/ lie beside it. An earlier report there is replaced, nothing else."""
@@ -229,6 +226,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(stop.code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `fbpc ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
@@ -289,7 +289,7 @@ def evaluate(argv: list[str], program: str) -> None:
 
 
 def _evaluate_given(argv: list[str], program: str) -> None:
-    args = _parse(GivenArguments, argv, program)
+    args = _parse(GivenArguments, argv, f"{program} --coreset" if {"-h", "--help"} & set(argv) else program)
     if not args.data.data:
         raise UserError("--data is missing: name the data set whose images judge the coreset")
     from fbpc_ray import export as exports
@@ -369,7 +369,8 @@ def _usage() -> str:
         "report": ReportArguments, "doctor": DoctorArguments,
     }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
-    return "\n".join(["usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option)", "", *lines])
+    usage = "usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option, with examples)"
+    return "\n".join([usage, "", *lines, "", "To begin", "", manual.listed(manual.FIRST), "", "Docs: README.md, docs/"])
 
 
 def _base(argv: list[str]) -> Config:
@@ -400,7 +401,10 @@ def _base(argv: list[str]) -> Config:
 
 
 def _parse(kind: type[Arguments], argv: list[str], program: str, default: Arguments | None = None) -> Arguments:
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(argv):
+        manual.whole_sentences(kind)
+        extra["description"] = manual.description(program.removeprefix("fbpc "), kind)
     return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=argv, prog=program, **extra)  # type: ignore[return-value]
 
 
