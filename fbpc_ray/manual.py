@@ -34,7 +34,8 @@ PAGES = {
     "distill": Page(
         "Trains the experts that are missing, learns the images, samples Bayesian networks on them and on as many "
         "real ones, and leaves a folder: coreset, pictures, result.json, metrics.parquet, and a run in MLflow. Ctrl-C "
-        "leaves a checkpoint. A preset's values are the defaults: `fbpc distill --preset cifar10-ipc10 --help` shows them.",
+        "leaves a checkpoint. A preset's values are the defaults: `fbpc distill --preset cifar10-ipc10 --help` shows "
+        "them.",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
             ("fbpc distill --out runs/first --resume", "go on after Ctrl-C or a crash"),
