@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from fbpc_ray import atomic, charts, config, coreset, figures, pipeline, plan, results
 from fbpc_ray.backend import Backend
@@ -30,8 +31,9 @@ from fbpc_ray.vision.zoo import Network, Spec
 
 
 def log(line: str) -> None:
-    """One line for the person who watches."""
-    print(line, flush=True)
+    """One line for the person who watches, above the progress bar where there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 class Prepared(NamedTuple):

@@ -220,16 +220,9 @@ class ExpertStore:
 
     def _claimed(self) -> bool:
         """Is the folder this recipe's already? UserError where it is another's."""
-        path = self.folder / "store.json"
-        try:
-            store = json.loads(path.read_text())
-            version, recipe = store["format"], dict(store["recipe"])
-        except FileNotFoundError:
+        recipe = _recipe_in(self.folder)
+        if recipe is None:
             return False
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({error}): give another --experts folder") from error
-        if version != FORMAT:
-            raise UserError(f"{path} has format {version}, this version reads {FORMAT}: give another --experts folder")
         wanted = _plain(self.recipe)
         names = [name for name in {**wanted, **recipe} if recipe.get(name) != wanted.get(name)]
         if names:
@@ -370,14 +363,38 @@ class _Sink:
         """Arrow calls this; the file stays open."""
 
 
-def folder(root: Place, recipe: Recipe) -> Place:
+def found(root: Place, recipe: Recipe) -> ExpertStore:
+    """The store of `recipe` below `root`: in `folder`; where that holds another recipe (other training images, another
+    learning rate), beside it, under a digest of the recipe. Raises UserError for a store.json that can't be read."""
+    home, wanted = folder(root, recipe), _plain(recipe)
+    if _recipe_in(home) not in (None, wanted):
+        home = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(wanted).encode(), digest_size=4).hexdigest()}")
+    return ExpertStore(home, recipe)
+
+
+def _recipe_in(folder: Place) -> dict[str, Any] | None:
+    """The recipe whose experts are in `folder`, None where nobody's are. Raises UserError."""
+    path = folder / "store.json"
+    try:
+        store = json.loads(path.read_text())
+        version, recipe = store["format"], dict(store["recipe"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give another --experts folder") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}: give another --experts folder")
+    return recipe
+
+
+def folder(root: Place, recipe: Recipe, end: str = "") -> Place:
     """Where the experts of `recipe` live, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts.
 
     Those without DSA (Table 10) live beside those with it, as convnet-in-w128-d3-none.
     """
     parts = [re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in recipe.data.split(":", 1)]
     name = f"{recipe.architecture}-w{recipe.width}-d{recipe.depth}"
-    return root / slug("-".join(parts)) / slug(name if recipe.augment == "dsa" else f"{name}-{recipe.augment}")
+    return root / slug("-".join(parts)) / slug((name if recipe.augment == "dsa" else f"{name}-{recipe.augment}") + end)
 
 
 def slug(text: str) -> str:

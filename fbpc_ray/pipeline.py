@@ -62,6 +62,8 @@ def train_experts(
         f"experts: {have} of {count * len(stores)} trajectories are there"
         + (f", training {len(lessons)}" if lessons else "")
     )
+    if not lessons:
+        return
     with progress("experts", len(lessons), "trajectory") as bar:
         for _ in workers.map(_teach, dataset, lessons):
             bar.update()

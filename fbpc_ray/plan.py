@@ -101,7 +101,7 @@ def specs(config: Config, dataset: Dataset) -> list[Spec]:
 
 
 def store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
-    """The experts of one network. Raises UserError where the folder holds others."""
+    """The experts of one network; those of another recipe lie beside them. Raises UserError for a damaged store."""
     e = config.experts
     recipe = Recipe(
         data=dataset.name, fingerprint=dataset.fingerprint, image_shape=dataset.image_shape, classes=spec.classes,
@@ -109,7 +109,7 @@ def store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
         batch_size=e.expert_batch_size, augment=config.networks.augment, dtype=e.expert_dtype, seed=e.expert_seed,
     )  # fmt: skip
     root = place(e.experts) if e.experts else home() / "experts"
-    return ExpertStore(expert_files.folder(root.absolute(), recipe), recipe)
+    return expert_files.found(root.absolute(), recipe)
 
 
 def threads(config: Config) -> int:

@@ -95,6 +95,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
 
             board.tracked()
             trials.run(found.task, board.outcomes, workers, interruption, board, log)  # type: ignore[arg-type]
+            board.ran()
             result = _conclude(found, board, workers, made_by)
     write_json(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
@@ -276,12 +277,15 @@ class _Board:
         self._found, self._tracking = found, tracking
         self._children: dict[int, Any] = {}
         self._page = ""
+        self._steps = {each.number: each.look.step if each.look else 0 for each in self.outcomes}
+        self._bar: Any = None
 
     def tracked(self) -> None:
         """Before the first trial: wait for the parent's id, which the runs of the trials carry."""
         if self._tracking and not self.parent.wait(60):
             log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
         self._summary()
+        self._bar = pipeline.progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
 
     def started(self, number: int) -> None:
         if number not in self._children:
@@ -292,6 +296,8 @@ class _Board:
 
     def looked(self, number: int, look: Look) -> None:
         log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
+        self._steps[number] = look.step
+        self._advance()
         if number in self._children:
             _send(self._children[number], look, self._found.plan.settings.metric)
 
@@ -305,9 +311,27 @@ class _Board:
             sweep.end(place(config.output.out), "stopped", f"at step {step} of {sweep.steps_of(config)}")
         now = self.outcomes[number] = sweep.outcome(config, number)
         log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.counted()})")
+        self._advance()
         if child := self._children.pop(number, None):
             self._finish(child, now)
         self._summary()
+
+    def ran(self) -> None:
+        """After the last trial."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._done() - self._bar.n)
+
+    def _all_of(self, number: int) -> int:
+        return sweep.steps_of(self._found.task.configs[number])
+
+    def _done(self) -> int:
+        """Steps done, and those that nobody will do: what an ended trial left out."""
+        ended = {each.number for each in self.outcomes if each.how in ("finished", "stopped", "failed")}
+        return sum(self._all_of(number) if number in ended else step for number, step in self._steps.items())
 
     def counted(self) -> str:
         counts = Counter(each.how for each in self.outcomes)
@@ -315,6 +339,7 @@ class _Board:
 
     def close(self, status: str) -> None:
         """End what MLflow would show as running: the trials' runs of this process and of those before, the sweep's."""
+        self.ran()
         for child in self._children.values():
             child.finish(status)
         self._children.clear()

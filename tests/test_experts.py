@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -271,6 +272,21 @@ def test_another_recipe_is_refused_naming_both_sides(tmp_path):
     line = refusal(ExpertStore, tmp_path, RECIPE._replace(width=128, epochs=50, augment="none"))
     assert "were made with epochs 3, augment dsa, this run wants epochs 50, augment none" in line
     ExpertStore(tmp_path, RECIPE._replace(width=128, image_shape=(3, 32, 32)))
+
+
+def test_experts_of_another_recipe_lie_beside_the_first(tmp_path):
+    """A sweep holds images out, a table has another learning rate: neither asks for another folder."""
+    first, other = experts.found(tmp_path, RECIPE), experts.found(tmp_path, RECIPE._replace(lr=0.5))
+    assert first.folder == other.folder == experts.folder(tmp_path, RECIPE)  # nobody has it yet
+    first.write(0, trajectory(0))
+    other = experts.found(tmp_path, RECIPE._replace(lr=0.5))
+    other.write(0, trajectory(1))
+    assert re.fullmatch(re.escape(first.folder.name) + "-[0-9a-f]{8}", other.folder.name)
+    for recipe, store in ((RECIPE, first), (RECIPE._replace(lr=0.5), other)):
+        assert experts.found(tmp_path, recipe).folder == store.folder
+        assert experts.found(tmp_path, recipe).missing(2) == [1]
+    third = experts.found(tmp_path, RECIPE._replace(lr=0.5, seed=9))
+    assert third.folder not in (first.folder, other.folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "recipe": 3}', '{"format": 2, "recipe": {}}'])
