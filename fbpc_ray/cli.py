@@ -21,11 +21,10 @@ from fbpc_ray.config import (
     Networks,
     Sweep,
     Workers,
-    preset,
+    default,
     read_config,
     refuse_unasked,
     started,
-    with_method,
 )
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.signals import Interrupted
@@ -390,14 +389,10 @@ def _base(argv: list[str]) -> Config:
         stored = read_config(place(known.out))
         refuse_unasked(stored, given, known.out)
         return stored
-    row = known.preset or ("digits" if known.data is None else f"{known.data}-ipc{known.ipc or 1}")
-    base = preset(row) if known.preset or row in PRESETS else Config()
+    base = default(known.data, known.ipc, known.preset or "", known.method)
     if known.preset and known.preset not in PRESETS:
         refuse_unasked(base, given, known.preset)
-    if known.method is None:
-        return base
-    ipc = known.ipc if (known.ipc or "").isdecimal() else base.distillation.ipc
-    return with_method(base, known.method, int(ipc))
+    return base
 
 
 def _parse(kind: type[Arguments], argv: list[str], program: str, default: Arguments | None = None) -> Arguments:

@@ -326,6 +326,16 @@ def preset(name: str) -> Config:
     raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
 
 
+def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
+    """The configuration that flags then change: the preset called `row`, else that of `data` (digits where None) and
+    `ipc`, else the paper's defaults; for `method`. Raises UserError."""
+    name = row or ("digits" if data is None else f"{data}-ipc{ipc or 1}")
+    base = preset(name) if row or name in PRESETS else Config()
+    if method is None:
+        return base
+    return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() else base.distillation.ipc)
+
+
 def to_preset(config: Config) -> str:
     """The text of a preset file: what makes a result, without the places and machines of one run."""
     mine = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads"} | {"data_root", "download"}

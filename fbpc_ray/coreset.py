@@ -34,6 +34,12 @@ class Coreset(NamedTuple):
     classes: tuple[str, ...]
     """Label -> its name."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w)"""
+        c, h, w = self.images.shape[1:]
+        return c, h, w
+
 
 def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.Generator) -> Tensor:
     """Indices (ipc * d,) of a class-balanced uniform draw without replacement: ipc of class 0, then ipc of class 1, ...

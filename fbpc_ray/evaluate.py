@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fbpc_ray import ensemble
 from fbpc_ray.config import Evaluation
+from fbpc_ray.ensemble import logits_of, statistics_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
@@ -28,8 +31,7 @@ from fbpc_ray.vision.datasets import Dataset, Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
 
-TEST_BATCH = 500
-"""Images of one forward pass: no number depends on it."""
+TEST_BATCH = ensemble.BATCH
 LINEAGE_BATCH = 256
 """Images of a batch in `nll_of_batches`, which does depend on it: that of the code it is compared with."""
 
@@ -44,6 +46,8 @@ class Chain(NamedTuple):
     labels: np.ndarray
     spec: Spec
     seed: int
+    keep: bool = False
+    """Send the samples back too."""
 
 
 class ChainResult(NamedTuple):
@@ -59,12 +63,21 @@ class ChainResult(NamedTuple):
     """Of the images of the split, where `Judge.ood` is given; else not sent."""
     strange: Uncertainty | None = None
     """Of the images of `Judge.ood`."""
+    samples: list[Params] | None = None
+    """On the CPU, where `Chain.keep` asks for them."""
 
 
 def posterior_samples(
     network: Network, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> list[Params]:
     """theta after each `chain_every` epochs of SGHMC on the coreset (images, labels), which are on the device."""
+    return list(sampling(network, images, labels, settings, augment, seed))
+
+
+def sampling(
+    network: Network, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
+) -> Iterator[Params]:
+    """`posterior_samples` one by one, each as it is there."""
     m = len(labels)
     size = m if m <= settings.chain_full_batch else min(settings.chain_batch_size, m)
     steps_per_epoch = -(-m // size)
@@ -82,17 +95,14 @@ def posterior_samples(
         ),
         source=generator(seed, "chain", name, "noise"),
     )
-    samples = []
-    for step, params in enumerate(chain, 1):
+    last = settings.chain_steps * steps_per_epoch
+    for step, params in enumerate(islice(chain, last), 1):
         if step % (settings.chain_every * steps_per_epoch) == 0:
-            samples.append(params)
-        if step == settings.chain_steps * steps_per_epoch:
-            break
-    return samples
+            yield params
 
 
-class Prediction(NamedTuple):
-    """What the model average of S samples says of n images."""
+class Scored(NamedTuple):
+    """The predictions of S samples for n images, scored."""
 
     stats: PredictiveStats
     losses: Tensor
@@ -100,19 +110,19 @@ class Prediction(NamedTuple):
     uncertainty: Uncertainty
 
 
-def predictive(network: Network, samples: list[Params], coreset: Tensor, test: RealData) -> Prediction:
+def predictive(network: Network, samples: list[Params], coreset: Tensor, test: RealData) -> Scored:
     """The predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
-    statistics = [network.statistics(params, coreset.split(256)) for params in samples]
-    parts: list[Prediction] = []
+    statistics = statistics_of(network, samples, coreset)
+    parts: list[Scored] = []
     for index in torch.arange(len(test)).split(TEST_BATCH):
         batch = test.batch(index)
-        logits = torch.stack([network.predict(p, s, batch.images) for p, s in zip(samples, statistics, strict=True)])
+        logits = logits_of(network, samples, statistics, batch.images)
         stats = predictive_stats(log_mean_probability(logits), batch.labels)
-        parts.append(Prediction(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
+        parts.append(Scored(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
     for part in parts[1:]:
         stats, unsure = stats + part.stats, unsure + part.uncertainty
-    return Prediction(stats, torch.cat([part.losses for part in parts], 1), unsure)
+    return Scored(stats, torch.cat([part.losses for part in parts], 1), unsure)
 
 
 class Judge(NamedTuple):
@@ -134,7 +144,7 @@ def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
     network = Network(chain.spec, device)
     images, labels = torch.tensor(chain.images, device=device), torch.tensor(chain.labels, device=device)
     samples = posterior_samples(network, images, labels, judge.settings, judge.augment, chain.seed)
-    if not all(bool(torch.isfinite(value).all()) for params in samples for value in params.values()):
+    if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
     test = RealData(*tensors(judge.split, device), judge.mean, judge.std)
     found = predictive(network, samples, images, test)
@@ -149,6 +159,7 @@ def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
         float(found.losses.mean()),
         familiar,
         strange,
+        [{name: value.cpu() for name, value in params.items()} for params in samples] if chain.keep else None,
     )
 
 

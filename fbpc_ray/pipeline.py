@@ -1,9 +1,11 @@
 """The three jobs: train experts, distil, evaluate. The driver's side, whatever the backend."""
 
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -23,7 +25,6 @@ from fbpc_ray.methods.common import Gradient, Stats
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
-from fbpc_ray.run import Run
 from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.teach import teach
 from fbpc_ray.vision.datasets import Dataset, Split, tensors
@@ -122,9 +123,15 @@ def step(config: Config, state: State, workers: Backend) -> Step:
     return Step(after, there, len(units) - len(there))
 
 
+class Keeper(Protocol):
+    """Where checkpoints go: a `Run`, or nowhere."""
+
+    def save(self, state: State, rows: list[dict[str, Any]]) -> None: ...
+
+
 def distill(
     config: Config,
-    run: Run,
+    run: Keeper,
     state: State,
     rows: list[dict[str, Any]],
     workers: Backend,
@@ -218,5 +225,10 @@ def evaluate(
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> Any:
-    """A progress bar on the terminal; nothing where there is none."""
-    return tqdm(desc=what, total=total, initial=done, unit=f" {unit}", disable=None, dynamic_ncols=True, leave=False)
+    """A progress bar on the terminal or in a notebook; nothing where there is neither."""
+    bar, disable = tqdm, None
+    if "ipykernel" in sys.modules:
+        with warnings.catch_warnings(action="ignore"):  # without ipywidgets it is a line of text, which will do
+            from tqdm.auto import tqdm as bar
+        disable = False
+    return bar(desc=what, total=total, initial=done, unit=f" {unit}", disable=disable, dynamic_ncols=True, leave=False)

@@ -12,6 +12,7 @@ from fbpc_ray import compiled as compiling
 from fbpc_ray import experts as expert_files
 from fbpc_ray.backend import Backend, Crew, Serial
 from fbpc_ray.config import Config
+from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import X_SIDES, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore, Recipe
@@ -90,8 +91,9 @@ def load_data(config: Config, log: Log) -> Dataset:
     return dataset
 
 
-def specs(config: Config, dataset: Dataset) -> list[Spec]:
-    """One network an architecture, each built once so that what can't be built is said here. Raises UserError."""
+def specs(config: Config, dataset: Dataset | Coreset) -> list[Spec]:
+    """One network an architecture, for the images and classes of `dataset`, each built once so that what can't be built
+    is said here. Raises UserError."""
     n = config.networks
     shape, classes = dataset.image_shape, len(dataset.classes)
     found = [zoo.specify(name, shape, classes, n.width, n.depth) for name in n.architectures]

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,15 +16,17 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Catches SIGINT and SIGTERM once installed; a second one ends the process at once."""
+    """Catches SIGINT and SIGTERM once installed; a second one ends the process at once. With no `signals` it leaves
+    them to the process, as a library must: Ctrl-C is the KeyboardInterrupt that a notebook expects."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
         self.number: int | None = None
+        self.signals = signals
         self._raise_at_once = False
 
     def install(self) -> None:
         """Call after ray.init, whose own handler would end the driver within seconds of a SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.signals:
             signal.signal(number, self._caught)
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ LAYERS = {
     0: "__init__ errors",
     1: "allocator atomic cache compiled config rng storage types signals provenance page manual",
     2: "inference.* vision.*",
-    3: "coreset exchange experts passes",
+    3: "coreset ensemble exchange experts passes",
     4: "teach methods.* evaluate",
     5: "distill",
     6: "backend run",
@@ -26,7 +26,7 @@ LAYERS = {
     8: "pipeline sweep",
     9: "cluster.* tracking figures charts",
     10: "reproduce.*",
-    11: "commands export reproduction tuning report doctor",
+    11: "api commands export reproduction tuning report doctor",
     12: "cli",
     13: "__main__",
 }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fbpc_ray import coreset, pipeline, plan
+from fbpc_ray import coreset, ensemble, pipeline, plan
 from fbpc_ray.backend import Serial
 from fbpc_ray.config import Config
 from fbpc_ray.coreset import Coreset
@@ -94,7 +94,7 @@ def judge(court: Court, item: Judging, device: str) -> list[Finding]:
     labels = torch.tensor(item.chain.labels, device=device)
     settings, augment = court.judge.settings, court.judge.augment
     samples = posterior_samples(network, images, labels, settings, augment, item.chain.seed)
-    if not all(bool(torch.isfinite(value).all()) for params in samples for value in params.values()):
+    if not ensemble.finite(samples):
         return [{}]
     if item.kind == "logits":
         return _logits(network, samples, images, labels, court.dataset)
@@ -105,8 +105,8 @@ def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch
     """Fig. 2b: the mean logits at the coreset's first image of 'dog', or of the last class where there is no dog."""
     shown = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
     image = images[labels == shown][:1]
-    logits = torch.stack([network.predict(p, network.statistics(p, images.split(256)), image)[0] for p in samples])
-    means = logits.double().mean(0).cpu()
+    logits = ensemble.logits_of(network, samples, ensemble.statistics_of(network, samples, images), image)
+    means = logits[:, 0].double().mean(0).cpu()
     return [{"column": name, "logit": float(value)} for name, value in zip(dataset.classes, means, strict=True)]
 
 

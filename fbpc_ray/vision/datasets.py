@@ -84,13 +84,16 @@ def load(
 
     Raises UserError, one line with the cause and the mend, for everything that is wrong with the arguments or files.
     """
-    if not 0 <= validation < 1:
-        raise UserError(f"validation {validation} is no share of the train split; give 0 <= validation < 1")
-    if normalisation not in ("auto", "computed", *KNOWN):
-        raise UserError(
-            f"unknown normalisation {normalisation!r}; {closest(normalisation, ['auto', 'computed', *KNOWN])}"
-        )
-    source = read(name, Path(root), download)
+    _check_how(normalisation, validation)
+    return assembled(read(name, Path(root), download), name, normalisation, validation, seed)
+
+
+def assembled(
+    source: Source, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
+) -> Dataset:
+    """What a reader found as a data set called `name`: checked, split and with its normalisation, by the rules in
+    `load`. Raises UserError."""
+    _check_how(normalisation, validation)
     classes = _check(source)
     train, held, test, notes = _splits(source, len(classes), validation, seed)
     mean, std = _constants(name if normalisation == "auto" else normalisation, train.images, source.origin)
@@ -101,7 +104,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """images (b, c, h, w) uint8 on any device -> float32, (images / 255 - mean) / std per channel."""
     if images.dtype != torch.uint8:
         raise TypeError(f"normalise takes uint8 images, not {images.dtype}")
-    return (images.float() / 255 - _per_channel(mean, images)) / _per_channel(std, images)
+    return standardise(images.float() / 255, mean, std)
+
+
+def standardise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """pixels (b, c, h, w) float32 in 0..1 on any device -> (pixels - mean) / std per channel."""
+    return (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -116,6 +124,15 @@ def tensors(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:
     Takes read-only arrays (Ray's object store) without a copy and without from_numpy's warning.
     """
     return torch.from_dlpack(split.images).to(device), torch.from_dlpack(split.labels).to(device)
+
+
+def _check_how(normalisation: str, validation: float) -> None:
+    if not 0 <= validation < 1:
+        raise UserError(f"validation {validation} is no share of the train split; give 0 <= validation < 1")
+    if normalisation not in ("auto", "computed", *KNOWN):
+        raise UserError(
+            f"unknown normalisation {normalisation!r}; {closest(normalisation, ['auto', 'computed', *KNOWN])}"
+        )
 
 
 def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:

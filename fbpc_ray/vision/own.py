@@ -9,8 +9,8 @@ import importlib
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,11 +18,37 @@ from torch import nn
 
 from fbpc_ray.errors import UserError
 
+_GIVEN: dict[str, Callable[..., object]] = {}
+"""Functions of this process that no import path leads to, such as a notebook's, by the names that `given` gave."""
+
+
+def given(function: Callable[..., object]) -> str:
+    """The name of a network that `function` builds: its import path, or, for one that can't be imported, the same
+    pattern, known to this process alone. Raises UserError for what is no function with a name."""
+    name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+    if isinstance(function, nn.Module) or not callable(function):
+        raise UserError(
+            f"a network is given as {type(function).__name__}: give a function of (image_shape, classes) that builds "
+            "it, for it is drawn anew for every expert and chain"
+        )
+    if "<lambda>" in name or name.startswith(":") or name.endswith(":"):
+        raise UserError("a network is given as a function without a name: define it with def, for its experts are kept")
+    with suppress(Exception):
+        if pkgutil.resolve_name(name) is function and function.__module__ != "__main__":
+            return name
+    _GIVEN[name] = function
+    return name
+
+
+def importable(name: str) -> bool:
+    """Whether other processes find the network called `name` too."""
+    return name not in _GIVEN
+
 
 def build(name: str, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
     """What the function at import path `name` builds. Raises UserError."""
     with users_code(name):
-        make = pkgutil.resolve_name(name)
+        make = _GIVEN.get(name) or pkgutil.resolve_name(name)
         if not callable(make):
             raise UserError(f"{name} is no function: name one that takes (image_shape, classes)")
         module = make(image_shape, classes)

@@ -201,10 +201,10 @@ def npz(path: Path) -> Source:
                     f"{path}: no array {', '.join(missing) or 'x_train'} (found {', '.join(archive.files) or 'none'}); "
                     "save x_train, y_train, x_test, y_test with numpy.savez"
                 )
-            arrays = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
+            found = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
     except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable npz file of plain arrays ({_line(error)})") from error
-    return Source(str(path), None, {split: _npz_part(path, *array) for split, array in arrays.items()})
+    return Source(str(path), None, {split: arrays(str(path), *each) for split, each in found.items()})
 
 
 NAMED: dict[str, Callable[[Path, bool], Source]] = {
@@ -430,23 +430,28 @@ def _blobs(head: _Head) -> Iterator[bytes | None]:
         raise UserError(f"{head.file}: cannot read column {head.image} ({_line(error)}); fetch it again") from error
 
 
-# ---- npz
+# ---- arrays
 
 
-def _npz_part(path: Path, keys: tuple[str, str], images: np.ndarray, labels: np.ndarray) -> Part:
+def arrays(
+    origin: str, keys: tuple[str, str], images: np.ndarray, labels: np.ndarray, channels_first: bool = False
+) -> Part:
+    """A split from arrays that `origin` calls by the names `keys`; images as for `npz`, or known to be NCHW or NHW."""
     if images.ndim not in (3, 4):
-        raise UserError(f"{path}: {keys[0]} has shape {images.shape}; it must be NHWC, NCHW or NHW")
+        raise UserError(f"{origin}: {keys[0]} has shape {images.shape}; it must be NHWC, NCHW or NHW")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{path}: {keys[1]} is {labels.dtype} {labels.shape}; it must be integers, one per image")
+        raise UserError(f"{origin}: {keys[1]} is {labels.dtype} {labels.shape}; it must be integers, one per image")
     if len(images) != len(labels) or not len(labels):
-        raise UserError(f"{path}: {keys[0]} has {len(images)} images, {keys[1]} {len(labels)} labels; they must agree")
-    where = f"{path}: {keys[0]}"
+        raise UserError(
+            f"{origin}: {keys[0]} has {len(images)} images, {keys[1]} {len(labels)} labels; they must agree"
+        )
+    where = f"{origin}: {keys[0]}"
     return Part(
-        _channels_first(_bytes(images, where), where),
+        _channels_first(_bytes(images, where), where, channels_first),
         labels.astype(np.int64),
-        lambda index: f"{path}, {keys[1]}[{index}]",
+        lambda index: f"{origin}, {keys[1]}[{index}]",
     )
 
 
@@ -462,9 +467,9 @@ def _bytes(images: np.ndarray, where: str) -> np.ndarray:
     return np.rint(images * 255.0).astype(np.uint8) if floating else images.astype(np.uint8)
 
 
-def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
-    if images.ndim == 3:
-        return np.ascontiguousarray(images[:, None])
+def _channels_first(images: np.ndarray, where: str, known: bool) -> np.ndarray:
+    if images.ndim == 3 or known:
+        return np.ascontiguousarray(images[:, None] if images.ndim == 3 else images)
     last, first = (images.shape[axis] in (1, 3) for axis in (3, 1))
     if last == first or not images.size:
         why = "could be NHWC and NCHW" if last else "is not NHWC, NCHW (1 or 3 channels) or NHW"

@@ -32,6 +32,7 @@ class Network:
         self._estimating = _with_averaged_statistics(self._predicting)
         self._buffers = dict(self._predicting.named_buffers())
         self.shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
+        self.buffer_names = self._buffers.keys()
 
     def init(self, source: torch.Generator) -> Params:
         """A draw of the parameters from the prior pi_0: PyTorch's default initialisation."""

@@ -1,0 +1,222 @@
+"""From Python: a data set and networks -> a coreset -> posterior samples -> predictions that say how sure they are.
+
+    from fbpc_ray.api import dataset, distill, posterior
+
+    data = dataset((images, labels))                   # or a name as --data takes it, or any torch Dataset
+    coreset = distill(data, [build, "convnet-in"], ipc=1, width=32, steps=200)
+    samples = posterior(coreset, build)
+    prediction = samples.predict(test_images)
+    prediction.probabilities, prediction.entropy, prediction.mutual_information
+
+Networks are named as --architectures names them, or given as functions of ((channels, height, width), classes) that
+build an nn.Module (vision/contract.py says what it must hold to). Other settings are those of the command line
+(config.py), by the same names: the same ones give the same coreset, to the bit. All runs in this process unless
+`backend="ray"` is asked for; neither Ray nor MLflow need be there. What is wrong is a UserError of one line. Ctrl-C is
+a KeyboardInterrupt; experts that are trained by then are kept. TQDM_DISABLE=1 hides the progress bars.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fbpc_ray import config, ensemble, evaluate, pipeline, plan
+from fbpc_ray import coreset as coresets
+from fbpc_ray.backend import Serial
+from fbpc_ray.config import Config
+from fbpc_ray.coreset import Coreset
+from fbpc_ray.distill import State, threads
+from fbpc_ray.ensemble import Ensemble, Prediction
+from fbpc_ray.errors import UserError, closest
+from fbpc_ray.inference.uncertainty import auroc
+from fbpc_ray.signals import Interruption
+from fbpc_ray.storage import place
+from fbpc_ray.vision import datasets, memory, own
+from fbpc_ray.vision.datasets import Dataset
+from fbpc_ray.vision.zoo import Network
+
+__all__ = [
+    "Coreset", "Dataset", "Ensemble", "Prediction", "UserError",
+    "auroc", "dataset", "distill", "load_coreset", "load_posterior", "posterior", "save",
+]  # fmt: skip
+
+Architecture = str | Callable[[tuple[int, int, int], int], nn.Module]
+"""A name, or a function of (image_shape, classes)."""
+
+
+def dataset(
+    train: Any,
+    test: Any = None,
+    validation: Any = 0.0,
+    *,
+    classes: Sequence[str] | None = None,
+    normalisation: str = "auto",
+    name: str = "own",
+    seed: int = 0,
+    root: str | Path = "data",
+    download: bool = False,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """Images and labels with a test split, ready to be distilled.
+
+    Args:
+        train: a name, as --data takes it (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors;
+            or a torch Dataset of (image, label). Pixels are uint8, or floats in 0..1 without normalisation, which is
+            done here; a Dataset's transforms are applied once.
+        test: as `train`; without it a fifth of each class, drawn by `seed`, is held out.
+        validation: as `train`, or the share of each class that is held out.
+        classes: names in the order of the labels.
+        name: of own data, in the folder of its experts.
+        root, download: of named data. log: is told what was assumed.
+    """
+    if isinstance(train, str):
+        if test is not None or classes is not None or not isinstance(validation, float | int):
+            raise UserError(f"{train} brings its test images and classes: give no other")
+        found = datasets.load(
+            train, root=root, download=download, normalisation=normalisation, validation=validation, seed=seed
+        )
+    else:
+        share = validation if isinstance(validation, float | int) else 0.0
+        source = memory.read(train, test, None if validation is share else validation, classes)
+        found = datasets.assembled(source, name, normalisation, share, seed)
+    for note in found.notes:
+        log(f"note: {note}")
+    return found
+
+
+def distill(
+    data: Any,
+    architectures: Architecture | Sequence[Architecture] | None = None,
+    *,
+    ipc: int | None = None,
+    method: str | None = None,
+    preset: str = "",
+    backend: str = "serial",
+    log: Callable[[str], None] = print,
+    on_step: Callable[[dict[str, float], int], None] | None = None,
+    **settings: Any,
+) -> Coreset:
+    """The pseudocoreset of `data`, as `fbpc distill` with the same settings makes it.
+
+    Args:
+        data: from `dataset`, or what that takes first.
+        architectures: one network or several, distilled on at once; None: those of the preset, else convnet-in.
+        ipc: images a class.  method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | random (real images).
+        preset: a row of the paper's Table 4, or `digits`, which is small; `settings` change it.
+        backend: serial, or ray: a worker for each network, here or on the cluster at `address`.
+        log: is told what happens.  on_step: is called after each step with its metrics and its number.
+        settings: width, steps, seed, alpha, expert_count, experts (the folder that keeps the expert trajectories;
+            without it ./experts) ...: all flags but those of data and output.
+
+    A network that changed needs another name, or another folder of experts.
+    """
+    source = data if isinstance(data, Dataset) else dataset(data, log=log)
+    _check_names(settings, "distill", config.Data, config.Output)
+    base = config.default(source.name, None if ipc is None else str(ipc), preset, method)
+    given = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
+    chosen = base.updated(**{k: v for k, v in given.items() if v is not None}, backend=backend, **settings)
+    chosen = plan.canonical(chosen)
+    plan.check(chosen)
+    if backend == "ray" and (alone := [name for name in chosen.networks.architectures if not own.importable(name)]):
+        raise UserError(f"{alone[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
+    specs, d = plan.specs(chosen, source), chosen.distillation
+    state, labels = pipeline.first_state(source, d.ipc, d.seed, d.inner_lr)
+    if d.method != "random":
+        stores = [plan.store(chosen, source, spec) for spec in specs]
+        interruption = Interruption(())
+        with plan.backend(chosen, interruption, log) as workers:
+            pipeline.train_experts(stores, specs, chosen.experts.expert_count, source, workers, log)
+            workers.start_workers(plan.crew(chosen, source, labels, specs, stores))
+            tell = on_step or (lambda values, step: None)
+            state = pipeline.distill(chosen, _Nowhere(), state, [], workers, interruption, tell, lambda state: None)
+            workers.stop_workers()
+    return Coreset(state.images, labels, source.mean, source.std, source.classes)
+
+
+def posterior(
+    coreset: Coreset,
+    architecture: Architecture = "convnet-in",
+    *,
+    seed: int = 0,
+    chains: int = 1,
+    width: int = 128,
+    depth: int = 0,
+    augment: str = "dsa",
+    device: str = "auto",
+    **settings: Any,
+) -> Ensemble:
+    """Samples of a Bayesian network on `coreset`, by SGHMC: those that `fbpc evaluate` scores, of its chains `seed`,
+    `seed` + 1, ... A sample every `chain_every` of `chain_steps` epochs, for each chain.
+
+    Args:
+        architecture: any network, not only those that it was distilled on.
+        width, depth, augment, device: as for `distill`.
+        settings: those of the chains, chain_steps, chain_every, chain_eta ...
+
+    Raises UserError for a chain that left the finite numbers.
+    """
+    _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
+    (name,) = _names(architecture)
+    chosen = Config().updated(architectures=(name,), width=width, depth=depth, augment=augment, **settings)
+    plan.check(chosen)
+    if wrong := coresets.problem(coreset):
+        raise UserError(f"not a coreset ({wrong}): give what distill or load returns")
+    (spec,) = plan.specs(chosen, coreset)
+    network = Network(spec, Serial(device, Interruption(())).device)
+    images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
+    e, samples = chosen.evaluation, []
+    with pipeline.progress("sample", chains * (e.chain_steps // e.chain_every), "sample") as bar, threads(1):
+        for number in range(seed, seed + chains):
+            for params in evaluate.sampling(network, images, labels, e, augment, number):
+                if not ensemble.finite([params]):
+                    raise UserError(
+                        f"the chain of seed {number} on {spec.architecture} diverged: lower chain_eta, or use "
+                        "chain_noise='consistent'"
+                    )
+                samples.append(params)
+                bar.update()
+    return ensemble.gathered(network, samples, coreset)
+
+
+def save(what: Coreset | Ensemble, path: str | Path) -> None:
+    """Write a coreset or posterior samples to one safetensors file, a path, s3:// or gs://. What is there is
+    replaced."""
+    if isinstance(what, Ensemble):
+        ensemble.save(what, place(str(path)))
+    else:
+        coresets.save(what, place(str(path)))
+
+
+def load_coreset(path: str | Path) -> Coreset:
+    """The coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
+    return coresets.load(place(str(path)))
+
+
+def load_posterior(path: str | Path, architecture: Architecture | None = None, *, device: str = "auto") -> Ensemble:
+    """The posterior samples that `save` wrote; those of a network of your own with that `architecture` again, for a
+    file alone runs no code. Raises UserError."""
+    name = "" if architecture is None else _names(architecture)[0]
+    return ensemble.load(place(str(path)), name, Serial(device, Interruption(())).device)
+
+
+class _Nowhere:
+    """In the place of a Run: keeps no checkpoints."""
+
+    def save(self, state: State, rows: list[dict[str, Any]]) -> None: ...
+
+
+def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
+    own.search_current_folder()
+    several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
+    return tuple(each if isinstance(each, str) else own.given(each) for each in several)
+
+
+def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:
+    """Raise UserError for a setting that `function` has no use for."""
+    others_names = {f.name for group in others for f in fields(group)}
+    known = [name for name in Config().flat() if name not in others_names]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{function} has no setting '{name}': {closest(name, known)}")

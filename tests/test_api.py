@@ -1,0 +1,301 @@
+"""From Python: the bits of the command line, own data and networks in their several forms, and files of samples."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import flags
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fbpc_ray import api, cli, coreset
+from fbpc_ray.errors import UserError
+from fbpc_ray.run import Run
+from fbpc_ray.vision.datasets import Dataset
+
+CHAIN: dict[str, Any] = {"width": 8, "chain_steps": 20, "chain_every": 10}
+
+
+def silent(line: str) -> None:
+    """No log."""
+
+
+def settings_of(config, **changes) -> dict[str, Any]:
+    """The configuration as the API takes it."""
+    flat = config.updated(backend="serial", **changes).flat()
+    away = (
+        "data",
+        "data_root",
+        "download",
+        "normalisation",
+        "validation",
+        "data_seed",
+        "out",
+        "tracking",
+        "experiment",
+    )
+    return {name: value for name, value in flat.items() if name not in away}
+
+
+def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    c, h, w = shape
+    return nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(4 * h * w, classes))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory) -> Run[Path]:
+    """What the command line makes."""
+    folder = tmp_path_factory.mktemp("runs") / "cli"
+    cli.main(["distill", *flags(small, backend="serial", steps=2, out=str(folder))])
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def made(run) -> coreset.Coreset:
+    return coreset.load(run.coreset_path)
+
+
+@pytest.fixture(scope="module")
+def samples(made) -> api.Ensemble:
+    """Of a network with BatchNorm, chain 1 of the run's two."""
+    return api.posterior(made, "convnet-bn", seed=1, **CHAIN)
+
+
+# ---- the command line's bits
+
+
+def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
+    """And so it is from a Dataset, and from arrays that hold the same; `random` is the run's random coreset."""
+    steps: list[int] = []
+    same = settings_of(small, steps=2)
+    found = api.distill("digits", **same, log=silent, on_step=lambda values, step: steps.append(step))
+    assert steps == [1, 2]
+    assert torch.equal(found.images, made.images)
+    assert torch.equal(found.labels, made.labels)
+    assert found[2:] == made[2:]
+    mine = api.dataset(digits.train, digits.test, classes=digits.classes, name="digits")
+    assert mine.fingerprint == digits.fingerprint
+    assert torch.equal(api.distill(mine, **same, log=silent).images, made.images)
+    start = api.distill("digits", method="random", seed=small.distillation.seed)
+    assert torch.equal(start.images, coreset.load(run.random_path).images)
+    assert not torch.equal(start.images, made.images)
+
+
+def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeypatch):
+    """A data set with a row in Table 4, the small preset, and a baseline with its own paper's settings."""
+    seen = []
+    monkeypatch.setattr(api.plan, "check", lambda config: seen.append(config) or _stop())
+    digits = api.dataset("digits")
+    cases: list[tuple[list[str], dict[str, Any]]] = [
+        (["--data", "digits"], {}),
+        (["--preset", "digits"], {"preset": "digits"}),
+        (["--preset", "digits", "--method", "bpc-rkl", "--steps", "7"],
+         {"preset": "digits", "method": "bpc-rkl", "steps": 7}),
+    ]  # fmt: skip
+    for words, call in cases:
+        config = cli._parse(cli.DistillArguments, words, "", cli.DistillArguments(config=cli._base(words))).config
+        with pytest.raises(_Stopped):
+            api.distill(digits, backend=config.workers.backend, **call)
+        assert seen.pop() == config.updated(architectures=api.plan.canonical(config).networks.architectures)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_on_ray_it_is_the_same_to_the_bit(made, small):
+    found = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
+    assert torch.equal(found.images, made.images)
+
+
+class _Stopped(Exception): ...
+
+
+def _stop() -> None:
+    raise _Stopped
+
+
+def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
+    """Each number of result.json for that chain; a prediction is the same for bytes and for floats in 0..1."""
+    expected = json.loads(run.result_path.read_text())["coresets"]["fbpc"]["convnet-bn"]
+    found = samples.predict(torch.tensor(digits.test.images))
+    for name, value in found.scores(torch.tensor(digits.test.labels))._asdict().items():
+        assert value == pytest.approx(expected[name][1], abs=1e-12), name
+    assert found.probabilities.sum(1).numpy() == pytest.approx(1)
+    assert (found.labels.numpy() == digits.test.labels).mean() == expected["accuracy"][1]
+    as_floats = samples.predict(torch.tensor(digits.test.images[:9]) / 255)
+    torch.testing.assert_close(as_floats.probabilities, found.probabilities[:9])
+    one = samples.predict(digits.test.images[3])
+    torch.testing.assert_close(one.entropy, found.entropy[3:4], rtol=1e-4, atol=1e-6)
+
+
+def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
+    """Chains 1 and 2: the mean of both chains' probabilities, and what they disagree about is more than within one."""
+    both = api.posterior(made, "convnet-bn", seed=1, chains=2, **CHAIN)
+    other = api.posterior(made, "convnet-bn", seed=2, **CHAIN)
+    images = digits.test.images[:50]
+    one, two, all_ = (each.predict(images) for each in (samples, other, both))
+    torch.testing.assert_close(all_.probabilities, (one.probabilities + two.probabilities) / 2)
+    assert (all_.entropy >= (one.entropy + two.entropy) / 2 - 1e-9).all()
+    assert all_.mutual_information.mean() > (one.mutual_information.mean() + two.mutual_information.mean()) / 2
+    assert repr(both) == "<4 posterior samples of convnet-bn, 10 classes>"
+
+
+# ---- own data
+
+
+def pairs(digits: Dataset, kind: str) -> Any:
+    """The first 60 training images in one of the forms that are taken."""
+    images, labels = digits.train.images[:60], digits.train.labels[:60]
+    if kind == "tensors":
+        return torch.tensor(images), torch.tensor(labels)
+    if kind == "grey arrays":
+        return images[:, 0], labels.astype(np.int32)
+    if kind == "channels last":
+        return images.transpose(0, 2, 3, 1), labels
+    if kind == "floats":
+        return images / 255, labels
+    if kind == "TensorDataset":
+        return TensorDataset(torch.tensor(images) / 255, torch.tensor(labels))
+    return [(Image.fromarray(image[0]), int(label)) for image, label in zip(images, labels, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "grey arrays", "channels last", "floats", "TensorDataset", "pictures"])
+def test_own_data_in_any_form_are_the_same_data(digits, kind):
+    given = pairs(digits, kind)
+    found = api.dataset(given, pairs(digits, "tensors"), classes=digits.classes, log=silent)
+    assert found.train.images.dtype == np.uint8
+    assert np.array_equal(found.train.images, digits.train.images[:60])
+    assert np.array_equal(found.train.labels, digits.train.labels[:60])
+    assert found.train.labels.dtype == np.int64
+    assert found.classes == digits.classes
+
+
+def test_own_data_without_a_test_split_hold_one_out_and_say_so(digits):
+    said: list[str] = []
+    found = api.dataset(pairs(digits, "tensors"), validation=0.25, log=said.append)
+    assert len(found.train.labels) + len(found.validation.labels) + len(found.test.labels) == 60
+    assert 8 <= len(found.test.labels) <= 15
+    assert len(found.validation.labels)
+    assert "serve as test" in said[0]
+    assert found.classes == tuple("0123456789")
+
+
+def test_channels_of_a_tensor_come_first_whatever_their_number(digits):
+    images = torch.tensor(digits.train.images[:60]).repeat(1, 4, 1, 1)
+    found = api.dataset((images, digits.train.labels[:60]), log=silent)
+    assert found.image_shape == (4, 8, 8)
+
+
+# ---- own networks
+
+
+def test_an_own_network_is_a_function_wherever_it_is_defined(made, digits):
+    """Of a module by its import path, as --architectures takes it; of a function inside one by this process alone."""
+
+    def inner(shape, classes):
+        return build(shape, classes)
+
+    by_name = api.posterior(made, f"{__name__}:build", chain_steps=4, chain_every=2)
+    by_function = api.posterior(made, build, chain_steps=4, chain_every=2)
+    local = api.posterior(made, inner, chain_steps=4, chain_every=2)
+    assert by_function.spec == by_name.spec
+    assert local.spec.architecture.endswith("<locals>.inner")
+    images = digits.test.images[:20]
+    assert torch.equal(by_function.predict(images).probabilities, by_name.predict(images).probabilities)
+    with pytest.raises(UserError, match="this process alone"):
+        api.distill("digits", inner, backend="ray", log=silent)
+
+
+def test_a_network_of_ones_own_is_distilled(digits, tmp_path):
+    data = api.dataset(pairs(digits, "tensors"), log=silent)
+    found = api.distill(
+        data, [build, "convnet"], ipc=2, steps=2, width=8, expert_count=1, expert_epochs=2, gamma=1.0,
+        posterior_steps=2, real_batch_size=16, mc_samples=3, start_epoch=1, experts=str(tmp_path), log=silent,
+    )  # fmt: skip
+    assert found.images.shape == (20, 1, 8, 8)
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {"test_api-build-w0-d0", "convnet-in-w8-d2"}
+
+
+# ---- files
+
+
+def test_samples_and_coresets_are_read_back_to_the_bit(made, samples, digits, tmp_path):
+    api.save(samples, tmp_path / "samples.safetensors")
+    api.save(made, tmp_path / "coreset.safetensors")
+    back = api.load_posterior(tmp_path / "samples.safetensors")
+    images = digits.test.images[:20]
+    assert torch.equal(back.predict(images).probabilities, samples.predict(images).probabilities)
+    assert (back.spec, back.mean, back.std, back.classes) == (samples.spec, samples.mean, samples.std, samples.classes)
+    assert torch.equal(api.load_coreset(str(tmp_path / "coreset.safetensors")).images, made.images)
+
+
+def test_a_file_of_samples_alone_imports_no_network(made, tmp_path, monkeypatch):
+    path = tmp_path / "samples.safetensors"
+    api.save(api.posterior(made, build, chain_steps=2, chain_every=1), path)
+    with pytest.raises(UserError, match="imports no code"):
+        api.load_posterior(path)
+    assert len(api.load_posterior(path, build).samples) == 2
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setattr(sys.modules[__name__], "build", lambda shape, classes: other)
+    with pytest.raises(UserError, match="of another"):
+        api.load_posterior(path, f"{__name__}:build")
+
+
+def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
+    path = tmp_path / "samples.safetensors"
+    api.save(samples, path)
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"hello", safetensors.torch.save({"a": torch.zeros(1)})):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="holds no posterior samples") as caught:
+            api.load_posterior(path)
+        assert "\n" not in str(caught.value)
+    for other in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError):
+            api.load_posterior(other)
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda data, made: api.dataset(3), "is a int"),
+        (lambda data, made: api.dataset((data.train.images, data.train.labels[:5])), "they must agree"),
+        (lambda data, made: api.dataset((data.train.images / 3.0, data.train.labels)), "outside 0..1"),
+        (lambda data, made: api.dataset([(1, 2, 3)] * 4), "no pair"),
+        (lambda data, made: api.dataset("digits", (1, 2)), "brings its test images"),
+        (lambda data, made: api.distill(data, step=3), "did you mean steps"),
+        (lambda data, made: api.distill(data, out="x"), "no setting 'out'"),
+        (lambda data, made: api.distill(data, steps=0), "--steps is 0"),
+        (lambda data, made: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
+        (lambda data, made: api.distill(data, nn.Linear(2, 2)), "a function of"),
+        (lambda data, made: api.distill(data, []), "name a network"),
+        (lambda data, made: api.posterior(made, "convnt"), "did you mean"),
+        (lambda data, made: api.posterior(made, steps=3), "no setting 'steps'"),
+        (lambda data, made: api.posterior(made, chain_eta=1e6, **CHAIN), "diverged"),
+        (lambda data, made: api.posterior(made._replace(labels=made.labels[:2]), **CHAIN), "not a coreset"),
+    ],
+)
+def test_what_is_wrong_is_one_line(digits, made, call, said):
+    with pytest.raises(UserError, match=said) as caught:
+        call(digits, made)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_cannot_be_predicted_are_refused(samples, digits):
+    for images, said in (
+        (torch.zeros(2, 3, 8, 8), r"takes \(n, c, h, w\)"), (torch.zeros(0, 1, 8, 8), "takes"),
+        (torch.randn(5, 1, 8, 8), "before any normalisation"), (torch.zeros(2, 1, 8, 8).long(), "uint8"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            samples.predict(images)
+    with pytest.raises(UserError, match="as many"):
+        samples.predict(digits.test.images[:3]).scores(torch.zeros(2).long())
