@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from fbpc_ray.allocator import keep_freed_memory
-from fbpc_ray.distill import State, Unit, Worker, threads
+from fbpc_ray.distill import State, Unit, Worker, map_start, threads
 from fbpc_ray.errors import UserError
-from fbpc_ray.methods.common import Gradient
+from fbpc_ray.methods.common import Gradient, Stats
 from fbpc_ray.signals import Interruption
 
 Item = TypeVar("Item")
@@ -26,6 +27,12 @@ class Crew(NamedTuple):
     units: list[Unit]
     x_side_bytes: int = 0
     """Of the largest part of a gradient that can be computed ahead; 0 where there is none."""
+
+
+def gradient_of(answer: tuple[np.ndarray, Stats, float, np.ndarray | None]) -> Gradient:
+    """What `Worker.gradient` returned."""
+    value, stats, inner_lr, solution = answer
+    return Gradient(torch.from_numpy(value), stats, inner_lr, None if solution is None else torch.from_numpy(solution))
 
 
 class Backend(Protocol):
@@ -81,8 +88,9 @@ class Serial:
         assert self.worker is not None
         gradients: list[Gradient | None] = []
         for unit in self.units:
-            value, stats, inner_lr = self.worker.gradient(unit, state.step, state.images.numpy(), state.inner_lr)
-            gradients.append(Gradient(torch.from_numpy(value), stats, inner_lr))
+            start = map_start(state, unit, self.worker.settings)
+            answer = self.worker.gradient(unit, state.step, state.images.numpy(), state.inner_lr, start=start)
+            gradients.append(gradient_of(answer))
         return gradients
 
     def stop_workers(self):

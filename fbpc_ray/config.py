@@ -97,6 +97,13 @@ class Distillation:
     """Adam learning rate of the MAP solve [App. C.2]."""
     map_max_steps: int = 2000
     """Adam steps after which an unfinished MAP solve is taken as it is, and reported [method]."""
+    map: Literal["fresh", "pool"] = "fresh"
+    """Where a MAP solve begins: fresh: at a draw of the prior [Algorithm 1]; pool: at one of --map-pool earlier
+    solutions, in turn: fewer steps, but not the paper's method, and at ipc 10 not its accuracy."""
+    map_pool: int = 10
+    """With --map pool: solutions kept for each architecture and draw, in the checkpoint too."""
+    map_pool_uses: int = 100
+    """With --map pool: uses after which a solution is begun anew from the prior."""
     posterior_steps: int = 30
     """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
     lambda_x: float = 0.05

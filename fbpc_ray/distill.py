@@ -19,8 +19,9 @@ from fbpc_ray.config import Distillation
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
-from fbpc_ray.methods import function_space, weight_space
+from fbpc_ray.methods import function_space, map_pool, weight_space
 from fbpc_ray.methods.common import Gradient, Method, Problem, Stats, XSide
+from fbpc_ray.methods.map_pool import Solutions
 from fbpc_ray.methods.x_cache import XCache
 from fbpc_ray.passes import Passes
 from fbpc_ray.vision.datasets import Dataset, tensors
@@ -67,6 +68,8 @@ class State(NamedTuple):
     """Learning rate of the SGD steps on u that weight-space methods take; bpc-w learns it."""
     inner_velocity: float = 0.0
     """Its momentum."""
+    solutions: Solutions = {}  # noqa: RUF012  a Mapping: nobody changes it
+    """MAP solutions that later ones begin at (`--map pool`)."""
 
 
 def combine(units: Sequence[Unit], gradients: Sequence[Gradient | None]) -> list[Gradient]:
@@ -104,7 +107,31 @@ def update(state: State, gradients: Sequence[Gradient], *, alpha: float, momentu
         total = total + part.value
     velocity = momentum * state.velocity + total
     inner = momentum * state.inner_velocity + sum(part.inner_lr for part in gradients)
-    return State(state.step + 1, state.images - alpha * velocity, velocity, state.inner_lr - inner_alpha * inner, inner)
+    return state._replace(
+        step=state.step + 1, images=state.images - alpha * velocity, velocity=velocity,
+        inner_lr=state.inner_lr - inner_alpha * inner, inner_velocity=inner,
+    )  # fmt: skip
+
+
+def map_start(state: State, unit: Unit, settings: Distillation) -> np.ndarray | None:
+    """Where the unit's MAP solve begins in the next step; None for the prior."""
+    if settings.map == "fresh":
+        return None
+    found = map_pool.begun_at(state.solutions, *unit, state.step, settings.map_pool, settings.map_pool_uses)
+    return None if found is None else found.numpy()
+
+
+def remember(
+    state: State, step: int, units: Sequence[Unit], gradients: Sequence[Gradient | None], settings: Distillation
+) -> State:
+    """`state` with the MAP solutions that the gradients of `step` found, where later solves begin at them."""
+    if settings.map == "fresh":
+        return state
+    found = [
+        (map_pool.name(*unit, step, settings.map_pool), gradient.solution if gradient else None)
+        for unit, gradient in zip(units, gradients, strict=True)
+    ]
+    return state._replace(solutions=map_pool.remembered(state.solutions, found))
 
 
 def check_finite(architectures: Sequence[str], gradients: Sequence[Gradient], step: int) -> None:
@@ -162,16 +189,23 @@ class Worker:
         self.passes: dict[int, Passes] = {}
 
     def gradient(
-        self, unit: Unit, step: int, images: np.ndarray, inner_lr: float, x_side: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Stats, float]:
+        self,
+        unit: Unit,
+        step: int,
+        images: np.ndarray,
+        inner_lr: float,
+        x_side: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Stats, float, np.ndarray | None]:
         """A `Gradient`'s parts, in numpy, which travels between processes without a copy. `x_side`: from the method of
-        that name, where it was computed ahead."""
+        that name, where it was computed ahead; `start`: from `map_start`."""
+        given = {"x_side": x_side, "start": start}
         with threads(self.threads):
-            ahead = () if x_side is None else (x_side,)
-            value, stats, of_inner_lr = METHODS[self.settings.method](
-                self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr, *ahead
-            )
-        return value.numpy(), stats, of_inner_lr
+            value, stats, of_inner_lr, solution = METHODS[self.settings.method](
+                self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr,
+                **{name: each for name, each in given.items() if each is not None},
+            )  # fmt: skip
+        return value.numpy(), stats, of_inner_lr, None if solution is None else solution.numpy()
 
     def x_side(self, unit: Unit, step: int) -> tuple[None, np.ndarray]:
         """What `gradient` will need for `unit` at `step` whatever the images are then. Comes second, so that a caller

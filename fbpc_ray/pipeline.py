@@ -14,7 +14,7 @@ from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, Evaluation
 from fbpc_ray.coreset import Coreset
-from fbpc_ray.distill import State, check_finite, check_updated, combine, units_of, update
+from fbpc_ray.distill import State, check_finite, check_updated, combine, remember, units_of, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, judge, quantities, run_chain, values
 from fbpc_ray.experts import ExpertStore
@@ -120,6 +120,7 @@ def step(config: Config, state: State, workers: Backend) -> Step:
     parts = combine(units, gradients)
     after = update(state, parts, alpha=d.alpha, momentum=d.momentum, inner_alpha=d.inner_alpha)
     check_updated(after)
+    after = remember(after, state.step, units, gradients, d)
     return Step(after, there, len(units) - len(there))
 
 

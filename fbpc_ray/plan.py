@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ipc": _COUNT, "steps": _COUNT, "batch_size": _COUNT, "posterior_steps": _COUNT, "mc_samples": _COUNT,
     "real_batch_size": _COUNT, "map_max_steps": _COUNT, "checkpoint_every": _COUNT, "width": _COUNT,
     "expert_count": _COUNT, "expert_epochs": _COUNT, "expert_batch_size": _COUNT, "eval_seeds": _COUNT,
+    "map_pool": _COUNT, "map_pool_uses": _COUNT,
     "chain_steps": _COUNT, "syn_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
     "alpha": _POSITIVE, "gamma": _POSITIVE, "map_lr": _POSITIVE, "lambda_x": _POSITIVE, "lambda_u": _POSITIVE,
     "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,

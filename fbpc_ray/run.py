@@ -27,6 +27,10 @@ from fbpc_ray.storage import Place
 Where = TypeVar("Where", bound=Place)
 
 
+_SOLUTION = "solution/"
+"""How the names of MAP solutions begin in a checkpoint."""
+
+
 class Run(Generic[Where]):
     """A run's folder, or its prefix in an object store. Opening one writes nothing."""
 
@@ -63,6 +67,7 @@ class Run(Generic[Where]):
             atomic.write_bytes(self.metrics_path, _parquet(rows))
         inner = torch.tensor([state.inner_lr, state.inner_velocity], dtype=torch.float64)
         tensors = {"images": state.images, "velocity": state.velocity, "inner": inner}
+        tensors |= {f"{_SOLUTION}{name}": value for name, value in state.solutions.items()}
         atomic.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
@@ -72,6 +77,11 @@ class Run(Generic[Where]):
         try:
             with storage.local(self.state_path) as path, safetensors.safe_open(path, "pt") as file:
                 images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
+                solutions = {
+                    name.removeprefix(_SOLUTION): file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118  it is no dict
+                    if name.startswith(_SOLUTION)
+                }
                 step = int(file.metadata()["step"])
             shape = (len(labels), *image_shape)
             if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
@@ -81,7 +91,7 @@ class Run(Generic[Where]):
             raise UserError(
                 f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
             ) from None
-        return State(step, images, velocity, *inner.tolist()), rows
+        return State(step, images, velocity, *inner.tolist(), solutions=solutions), rows
 
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -134,8 +134,7 @@ def measure(args: Arguments, name: str, width: int, ipc: int, folder: Path, else
     taken: dict[int, int] = {}
 
     def our_step(step: int) -> None:
-        _, stats, _ = ours.gradient(Unit(0, 0), step, images, 0.0)
-        taken[step] = stats["map_steps"]
+        taken[step] = ours.gradient(Unit(0, 0), step, images, 0.0)[1]["map_steps"]
 
     ways: dict[str, Callable[[int], None]] = {
         "ours": our_step,

@@ -60,6 +60,13 @@ def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected
     assert soon(all_cpus_free)
 
 
+def test_ray_gives_the_bits_of_serial_with_a_pool_of_solutions(cluster, small, digits, tmp_path):
+    """`--map pool`: the solutions travel to whichever worker goes on from them."""
+    config = small.updated(map="pool", map_pool=2)
+    serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
+    assert_same(run_on(cluster, config, digits, tmp_path / "ray"), serial)
+
+
 def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, tmp_path, expected):
     """The first worker between two steps, so that its gradient comes last; then kill -9 of both amid a step."""
     import ray

@@ -15,18 +15,17 @@ from functools import partial
 from typing import Any
 
 import ray
-import torch
 from ray._private import ray_constants, services
 from ray.exceptions import AuthenticationError as RayAuthenticationError
 from ray.exceptions import RayTaskError
 
 from fbpc_ray.allocator import keep_freed_memory
-from fbpc_ray.backend import Crew, device_name
+from fbpc_ray.backend import Crew, device_name, gradient_of
 from fbpc_ray.cluster.knock import knock, refused
 from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
 from fbpc_ray.cluster.pool import STORE_FULL, Job, Pool, first_line, innermost
 from fbpc_ray.config import Workers
-from fbpc_ray.distill import State, Unit, Worker
+from fbpc_ray.distill import State, Unit, Worker, map_start
 from fbpc_ray.distill import threads as torch_threads
 from fbpc_ray.errors import UserError
 from fbpc_ray.methods.common import Gradient
@@ -121,8 +120,9 @@ class RayBackend:
                         self._x_sides.pop((unit, step), None)
                         self._say_lost(unit, step, outcome.lost)
                     else:
-                        value, stats, inner_lr = outcome.value
-                        found[unit] = Gradient(torch.from_numpy(value.copy()), stats, inner_lr)
+                        value, stats, inner_lr, solution = outcome.value
+                        own = None if solution is None else solution.copy()  # what Ray gives lies in its store
+                        found[unit] = gradient_of((value.copy(), stats, inner_lr, own))
                         self._seconds[unit] = [*self._seconds[unit][-19:], outcome.seconds]
             self._skip_stragglers(state.step, found)
         return [found[unit] for unit in self.crew.units]
@@ -190,9 +190,10 @@ class RayBackend:
             member, unit = known[0] if known else (idle[0], todo[0])
             todo.remove(unit)
             x_side = self._x_sides.get((unit, step))
+            start = map_start(state, unit, self.crew.arguments["settings"])
 
-            def ask(actor: Any, unit: Unit = unit, x_side: Any = x_side) -> Any:
-                return actor.gradient.remote(unit, step, images, state.inner_lr, x_side)
+            def ask(actor: Any, unit: Unit = unit, x_side: Any = x_side, start: Any = start) -> Any:
+                return actor.gradient.remote(unit, step, images, state.inner_lr, x_side, start)
 
             pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
         if todo:

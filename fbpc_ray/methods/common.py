@@ -62,10 +62,13 @@ class Gradient(NamedTuple):
     stats: Stats
     inner_lr: float = 0.0
     """With respect to the inner learning rate, where the method learns it (bpc-w)."""
+    solution: Tensor | None = None
+    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map pool`)."""
 
 
-Method = Callable[[Problem, int, Tensor, float], Gradient]
-"""(problem, step, images (m, c, h, w) on the device, inner learning rate) -> Gradient. Pure."""
+Method = Callable[..., Gradient]
+"""(problem, step, images (m, c, h, w) on the device, inner learning rate, and what was made before) -> Gradient.
+Pure."""
 
 XSide = Callable[[Problem, int], np.ndarray]
 """(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""

@@ -29,10 +29,15 @@ def x_side(problem: Problem, step: int) -> np.ndarray:
 
 
 def gradient(
-    problem: Problem, step: int, images: Tensor, inner_lr: float, x_side: np.ndarray | None = None
+    problem: Problem,
+    step: int,
+    images: Tensor,
+    inner_lr: float,
+    x_side: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> Gradient:
     """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `x_side`, where it was
-    computed ahead, changes no bit.
+    computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map pool`); None: at the prior.
 
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
@@ -59,10 +64,10 @@ def gradient(
     posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
     seconds_x = clock.lap()
 
-    # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior.
+    # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
     solution = map_solve(
         slope,
-        network.init(rng(step, "prior")),
+        network.init(rng(step, "prior")) if start is None else _params(problem, start),
         coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
         threshold=settings.gamma,
         learning_rate=settings.map_lr,
@@ -99,6 +104,7 @@ def gradient(
             "seconds_u": seconds_u,
             "seconds_gradient": clock.lap(),
         },
+        solution=_vector(solution.params).cpu() if settings.map == "pool" else None,
     )
 
 

@@ -42,13 +42,14 @@ SCHEMA = pa.schema(
 _ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
     "data_root", "download", "experts", "checkpoint_every", "eval_seeds",
 }  # fmt: skip
+_OF_POOL = {"map", "map_pool", "map_pool_uses"}
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures"}
 
 
 def coreset_key(config: Config) -> str:
     """Of all that a coreset depends on: equal for cells of any table that share it."""
-    flat = config.flat()
+    flat = _settings(config)
     left_out = _ELSEWHERE | _JUDGED
     if flat["method"] == "random":  # real images: which ones depends on data, ipc and seed
         left_out |= {f.name for f in fields(Distillation)} - {"method", "ipc", "seed"}
@@ -56,9 +57,15 @@ def coreset_key(config: Config) -> str:
     return _digest({name: value for name, value in flat.items() if name not in left_out})
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """All flags, without those that came later and are not used: keys stay what they were."""
+    flat = config.flat()
+    return {name: value for name, value in flat.items() if flat["map"] == "pool" or name not in _OF_POOL}
+
+
 def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
     """Of all that a cell's numbers depend on, but for the evaluation's seed."""
-    settings = {name: value for name, value in config.flat().items() if name not in _ELSEWHERE}
+    settings = {name: value for name, value in _settings(config).items() if name not in _ELSEWHERE}
     return _digest({"table": table, "row": row, "column": column, "judged_on": judged_on, **settings})
 
 
