@@ -10,6 +10,7 @@ Every way takes the same steps with the same draws, in turn, on the same number 
     ours, cold  the same without x sides on disk
     floor       as many passes as ours took, back to back, compiled, and nothing else
     bpc-fkl     a step of the weight-space baseline with as many draws (S = 30), by our worker
+    ours, pool  a step of a distillation with `--map pool`, whose solves begin at earlier solutions
 
 Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray nor MLflow.
 """
@@ -17,60 +18,81 @@ Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray 
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 
 from fbpc_ray import atomic, pipeline, plan
-from fbpc_ray.backend import device_name
+from fbpc_ray.backend import Serial, device_name
 from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset, with_method
-from fbpc_ray.distill import Unit, Worker
+from fbpc_ray.distill import Unit, Worker, units_of
 from fbpc_ray.errors import UserError
+from fbpc_ray.experts import ExpertStore
 from fbpc_ray.passes import Passes
 from fbpc_ray.provenance import capture
+from fbpc_ray.reproduce import cost
 from fbpc_ray.rng import generator
+from fbpc_ray.signals import Interruption
 from fbpc_ray.types import Batch
 from fbpc_ray.vision.datasets import Dataset, tensors
 from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network
+from fbpc_ray.vision.zoo import Network, Spec
 
-RATIOS = (("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"))
+RATIOS = (
+    ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"),
+    ("ours, pool", "bpc-fkl"), ("ours", "ours, pool"),
+)  # fmt: skip
+PHASES = {"seconds_x": "x side", "seconds_map": "MAP", "seconds_u": "u side", "seconds_gradient": "Eq. 17"}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Seconds of an outer step, and what they are made of."""
+    """Seconds and memory of an outer step, and what they are made of."""
 
     data: str = "cifar10"
     """Data set, as `fbpc distill --data`."""
     data_root: str = "data"
     """Folder of cifar10."""
     networks: tuple[str, ...] = ("convnet-in",)
-    """Networks, one case each."""
+    """A case each; networks joined by + are one case of several architectures, one after the other."""
     widths: tuple[int, ...] = (32,)
     """Widths, one case each."""
     ipcs: tuple[int, ...] = (1, 10)
     """Images a class, one case each."""
     ways: tuple[str, ...] = ("reference", "ours", "ours, cold", "floor", "bpc-fkl")
-    """What is timed."""
+    """What is timed; also: ours, pool."""
     steps: int = 2
     """Steps that each way takes in a repeat."""
     repeats: int = 5
     """Times that each way has its go."""
+    first_run: int = 0
+    """Also the first so many steps, nothing on disk and compilation included, a step of the reference after each."""
+    memory: bool = True
+    """Also the peak memory of a step, in a process of its own."""
+    experts: str = ""
+    """Folder with trained experts of these networks, of --expert-epochs epochs, for `ours, pool`, whose MAP steps
+    depend on what u becomes; empty: untrained ones, which cost as much otherwise."""
+    expert_epochs: int = 2
+    """Epochs of the experts."""
+    map_pool: int = 5
+    """Solutions of `ours, pool`."""
     threads: int = 1
     """CPU threads."""
     device: str = "cpu"
@@ -78,7 +100,18 @@ class Arguments:
     compiled: bool = True
     """Whether ours runs compiled passes (on a CPU)."""
     json: str = ""
-    """Also write what was measured to this file."""
+    """Also write what was measured to this file, and as a table to one beside it that ends in .md."""
+
+
+class Case(NamedTuple):
+    """What every way of a case begins with."""
+
+    config: Config
+    dataset: Dataset
+    specs: list[Spec]
+    stores: list[ExpertStore]
+    images: np.ndarray
+    labels: Tensor
 
 
 def benchmark(argv: list[str], program: str) -> None:
@@ -87,7 +120,10 @@ def benchmark(argv: list[str], program: str) -> None:
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
     if args.device == "cuda" and "reference" in args.ways:
         print("note: the reference is for the CPU; it is left out")
-        args = replace(args, ways=tuple(way for way in args.ways if way != "reference"))
+        args = replace(args, ways=tuple(way for way in args.ways if way != "reference"), first_run=0)
+    known = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
+    if unknown := set(args.ways) - set(known):
+        raise UserError(f"unknown way '{unknown.pop()}': choose from {', '.join(known)}")
     cases = []
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -95,84 +131,185 @@ def benchmark(argv: list[str], program: str) -> None:
         ProcessPoolExecutor(1, mp_context=spawn) as elsewhere,
     ):
         os.environ.setdefault("FBPC_CACHE", str(Path(folder) / "cache"))
-        for network in args.networks:
+        for names in args.networks:
             for width in args.widths:
                 for ipc in args.ipcs:
-                    cases.append(measure(args, network, width, ipc, Path(folder), elsewhere))
+                    case = prepared(args, tuple(names.split("+")), width, ipc, Path(folder))
+                    cases.append(measured(case, args, Path(folder), elsewhere))
                     print(line(cases[-1]), flush=True)
                     if args.json:
-                        found = {"cases": cases, "command": " ".join(["python", *sys.argv]), "settings": vars(args)}
-                        found |= capture(device_name(args.device))._asdict()
-                        atomic.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+                        write(args, cases)
 
 
-def measure(args: Arguments, name: str, width: int, ipc: int, folder: Path, elsewhere: Executor) -> dict[str, Any]:
-    """One case: the seconds of every way and repeat."""
+def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, folder: Path) -> Case:
     row = f"cifar10-ipc{ipc}" if ipc in (1, 10, 50) else "cifar10-ipc10"
     config = preset(row).updated(
-        data=args.data, data_root=args.data_root, ipc=ipc, architectures=(name,), width=width, expert_count=1,
-        expert_epochs=2, start_epoch=1, experts=str(folder / "experts"), threads=args.threads, device=args.device,
-        compiled="on" if args.compiled else "off",
+        data=args.data, data_root=args.data_root, ipc=ipc, architectures=names, width=width, expert_count=1,
+        expert_epochs=args.expert_epochs, start_epoch=1, experts=args.experts or str(folder / "experts"),
+        threads=args.threads, device=args.device, compiled="on" if args.compiled else "off",
     )  # fmt: skip
     dataset = plan.load_data(config, print)
     config = config.updated(batch_size=ipc * len(dataset.classes))
-    spec = plan.specs(config, dataset)[0]
-    store = plan.store(config, dataset, spec)
-    network = Network(spec)  # no time depends on the values of an expert's weights
-    store.write(0, (network.module(generator(0, "benchmark", epoch)).state_dict() for epoch in range(3)))
+    specs = plan.specs(config, dataset)
+    stores = [plan.store(config, dataset, spec) for spec in specs]
+    for spec, store in zip(specs, stores, strict=True):
+        if store.missing(1) and args.experts:
+            raise UserError(f"there are no experts of {spec.architecture} in {store.folder}: train them (fbpc experts)")
+        write_untrained(store, spec, store.missing(1))
     d = config.distillation
     state, labels = pipeline.first_state(dataset, d.ipc, d.seed)
-    images = state.images.numpy()
+    return Case(config, dataset, specs, stores, state.images.numpy(), labels)
 
-    def worker(changed: Config, **more: Any) -> Worker:
-        arguments = plan.crew(changed, dataset, labels, [spec], [store]).arguments | more
-        return Worker(**arguments, device=args.device)
 
-    ours, cold = worker(config), worker(config, x_cache_bytes=0.0)
-    weights = with_method(config, "bpc-fkl", ipc).updated(start_rule="from", start_epoch=0)
-    fkl = worker(weights)
-    taken: dict[int, int] = {}
+def write_untrained(store: ExpertStore, spec: Spec, numbers: Sequence[int]) -> None:
+    """Trajectories of fresh draws: no time depends on the values of an expert's weights."""
+    network, epochs = Network(spec), range(store.recipe.epochs + 1)
+    for number in numbers:
+        store.write(number, (network.module(generator(number, "benchmark", e)).state_dict() for e in epochs))
+
+
+def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
+    """The seconds of every way and repeat, and what else is asked for."""
+    config, units = case.config, units_of(len(case.specs), 1)
+    ours, cold = worker(case, config), worker(case, config, x_cache_bytes=0.0)
+    weights = with_method(config, "bpc-fkl", config.distillation.ipc).updated(start_rule="from", start_epoch=0)
+    fkl = worker(case, weights)
+    taken: dict[tuple[Unit, int], int] = {}
 
     def our_step(step: int) -> None:
-        taken[step] = ours.gradient(Unit(0, 0), step, images, 0.0)[1]["map_steps"]
+        for unit in units:
+            taken[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1]["map_steps"]
+
+    def cold_step(step: int) -> None:
+        for unit in units:
+            cold.gradient(unit, step, case.images, 0.0)
+
+    def weight_step(step: int) -> None:
+        for unit in units:
+            fkl.gradient(unit, step, case.images, weights.distillation.inner_lr)
+
+    floors = [floor_of(ours, case, unit, taken, args) for unit in units]
+
+    def floor_step(step: int) -> None:
+        for floor in floors:
+            floor(step)
 
     ways: dict[str, Callable[[int], None]] = {
-        "ours": our_step,
-        "ours, cold": lambda step: void(cold.gradient(Unit(0, 0), step, images, 0.0)),
-        "floor": floor_step(ours, config, dataset, labels, taken, args),
-        "bpc-fkl": lambda step: void(fkl.gradient(Unit(0, 0), step, images, weights.distillation.inner_lr)),
-    }
-    if unknown := set(args.ways) - {"reference", *ways}:
-        raise UserError(f"unknown way '{unknown.pop()}': choose from reference, {', '.join(ways)}")
+        "ours": our_step, "ours, cold": cold_step, "bpc-fkl": weight_step,
+        "floor": floor_step,
+    }  # fmt: skip
     flat = json.dumps(config.flat())
     for step in range(args.steps):  # x sides and machine code are there before the clock starts
         our_step(step)
+    pool_steps: list[int] = []
+    if "ours, pool" in args.ways:
+        ways["ours, pool"] = pool_of(case, args, pool_steps)
     if "reference" in args.ways:
-        elsewhere.submit(reference_seconds, flat, args.threads, 1).result()
+        elsewhere.submit(reference_seconds, flat, args.threads, [0]).result()
     seconds: dict[str, list[float]] = {way: [] for way in args.ways}
     for _ in range(args.repeats):
         for way in seconds:
             if way == "reference":
-                seconds[way].append(elsewhere.submit(reference_seconds, flat, args.threads, args.steps).result())
-                continue
-            began = time.perf_counter()
-            for step in range(args.steps):
-                ways[way](step)
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[way].append((time.perf_counter() - began) / args.steps)
-    ratios = {
-        f"{a} / {b}": [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
-        for a, b in RATIOS
-        if a in seconds and b in seconds
-    }
-    phases = ours.gradient(Unit(0, 0), 0, images, 0.0)[1]
-    return {
-        "network": spec.architecture, "width": width, "ipc": ipc, "m": len(labels), "threads": args.threads,
+                numbers = list(range(args.steps))
+                seconds[way].append(elsewhere.submit(reference_seconds, flat, args.threads, numbers).result())
+            else:
+                seconds[way].append(timed(ways[way], range(args.steps), args.device))
+    phases = [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units]
+    found: dict[str, Any] = {
+        "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
+        "ipc": config.distillation.ipc, "m": len(case.labels), "threads": args.threads,
         "map_steps": statistics.fmean(taken.values()),
         "seconds": {way: {"median": statistics.median(each), "all": each} for way, each in seconds.items()},
-        "ratios": {name: {"median": statistics.median(each), "all": each} for name, each in ratios.items()},
-        "phases": {key: value for key, value in phases.items() if key.startswith("seconds_")},
+        "ratios": {
+            f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+            for a, b in RATIOS
+            if a in seconds and b in seconds
+        },
+        "phases": {name: sum(each[key] for each in phases) for key, name in PHASES.items()},
+    }  # fmt: skip
+    if pool_steps:
+        found["map_steps_pool"] = statistics.fmean(pool_steps)
+    if args.memory:
+        found["peak_gb"] = {
+            way: cost.measure(changed, args.device, 1).peak_gb
+            for way, changed in (("ours", config), ("bpc-fkl", weights))
+        }
+    if args.first_run:
+        found["first_run"] = first_run(case, args, folder, elsewhere)
+    return found
+
+
+def worker(case: Case, config: Config, **more: Any) -> Worker:
+    arguments = plan.crew(config, case.dataset, case.labels, case.specs, case.stores).arguments | more
+    return Worker(**arguments, device=config.workers.device)
+
+
+def timed(way: Callable[[int], None], steps: Sequence[int], device: str) -> float:
+    """Seconds a step."""
+    began = time.perf_counter()
+    for step in steps:
+        way(step)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / len(steps)
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "all": values}
+
+
+def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int], None]:
+    """A distillation with `--map pool` that goes on for a step at each call, from when every solution was met twice."""
+    config = case.config.updated(map="pool", map_pool=args.map_pool)
+    d, backend = config.distillation, Serial(args.device, Interruption())
+    backend.start_workers(plan.crew(config, case.dataset, case.labels, case.specs, case.stores))
+    state, _ = pipeline.first_state(case.dataset, d.ipc, d.seed)
+    before = 2 * d.map_pool
+    assert backend.worker is not None
+    for number in range(before + args.steps * args.repeats):
+        for unit in backend.units:
+            backend.worker.x_side(unit, number)
+
+    def go_on(_: int) -> None:
+        nonlocal state
+        done = pipeline.step(config, state, backend)
+        state = done.state
+        map_steps.extend(gradient.stats["map_steps"] for _, _, gradient in done.gradients)
+
+    for number in range(before):
+        go_on(number)
+    map_steps.clear()
+    return go_on
+
+
+def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
+    """As a run of `--first-run` steps meets it: 30 snapshots, `--compiled auto`, both caches empty."""
+    config = case.config.updated(
+        steps=args.first_run, compiled="auto", expert_count=5, expert_epochs=6, experts=str(folder / "first-experts")
+    )
+    stores = [plan.store(config, case.dataset, spec) for spec in case.specs]
+    for spec, store in zip(case.specs, stores, strict=True):
+        write_untrained(store, spec, store.missing(5))
+    flat, seconds = json.dumps(config.flat()), {"reference": 0.0, "ours": 0.0}
+    elsewhere.submit(reference_seconds, flat, args.threads, [0]).result()
+    before = os.environ["FBPC_CACHE"]
+    with tempfile.TemporaryDirectory(prefix="cache-", dir=folder) as nothing:
+        os.environ["FBPC_CACHE"] = nothing
+        try:
+            began = time.perf_counter()
+            fresh = worker(case._replace(stores=stores), config)
+            seconds["ours"] += time.perf_counter() - began
+            for step in range(args.first_run):
+                for unit in units_of(len(case.specs), 1):
+                    began = time.perf_counter()
+                    fresh.gradient(unit, step, case.images, 0.0)
+                    seconds["ours"] += time.perf_counter() - began
+                seconds["reference"] += elsewhere.submit(reference_seconds, flat, args.threads, [step]).result()
+        finally:
+            os.environ["FBPC_CACHE"] = before
+    return {
+        "steps": args.first_run, "compiled": fresh.compiled is not None, "seconds": seconds,
+        "reference / ours": seconds["reference"] / seconds["ours"],
     }  # fmt: skip
 
 
@@ -181,40 +318,42 @@ def _reference_of(flat: str) -> tuple[Any, ...]:
     """What the reference needs, loaded once a process."""
     config = Config().updated(**json.loads(flat))
     dataset = plan.load_data(config, print)
-    spec = plan.specs(config, dataset)[0]
-    store = plan.store(config, dataset, spec)
-    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    each = []
+    for spec in plan.specs(config, dataset):
+        store = plan.store(config, dataset, spec)
+        each.append((spec, [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]))
     state, labels = pipeline.first_state(dataset, config.distillation.ipc, config.distillation.seed)
     real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
-    return spec, snapshots, real, state.images, labels, config.distillation
+    return each, real, state.images, labels, config.distillation
 
 
-def reference_seconds(flat: str, threads: int, steps: int) -> float:
-    """A step of the obvious way, on the CPU, in a process that knows nothing of our allocator's settings."""
-    spec, snapshots, real, images, labels, settings = _reference_of(flat)
+def reference_seconds(flat: str, threads: int, steps: list[int]) -> float:
+    """Of a step of the obvious way, on the CPU, in a process that knows nothing of our allocator's settings."""
+    each, real, images, labels, settings = _reference_of(flat)
     torch.set_num_threads(threads)
     began = time.perf_counter()
-    for number in range(steps):
-        reference.gradient(spec, snapshots, real, images, labels, number, settings)
-    return (time.perf_counter() - began) / steps
+    for number in steps:
+        for spec, snapshots in each:
+            reference.gradient(spec, snapshots, real, images, labels, number, settings)
+    return (time.perf_counter() - began) / len(steps)
 
 
-def floor_step(
-    ours: Worker, config: Config, dataset: Dataset, labels: torch.Tensor, taken: dict[int, int], args: Arguments
+def floor_of(
+    ours: Worker, case: Case, unit: Unit, taken: dict[tuple[Unit, int], int], args: Arguments
 ) -> Callable[[int], None]:
-    """The passes of a step whose x side is on disk: MAP steps and K steps with their backward pass, 2 K for Psi, and
-    the two of Eq. 17."""
-    d, network = config.distillation, Network(ours.specs[0], args.device)
+    """The passes of a gradient whose x side is on disk: MAP steps and K steps with their backward pass, 2 K for Psi,
+    and the two of Eq. 17."""
+    network, steps = Network(case.specs[unit.architecture], args.device), case.config.distillation.posterior_steps
     passes, forward = Passes(network, ours.compiled), network.forward
     params = network.init(generator(0, "benchmark"))
-    images = torch.randn(len(labels), *dataset.image_shape, generator=generator(0, "images")).to(args.device)
-    batch = Batch(images, labels.to(args.device))
+    images = torch.randn(len(case.labels), *case.dataset.image_shape, generator=generator(0, "images")).to(args.device)
+    batch = Batch(images, case.labels.to(args.device))
 
     def step(number: int) -> None:
         torch.set_num_threads(args.threads)
-        for _ in range(taken[number] + 1 + d.posterior_steps):
+        for _ in range(taken[unit, number] + 1 + steps):
             passes.loss_gradient(params, batch)
-        for _ in range(2 * d.posterior_steps):
+        for _ in range(2 * steps):
             passes.logits(params, images)
         for _ in range(2):
             leaf = images.clone().requires_grad_()
@@ -223,16 +362,61 @@ def floor_step(
     return step
 
 
-def void(_: Any) -> None:
-    """For its effect."""
+def write(args: Arguments, cases: list[dict[str, Any]]) -> None:
+    """The file that `--json` names, and the table beside it."""
+    path = Path(args.json).absolute()
+    settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
+    settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
+    found = {"cases": cases, "settings": settings, **capture(device_name(args.device))._asdict()}
+    atomic.write_text(path, json.dumps(found, indent=2) + "\n")
+    atomic.write_text(path.with_suffix(".md"), table(cases))
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each case; medians, and of each ratio its least and largest value."""
+    ways = list(dict.fromkeys(way for case in cases for way in case["seconds"]))
+    ratios = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+    lines = ["Seconds a step", "", _row("", "MAP steps", *ways, *PHASES.values()), _row(*["---"] * (6 + len(ways)))]
+    for case in cases:
+        taken = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
+        lines.append(_row(name_of(case), f"{case['map_steps']:.0f}", *taken, *map(_figure, case["phases"].values())))
+    lines += ["", "Ratios, peak memory of a step (GB), first run", ""]
+    last = ["GB, ours", "GB, bpc-fkl", "first run: reference / ours"]
+    lines += [_row("", *ratios, *last), _row(*["---"] * (1 + len(ratios) + len(last)))]
+    for case in cases:
+        each = [case["ratios"].get(name) for name in ratios]
+        told = [f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else "" for r in each]
+        memory, first = case.get("peak_gb", {}), case.get("first_run", {})
+        more = (memory.get("ours"), memory.get("bpc-fkl"), first.get("reference / ours"))
+        lines.append(_row(name_of(case), *told, *map(_figure, more)))
+    return "\n".join(lines) + "\n"
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return f"{' + '.join(case['networks'])}, width {case['width']}, ipc {case['ipc']}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def line(case: dict[str, Any]) -> str:
     """A case for the terminal."""
-    seconds = ", ".join(f"{way} {each['median']:.2f}" for way, each in case["seconds"].items())
+    seconds = ", ".join(f"{way} {each['median']:.3g}" for way, each in case["seconds"].items())
     ratios = ", ".join(f"{name} {each['median']:.2f}" for name, each in case["ratios"].items())
-    where = f"{case['network']} width {case['width']}, ipc {case['ipc']}, {case['map_steps']:.0f} MAP steps"
-    return f"{where}\n  seconds a step: {seconds}\n  ratios: {ratios}"
+    phases = ", ".join(f"{name} {value:.3g}" for name, value in case["phases"].items())
+    lines = [f"{name_of(case)}, {case['map_steps']:.0f} MAP steps", f"seconds a step: {seconds}"]
+    lines += [f"ratios: {ratios}", f"of ours, seconds: {phases}"]
+    if "peak_gb" in case:
+        lines.append("peak GB: " + ", ".join(f"{way} {value:.3g}" for way, value in case["peak_gb"].items()))
+    if first := case.get("first_run"):
+        how = "compiled" if first["compiled"] else "eager"
+        lines.append(f"first {first['steps']} steps ({how}), reference / ours: {first['reference / ours']:.2f}")
+    return "\n  ".join(lines)
 
 
 if __name__ == "__main__":

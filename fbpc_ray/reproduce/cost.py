@@ -22,7 +22,7 @@ from fbpc_ray import config as configs
 from fbpc_ray import pipeline, plan
 from fbpc_ray.allocator import give_back_freed_memory
 from fbpc_ray.config import Config
-from fbpc_ray.distill import Unit, Worker
+from fbpc_ray.distill import Worker, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.rng import generator
 from fbpc_ray.vision.zoo import Network
@@ -36,11 +36,11 @@ class Cost(NamedTuple):
     seconds: list[float]
     """One a timed step."""
     parameters: int
-    """Of the network."""
+    """Of all networks."""
 
 
 def measure(config: Config, device: str, steps: int) -> Cost:
-    """The cost of `steps` steps of the configuration's first architecture, measured in a new process."""
+    """The cost of `steps` steps, of all the configuration's architectures in turn, measured in a new process."""
     words = json.dumps({"config": config.flat(), "device": device, "steps": steps})
     program = [sys.executable, "-m", "fbpc_ray.reproduce.cost"]
     done = subprocess.run(program, input=words, capture_output=True, text=True)
@@ -56,20 +56,26 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, x_cache=0.0, **rule)
         dataset = plan.load_data(config, lambda line: None)
-        spec, unit = plan.specs(config, dataset)[0], Unit(0, 0)
-        store, network = plan.store(config, dataset, spec), Network(spec)
-        store.write(0, (network.module(generator(0, "cost", epoch)).state_dict() for epoch in range(epochs + 1)))
+        specs = plan.specs(config, dataset)
+        stores, networks = [plan.store(config, dataset, spec) for spec in specs], [Network(spec) for spec in specs]
+        for store, network in zip(stores, networks, strict=True):
+            store.write(0, (network.module(generator(0, "cost", epoch)).state_dict() for epoch in range(epochs + 1)))
         d = config.distillation
         state, labels = pipeline.first_state(dataset, d.ipc, d.seed, d.inner_lr)
-        worker = Worker(**plan.crew(config, dataset, labels, [spec], [store]).arguments, device=device)
-        worker.gradient(unit, 0, state.images.numpy(), state.inner_lr)  # warms up libraries and caches
+        worker = Worker(**plan.crew(config, dataset, labels, specs, stores).arguments, device=device)
+
+        def take(step: int) -> None:
+            for unit in units_of(len(specs), 1):
+                worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
+
+        take(0)  # warms up libraries and caches
         before = _reset(device)
         seconds = []
         for step in range(1, steps + 1):
             start = time.perf_counter()
-            worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
+            take(step)
             seconds.append(time.perf_counter() - start)
-        return Cost((_peak(device) - before) / 1e9, seconds, network.parameter_count)
+        return Cost((_peak(device) - before) / 1e9, seconds, sum(network.parameter_count for network in networks))
 
 
 def _reset(device: str) -> int:
