@@ -60,9 +60,9 @@ def prepare(settings: Config, dry_run: bool) -> Prepared:
 
 
 def experts(settings: Config, *, dry_run: bool, json: str) -> None:
-    """Train the expert trajectories that are missing."""
+    """Train the expert trajectories that are missing, whichever of their epochs a distillation will take."""
     settings = plan.canonical(settings)
-    plan.check(settings)
+    plan.check(settings.updated(start_epoch=0, start_rule="from"))
     job = prepare(settings, dry_run)
     if dry_run:
         describe(job)

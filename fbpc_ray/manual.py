@@ -61,7 +61,7 @@ PAGES = {
         (
             ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it never met"),
             ("fbpc evaluate runs/first --eval-seeds 10", "more chains, a smaller error bar"),
-            ("fbpc evaluate runs/first --ood cifar10 --ood-resize", "can it tell strange images?"),
+            ("fbpc evaluate runs/mine --ood digits --ood-resize", "can it tell strange images?"),
         ),
     ),
     "evaluate --coreset": Page(

@@ -161,14 +161,14 @@ def test_rayjob_yaml_has_the_form_of_a_rayjob():
 
 
 def commands_of_readme() -> list[list[str]]:
-    """The words after `--` of each `ray job submit` in README."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """The words after `--` of each `ray job submit` in docs/cluster.md."""
+    text = (ROOT / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("ray job submit")]
     return [line[line.index("--") + 1 :] for line in lines]
 
 
 def test_the_commands_of_the_jobs_are_ours(tmp_path):
-    """Those of rayjob.yaml and README parse by our own command line, name what there is, and can be repeated."""
+    """Those of rayjob.yaml and docs/cluster.md parse by our own command line, and can be repeated."""
     entrypoint = shlex.split(described("rayjob.yaml")["spec"]["entrypoint"])
     submitted = commands_of_readme()
     assert len(submitted) >= 2
