@@ -20,9 +20,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from fbpc_ray import config, ensemble, evaluate, pipeline, plan
+from fbpc_ray import config, ensemble, evaluate, pipeline, plan, serve
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Serial
 from fbpc_ray.config import Config
@@ -40,6 +41,7 @@ from fbpc_ray.vision.zoo import Network
 __all__ = [
     "Coreset", "Dataset", "Ensemble", "Prediction", "UserError",
     "auroc", "dataset", "distill", "load_coreset", "load_posterior", "posterior", "save",
+    "save_model",
 ]  # fmt: skip
 
 Architecture = str | Callable[[tuple[int, int, int], int], nn.Module]
@@ -187,6 +189,12 @@ def save(what: Coreset | Ensemble, path: str | Path) -> None:
         ensemble.save(what, place(str(path)))
     else:
         coresets.save(what, place(str(path)))
+
+
+def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any) -> str:
+    """Write posterior samples as an MLflow model to a new `folder`, with some uint8 `images` (n, c, h, w) as its input
+    example and `facts` as metadata; gives the command that serves it. Raises UserError."""
+    return serve.save(samples, serve.target(str(folder)), facts, np.asarray(images))
 
 
 def load_coreset(path: str | Path) -> Coreset:

@@ -93,6 +93,9 @@ class EvaluateArguments:
     """Another data set, as --data takes it: how well entropy and mutual information tell its test images (AUROC)."""
     ood_resize: bool = False
     """Resize its images to the size of the run's."""
+    save_model: str = ""
+    """Also save what the first chain on the run's coreset sampled as an MLflow model, in this new folder (and in the
+    run's MLflow run): mlflow models serve, mlflow.pyfunc.load_model. Of one network, see --architectures."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
@@ -282,8 +285,8 @@ def evaluate(argv: list[str], program: str) -> None:
     from fbpc_ray import commands
 
     commands.evaluate(
-        place(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize, dry_run=args.dry_run,
-        json=args.json,
+        place(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize,
+        save_model=args.save_model, dry_run=args.dry_run, json=args.json,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from fbpc_ray import atomic, charts, config, coreset, figures, pipeline, plan, results
+from fbpc_ray import atomic, charts, config, coreset, figures, pipeline, plan, results, serve
 from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
@@ -194,11 +194,13 @@ def evaluate(
     *,
     ood: str,
     ood_resize: bool,
+    save_model: str,
     dry_run: bool,
     json: str,
 ) -> None:
     """SGHMC on the coreset of the run in `folder` and on its Random coreset, on the networks of `settings`; with `ood`,
-    a data set, also how well their uncertainty tells its test images from those of the run."""
+    a data set, also how well their uncertainty tells its test images from those of the run; with `save_model`, a
+    folder, what its first chain sampled as an MLflow model."""
     run, method = Run(folder), settings.distillation.method
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
@@ -212,7 +214,7 @@ def evaluate(
             raise UserError(
                 f"the {name} coreset of {folder} is not of data set {dataset.name}: give the run of this data"
             )
-    strange = None
+    target, strange = serve.asked(save_model, specs), None
     if ood:
         strange = ood_split(dataset, plan.load_data(settings.updated(data=ood, normalisation="auto"), log), ood_resize)
     if dry_run:
@@ -221,7 +223,9 @@ def evaluate(
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
         augment = settings.networks.augment
-        verdict = pipeline.evaluate(found, specs, dataset, split, settings.evaluation, augment, workers, log, strange)
+        verdict = pipeline.evaluate(
+            found, specs, dataset, split, settings.evaluation, augment, workers, log, strange, method if target else ""
+        )
     scored = verdict.table
     result = results.result_of(settings, dataset, [], scored, split, made_by) | ({"ood": ood} if ood else {})
     number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
@@ -236,6 +240,15 @@ def evaluate(
         )  # fmt: skip
     write_json(json, result)
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
+    if target:
+        samples = serve.kept(verdict, found[method], method, specs[0])
+        facts = serve.facts(settings, split, scored[method][specs[0].architecture], made_by)
+        log(f"model:  {target}, which this serves: {serve.save(samples, target, facts, dataset.test.images[:2])}")
+        remembered = run.folder / "mlflow.json"
+        if settings.output.tracking and remembered.exists():
+            at = json_format.loads(remembered.read_text())
+            address = serve.log_to_run(samples, at["uri"], at["run_id"], facts, dataset.test.images[:2], log)
+            log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
 
 
 def _draw_reliability(verdict: pipeline.Verdict, path: Place) -> None:

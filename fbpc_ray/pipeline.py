@@ -27,6 +27,7 @@ from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
 from fbpc_ray.signals import Interrupted, Interruption
 from fbpc_ray.teach import teach
+from fbpc_ray.types import Params
 from fbpc_ray.vision.datasets import Dataset, Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
@@ -181,13 +182,16 @@ class Verdict(NamedTuple):
     """{(coreset, architecture): the sums of all its chains}, for a reliability diagram; none where all diverged."""
     uncertainty: dict[tuple[str, str], tuple[Uncertainty, Uncertainty]]
     """{(coreset, architecture): of familiar and strange images, of the first chain}, where strange ones are given."""
+    samples: dict[tuple[str, str], list[Params]]
+    """{(coreset, architecture): of the first chain}, of the coreset whose samples are kept."""
 
 
 def evaluate(
     candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, settings: Evaluation,
-    augment: str, workers: Backend, log: Log, ood: Split | None = None,
+    augment: str, workers: Backend, log: Log, ood: Split | None = None, keep: str = "",
 ) -> Verdict:  # fmt: skip
-    """SGHMC on every coreset and architecture, scored on `split` and, by its uncertainty, against `ood`.
+    """SGHMC on every coreset and architecture, scored on `split` and, by its uncertainty, against `ood`. The samples of
+    the first chain on the coreset called `keep` are kept.
 
     A chain that left the finite numbers gives None, and a line in the log.
     """
@@ -198,7 +202,7 @@ def evaluate(
             + ("give --validation 0.1" if split == "validation" else "choose another data set")
         )
     chains = [
-        Chain(name, c.images.numpy(), c.labels.numpy(), spec, seed)
+        Chain(name, c.images.numpy(), c.labels.numpy(), spec, seed, keep=name == keep and seed == 0)
         for name, c in candidates.items()
         for spec in chosen
         for seed in range(settings.eval_seeds)
@@ -207,7 +211,7 @@ def evaluate(
         name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
         for name in candidates
     }
-    verdict = Verdict(table, {}, {})
+    verdict = Verdict(table, {}, {}, {})
     with progress("evaluate", len(chains), "chain") as bar:
         for index, result in workers.map(run_chain, judged, chains):
             bar.update()
@@ -222,6 +226,8 @@ def evaluate(
             verdict.stats[who] = result.stats if who not in verdict.stats else verdict.stats[who] + result.stats
             if chain.seed == 0 and result.familiar is not None and result.strange is not None:
                 verdict.uncertainty[who] = result.familiar, result.strange
+            if result.samples is not None:
+                verdict.samples[who] = result.samples
     return verdict
 
 

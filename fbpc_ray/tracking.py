@@ -1,4 +1,5 @@
-"""MLflow, kept at arm's length: the only file that imports it. Tracking may be late or fail, and never stops a run.
+"""MLflow, kept at arm's length: the only file that imports it, but for served.py, which MLflow runs. Tracking may be
+late or fail, and never stops a run.
 
 Every call of a `Tracker` only appends to a queue; one daemon thread drains it. A thread, and not a call that tries and
 gives up, because the first use of a SQLite database takes seconds, and a server that accepts and never answers costs a
@@ -30,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
@@ -74,12 +75,17 @@ def ui_command(uri: str) -> str:
     """How to see `uri`: the address of a server, or the shell line that opens a local store at 127.0.0.1:5000."""
     if uri.startswith(("http://", "https://")):
         return uri
-    beside = Path(sys.executable).with_name("mlflow")  # ours; the bare name only if the shell finds the same one
-    program = "mlflow" if shutil.which("mlflow") == str(beside) or not beside.exists() else shlex.quote(str(beside))
     return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} ui "
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_program()} ui "
         f"--backend-store-uri {shlex.quote(_absolute(uri))} --host 127.0.0.1 --port 5000"
     )
+
+
+def serve_command(folder: Path) -> str:
+    """The shell line that serves the model in `folder` at 127.0.0.1:5001, to this machine alone."""
+    # MLflow looks for uvicorn by its name alone.
+    path = "" if _program() == "mlflow" else f'env PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" '
+    return f"{path}mlflow models serve -m {shlex.quote(str(folder))} --env-manager local --host 127.0.0.1 --port 5001"
 
 
 def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
@@ -427,6 +433,12 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
 
+def _program() -> str:
+    """MLflow's command, ours; by its bare name only if the shell finds the same one."""
+    beside = Path(sys.executable).with_name("mlflow")
+    return "mlflow" if shutil.which("mlflow") == str(beside) or not beside.exists() else shlex.quote(str(beside))
+
+
 def _server(uri: str) -> str:
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
@@ -495,3 +507,81 @@ def _absolute(uri: str) -> str:
 
 def _milliseconds() -> int:
     return int(time.time() * 1000)
+
+
+# ---- models
+
+
+class ModelParts(NamedTuple):
+    """What an MLflow model of posterior samples is made of."""
+
+    script: Path
+    """Run by MLflow as it loads the model (models from code)."""
+    artifacts: dict[str, Path]
+    config: dict[str, str]
+    example: np.ndarray
+    """Images (n, c, h, w) uint8."""
+    code: Sequence[Path]
+    """Files and folders that `script` imports."""
+    requirements: Sequence[str]
+    metadata: dict[str, object]
+
+
+def save_model(folder: Path, parts: ModelParts) -> None:
+    """Write the model to `folder`, which must not be there: whole or not at all."""
+    from mlflow import pyfunc  # not above: half a second that only models need
+
+    _hush()
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            pyfunc.save_model(temporary, **_model_arguments(parts))
+        for compiled in temporary.rglob("__pycache__"):
+            shutil.rmtree(compiled, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable[[str], None]) -> str | None:
+    """Log the model as an output of a run; its models:/ address, or None, said, where MLflow doesn't take it."""
+    import mlflow
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    _hush()
+    before = mlflow.get_tracking_uri()
+    try:
+        mlflow.set_tracking_uri(_absolute(uri))
+        with warnings.catch_warnings(action="ignore"):
+            made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
+        return made.model_uri
+    except Exception as error:  # noqa: BLE001  whatever MLflow, SQL or the network raises
+        log(f"MLflow: {uri} does not take the model ({_reason(error)}).")
+        return None
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _model_arguments(parts: ModelParts) -> dict[str, Any]:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array
+
+    images = TensorSpec(np.dtype("uint8"), (-1, *parts.example.shape[1:]))
+    outputs: list[ColSpec | TensorSpec] = [
+        ColSpec("string", "class"), ColSpec(Array("double"), "probabilities"), ColSpec("double", "entropy"),
+        ColSpec("double", "mutual_information"),
+    ]  # fmt: skip
+    return {
+        "python_model": str(parts.script),
+        "artifacts": {key: str(path) for key, path in parts.artifacts.items()},
+        "model_config": parts.config,
+        "input_example": parts.example,
+        "signature": ModelSignature(Schema([images]), Schema(outputs)),
+        "code_paths": [str(path) for path in parts.code],
+        "pip_requirements": list(parts.requirements),
+        "metadata": parts.metadata,
+    }
