@@ -29,13 +29,14 @@ def teach(
     """
     name = network.spec.architecture
     module = network.module(generator(seed, "expert", name, index, "init"))
-    optimiser = torch.optim.SGD(module.parameters(), lr=learning_rate)
+    parameters = list(module.parameters())
     yield _state(module)
     for epoch in range(1, epochs + 1):
         for batch in data.epoch(batch_size, augment, generator(seed, "expert", name, index, "epoch", epoch)):
-            optimiser.zero_grad(set_to_none=True)
-            cross_entropy(module(batch.images), batch.labels).backward()
-            optimiser.step()
+            gradients = torch.autograd.grad(cross_entropy(module(batch.images), batch.labels), parameters)
+            with torch.no_grad():  # SGD by hand: torch.optim has each process import torch's compiler, for seconds
+                for value, gradient in zip(parameters, gradients, strict=True):
+                    value.add_(gradient, alpha=-learning_rate)
         yield _state(module)
 
 

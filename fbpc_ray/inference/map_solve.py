@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
+from torch.optim.adam import adam
 
 from fbpc_ray.types import Batch, LossGradient, Params
 
@@ -52,7 +53,9 @@ def map_solve(
     """
     solution = {name: value.detach().clone() for name, value in params.items()}
     values = list(solution.values())
-    optimiser = torch.optim.Adam(values, lr=learning_rate, fused=True)
+    # Adam as a function: the class would have each process import torch's compiler, which takes seconds.
+    first, second = ([torch.zeros_like(value) for value in values] for _ in range(2))
+    counts = [torch.zeros((), dtype=torch.float32, device=value.device) for value in values]
     recent: deque[float] = deque(maxlen=batches_per_pass)
     ending, steps = Ending.MAX_STEPS, 0
     for batch in batches:
@@ -66,10 +69,9 @@ def map_solve(
             break
         if steps == max_steps:
             break
-        for name, value in solution.items():
-            value.grad = gradients[name]
-        optimiser.step()
+        adam(
+            values, [gradients[name] for name in solution], first, second, [], counts, fused=True, amsgrad=False,
+            beta1=0.9, beta2=0.999, lr=learning_rate, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
         steps += 1
-    for value in values:
-        value.grad = None
     return MapSolution(solution, ending, steps, sum(recent) / max(len(recent), 1))
