@@ -482,7 +482,7 @@ def test_the_method_of_extending_learns(small, digits, tmp_path):
         worker = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
         images, losses = state.images.clone(), []
         for _ in range(10):
-            value, stats, _ = worker.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
+            value, stats, *_ = worker.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
             again = worker.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
             assert (again[0] == value).all()
             losses.append(stats["loss"])
