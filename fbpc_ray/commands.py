@@ -85,6 +85,8 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         write_json(json, done)
         return
     job = prepare(settings, dry_run)
+    d = settings.distillation
+    first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     if dry_run:
         describe(job)
         return
@@ -92,8 +94,6 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if settings.workers.compiled == "auto" or not resume:
         settings = settings.updated(compiled="on" if compiled else "off")
         job = job._replace(settings=settings)
-    d = settings.distillation
-    first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     state, rows = (resume and run.restore(labels, job.dataset.image_shape)) or (first, [])
     if state.step > _steps(settings):
         raise UserError(f"--steps {_steps(settings)} is below the {state.step} steps that the checkpoint has: raise it")
@@ -105,6 +105,10 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"run: {run.folder}")
         made_by = capture(workers.describe())
         log(f"data: {job.dataset.name}, {len(job.dataset.train.labels)} training images; on {made_by.device}")
+        if compiled:
+            log(
+                "passes are compiled at the first steps, tens of seconds each, and kept for later runs (--compiled off)"
+            )
         with _tracked(job, run, made_by) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
             result = judge(job, run, first, state, labels, rows, workers, made_by, tracker)

@@ -9,6 +9,7 @@ What is loaded is machine code. So the folder is one that only its user can writ
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import secrets
@@ -44,6 +45,7 @@ def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> F
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
             from torch.fx.experimental.proxy_tensor import make_fx  # a second or two, for those who compile
 
             _own(folder)

@@ -79,6 +79,10 @@ def read(name: str, root: Path, download: bool) -> Source:
         raise UserError(f"{name}: cannot read the data: {_line(error)}") from error
     if kind in AT_PATH:
         raise UserError(f"data {name!r} lacks its path; write {kind}:PATH")
+    if (at := Path(name).expanduser()).exists():
+        ends = {".npz": "npz", ".parquet": "parquet"}
+        kind = ends.get(at.suffix) or ("parquet" if any(at.rglob("*.parquet")) else "folder")
+        raise UserError(f"data {name!r} is a path: say of what, e.g. {kind}:{name}")
     raise UserError(f"unknown data {name!r}; {closest(name, [*NAMED, *(f'{kind}:PATH' for kind in AT_PATH)])}")
 
 
@@ -237,7 +241,7 @@ def _decode(files: Iterable[bytes | None], count: int, place: Callable[[int], st
         if pixels.shape != images.shape[1:]:
             raise UserError(
                 f"{place(index)}: the image is {size(pixels)}, the first one ({place(0)}) is {size(images)}; "
-                "all images must have one size"
+                "all images must have one size; docs/faq.md says how to resize them"
             )
         images[index] = pixels
     return images
