@@ -83,9 +83,9 @@ def memory() -> tuple[float, float]:
 def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_folder):
     """Ray's memory monitor kills our workers as another process takes what is left; it ends, and so does the run."""
     total, used = memory()
-    limit = used + 3.5e9
+    limit = used + 5e9  # the run takes 3, and whoever else is here a little more or less from minute to minute
     if limit > 0.9 * total:
-        pytest.skip(f"less than 3.5 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
+        pytest.skip(f"less than 5 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
     driver = Driver(
         tmp_path, flags(config, address="local"), RAY_TMPDIR=ray_folder, RAY_memory_monitor_refresh_ms="100",
         RAY_memory_usage_threshold=f"{limit / total:.4f}",
@@ -195,7 +195,7 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
     common = ["--block", "--disable-usage-stats", "--object-store-memory=100000000"]
     notice = (
         '{"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,'
-        ' "health_check_failure_threshold": 5}'
+        ' "health_check_failure_threshold": 20}'  # a node of a busy machine may be deaf for seconds
     )
     head = [
         "start", "--head", f"--port={port}", f"--node-ip-address={here}", "--num-cpus=0", "--include-dashboard=false",
@@ -216,7 +216,7 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
         time.sleep(5)
         start(program, *joins, f"--node-ip-address={here}", *common)
         start("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
-        assert soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 90)  # both have joined
+        assert soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 180)  # both have joined
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
         started.append(driver.process)
         driver.wait_for_a_checkpoint()
