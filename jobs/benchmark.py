@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -42,7 +43,7 @@ from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Serial, device_name
 from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset, with_method
-from fbpc_ray.distill import Unit, Worker, units_of
+from fbpc_ray.distill import Unit, Worker, threads, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.passes import Passes
@@ -50,8 +51,9 @@ from fbpc_ray.provenance import capture
 from fbpc_ray.reproduce import cost
 from fbpc_ray.rng import generator
 from fbpc_ray.signals import Interruption
+from fbpc_ray.teach import teach
 from fbpc_ray.types import Batch
-from fbpc_ray.vision.datasets import Dataset, tensors
+from fbpc_ray.vision.datasets import Dataset, Split, tensors
 from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, Spec
 
@@ -84,6 +86,8 @@ class Arguments:
     """Times that each way has its go."""
     first_run: int = 0
     """Also the first so many steps, nothing on disk and compilation included, a step of the reference after each."""
+    training: bool = True
+    """Also the seconds of a batch of training an expert of the first network, beside the bare loop."""
     memory: bool = True
     """Also the peak memory of a step, in a process of its own."""
     experts: str = ""
@@ -229,6 +233,8 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     }  # fmt: skip
     if pool_steps:
         found["map_steps_pool"] = statistics.fmean(pool_steps)
+    if args.training:
+        found["training"] = training(case, args)
     if args.memory:
         found["peak_gb"] = {
             way: cost.measure(changed, args.device, 1).peak_gb
@@ -280,6 +286,33 @@ def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int]
         go_on(number)
     map_steps.clear()
     return go_on
+
+
+def training(case: Case, args: Arguments) -> dict[str, Any]:
+    """Seconds a batch of 256 images of training an expert, and of the bare loop: one fixed batch, no augmentation."""
+    size, batches, network = 256, 4, Network(case.specs[0], args.device)
+    split = case.dataset.train
+    few = Split(split.images[: size * batches], split.labels[: size * batches])
+    data = RealData(*tensors(few, args.device), case.dataset.mean, case.dataset.std)
+    fixed, module = data.batch(torch.arange(min(size, len(data)))), network.module(generator(0, "benchmark"))
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.01)
+
+    def teach_epoch(number: int) -> None:
+        for _ in teach(
+            network, data, epochs=1, learning_rate=0.01, batch_size=size, augment="dsa", seed=0, index=number
+        ):
+            pass
+
+    def bare(_: int) -> None:
+        for _ in range(batches):
+            optimiser.zero_grad(set_to_none=True)
+            cross_entropy(module(fixed.images), fixed.labels).backward()
+            optimiser.step()
+
+    with threads(args.threads):
+        pairs = [[timed(way, [n], args.device) / batches for way in (teach_epoch, bare)] for n in range(args.repeats)]
+    ours, alone = ([pair[which] for pair in pairs] for which in (0, 1))
+    return {"ours": spread(ours), "bare loop": spread(alone), "ratio": spread([a / b for a, b in pairs])}
 
 
 def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
@@ -381,13 +414,14 @@ def table(cases: list[dict[str, Any]]) -> str:
         taken = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
         lines.append(_row(name_of(case), f"{case['map_steps']:.0f}", *taken, *map(_figure, case["phases"].values())))
     lines += ["", "Ratios, peak memory of a step (GB), first run", ""]
-    last = ["GB, ours", "GB, bpc-fkl", "first run: reference / ours"]
+    last = ["GB, ours", "GB, bpc-fkl", "training: ours / bare loop", "first run: reference / ours"]
     lines += [_row("", *ratios, *last), _row(*["---"] * (1 + len(ratios) + len(last)))]
     for case in cases:
         each = [case["ratios"].get(name) for name in ratios]
         told = [f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else "" for r in each]
         memory, first = case.get("peak_gb", {}), case.get("first_run", {})
-        more = (memory.get("ours"), memory.get("bpc-fkl"), first.get("reference / ours"))
+        taught = case.get("training", {}).get("ratio", {}).get("median")
+        more = (memory.get("ours"), memory.get("bpc-fkl"), taught, first.get("reference / ours"))
         lines.append(_row(name_of(case), *told, *map(_figure, more)))
     return "\n".join(lines) + "\n"
 
@@ -413,6 +447,8 @@ def line(case: dict[str, Any]) -> str:
     lines += [f"ratios: {ratios}", f"of ours, seconds: {phases}"]
     if "peak_gb" in case:
         lines.append("peak GB: " + ", ".join(f"{way} {value:.3g}" for way, value in case["peak_gb"].items()))
+    if taught := case.get("training"):
+        lines.append(f"a batch of training, ours / bare loop: {taught['ratio']['median']:.2f}")
     if first := case.get("first_run"):
         how = "compiled" if first["compiled"] else "eager"
         lines.append(f"first {first['steps']} steps ({how}), reference / ours: {first['reference / ours']:.2f}")

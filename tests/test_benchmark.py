@@ -44,6 +44,9 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
         case["seconds"]["ours"]["all"][0] / case["seconds"]["floor"]["all"][0]
     )
     assert min(case["peak_gb"].values()) > 0
+    assert case["training"]["ratio"]["median"] == pytest.approx(
+        case["training"]["ours"]["median"] / case["training"]["bare loop"]["median"]
+    )
     first = case["first_run"]
     assert (first["steps"], first["compiled"]) == (1, False)
     assert first["reference / ours"] == pytest.approx(first["seconds"]["reference"] / first["seconds"]["ours"])

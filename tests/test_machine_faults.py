@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -205,18 +204,16 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
     started: list[subprocess.Popen] = []
 
     def start(*command: str) -> None:
-        with Path(os.devnull).open("w") as nothing:
-            started.append(
-                subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=nothing, stderr=nothing)
-            )
+        with (tmp_path / f"node-{len(started)}.txt").open("w") as said:
+            started.append(subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=said, stderr=said))
 
     try:
         start(program, *head, *common)
-        assert soon(lambda: any("gcs_server" in title for title in descendants(started[0].pid).values()), 60)
-        time.sleep(5)
+        assert soon(lambda: "Node status" in status(program, f"{here}:{port}"), 180)  # it answers
         start(program, *joins, f"--node-ip-address={here}", *common)
         start("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
-        assert soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 180)  # both have joined
+        joined = soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 180)
+        assert joined, [path.read_text()[-1000:] for path in tmp_path.glob("node-*.txt")]
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
         started.append(driver.process)
         driver.wait_for_a_checkpoint()

@@ -5,22 +5,27 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fbpc_ray import cache, pipeline, plan
 from fbpc_ray import compiled as compiling
 from fbpc_ray.compiled import CannotCompile, compiled
-from fbpc_ray.distill import Unit, Worker
+from fbpc_ray.distill import METHODS, Unit, Worker
 from fbpc_ray.errors import UserError
+from fbpc_ray.methods.common import Problem
 from fbpc_ray.methods.x_cache import XCache
 from fbpc_ray.passes import Passes, multiplications
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch
+from fbpc_ray.vision.datasets import tensors
+from fbpc_ray.vision.realdata import RealData
 from fbpc_ray.vision.zoo import Network, specify
 
 with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
@@ -29,6 +34,10 @@ with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
+
+
+SIZE = 20
+"""Images of a batch: each other number would be compiled for itself."""
 
 
 def network(name: str) -> Network:
@@ -42,11 +51,34 @@ def batch(count: int, seed: int = 0) -> Batch:
 
 @with_compiler
 @pytest.mark.slow
+def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
+    """All of Algorithm 1 for one architecture through machine code: MAP solve, both K steps, Psi. The batches are all
+    of one size, so it takes two compiled passes, which the tests below meet again."""
+    config = small.updated(gamma=0.5, posterior_steps=6, real_batch_size=SIZE, start_epoch=1)
+    state, labels = pipeline.first_state(digits, SIZE // 10, 0)
+    spec = plan.specs(config, digits)[1]
+    assert spec == network("convnet-bn").spec
+    store = plan.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    settings = replace(config.distillation, batch_size=SIZE)
+    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    expected = reference.gradient(spec, snapshots, real, state.images, labels, 3, settings)
+    problem = Problem(Passes(Network(spec), folder), store, real, labels, settings, "dsa", 1)
+    found = METHODS["fbpc"](problem, 3, state.images, 0.0)
+    torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert len(list(folder.glob("*.pt2"))) == 2
+    eager = METHODS["fbpc"](problem._replace(passes=Passes(Network(spec))), 3, state.images, 0.0)
+    assert found.stats["map_steps"] == eager.stats["map_steps"]
+    assert not torch.equal(found.value, eager.value)  # machine code did it, in another order of sums
+
+
+@with_compiler
+@pytest.mark.slow
 def test_compiled_passes_equal_eager_ones_to_rounding(folder):
     net = network("convnet-bn")
     eager, fast = Passes(net), Passes(net, folder)
     for seed in (0, 1):  # other values than those that were compiled with
-        params, some = net.init(generator(seed, "params")), batch(6, seed)
+        params, some = net.init(generator(seed, "params")), batch(SIZE, seed)
         loss, gradients = fast.loss_gradient(params, some)
         expected, wanted = eager.loss_gradient(params, some)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -69,13 +101,13 @@ def test_compiled_passes_equal_eager_ones_to_rounding(folder):
 @pytest.mark.slow
 def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
     """A second Passes loads what is there; another width is another network, and gets machine code of its own."""
-    net, some = network("convnet-bn"), batch(6)
+    net, some = network("convnet-bn"), batch(SIZE)
     Passes(net, folder).loss_gradient(net.init(generator(0, "params")), some)
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")}
     code = (
         "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); from test_passes import *\n"
         "net = network('convnet-bn'); fast = Passes(net, Path(sys.argv[2]))\n"
-        "fast.loss_gradient(net.init(generator(0, 'params')), batch(6)); print('done')"
+        "fast.loss_gradient(net.init(generator(0, 'params')), batch(SIZE)); print('done')"
     )
     said = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
