@@ -214,7 +214,8 @@ def test_summary_by_hand():
 def test_cost_is_measured_in_its_own_process(tmp_path):
     """A hundred times the images take more memory and time; parameters are the network's.
 
-    Four times K and S would take four times the memory if they were kept; two leaves room for the allocator's moods.
+    Four times K and S, or three networks, would take so many times the memory if all of it were kept; two leaves room
+    for the allocator's moods.
     """
     config = preset("digits").updated(
         width=16, gamma=1.0, posterior_steps=5, mc_samples=5, architectures=("convnet-in",)
@@ -226,6 +227,8 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     assert min(many.seconds) > max(one.seconds)
     longer = config.updated(ipc=100, batch_size=1000, posterior_steps=20, mc_samples=20)
     assert measure(longer, "cpu", 2).peak_gb < 2 * many.peak_gb
+    three = config.updated(ipc=100, batch_size=1000, architectures=("convnet-in", "convnet-gn", "convnet-none"))
+    assert measure(three, "cpu", 2).peak_gb < 2 * many.peak_gb  # one after the other on one device
     with pytest.raises(UserError, match=r"measurement failed: .*nowhere"):
         measure(config.updated(data="npz:/nowhere.npz"), "cpu", 1)
 
