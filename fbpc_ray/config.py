@@ -99,7 +99,7 @@ class Distillation:
     """Adam steps after which an unfinished MAP solve is taken as it is, and reported [method]."""
     map: Literal["fresh", "pool"] = "fresh"
     """Where a MAP solve begins: fresh: at a draw of the prior [Algorithm 1]; pool: at one of --map-pool earlier
-    solutions, in turn: fewer steps, but not the paper's method, and at ipc 10 not its accuracy."""
+    solutions, in turn: fewer steps, but not the paper's method."""
     map_pool: int = 10
     """With --map pool: solutions kept for each architecture and draw, in the checkpoint too."""
     map_pool_uses: int = 100
