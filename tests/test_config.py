@@ -200,7 +200,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
-        "compiled",
+        "compiled", "map", "map_pool", "map_pool_uses",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 
