@@ -64,7 +64,7 @@ class Prediction(NamedTuple):
         """(n,) int64: the most probable class."""
         return self.probabilities.argmax(-1)
 
-    def scores(self, labels: Tensor) -> Scores:
+    def scores(self, labels: Tensor | np.ndarray) -> Scores:
         """accuracy, nll, ece and brier against the true `labels` (n,)."""
         if len(labels) != len(self.probabilities):
             raise UserError(f"{len(labels)} labels for {len(self.probabilities)} images: they must be as many")

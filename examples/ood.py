@@ -1,0 +1,82 @@
+"""Does it know what it doesn't know? Networks sampled on ten distilled digits see photographs, noise and odd digits.
+
+    python examples/ood.py                   # about a minute on two cores; --quick shows in seconds that it runs
+
+AUROC: the chance that a strange image gets a higher score than a digit; 1/2 is a guess, below 1/2 is misled. Entropy is
+all uncertainty, mutual information what the posterior samples disagree about.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_sample_images
+
+from fbpc_ray.api import auroc, dataset, distill, posterior
+
+ROWS = "{:<11}{:<11}{:<19}{:<19}"
+
+
+def strangers(digits: np.ndarray) -> dict[str, np.ndarray]:
+    """As many images (n, 1, 8, 8) uint8 of each kind as there are digits; all of them are made from a seed."""
+    source, count = np.random.default_rng(0), len(digits)
+    photos: list[np.ndarray] = load_sample_images().images  # a temple and a flower, of scikit-learn
+    patches = []
+    for number in range(count):
+        photo = photos[number % 2].mean(-1)
+        top, left = (int(source.integers(size - 32)) for size in photo.shape)
+        patches.append(photo[top : top + 32, left : left + 32].reshape(8, 4, 8, 4).mean((1, 3)))
+    return {
+        "photos": np.rint(np.stack(patches)[:, None]).astype(np.uint8),
+        "noise": source.integers(0, 256, digits.shape, dtype=np.uint8),
+        "inverted": 255 - digits,
+        "rotated": np.ascontiguousarray(np.rot90(digits, axes=(2, 3))),
+    }
+
+
+def main(architecture: str, steps: int, chains: int, experts: str, quick: bool) -> None:
+    data = dataset("digits")
+    settings: dict[str, Any] = {"preset": "digits", "width": 16, "steps": steps, "experts": experts}
+    if quick:
+        settings |= {"expert_count": 1, "expert_epochs": 5, "gamma": 0.5, "posterior_steps": 3, "mc_samples": 3}
+    rivals = {
+        "random": distill(data, architecture, method="random", **settings),
+        "distilled": distill(data, architecture, **settings),
+    }
+    n, kinds = len(data.test.labels), strangers(data.test.images)
+    print(
+        f"\n{architecture}, {n} digits and {n} strange images of each kind, mean (lowest to highest) of {chains} chains"
+    )
+    print(ROWS.format("10 images", "strange", "AUROC entropy", "AUROC mutual information").rstrip())
+    for name, coreset in rivals.items():
+        found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+        right = []
+        for seed in range(chains):
+            short: dict[str, Any] = {"chain_steps": 20, "chain_every": 10} if quick else {}
+            samples = posterior(coreset, architecture, seed=seed, width=16, **short)
+            familiar = samples.predict(data.test.images)
+            right.append(familiar.scores(data.test.labels).accuracy)
+            for kind, images in kinds.items():
+                strange = samples.predict(images)
+                found[kind].append((
+                    auroc(familiar.entropy, strange.entropy),
+                    auroc(familiar.mutual_information, strange.mutual_information),
+                ))  # fmt: skip
+        for kind, values in found.items():
+            print(ROWS.format(name, kind, *(shown(list(column)) for column in zip(*values, strict=True))).rstrip())
+        print(f"{name}: {100 * statistics.mean(right):.1f} % of the digits are recognised\n")
+
+
+def shown(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="convnet-in")
+    parser.add_argument("--steps", type=int, default=60, help="updates of the coreset")
+    parser.add_argument("--chains", type=int, default=3, help="SGHMC chains, each with ten posterior samples")
+    parser.add_argument("--experts", default="experts", help="folder that keeps the expert trajectories")
+    parser.add_argument("--quick", action="store_true", help="weak experts and short chains: no result")
+    main(**vars(parser.parse_args()))

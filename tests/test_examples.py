@@ -1,0 +1,66 @@
+"""The example scripts, as a user starts them, at their smallest size: what they say can be read, and fits together."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fbpc_ray import coreset
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def said(folder: Path, name: str, *words: str) -> str:
+    """What an example prints, started in `folder` with one thread and neither Ray nor MLflow to be had."""
+    (folder / "sitecustomize.py").write_text("import sys; sys.modules['ray'] = sys.modules['mlflow'] = None")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), "--quick", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_images_and_an_own_network(tmp_path):
+    """A coreset of three classes that differs from the random images; both are scored on the images held out."""
+    told = said(tmp_path, "own.py", "--images", "90", "--steps", "2", "--out", "mine")
+    found = coreset.load(tmp_path / "mine" / "coreset.safetensors")
+    assert found.images.shape == (3, 1, 16, 16)
+    assert found.classes == ("disc", "square", "cross")
+    assert "30 test images" in told
+    rows = {name: (accuracy, nll) for name, accuracy, nll in re.findall(r"^(\w+) +([\d.]+) +([\d.]+)$", told, re.M)}
+    assert rows.keys() == {"random", "distilled"}
+    assert rows["random"] != rows["distilled"]
+    assert (tmp_path / "experts" / "shapes").is_dir()
+
+
+def test_strange_images(tmp_path):
+    """Two coresets, four kinds of strange images, two AUROCs with their ranges over the chains."""
+    told = said(tmp_path, "ood.py", "--steps", "2", "--chains", "2")
+    value = r"([\d.]+) \(([\d.]+)-([\d.]+)\)"
+    rows = {(row[0], row[1]): [float(each) for each in row[2:]]
+            for row in re.findall(rf"^(\w+) +(\w+) +{value} +{value}$", told, re.M)}  # fmt: skip
+    kinds = ("photos", "noise", "inverted", "rotated")
+    assert rows.keys() == {(name, kind) for name in ("random", "distilled") for kind in kinds}
+    for entropy, lowest, highest, information, low, high in rows.values():
+        assert 0 <= lowest <= entropy <= highest <= 1
+        assert 0 <= low <= information <= high <= 1
+    assert rows["random", "photos"] != rows["distilled", "photos"]
+
+
+def test_a_coreset_as_replay_buffer(tmp_path):
+    """Any buffer is better than none, whose learner has forgotten all classes but the last two (20 % of the images)."""
+    told = said(tmp_path, "replay.py", "--seeds", "1", "--steps", "1", "--ipc", "2")
+    rows = {(learner.strip(), buffer): float(value) for learner, buffer, value in
+            re.findall(r"^(replay|buffer alone) +(\w+) +([\d.]+) ", told, re.M)}  # fmt: skip
+    assert rows.keys() == {
+        ("replay", "none"), ("replay", "random"), ("replay", "distilled"),
+        ("buffer alone", "random"), ("buffer alone", "distilled"),
+    }  # fmt: skip
+    assert rows["replay", "none"] <= 25
+    assert rows["replay", "random"] > rows["replay", "none"]
+    assert rows["replay", "distilled"] > rows["replay", "none"]
+    assert "buffer: 2 a class, 20 images in the end; n = 360 test images" in told
