@@ -6,6 +6,7 @@ Beside figures.py the only file that imports matplotlib, and like it only the ob
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -148,12 +149,82 @@ def bars(
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xticks(range(len(groups)), shown, fontsize=TICK)
     axes.set_ylabel(label, fontsize=LABEL)
-    axes.set_title(_wrapped(title, 2 * LONGEST), fontsize=TITLE, parse_math=False)
+    axes.set_title(_broken(title, figure), fontsize=TITLE, parse_math=False)
     _tidy(axes)
     fitting = int(figure.get_figwidth() / (0.55 + 0.075 * max(map(len, names), default=1)))  # inches of a name
     columns = max(1, min(4, len(names) + 1, fitting))
     figure.legend(loc="outside lower center", ncols=columns, fontsize=TICK, frameon=False)
     _save(figure, path)
+
+
+class Curve(NamedTuple):
+    """One line of a panel."""
+
+    label: str
+    points: Sequence[tuple[float, float, float]]
+    """(x, mean, standard deviation), x ascending."""
+    marks: Sequence[tuple[float, float]] = ()
+    """(x, the value of somebody else)."""
+
+
+def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Place, title: str = "") -> None:
+    """Write a PNG, whole or not at all: a panel for each (quantity, its curves) against `across`, such as images a
+    class, side by side; curves of one label have one look in all of them, and `marks` are diamonds of its colour.
+
+    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    """
+    every = [curve for _, its in panels for curve in its]
+    if not every or not all(curve.points for curve in every):
+        raise ValueError("no values to draw")
+    figure = Figure(figsize=(max(4.6, 3.9 * len(panels)), 3.8), dpi=DPI, layout="constrained")
+    _padded(figure)
+    if title:
+        figure.suptitle(_broken(title, figure), fontsize=TITLE + 1, parse_math=False)
+    labels = list(dict.fromkeys(curve.label for curve in every))
+    places = sorted({x for curve in every for x, *_ in curve.points})
+    wide = places[0] > 0 and places[-1] >= 8 * places[0]
+    for axes, (quantity, its) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for curve in its:
+            look = _look(labels.index(curve.label)) | {"marker": SHAPES[labels.index(curve.label) % len(SHAPES)]}
+            x, means, spreads = zip(*curve.points, strict=True)
+            axes.errorbar(x, means, spreads, elinewidth=1, capsize=3, linewidth=1.6, markersize=5, **look)
+            if curve.marks:  # around the points, where they agree
+                theirs = MARK | {"markeredgecolor": look["color"], "markersize": 8.5, "zorder": 1.5}
+                axes.plot(*zip(*curve.marks, strict=True), "D", **theirs)
+        if wide:
+            axes.set_xscale("log")
+        ticks = _apart([math.log(place) if wide else place for place in places])
+        axes.set_xticks([places[at] for at in ticks], [f"{places[at]:g}" for at in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.08)
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), None)
+        axes.locator_params(axis="y", nbins=6)
+        axes.set_title(quantity, fontsize=TITLE, parse_math=False)
+        axes.set_xlabel(across, fontsize=LABEL)
+        _tidy(axes)
+    handles = [
+        Line2D([], [], linewidth=1.6, marker=SHAPES[index % len(SHAPES)], markersize=5, **_look(index))
+        for index in range(len(labels))
+    ]
+    names = [_ending(label, NAME) for label in labels]
+    if any(curve.marks for curve in every):
+        handles.append(Line2D([], [], linestyle="none", marker="D", **MARK))
+        names.append("the paper's")
+    figure.legend(handles, names, loc="outside lower center", ncols=2 * len(panels), fontsize=TICK, frameon=False)
+    _save(figure, path)
+
+
+def _apart(values: Sequence[float], share: float = 0.07) -> list[int]:
+    """Of ascending values, the indices of those that leave room for a name each, the last one among them."""
+    kept: list[int] = []
+    for index in reversed(range(len(values))):
+        if not kept or values[kept[-1]] - values[index] >= share * (values[-1] - values[0]):
+            kept.append(index)
+    return kept[::-1]
+
+
+SHAPES = "os^vDPX*"
+"""Of the points of a curve, beside its colour."""
 
 
 class Course(NamedTuple):
@@ -281,6 +352,12 @@ def _wrapped(text: str, width: int) -> str:
     """One line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
+
+
+def _broken(text: str, figure: Figure) -> str:
+    """At most two lines as wide as the figure, broken at spaces."""
+    width = int(figure.get_figwidth() / 0.095)
+    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
 
 
 def _ending(text: str, width: int) -> str:

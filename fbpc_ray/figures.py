@@ -8,6 +8,7 @@ import bisect
 import functools
 import io
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -85,6 +86,46 @@ def coreset_grid(
             texts.append((x - step[0] + width / 2, y - NAME_LINE / 2, name, NAME, "center", "center"))
         else:
             texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
+    atomic.write_bytes(path, _png(sheet, texts))
+
+
+def coreset_over_time(
+    history: Mapping[int, np.ndarray], names: Sequence[str], path: Place, title: str = "", max_steps: int = 8
+) -> None:
+    """Write a PNG of the same images after several steps, whole or not at all: a row for each image with its name at
+    the left, a column for each step with its number above; of more than `max_steps` the first, the last, and those
+    that lie evenly between.
+
+    Args:
+        history: {step: images (k, c, h, w) uint8 with c 1 or 3}, at least one.
+        names: of the k images.
+
+    Raises ValueError for other shapes, and OSError if `path` can't be written.
+    """
+    every = sorted(history)
+    steps = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, max_steps).round().astype(int))]
+    labels = np.arange(len(names))
+    tiles = [_tiles(history[step], labels) for step in steps]
+    factor = max(1, round(TILE / max(tiles[0].shape[1:3])))
+    height, width = (factor * side for side in tiles[0].shape[1:3])
+    shown = [_fit(name, WIDEST_NAME) for name in names]
+    left = max(_text_width(name, NAME) for name in shown) + GAP
+    heads = [f"step {steps[0]:,}", *(f"{step:,}" for step in steps[1:])]
+    across = max(width, *(_text_width(head, NAME) for head in heads)) + GAP
+    inner = left + len(steps) * across - GAP
+    sheet_width = max(inner, _text_width(title, TITLE)) + 2 * MARGIN
+    top = MARGIN + (TITLE_LINE if title else 0) + NAME_LINE
+    sheet = np.full((top + len(names) * (height + GAP) - GAP + MARGIN, sheet_width, 3), 255, np.uint8)
+    x0 = (sheet_width - inner) // 2 + left + (across - GAP - width) // 2
+    texts: list[Text] = [(sheet_width / 2, MARGIN, title, TITLE, "center", "top")]
+    for column, head in enumerate(heads):
+        texts.append((x0 + column * across + width / 2, top - NAME_LINE / 2, head, NAME, "center", "center"))
+    for row, name in enumerate(shown):
+        y = top + row * (height + GAP)
+        texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
+        for column, images in enumerate(tiles):
+            x = x0 + column * across
+            sheet[y : y + height, x : x + width] = images[row].repeat(factor, axis=0).repeat(factor, axis=1)
     atomic.write_bytes(path, _png(sheet, texts))
 
 

@@ -201,3 +201,35 @@ def test_bars_have_room_for_their_names(drawn, tmp_path, names, groups):
     values = {(label, network): (50.0, 1.0) for label in labels for network in networks}
     charts.bars(labels, networks, values, {}, "accuracy %", "accuracy % by network", tmp_path / "b.png")
     assert_readable(drawn[0])
+
+
+@pytest.mark.parametrize(("panels", "lines"), [(1, 1), (2, 6), (3, 3)])
+def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
+    """Against ipc 1, 10, 50; the paper's values as diamonds, long labels, a long title that is broken."""
+    points = [(1.0, 20.0, 1.0), (10.0, 40.0, 2.0), (50.0, 60.0, 0.0)]
+    curves = [
+        charts.Curve(f"FBPC-isotropic, Tiny-{index}", [(x, y + index, s) for x, y, s in points], [(10, 45.0 + index)])
+        for index in range(lines)
+    ]
+    shown = [(f"quantity {index}", curves) for index in range(panels)]
+    title = "Table 2: test accuracy and NLL, CIFAR100 and Tiny-ImageNet, and more words (small\u00a0scale)"
+    charts.curves(shown, "images a class", tmp_path / "c.png", title)
+    assert_readable(drawn[0])
+    assert len(drawn[0].axes) == panels
+    for axes in drawn[0].axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10", "50"]
+        ours = [container.lines[0] for container in axes.containers]
+        assert [line.get_xydata().tolist() for line in ours] == [[[x, y] for x, y, _ in each.points] for each in curves]
+        assert len({(line.get_color(), line.get_marker()) for line in ours}) == lines
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert len(legend) == lines + 1 and legend[-1] == "the paper's"
+
+
+def test_curves_of_many_sizes_leave_out_names_without_room(drawn, tmp_path):
+    points = [(float(x), float(x), 0.0) for x in (1, 2, 9, 10, 49, 50)]
+    charts.curves([("accuracy %", [charts.Curve("fbpc", points)])], "images a class", tmp_path / "c.png")
+    assert_readable(drawn[0])
+    names = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert names == ["1", "2", "10", "50"]
+    with pytest.raises(ValueError, match="no values"):
+        charts.curves([("accuracy %", [])], "images a class", tmp_path / "no.png")

@@ -171,3 +171,28 @@ def test_full_disk_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     Image.open(io.BytesIO(before)).verify()
+
+
+@pytest.mark.parametrize(("channels", "side", "factor"), [(1, 8, 12), (3, 64, 2)])
+def test_images_over_time_are_a_row_each_and_a_column_a_step(tmp_path: Path, channels: int, side: int, factor: int):
+    """Of many steps the first, the last and those evenly between; names at the left, steps above."""
+    every = noise(3 * 21, channels, side).reshape(21, 3, channels, side, side)
+    history = {100 * step: every[step] for step in reversed(range(21))}
+    path = tmp_path / "over-time.png"
+    names = ["zero", "one, ones", "a name that is by far too long for one row"]
+    figures.coreset_over_time(history, names, path, "fbpc over the steps")
+    sheet = pixels(path)
+    shown = [0, 3, 6, 9, 11, 14, 17, 20]
+    places = [[find(sheet, every[step][row], factor) for step in shown] for row in range(3)]
+    for row in places:
+        assert len({y for y, _ in row}) == 1 and [x for _, x in row] == sorted({x for _, x in row})
+    for column in zip(*places, strict=True):
+        assert len({x for _, x in column}) == 1 and [y for y, _ in column] == sorted({y for y, _ in column})
+    y, x = places[0][0]
+    assert (sheet[y : y + factor * side, :x] < 128).any()  # its name
+    assert (sheet[y - figures.NAME_LINE : y, x : x + factor * side] < 128).any()  # step 0
+    with pytest.raises(AssertionError):
+        find(sheet, every[1][0], factor)
+    figures.coreset_over_time({0: every[0]}, names, path)
+    with pytest.raises(ValueError, match="uint8"):
+        figures.coreset_over_time({0: every[0].astype(np.float32)}, names, path)

@@ -1,12 +1,13 @@
 """Rows as the paper prints them: Markdown with the paper's value beside ours, and a picture."""
 
 import json
+import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fbpc_ray.charts import bars
+from fbpc_ray.charts import Curve, bars, curves
 from fbpc_ray.config import Config
 from fbpc_ray.reproduce.paper import PAPER, Value
 from fbpc_ray.reproduce.tables import TABLES, Request
@@ -70,11 +71,20 @@ def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
 
 
 def markdown(
-    table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], image: str, notes: tuple[str, ...]
-) -> str:
-    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells; `notes` come last."""
+    table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], images: Sequence[str],
+    notes: tuple[str, ...],
+) -> str:  # fmt: skip
+    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells, `images` the names of
+    its pictures; `notes` come last."""
     shape = TABLES[table]
-    lines = [f"# {shape.title}", "", _what(scale, request, configs), "", f"![{table}]({image})", ""]
+    lines = [
+        f"# {shape.title}",
+        "",
+        _what(scale, request, configs),
+        "",
+        *(f"![{table}]({image})" for image in images),
+        "",
+    ]
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
     for quantity in shape.quantities:
         shown, paper = SHOWN[quantity], PAPER.get(table, {})
@@ -113,9 +123,45 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
         {key: (one.mean, one.evaluation or 0.0) for key, one in found.items() if one},
         {key: values[quantity][0] for key, values in paper.items() if quantity in values and key in found},
         shown.label,
-        TABLES[table].title + ("" if scale == "paper" else f" ({scale} scale)"),
+        _title(table, scale),
         path,
     )
+
+
+def _title(table: str, scale: str) -> str:
+    """The scale stays in one piece where the title is broken."""
+    return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")
+
+
+BY_IPC = re.compile(r"(?:(.*) )?ipc (\d+)")
+"""The name of a row or a column that is one of several sizes."""
+
+
+def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
+    """Draw the table's scores, or its cost, against images a class; whether it has more than one size to draw."""
+    shape, paper, panels = TABLES[table], PAPER.get(table, {}), []
+    if shape.kind not in ("scores", "cost"):
+        return False
+    for quantity in shape.quantities:
+        lines: dict[str, list[tuple[int, Summary, float | None]]] = {}
+        for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
+            sized, other = (column, name) if BY_IPC.fullmatch(column) else (name, column)
+            match, one = BY_IPC.fullmatch(sized), summary(_cell(rows, name, column), quantity)
+            if match and one:
+                theirs = paper.get((name, column), {}).get(quantity)
+                label = f"{other}, {match[1]}" if match[1] else other
+                lines.setdefault(label, []).append((int(match[2]), one, theirs[0] if theirs else None))
+        found = [_curve(label, sorted(points)) for label, points in lines.items() if len(points) > 1]
+        if found:
+            panels.append((SHOWN[quantity].label, found))
+    if panels:
+        curves(panels, "images a class", path, _title(table, scale))
+    return bool(panels)
+
+
+def _curve(label: str, points: list[tuple[int, Summary, float | None]]) -> Curve:
+    ours = [(float(ipc), one.mean, one.evaluation or 0.0) for ipc, one, _ in points]
+    return Curve(label, ours, [(float(ipc), theirs) for ipc, _, theirs in points if theirs is not None])
 
 
 def _cell(rows: list[Row], name: str, column: str) -> list[Row]:

@@ -5,7 +5,7 @@ tables share their experts and coresets.
 
     OUT/coresets/<key>/   a run for each distinct coreset
     OUT/rows/<table>/     a Parquet file for each (cell, seed)
-    OUT/<table>.md .png   what they say, beside the paper's numbers
+    OUT/<table>.md .png   what they say, beside the paper's numbers; <table>-by-ipc.png where it has several sizes
 """
 
 import json
@@ -21,7 +21,7 @@ from fbpc_ray.evaluate import Chain
 from fbpc_ray.plan import Log
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.reproduce import work
-from fbpc_ray.reproduce.render import markdown, picture
+from fbpc_ray.reproduce.render import markdown, over_ipc, picture
 from fbpc_ray.reproduce.rows import Rows, cell_key, coreset_key
 from fbpc_ray.reproduce.tables import TABLES, Cell, Request, cells_of
 from fbpc_ray.signals import Interruption
@@ -224,6 +224,8 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
     configs = [task.cell.config for task in tasks]
     said = notes(options.corruptions, 0) if TABLES[options.table].kind == "corruptions" else ()
     path, image = options.out / f"{options.table}.md", options.out / f"{options.table}.png"
+    sizes = image.with_name(f"{options.table}-by-ipc.png")
+    images = [image.name]
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
         made = coreset.load(work.Run(task.coreset).coreset_path)
@@ -232,5 +234,7 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         figures.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)
     else:
         picture(options.table, options.scale, rows, image)
-    atomic.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, image.name, said))
+        if over_ipc(options.table, options.scale, rows, sizes):
+            images.append(sizes.name)
+    atomic.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, images, said))
     return path
