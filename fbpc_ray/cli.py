@@ -205,6 +205,16 @@ class ReportArguments:
 
 
 @dataclass(frozen=True)
+class UiArguments:
+    """Show the runs in MLflow's pages, on this machine alone: compare them, see the images step by step."""
+
+    port: int = 0
+    """Of 127.0.0.1; 0 means 5000, or a free one where that is taken."""
+    tracking_uri: str = ""
+    """The store; empty means the one that runs are logged to: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+
+
+@dataclass(frozen=True)
 class DoctorArguments:
     """Say whether all that is needed is here and works, and how to mend what doesn't."""
 
@@ -345,6 +355,13 @@ def report(argv: list[str], program: str) -> None:
     report.report(args.runs, args.out, lambda line: print(line, flush=True))
 
 
+def ui(argv: list[str], program: str) -> None:
+    args = _parse(UiArguments, argv, program)
+    from fbpc_ray import ui
+
+    ui.ui(args.tracking_uri, args.port, lambda line: print(line, flush=True))
+
+
 def doctor(argv: list[str], program: str) -> None:
     _parse(DoctorArguments, argv, program)
     from fbpc_ray import doctor
@@ -360,6 +377,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "tune": tune,
     "reproduce": reproduce,
     "report": report,
+    "ui": ui,
     "doctor": doctor,
 }
 
@@ -368,7 +386,7 @@ def _usage() -> str:
     kinds = {
         "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
         "export": ExportArguments, "tune": TuneArguments, "reproduce": ReproduceArguments,
-        "report": ReportArguments, "doctor": DoctorArguments,
+        "report": ReportArguments, "ui": UiArguments, "doctor": DoctorArguments,
     }  # fmt: skip
     lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     usage = "usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option, with examples)"

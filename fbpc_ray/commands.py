@@ -11,17 +11,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 from tqdm import tqdm
 
-from fbpc_ray import atomic, charts, config, coreset, figures, pipeline, plan, results, serve
+from fbpc_ray import (
+    atomic,
+    charts,
+    config,
+    coreset,
+    figures,
+    logged,
+    pictures,
+    pipeline,
+    plan,
+    results,
+    serve,
+    sweep,
+)
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config, read_config
+from fbpc_ray.config import Config, Sweep, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import ood_split
 from fbpc_ray.experts import ExpertStore, slug
+from fbpc_ray.mlflow_uri import ui_command
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
@@ -109,7 +123,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
             log(
                 "passes are compiled at the first steps, tens of seconds each, and kept for later runs (--compiled off)"
             )
-        with _tracked(job, run, made_by) as tracker:
+        with logged.distillation(settings, job.dataset, run, made_by, log) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
             result = judge(job, run, first, state, labels, rows, workers, made_by, tracker)
     write_json(json, result)
@@ -117,8 +131,6 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
     if tracker.uri:
-        from fbpc_ray.tracking import ui_command
-
         log(f"MLflow:  {ui_command(tracker.uri)}")
 
 
@@ -142,14 +154,32 @@ def _learn(
         log(f"resumed at step {state.step}")
 
     def show(current: State) -> None:
-        tracker.image("coreset", figures.coreset_array(_pixels(current, job.dataset), labels.numpy()), current.step)
-        _remember(run, tracker)
+        pixels = _pixels(current, job.dataset)
+        tracker.image("coreset", figures.coreset_array(pixels, labels.numpy()), current.step)
+        run.remember(current.step, from_numpy(pictures.followed(pixels, labels)))
+        logged.remember(run, tracker)
+
+    def look(current: State) -> dict[str, dict[str, float]]:
+        every = settings.output.val_every
+        if not every or (current.step % every and current.step != steps):
+            return {}
+        table = sweep.judge(current, labels, settings, Sweep(), job.specs, job.dataset, workers, log)
+        found = results.means(table["coreset"])
+        if found:
+            tracker.metrics({f"val/{name}": value for name, value in found.items()}, current.step)
+            log(f"step {current.step}: validation NLL {found['nll']:.4g}, accuracy {100 * found['accuracy']:.1f} %")
+        return {
+            name: {f"val_{quantity}": value for quantity, value in results.means({name: its}).items()}
+            for name, its in table["coreset"].items()
+        }
 
     show(state)
+    if not state.step:
+        look(state)
     start = time.perf_counter()
     if state.step < steps:
         workers.start_workers(plan.crew(settings, job.dataset, labels, job.specs, job.stores))
-        state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show)
+        state = pipeline.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show, look)
         workers.stop_workers()
     log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_endings(rows)}")
     return state
@@ -177,6 +207,11 @@ def judge(
     coreset.save(made["random"], run.random_path, {**facts, "method": "random", "step": "0"})
     title = f"{d.method}, {dataset.name}, {d.ipc} a class, step {state.step}"
     figures.coreset_grid(_pixels(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
+    if rows:
+        before = f"real images, before step 1 of {d.method}"
+        figures.coreset_grid(_pixels(first, dataset), labels.numpy(), dataset.classes, run.before_path, before)
+        pictures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
+        pictures.course(rows, d.method, run.course_path)
 
     evaluation, augment = job.settings.evaluation, job.settings.networks.augment
     verdict = pipeline.evaluate(made, job.specs, dataset, "test", evaluation, augment, workers, log)
@@ -184,8 +219,13 @@ def judge(
     _draw_reliability(verdict, run.reliability_path)
     result = results.result_of(job.settings, dataset, rows, scored, "test", made_by)
     run.write_result(result)
-    tracker.metrics(results.metrics(scored), state.step)
-    for path in (run.coreset_path, run.picture_path, run.reliability_path, run.result_path, run.metrics_path):
+    means = {f"test/{name}": value for name, value in results.means(scored[d.method]).items()}
+    tracker.metrics(means | results.metrics(scored), state.step)
+    tracker.tags(logged.note(job.settings, dataset.name, scored))
+    for path in (
+        run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
+        run.reliability_path, run.result_path, run.metrics_path,
+    ):  # fmt: skip
         if path.exists():
             tracker.artifact(path)
     return result
@@ -227,21 +267,23 @@ def evaluate(
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
         augment = settings.networks.augment
-        verdict = pipeline.evaluate(
-            found, specs, dataset, split, settings.evaluation, augment, workers, log, strange, method if target else ""
-        )
+        number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
+        path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
+        tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
+        keep = method if target else ""
+        with logged.evaluation(settings, dataset, run, path.name.removesuffix(".json"), tags, made_by, log) as tracker:
+            verdict = pipeline.evaluate(
+                found, specs, dataset, split, settings.evaluation, augment, workers, log, strange, keep
+            )
+            result = results.result_of(settings, dataset, [], verdict.table, split, made_by)
+            result |= {"ood": ood} if ood else {}
+            written = _write_evaluation(path, result, verdict, dataset, ood)
+            step = coreset.metadata(run.coreset_path).get("step", "")
+            tracker.metrics(results.metrics(verdict.table, split), int(step) if step.isdecimal() else 0)
+            tracker.tags(logged.note(settings, dataset.name, verdict.table))
+            for each in written:
+                tracker.artifact(each)
     scored = verdict.table
-    result = results.result_of(settings, dataset, [], scored, split, made_by) | ({"ood": ood} if ood else {})
-    number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
-    path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
-    atomic.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
-    _draw_reliability(verdict, path.with_suffix(".reliability.png"))
-    for (name, architecture), (familiar, unfamiliar) in verdict.uncertainty.items():
-        charts.entropy_histogram(
-            familiar.entropy.numpy(), unfamiliar.entropy.numpy(),
-            path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"),
-            f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
-        )  # fmt: skip
     write_json(json, result)
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
     if target:
@@ -255,20 +297,26 @@ def evaluate(
             log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
 
 
+def _write_evaluation(
+    path: Place, result: dict[str, Any], verdict: pipeline.Verdict, dataset: Dataset, ood: str
+) -> list[Place]:
+    """The result and its pictures beside it; where they are."""
+    atomic.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
+    _draw_reliability(verdict, path.with_suffix(".reliability.png"))
+    written = [path, path.with_suffix(".reliability.png")]
+    for (name, architecture), (familiar, unfamiliar) in verdict.uncertainty.items():
+        written.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
+        charts.entropy_histogram(
+            familiar.entropy.numpy(), unfamiliar.entropy.numpy(), written[-1],
+            f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
+        )  # fmt: skip
+    return [each for each in written if each.exists()]
+
+
 def _draw_reliability(verdict: pipeline.Verdict, path: Place) -> None:
     """Confidence against accuracy of every coreset and architecture, the chains taken together."""
     if verdict.stats:
         charts.reliability({f"{coreset} on {name}": stats for (coreset, name), stats in verdict.stats.items()}, path)
-
-
-def tracking_module(otherwise: str) -> Any:
-    """The module `tracking`, or None, said, where there is no MLflow."""
-    try:
-        from fbpc_ray import tracking
-    except ImportError as error:
-        log(f"note: no MLflow ({error}); {otherwise}")
-        return None
-    return tracking
 
 
 def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
@@ -335,71 +383,3 @@ def says_how_to_resume(how: str) -> Iterator[None]:
 def write_json(path: str, value: Any) -> None:
     if path:
         atomic.write_text(place(path).absolute(), json_format.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-class Untracked:
-    """In the place of a Tracker where there is none."""
-
-    run_id = None
-    uri = ""
-
-    def metrics(self, values: dict[str, float], step: int) -> None: ...
-
-    def image(self, key: str, image: Any, step: int) -> None: ...
-
-    def artifact(self, path: Place, folder: str | None = None) -> None: ...
-
-    def finish(self, status: str) -> None: ...
-
-
-@contextmanager
-def _tracked(job: Prepared, run: Run, made_by: Provenance) -> Iterator[Any]:
-    """The MLflow run of this distillation, ended as the block ends."""
-    settings, dataset = job.settings, job.dataset
-    if not settings.output.tracking:
-        yield Untracked()
-        return
-    tracking = tracking_module(f"everything is in {run.folder}")
-    if not tracking:
-        yield Untracked()
-        return
-    uri = tracking.default_uri(home())
-    remembered = run.folder / "mlflow.json"
-    before = json_format.loads(remembered.read_text()) if remembered.exists() else {}
-    d = settings.distillation
-    tracker = tracking.Tracker(
-        uri,
-        settings.output.experiment,
-        run_name=run.folder.name,
-        run_id=before.get("run_id") if before.get("uri") == uri else None,
-        tags={
-            "method": d.method, "data": dataset.name, "ipc": str(d.ipc),
-            "commit": made_by.commit, "device": made_by.device,
-            "architectures": " ".join(settings.networks.architectures), "folder": str(run.folder),
-            **{f"version.{name}": version for name, version in made_by.versions.items()},
-        },
-        params=settings.flat(),
-        log=log,
-    )  # fmt: skip
-    for part in ("train", "test"):
-        split = getattr(dataset, part)
-        tracker.dataset(dataset.name, dataset.name, split.images, split.labels, part)
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
-        _remember(run, tracker)
-
-
-def _remember(run: Run, tracker: Any) -> None:
-    """Keep the id of the MLflow run, so that --resume goes on with it."""
-    path = run.folder / "mlflow.json"
-    if tracker.run_id:
-        text = json_format.dumps({"uri": tracker.uri, "run_id": tracker.run_id}) + "\n"
-        if not path.exists() or path.read_text() != text:
-            atomic.write_text(path, text)

@@ -207,6 +207,9 @@ class Output:
     """Log to MLflow: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
     experiment: str = "fbpc"
     """MLflow experiment."""
+    val_every: int = 0
+    """Steps between two looks at the validation split (val/nll and val/accuracy over the steps), by chains of a fifth
+    of --chain-steps, as in a sweep; 0: none. Needs --validation."""
 
 
 def _fitting(name: str, value: Any, kind: Any) -> Any:
@@ -371,6 +374,16 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
         return config.updated(method=method)
     row = 1 if ipc < 10 else 10 if ipc < 20 else 20
     return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
+
+
+def start_of(config: Config) -> tuple[str, dict[str, Any]]:
+    """The preset that a configuration begins with, by its data and size, or an empty name where there is none; and the
+    settings of that preset, or the defaults, for its method."""
+    d = config.distillation
+    row = "digits" if config.data.data == "digits" else f"{config.data.data}-ipc{d.ipc}"
+    start = preset(row) if row in PRESETS else Config()
+    settings = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
+    return (row if row in PRESETS else ""), settings
 
 
 def from_word(word: str, option: str) -> tuple[str, str]:

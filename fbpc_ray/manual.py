@@ -27,6 +27,7 @@ FIRST = (
     ("fbpc distill --dry-run", "what a run would do; writes nothing"),
     ("fbpc distill --out runs/first", "ten images that stand for 1,437 digits; minutes, no download"),
     ("fbpc report runs/first", "a page about it: report.html"),
+    ("fbpc ui", "all runs in MLflow's pages: compare them, see the images change"),
 )
 """What `fbpc --help` says to somebody new."""
 
@@ -101,6 +102,15 @@ PAGES = {
         (
             ("fbpc report runs/first", "report.html and report.md"),
             ("fbpc report runs/first runs/second --out both.html", "two beside each other, and where they differ"),
+        ),
+    ),
+    "ui": Page(
+        "Prints the address and serves until Ctrl-C. A run's page has its scores and settings, Model metrics its "
+        "course and the images with a slider over the steps; runs that are ticked in the list can be compared.",
+        (
+            ("fbpc ui", "the runs of this folder, or of $FBPC_HOME"),
+            ("fbpc ui --port 5001", "elsewhere than at 5000"),
+            ("fbpc ui --tracking-uri sqlite:////home/me/runs/mlflow.db", "another store"),
         ),
     ),
     "doctor": Page("", (("fbpc doctor", "leaves with 1 where something must be mended"),)),

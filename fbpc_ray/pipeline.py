@@ -80,7 +80,7 @@ def first_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) ->
 
 def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float, skipped: int = 0) -> dict[str, float]:
     """One step as flat metrics, `quantity/architecture`: the mean over an architecture's draws, whose name stands in
-    `names` once for each. `loss` is the sum over architectures."""
+    `names` once for each. `loss` is the sum over architectures, and first."""
     found: dict[str, list[float]] = {}
     for name, s in zip(names, stats, strict=True):
         for key, value in s.items():
@@ -88,9 +88,9 @@ def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float, ski
                 found.setdefault(f"{key}/{name}", []).append(float(value))
         if "map_ending" in s:
             found.setdefault(f"map_converged/{name}", []).append(float(s["map_ending"] == Ending.CONVERGED))
-    values = {key: statistics.fmean(each) for key, each in found.items()}
-    values["loss"] = sum(values[f"loss/{name}"] for name in dict.fromkeys(names))
-    values["seconds/step"] = seconds
+    means = {key: statistics.fmean(each) for key, each in found.items()}
+    # What is compared goes first: MLflow's plot of several runs begins with the first metric that they have.
+    values = {"loss": sum(means[f"loss/{name}"] for name in dict.fromkeys(names)), "seconds/step": seconds, **means}
     if skipped:
         values["skipped"] = float(skipped)
     return values
@@ -140,8 +140,10 @@ def distill(
     interruption: Interruption,
     on_step: Callable[[dict[str, float], int], None],
     on_checkpoint: Callable[[State], None],
+    look: Callable[[State], dict[str, dict[str, float]]] = lambda state: {},
 ) -> State:
-    """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step, architecture and draw.
+    """Algorithm 1 from `state` to the last step; `rows` grows by one dict a step, architecture and draw. What `look`
+    says of the images after a step, by architecture, is added to the step's.
 
     A signal ends it with Interrupted after a checkpoint. Raises UserError for a non-finite step or a cluster that can't
     go on, after a checkpoint of the last good step, and OSError for a checkpoint that can't be written; then the
@@ -165,6 +167,13 @@ def distill(
             names, stats = [name for name, _, _ in done.gradients], [each.stats for _, _, each in done.gradients]
             values = metrics_of(names, stats, seconds, done.skipped)
             on_step(values, state.step)
+            try:
+                found = look(state)
+            except (UserError, Interrupted):
+                run.save(state, rows)
+                raise
+            for row in rows[len(rows) - len(names) :]:
+                row |= found.get(row["architecture"], {})
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             bar.update()
             if state.step % d.checkpoint_every == 0 or state.step == d.steps or interruption.number:

@@ -43,7 +43,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,
     "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
     "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
-    "x_cache": _NOT_NEGATIVE,
+    "x_cache": _NOT_NEGATIVE, "val_every": _NOT_NEGATIVE,
     "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
     "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
@@ -72,6 +72,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be {allowed}")
     if flat["chain_every"] > flat["chain_steps"]:
         raise UserError("--chain-every is above --chain-steps: no posterior sample would be taken; lower it")
+    if flat["val_every"] and not flat["validation"]:
+        raise UserError(f"--val-every {flat['val_every']} looks at the validation split: add --validation 0.1")
     canonical(config)
     method = config.distillation.method
     if method != "random":

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fbpc_ray import __version__, atomic, charts, coreset, figures, page, storage
-from fbpc_ray.config import PRESETS, Config, Evaluation, Output, Workers, preset, read_config, with_method
+from fbpc_ray import __version__, atomic, charts, coreset, figures, page, pictures, storage
+from fbpc_ray.config import Config, Evaluation, Output, Workers, read_config, start_of
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.errors import UserError
 from fbpc_ray.page import Block, Code, Facts, Heading, Picture, Table, Text
@@ -120,7 +120,7 @@ def document(found: Sequence[Found]) -> tuple[str, list[Block]]:
     title = f"{len(found)} runs compared" if several else f"{_named(first)} on {first.result['data']}"
     series = _series(found)
     blocks: list[Block] = [*(_compared(found) if several else [Facts(_facts(first))])]
-    blocks += [Heading("Scores"), Text(_how_scored(found)), _scores(series), *_bars(series)]
+    blocks += [Heading("Scores"), Text(_how_scored(found)), _scores(series), *_bars(series), *_curves(found)]
     for number, each in enumerate(found, 1):
         if several:
             blocks += [Heading(each.name), Facts(_facts(each))]
@@ -297,12 +297,8 @@ def _word(value: Any) -> str:
 
 def command(config: Config) -> list[str]:
     """The words that do it again, in a new folder: a preset, and what differs from it."""
-    d = config.distillation
-    row = "digits" if config.data.data == "digits" else f"{config.data.data}-ipc{d.ipc}"
-    known = row in PRESETS
-    start = preset(row) if known else Config()
-    before = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
-    words = ["fbpc", "distill", *(["--preset", row] if known else [])]
+    row, before = start_of(config)
+    words = ["fbpc", "distill", *(["--preset", row] if row else [])]
     for name, value in config.flat().items():
         if name in PLACES or value == before[name]:
             continue
@@ -415,12 +411,12 @@ def _value(value: float | None, quantity: str) -> str:
 # Pictures
 
 
-def _drawn(draw: Callable[[Path], None]) -> bytes:
-    """The PNG that `draw` writes to the path it is given."""
+def _drawn(draw: Callable[[Path], object]) -> bytes:
+    """The PNG that `draw` writes to the path it is given; nothing where it writes none."""
     with tempfile.TemporaryDirectory(prefix="fbpc-") as folder:
         path = Path(folder) / "picture.png"
         draw(path)
-        return path.read_bytes()
+        return path.read_bytes() if path.exists() else b""
 
 
 def _bars(series: Sequence[Series]) -> list[Block]:
@@ -448,6 +444,60 @@ def _bars(series: Sequence[Series]) -> list[Block]:
     return blocks
 
 
+def _curves(found: Sequence[Found]) -> list[Block]:
+    """Scores and cost against images a class, cost against the number of networks, where the runs differ in them."""
+    several = len({one.result["data"] for one in found}) > 1
+    scored: dict[str, list[Point]] = {"accuracy": [], "nll": []}
+    by_ipc, by_networks = list[Point](), list[Point]()
+    for one in found:
+        ipc, data = one.config.distillation.ipc, f", {one.result['data']}" if several else ""
+        for quantity, points in scored.items():
+            points += [(f"{name}{data}", ipc, _spread(one.scores[name], quantity)) for name in one.scores]
+        seconds = _number(one.result.get("seconds_per_step"))
+        cost = None if seconds is None else (seconds, 0.0)
+        by_ipc.append((f"{one.method}{data}", ipc, cost))
+        by_networks.append((f"{one.method}{data}", len(one.config.networks.architectures), cost))
+    blocks: list[Block] = []
+    panels = [(SHOWN[quantity][0], _lines(points)) for quantity, points in scored.items()]
+    panels = [(name, lines) for name, lines in (*panels, ("seconds a step", _lines(by_ipc))) if lines]
+    if panels:
+        png = _drawn(lambda path: charts.curves(panels, "images a class", path))
+        said = "Against the number of images a class: means, and standard deviations over networks and chains."
+        blocks.append(Picture(png, "00-by-ipc", said))
+    if lines := _lines(by_networks):
+        png = _drawn(lambda path: charts.curves([("seconds a step", lines)], "networks distilled on", path))
+        blocks.append(Picture(png, "00-by-networks", "What a step costs (median), against the number of networks."))
+    return blocks
+
+
+Point = tuple[str, int, tuple[float, float] | None]
+"""(label, x, (mean, standard deviation) where there is one)."""
+
+
+def _lines(points: Sequence[Point]) -> list[charts.Curve]:
+    """A curve for each label that has more than one x; of points with the same x the mean."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for label, x, value in points:
+        if value is not None:
+            found.setdefault(label, {}).setdefault(x, []).append(value)
+    return [
+        charts.Curve(label, [(x, *_mean_of(by_x[x])) for x in sorted(by_x)])
+        for label, by_x in found.items()
+        if len(by_x) > 1
+    ]
+
+
+def _mean_of(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.fmean(mean for mean, _ in values), statistics.fmean(spread for _, spread in values)
+
+
+def _spread(by_architecture: dict[str, dict[str, Values]], quantity: str) -> tuple[float, float] | None:
+    """Mean and standard deviation of a coreset over networks and chains."""
+    scale = SHOWN[quantity][1]
+    values = [scale * value for its in by_architecture.values() for value in its[quantity] if value is not None]
+    return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+
+
 def _pictures(found: Found, number: str) -> list[Block]:
     run, blocks = found.run, list[Block]()
     if found.method != "random" and run.random_path.exists():
@@ -460,6 +510,9 @@ def _pictures(found: Found, number: str) -> list[Block]:
     if run.picture_path.exists():
         what = "The real images." if found.method == "random" else "After: the coreset."
         blocks.append(Picture(_png(run.picture_path), f"{number}-coreset", what))
+    if run.over_time_path.exists():
+        said = f"Over the steps: the first image of each class, of at most {pictures.FOLLOWED}."
+        blocks.append(Picture(_png(run.over_time_path), f"{number}-over-time", said))
     if found.rows:
         blocks += _course(found, number)
     if run.reliability_path.exists():
@@ -468,41 +521,13 @@ def _pictures(found: Found, number: str) -> list[Block]:
     return blocks
 
 
-NATS, MAP = "nats an image", "steps of the MAP solve"
-COURSES = (
-    ("loss", NATS, (("loss", False),)),
-    ("terms of the loss: E_x solid, E_u dashed", NATS, (("expected_x", False), ("expected_u", True))),
-    (MAP, "steps", (("map_steps", False),)),
-    ("norm of the gradient", "", (("gradient_norm", False),)),
-)
-"""Panels: title, unit, columns of metrics.parquet with whether their line is dashed."""
-
-
 def _course(found: Found, number: str) -> list[Block]:
-    """Loss, its terms and the MAP solves over the steps; of several draws the mean."""
-    names = _order(row["architecture"] for row in found.rows)
-    courses = []
-    for title, unit, columns in COURSES:
-        lines = []
-        for name in names:
-            for column, dashed in columns:
-                points: dict[int, list[float]] = {}
-                for row in found.rows:
-                    value = row.get(column)
-                    if row["architecture"] == name and isinstance(value, int | float) and math.isfinite(value):
-                        points.setdefault(row["step"], []).append(float(value))
-                if points:
-                    steps = sorted(points)
-                    lines.append((name, steps, [statistics.fmean(points[step]) for step in steps], dashed))
-        if lines:
-            shown = unit if unit != NATS or found.method.startswith("fbpc") else ""  # of weights: in units of their own
-            courses.append(charts.Course(title, shown, lines, title == MAP))
-    if not courses:
+    """Loss, its terms, the MAP solves and the looks at the validation split over the steps."""
+    windows: list[int] = []
+    png = _drawn(lambda path: windows.append(pictures.course(found.rows, found.method, path)))
+    if not png:
         return []
-    longest = max(len(steps) for course in courses for _, steps, _, _ in course.lines)
-    window = charts.window_of(longest)
-    smooth = f" Bold: the mean over {window} steps; faint: every step." if window > 1 else ""
-    png = _drawn(lambda path: charts.over_steps(courses, path, f"{found.method} over the steps"))
+    smooth = f" Bold: the mean over {windows[0]} steps; faint: every step." if windows[0] > 1 else ""
     return [Picture(png, f"{number}-steps", f"The course of the distillation, a line for each network.{smooth}")]
 
 

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fbpc_ray.commands import log, says_how_to_resume, tracking_module
+from fbpc_ray.commands import log, says_how_to_resume
 from fbpc_ray.config import Config, from_text, from_word
 from fbpc_ray.errors import UserError, closest
+from fbpc_ray.logged import tracking_module
+from fbpc_ray.mlflow_uri import default_uri
 from fbpc_ray.provenance import home
 from fbpc_ray.reproduce import run
 from fbpc_ray.reproduce.render import cell_means
@@ -56,12 +58,12 @@ def reproduce(
 
 def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
     """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
-    tracking = tracking_module(f"everything is in {options.out}")
+    tracking = tracking_module(f"everything is in {options.out}", log)
     if not tracking:
         return
     first, settings = rows[0], options.request.base
     tracker = tracking.Tracker(
-        tracking.default_uri(home()),
+        default_uri(home()),
         settings.output.experiment,
         run_name=f"{options.table}-{options.scale}",
         run_id=None,
@@ -73,8 +75,9 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
         log=log,
     )  # fmt: skip
     tracker.metrics(cell_means(options.table, rows), 0)
-    for file in (path, path.with_suffix(".png")):
-        tracker.artifact(file)
+    for file in (path, path.with_suffix(".png"), path.with_name(f"{options.table}-by-ipc.png")):
+        if file.exists():
+            tracker.artifact(file)
     for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):
         tracker.artifact(file, "rows")
     tracker.finish("FINISHED")

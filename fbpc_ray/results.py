@@ -62,10 +62,21 @@ def table(evaluation: Evaluated) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def metrics(evaluation: Evaluated) -> dict[str, float]:
-    """The scores as flat metrics, mean over seeds: test/quantity/coreset/architecture."""
+def means(by_architecture: dict[str, dict[str, list[float | None]]]) -> dict[str, float]:
+    """The scores of one coreset, mean over networks and chains, by quantity; none where a chain diverged: it has no
+    mean."""
+    every = list(by_architecture.values())
+    values = {name: [value for its in every for value in its[name]] for name in ("accuracy", "nll", "ece", "brier")}
+    if any(value is None for each in values.values() for value in each):
+        return {}
+    return {name: statistics.fmean(value for value in each if value is not None) for name, each in values.items()}
+
+
+def metrics(evaluation: Evaluated, split: str = "test") -> dict[str, float]:
+    """The scores as flat metrics, mean over seeds: test/quantity/coreset/architecture, or val/... for the split
+    `validation`."""
     return {
-        f"test/{quantity}/{coreset}/{architecture}": statistics.mean(finite)
+        f"{'test' if split == 'test' else 'val'}/{quantity}/{coreset}/{architecture}": statistics.mean(finite)
         for coreset, by_architecture in evaluation.items()
         for architecture, by_quantity in by_architecture.items()
         for quantity, values in by_quantity.items()

@@ -1,7 +1,8 @@
 """The files of a run: what is written, in which order, so that a crash at any moment leaves a run that resumes.
 
-    config.json  checkpoint/state.safetensors  metrics.parquet
-    coreset/{coreset,random}.safetensors  coreset.png  reliability.png  result.json
+    config.json  checkpoint/state.safetensors  metrics.parquet  coreset/over-time.safetensors
+    coreset/{coreset,random}.safetensors  before.png  coreset.png  over-time.png  course.png  reliability.png
+    result.json
 
 Within a checkpoint the metrics come first and the state last; rows of steps that the state has not seen are dropped.
 """
@@ -25,6 +26,8 @@ from fbpc_ray.errors import UserError
 from fbpc_ray.storage import Place
 
 Where = TypeVar("Where", bound=Place)
+REMEMBERED = 16
+"""Steps whose images a run keeps, for a picture."""
 
 
 _SOLUTION = "solution/"
@@ -41,7 +44,11 @@ class Run(Generic[Where]):
         self.metrics_path = self._of("metrics.parquet")
         self.coreset_path = self._of("coreset/coreset.safetensors")
         self.random_path = self._of("coreset/random.safetensors")
+        self.history_path = self._of("coreset/over-time.safetensors")
+        self.before_path = self._of("before.png")
         self.picture_path = self._of("coreset.png")
+        self.over_time_path = self._of("over-time.png")
+        self.course_path = self._of("course.png")
         self.reliability_path = self._of("reliability.png")
         self.result_path = self._of("result.json")
 
@@ -93,6 +100,27 @@ class Run(Generic[Where]):
             ) from None
         return State(step, images, velocity, *inner.tolist(), solutions=solutions), rows
 
+    def remember(self, step: int, images: Tensor) -> None:
+        """Add `images` (k, c, h, w) uint8, as they are after `step`, to those of earlier steps; what is there of this
+        step or later is replaced. Of more than `REMEMBERED` every other one is dropped, the first never."""
+        kept = {each: old for each, old in self.history().items() if each < step and old.shape == images.shape}
+        kept[step] = images
+        if len(kept) > REMEMBERED:
+            kept = {each: kept[each] for each in sorted(kept)[::2]}
+        tensors = {str(each): value.contiguous() for each, value in kept.items()}
+        atomic.write_bytes(self.history_path, safetensors.torch.save(tensors))
+
+    def history(self) -> dict[int, Tensor]:
+        """{step: images (k, c, h, w) uint8} by step, as far as they were remembered; none where the file is damaged:
+        only a picture is made of it."""
+        if not self.history_path.exists():
+            return {}
+        try:
+            found = safetensors.torch.load(self.history_path.read_bytes())
+            return {int(step): found[step] for step in sorted(found, key=int)}
+        except (safetensors.SafetensorError, ValueError):
+            return {}
+
     def write_result(self, result: dict[str, Any]) -> None:
         atomic.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
@@ -118,7 +146,8 @@ def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHAN
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), buffer)
     return buffer.getvalue()
 
 

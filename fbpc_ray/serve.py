@@ -16,6 +16,7 @@ from fbpc_ray.coreset import Coreset
 from fbpc_ray.ensemble import Ensemble
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import slug
+from fbpc_ray.mlflow_uri import serve_command
 from fbpc_ray.pipeline import Verdict
 from fbpc_ray.provenance import Provenance
 from fbpc_ray.storage import local_folder
@@ -66,7 +67,7 @@ def save(samples: Ensemble, folder: Path, facts: dict[str, Any], example: np.nda
     its metadata, `example` (n, c, h, w) uint8 is an input. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
         _tracking().save_model(folder, _parts(samples, Path(near), facts, example))
-    return _tracking().serve_command(folder)
+    return serve_command(folder)
 
 
 def log_to_run(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word, with_method
@@ -26,6 +28,7 @@ from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.storage import Place, place
 from fbpc_ray.vision.datasets import Dataset, Split
+from fbpc_ray.vision.zoo import Spec
 
 MODES = {"nll": "min", "accuracy": "max"}
 SCORES = ("nll", "accuracy", "ece", "brier")
@@ -135,6 +138,17 @@ def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
     return replace(evaluation, eval_seeds=settings.judge_seeds, chain_steps=steps, chain_every=every)
 
 
+def judge(
+    state: State, labels: Tensor, config: Config, brief: Sweep, chosen: Sequence[Spec], dataset: Dataset,
+    workers: Backend, log: Log,
+) -> Evaluated:  # fmt: skip
+    """The scores of the pseudocoreset after a step on the validation split, by `shorter` chains."""
+    made = Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
+    evaluation, augment = shorter(config.evaluation, brief), config.networks.augment
+    found = pipeline.evaluate({"coreset": made}, chosen, dataset, "validation", evaluation, augment, workers, log)
+    return found.table
+
+
 def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Look], None], log: Log) -> None:
     """Distil from where the trial stands to its last step, with a look at the validation split at each checkpoint.
 
@@ -164,13 +178,9 @@ def _distil(
     write_record(run.folder, record)
 
     def look(current: State) -> None:
-        made = Coreset(current.images, labels, dataset.mean, dataset.std, dataset.classes)
-        evaluation = shorter(settings.evaluation, task.settings)
-        verdict = pipeline.evaluate(
-            {"coreset": made}, chosen, dataset, "validation", evaluation, settings.networks.augment, workers, log
-        )
+        table = judge(current, labels, settings, task.settings, chosen, dataset, workers, log)
         before = record.looks[-1].step if record.looks else 0
-        found = look_of(verdict.table, current.step, losses(rows, before))
+        found = look_of(table, current.step, losses(rows, before))
         record.looks.append(found)
         write_record(run.folder, record)
         report(found)

@@ -17,10 +17,8 @@ import contextlib
 import fcntl
 import getpass
 import hashlib
-import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import threading
@@ -32,10 +30,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
 
+from fbpc_ray.mlflow_uri import absolute, database, run_url
 from fbpc_ray.storage import Place, local
 
 ENVIRONMENT = {  # defaults that MLflow reads at import and later: silent, no telemetry, short waits; the user's win
@@ -58,40 +56,11 @@ with warnings.catch_warnings():
     from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
     from mlflow.exceptions import MlflowException
 
-SQLITE = "sqlite:///"
 SESSION = "fbpc_session"  # tag of a run: the Tracker that created it
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # of an experiment: its pages are those of trained models
 MAX_METRICS, MAX_PARAMS, MAX_PARAM, MAX_TAG, MAX_NAME = 1000, 100, 6000, 8000, 250  # MLflow's limits
 LAST_TRIES = 3  # of finish, with a server that doesn't answer
 FLOAT_MAX = sys.float_info.max  # SQL stores keep an infinity as this
-
-
-def default_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite database of the folder `root`; always absolute."""
-    path = str(root.absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes it
-    return _absolute(os.environ.get("MLFLOW_TRACKING_URI") or SQLITE + path)
-
-
-def ui_command(uri: str) -> str:
-    """How to see `uri`: the address of a server, or the shell line that opens a local store at 127.0.0.1:5000."""
-    if uri.startswith(("http://", "https://")):
-        return uri
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_program()} ui "
-        f"--backend-store-uri {shlex.quote(_absolute(uri))} --host 127.0.0.1 --port 5000"
-    )
-
-
-def serve_command(folder: Path) -> str:
-    """The shell line that serves the model in `folder` at 127.0.0.1:5001, to this machine alone."""
-    # MLflow looks for uvicorn by its name alone.
-    path = "" if _program() == "mlflow" else f'env PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" '
-    return f"{path}mlflow models serve -m {shlex.quote(str(folder))} --env-manager local --host 127.0.0.1 --port 5001"
-
-
-def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """The page that compares runs of one experiment: on the server, or where `ui_command` will show it."""
-    runs, experiments = (quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
-    return f"{_server(uri)}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 class Found(NamedTuple):
@@ -104,11 +73,10 @@ class Found(NamedTuple):
 
 def find_runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, Found]:
     """{key of a `Tracker`: its run} of the runs that carry a tag. Empty where MLflow doesn't answer."""
-    uri = _absolute(uri)
+    uri = absolute(uri)
     _hush()
     with contextlib.suppress(Exception):
-        place = Path(unquote(urlsplit(uri).path[1:])).parent if uri.startswith(SQLITE) else None
-        client, found, page = _open_store(uri, place), {}, None
+        client, found, page = _open_store(uri, database(uri)), {}, None
         known = client.get_experiment_by_name(experiment)
         while known:
             part = client.search_runs([known.experiment_id], f"tags.`{_name(tag)}` = '{value}'", page_token=page)
@@ -158,7 +126,7 @@ class Tracker:
         finish_seconds: float = 30.0,
     ):
         _hush()  # here, because the worker's thread must not change the filters
-        self.uri = _absolute(uri)
+        self.uri = absolute(uri)
         self.run_id = run_id  # None while the store has not answered yet; when continuing, the given id from the start
         self.experiment_id: str | None = None
         self._experiment, self._run_name, self._log = experiment, run_name, log
@@ -199,9 +167,8 @@ class Tracker:
 
     @property
     def url(self) -> str | None:
-        """The run's page: on its server, or where `ui_command` will show it; None while the run has no id."""
-        page = f"{_server(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return page if self.experiment_id else None
+        """The run's page: on its server, or where `fbpc ui` will show it; None while the run has no id."""
+        return run_url(self.uri, self.experiment_id, str(self.run_id)) if self.experiment_id else None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points at `step`. NaN and infinity are kept: MLflow stores NaN as it is and an infinity as +-1.8e308."""
@@ -317,7 +284,7 @@ class Tracker:
 
     def _begin(self) -> MlflowClient:
         """Find or create experiment and run. May be called again after it raised anywhere."""
-        place = Path(unquote(urlsplit(self.uri).path[1:])).parent if self.uri.startswith(SQLITE) else None
+        place = database(self.uri)
         client, run = _open_store(self.uri, place), None
         if self.run_id:
             try:
@@ -329,7 +296,7 @@ class Tracker:
                 self._note("gone", f"MLflow: {self.uri} has no run {self.run_id} any more; a new one is created.")
                 run, self.run_id, self._continued = None, None, False
         if run is None:
-            run = self._create_run(client, place)
+            run = self._create_run(client, place.parent if place else None)
         if run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
         self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
@@ -341,7 +308,7 @@ class Tracker:
         if experiment is None:
             # MLflow's own default is relative to the working directory, which may be a temporary one.
             where = (place / "mlartifacts").as_uri() if place else None
-            experiment_id = client.create_experiment(self._experiment, artifact_location=where)
+            experiment_id = client.create_experiment(self._experiment, artifact_location=where, tags=KIND)
         else:
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":
@@ -433,22 +400,12 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
 
-def _program() -> str:
-    """MLflow's command, ours; by its bare name only if the shell finds the same one."""
-    beside = Path(sys.executable).with_name("mlflow")
-    return "mlflow" if shutil.which("mlflow") == str(beside) or not beside.exists() else shlex.quote(str(beside))
-
-
-def _server(uri: str) -> str:
-    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-
-
-def _open_store(uri: str, place: Path | None) -> MlflowClient:
-    """A client; for a database in the folder `place`, one process after another: two first uses at once break it."""
-    if place is None:
+def _open_store(uri: str, file: Path | None) -> MlflowClient:
+    """A client; for a database `file`, one process after another: two first uses at once break it."""
+    if file is None:
         return MlflowClient(uri)
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".mlflow.lock").open("w") as lock:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(".mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return MlflowClient(uri)
 
@@ -497,12 +454,6 @@ def _reason(error: Exception) -> str:
     """The innermost cause in at most 120 characters of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
-
-
-def _absolute(uri: str) -> str:
-    """A relative SQLite path made absolute; any other URI unchanged."""
-    path = uri.removeprefix(SQLITE)
-    return f"{SQLITE}{Path(path).absolute()}" if uri.startswith(SQLITE) and path else uri
 
 
 def _milliseconds() -> int:
@@ -554,7 +505,7 @@ def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable
     _hush()
     before = mlflow.get_tracking_uri()
     try:
-        mlflow.set_tracking_uri(_absolute(uri))
+        mlflow.set_tracking_uri(absolute(uri))
         with warnings.catch_warnings(action="ignore"):
             made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
         return made.model_uri

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray import atomic, figures, pipeline, plan, results, sweep
-from fbpc_ray.commands import Prepared, Untracked, judge, log, says_how_to_resume, tracking_module, write_json
+from fbpc_ray.commands import Prepared, judge, log, says_how_to_resume, write_json
 from fbpc_ray.config import (
     MAY_CHANGE_ON_RESUME,
     Config,
@@ -29,6 +29,8 @@ from fbpc_ray.config import (
     to_preset,
 )
 from fbpc_ray.errors import UserError
+from fbpc_ray.logged import Untracked, kind, origin, params, tracking_module
+from fbpc_ray.mlflow_uri import compare_url, default_uri, ui_command
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption
@@ -357,13 +359,13 @@ class _Board:
         keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
         if keys:
             ids = [runs[key].run_id for key in keys]
-            self._page = self._tracking.compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
+            self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
             self.parent.tags({"compare": self._page})
         self.parent.finish(status)
 
     def say_where(self) -> None:
         if self._tracking:
-            log(f"MLflow:  {self._tracking.ui_command(self.parent.uri)}")
+            log(f"MLflow:  {ui_command(self.parent.uri)}")
             if self._page:
                 log(f"compare: {self._page}")
 
@@ -378,7 +380,7 @@ class _Board:
         """The MLflow run of a trial, the same one after any resume, with all that the trial found so far."""
         if not self._tracking:
             return Untracked()
-        found = self._found
+        found, config = self._found, self._found.task.configs[number]
         parent = {"mlflow.parentRunId": self.parent.run_id} if self.parent.run_id else {}
         child = self._tracking.Tracker(
             self.parent.uri,
@@ -386,8 +388,8 @@ class _Board:
             run_name=f"{found.plan.name}/{number}",
             key=self._key(number),
             tags={
-                **parent, "sweep": found.plan.name, "sweep_id": found.plan.id, "trial": str(number),
-                "folder": found.task.configs[number].output.out,
+                **parent, **kind(config, found.dataset.name),
+                "sweep": found.plan.name, "sweep_id": found.plan.id, "trial": str(number), "folder": config.output.out,
             },
             params=found.plan.trials[number],
             log=log,
@@ -422,7 +424,7 @@ class _Board:
         values = {f"trials/{how}": float(counts[how]) for how in ("finished", "stopped", "failed", "lost")}
         if best := sweep.best_first(self.outcomes, self._found.plan.settings.metric):
             assert best[0].look is not None
-            values |= {f"best/validation/{name}": getattr(best[0].look, name) for name in sweep.SCORES}
+            values |= {f"best/val/{name}": getattr(best[0].look, name) for name in sweep.SCORES}
             values["best/trial"] = float(best[0].number)
         self.parent.metrics(values, len(self.outcomes) - counts["open"])
 
@@ -431,21 +433,19 @@ class _Board:
 def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
     """The board of a sweep, with its MLflow run, ended as the block ends."""
     output, settings = found.base.output, found.plan.settings
-    tracking = tracking_module(f"everything is in {found.folder}") if output.tracking else None
+    tracking = tracking_module(f"everything is in {found.folder}", log) if output.tracking else None
     parent: Any = Untracked()
     if tracking:
         parent = tracking.Tracker(
-            tracking.default_uri(home()),
+            default_uri(home()),
             output.experiment,
             run_name=found.plan.name,
             key=found.plan.id,
             tags={
-                "sweep": found.plan.name, "sweep_id": found.plan.id, "data": found.dataset.name,
-                "commit": made_by.commit, "device": made_by.device, "folder": str(found.folder),
-                "flags": " ".join(found.plan.trials[0]),
-                **{f"version.{name}": version for name, version in made_by.versions.items()},
+                "sweep": found.plan.name, "sweep_id": found.plan.id, **kind(found.base, found.dataset.name),
+                **origin(made_by), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
             },
-            params={**found.base.flat(), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
+            params={**params(found.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
             log=log,
         )  # fmt: skip
     board = _Board(found, parent, tracking)
@@ -462,7 +462,7 @@ def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
 
 def _send(child: Any, look: Look, metric: str) -> None:
     """What is compared goes first: MLflow's plot of several runs begins with the first metric that they have."""
-    scores = {f"validation/{name}": getattr(look, name) for name in sweep.SCORES}
+    scores = {f"val/{name}": getattr(look, name) for name in sweep.SCORES}
     child.metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
     for step, loss in look.losses:
         child.metrics({"training/loss": loss}, int(step))

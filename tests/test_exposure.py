@@ -2,15 +2,12 @@
 
 import shutil
 import signal
-import subprocess
 import tempfile
-import time
-import urllib.request
 
 import pytest
 from conftest import flags
-from processes import descendants, free_port, kill, listening
-from test_run import ENVIRONMENT, start, wait_for
+from processes import descendants, listening
+from test_run import start, wait_for
 
 from fbpc_ray.run import Run
 
@@ -35,36 +32,3 @@ def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monke
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         shutil.rmtree(ray, ignore_errors=True)
-
-
-def test_the_command_that_opens_mlflow_listens_on_loopback_alone(tmp_path):
-    """The very command that a run prints, but for the port; whatever MLFLOW_HOST says."""
-    from fbpc_ray.tracking import ui_command
-
-    command, port = ui_command(f"sqlite:///{tmp_path}/mlflow.db"), free_port()
-    assert command.endswith(" --port 5000")
-    process = subprocess.Popen(
-        f"exec env {command.removesuffix('5000')}{port}", shell=True, env={**ENVIRONMENT, "MLFLOW_HOST": "0.0.0.0"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        end = time.monotonic() + 90
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.2)
-        found = listening([process.pid, *descendants(process.pid)])
-        assert port in {each for _, _, each in found}
-        assert not [(str(ip), each) for _, ip, each in found if not ip.is_loopback]
-    finally:
-        for pid in (*descendants(process.pid), process.pid):
-            kill(pid)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

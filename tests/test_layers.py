@@ -16,7 +16,7 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "allocator atomic cache compiled config rng storage types signals provenance page manual",
+    1: "allocator atomic cache compiled config rng storage types signals provenance page manual mlflow_uri",
     2: "inference.* vision.*",
     3: "coreset ensemble exchange experts passes",
     4: "teach methods.* evaluate",
@@ -25,8 +25,8 @@ LAYERS = {
     7: "plan results",
     8: "pipeline sweep",
     9: "cluster.* tracking figures charts serve served",
-    10: "reproduce.*",
-    11: "api commands export reproduction tuning report doctor",
+    10: "reproduce.* pictures logged",
+    11: "api commands export reproduction tuning report doctor ui",
     12: "cli",
     13: "__main__",
 }
@@ -135,10 +135,10 @@ def test_the_base_imports_nothing_of_the_package_but_errors_and_each_other():
 
 
 def test_tracking_figures_and_charts_know_nobody():
-    """They take plain values; of the package at most the error, places, and the whole-file write."""
+    """They take plain values; of the package at most the error, places, addresses, and the whole-file write."""
     for who, whom, _ in inner():
         if who in ("tracking", "figures", "charts"):
-            assert whom in ("errors", "atomic", "storage", "__init__"), f"{who} imports {whom}"
+            assert whom in ("errors", "atomic", "storage", "mlflow_uri", "__init__"), f"{who} imports {whom}"
 
 
 def test_nothing_below_cluster_imports_it_at_module_level():
@@ -249,6 +249,6 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     Ray's backend says in one line what to do.
     """
     core = [module for module in modules() if layer(module) < layer("cluster.backend") and module != "__init__"]
-    top = ["commands", "export", "tuning", "report", "doctor", "cli"]
+    top = ["commands", "export", "tuning", "report", "doctor", "ui", "cli"]
     found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
     assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "True"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from conftest import flags
 
-from fbpc_ray import cli, commands, sweep, tuning
+from fbpc_ray import cli, logged, sweep, tuning
 from fbpc_ray.config import Sweep
 from fbpc_ray.sweep import Look
 
@@ -96,7 +96,7 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         return Look(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = tuning._Board(found, commands.Untracked(), None)
+        board = tuning._Board(found, logged.Untracked(), None)
         board.tracked()
         for number, step in ((0, 1), (1, 1), (0, 2)):
             board.looked(number, look(number, step))

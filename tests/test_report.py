@@ -123,7 +123,7 @@ def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsy
     assert ["torch version", result["versions"]["torch"]] in found.table("", "this run")
 
     pictures = [attrs["src"] for attrs in found.of("img")]
-    assert len(pictures) == 6  # accuracy, NLL, before, after, the steps, reliability
+    assert len(pictures) == 7  # accuracy, NLL, before, after, over time, the steps, reliability
     for source in pictures:
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))).verify()
     assert {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "a", "form"} == set()
@@ -176,7 +176,7 @@ def test_several_runs_stand_beside_each_other(runs, tmp_path):
     assert differing["--ipc"] == ["1", "1", "2"]
     assert not {"--out", "--architectures", "--width", "--backend"} & set(differing)
     assert "not scored alike" not in found.text
-    assert len(found.of("img")) == 2 + 4 + 4 + 2
+    assert len(found.of("img")) == 3 + 5 + 5 + 2  # accuracy, NLL, both by ipc; those of each
 
     other = shutil.copytree(runs["bpc"], tmp_path / "other")
     config = read_config(other).flat() | {"chain_steps": 10}
@@ -188,7 +188,7 @@ def test_the_markdown_says_the_same(runs, tmp_path):
     found = made(tmp_path, runs["fbpc"], runs["random"])
     text = (tmp_path / "made.md").read_text()
     shown = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
-    assert len(shown) == len(found.of("img")) == 8
+    assert len(shown) == len(found.of("img")) == 10
     for path in shown:
         Image.open(tmp_path / path).verify()
     lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
@@ -227,7 +227,7 @@ def test_later_evaluations_are_there(runs, tmp_path):
     assert "Evaluated later: 001-test-x.json" in found.text and "strange" in found.text
     table = next(table for table in found.tables if "AUROC OOD entropy" in table[0] and "seed" not in table[0])
     assert {row[-1] for row in table[1:]} == {"0.500 ± 0.354"}
-    assert len(found.of("img")) == 7
+    assert len(found.of("img")) == 8
 
 
 def test_what_files_say_is_text(runs, tmp_path):

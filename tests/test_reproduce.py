@@ -274,7 +274,12 @@ def test_a_table_is_a_run_in_mlflow(out, tmp_path, monkeypatch):
     assert run.data.tags["commit"]
     (row,) = (r for r in rows_of(out, "table10") if (r["row"], r["column"]) == ("FBPC (DSA)", "ipc 1"))
     assert run.data.metrics["accuracy/FBPC _DSA_/ipc 1"] == pytest.approx(100 * row["accuracy"])
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"table10.md", "table10.png", "rows"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "table10.md",
+        "table10.png",
+        "rows",
+        "table10-by-ipc.png",
+    }
 
 
 def test_a_row_of_another_program_is_named(tmp_path, capsys):

@@ -173,10 +173,13 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
     for name in ("expected_u", "psi_x", "gradient_norm", "map_steps", "seconds_x", "seconds_map", "seconds_u"):
         assert f"{name}/convnet-in" in run.data.metrics
     assert 0 < run.data.metrics["test/accuracy/fbpc/convnet-in"] < 1
-    assert (run.data.params["lambda_x"], run.data.params["width"]) == ("0.05", "8")
+    assert (run.data.params["preset"], run.data.params["width"]) == ("digits", "8")
+    assert "lambda_x" not in run.data.params and "out" not in run.data.params  # the preset's, and a place
     assert run.data.tags["method"] == "fbpc"
     assert run.data.tags["version.torch"] == torch.__version__.split("+")[0]
-    assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= artifacts
+    pictures_there = {"coreset.png", "before.png", "over-time.png", "course.png", "reliability.png"}
+    assert pictures_there | {"coreset.safetensors", "result.json", "metrics.parquet", "config.json"} <= artifacts
+    assert list(Run(folder).history()) == [0, 4, 5, 8, 12]
     shown = {int(found.group(1)) for entry in pictures if (found := re.search(r"step[+%](\d+)", entry.path))}
     assert shown == {0, 4, 5, 8, 12}
     assert run.inputs is not None

@@ -450,14 +450,14 @@ def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
     for name, run in found.items():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["sweep"] == "mine"
-        history = client.get_metric_history(run.info.run_id, "validation/nll")
+        history = client.get_metric_history(run.info.run_id, "val/nll")
         assert sorted(point.step for point in history) == ([] if name == "1" else [2, 4, 6, 8, 10, 12])
         assert client.get_metric_history(run.info.run_id, "objective/nll") or name == "1"
         pictures = [file.path for file in client.list_artifacts(run.info.run_id)]
         assert pictures == ([] if name == "1" else ["coreset.png"])  # the page that compares shows them side by side
         losses = client.get_metric_history(run.info.run_id, "training/loss")
         assert sorted(point.step for point in losses) == ([] if name == "1" else list(range(1, STEPS + 1)))
-    best = client.get_metric_history(parent.info.run_id, "best/validation/nll")
+    best = client.get_metric_history(parent.info.run_id, "best/val/nll")
     assert max(point.step for point in best) == 4  # after the last trial
     values = [point.value for point in sorted(best, key=lambda point: point.step)]
     assert values == sorted(values, reverse=True)

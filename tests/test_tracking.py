@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fbpc_ray import tracking
+from fbpc_ray import mlflow_uri, tracking
 from fbpc_ray.tracking import Metric, MlflowClient, Tracker
 
 PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
@@ -81,7 +81,8 @@ def test_run_with_everything(store: str, tmp_path: Path):
     assert queued < 1  # the first use of the database was left to the worker
     assert tracker.pending == 0
     client = MlflowClient(store)
-    assert tracker.run_id and tracker.url and tracker.url.endswith(f"/runs/{tracker.run_id}")
+    assert tracker.run_id and tracker.url
+    assert tracker.url.endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "one")
     assert run.info.end_time and run.info.end_time >= run.info.start_time
@@ -205,21 +206,21 @@ def test_run_deleted_meanwhile(store: str):
 
 def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert tracking.default_uri(tmp_path / "a b") == f"sqlite:///{tmp_path}/a b/mlflow.db"
-    assert tracking.default_uri(tmp_path / "50%?") == f"sqlite:///{tmp_path}/50%25%3F/mlflow.db"
+    assert mlflow_uri.default_uri(tmp_path / "a b") == f"sqlite:///{tmp_path}/a b/mlflow.db"
+    assert mlflow_uri.default_uri(tmp_path / "50%?") == f"sqlite:///{tmp_path}/50%25%3F/mlflow.db"
     monkeypatch.chdir(tmp_path)
-    assert tracking.default_uri(Path("x")) == f"sqlite:///{tmp_path}/x/mlflow.db"
+    assert mlflow_uri.default_uri(Path("x")) == f"sqlite:///{tmp_path}/x/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///own.db")
-    assert tracking.default_uri(tmp_path) == f"sqlite:///{tmp_path}/own.db"
+    assert mlflow_uri.default_uri(tmp_path) == f"sqlite:///{tmp_path}/own.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.default_uri(tmp_path) == "http://127.0.0.1:5000"
-    assert tracking.ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert mlflow_uri.default_uri(tmp_path) == "http://127.0.0.1:5000"
+    assert mlflow_uri.ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert tracking.ui_command("sqlite:////r/mlflow.db") == (
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:////r/mlflow.db "
-        "--host 127.0.0.1 --port 5000"
-    )
-    assert " 'sqlite:////a b/mlflow.db' " in tracking.ui_command("sqlite:////a b/mlflow.db")
+    assert mlflow_uri.ui_command("sqlite:////r/mlflow.db") == "fbpc ui --tracking-uri sqlite:////r/mlflow.db"
+    assert mlflow_uri.ui_command("sqlite:////a b/mlflow.db").endswith(" 'sqlite:////a b/mlflow.db'")
+    assert mlflow_uri.database("sqlite:////a b/50%25%3F.db") == Path("/a b/50%?.db")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert mlflow_uri.ui_command("sqlite:////r.db").startswith(f"{Path(sys.executable).with_name('fbpc')} ui ")
     names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}
     assert {name: tracking._name(name) for name in names} == names
 
@@ -228,8 +229,8 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
     """Two processes, one new database: MLflow, Alembic and git print nothing, and both runs are complete."""
     code = (
-        "import pathlib, sys; from fbpc_ray import tracking\n"
-        "t = tracking.Tracker(tracking.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
+        "import pathlib, sys; from fbpc_ray import mlflow_uri, tracking\n"
+        "t = tracking.Tracker(mlflow_uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
         "                     finish_seconds=60)\n"
         "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )
@@ -461,7 +462,8 @@ def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
     other.finish("FINISHED")
     points = MlflowClient(store).get_metric_history(str(tracker.run_id), "nll")
     assert sorted((point.step, point.value) for point in points) == [(0, 1.0), (0, 2.0), (1, 1.0)]
-    page = tracking.compare_url("http://host:1/", "7", ["a", "b"])
-    assert page == "http://host:1/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+    page = mlflow_uri.compare_url("http://host:1/", "7", ["a", "b"])
+    runs = "runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+    assert page == f"http://host:1/#/compare-runs?{runs}&workflowType=machine_learning"
     assert tracking.find_runs(store, "no such experiment", "sweep_id", "s") == {}
     assert tracking.find_runs("http://127.0.0.1:9", "keyed", "sweep_id", "s") == {}
