@@ -1,6 +1,7 @@
 """From Python: the bits of the command line, own data and networks in their several forms, and files of samples."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,22 @@ def test_images_that_cannot_be_predicted_are_refused(samples, digits):
             samples.predict(images)
     with pytest.raises(UserError, match="as many"):
         samples.predict(digits.test.images[:3]).scores(torch.zeros(2).long())
+
+
+PROGRESS = """
+import sys, types
+if sys.argv[1] == "notebook":
+    sys.modules["ipykernel"] = types.ModuleType("ipykernel")  # that a kernel runs here is all that is asked
+from fbpc_ray import api
+api.posterior(api.distill("digits", method="random"), width=8, chain_steps=2, chain_every=1)
+print(*{"ray", "mlflow", "matplotlib"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("where", ["notebook", "script"])
+def test_there_is_progress_in_a_notebook_and_none_in_a_log(where):
+    """One line that is written over and over. Neither Ray nor MLflow nor matplotlib is imported."""
+    done = subprocess.run([sys.executable, "-c", PROGRESS, where], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "\n"
+    assert ("sample:   0%" in done.stderr) if where == "notebook" else not done.stderr
