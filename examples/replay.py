@@ -1,6 +1,6 @@
 """A coreset as the memory of a learner that sees digits two classes at a time, against random images of the same size.
 
-    python examples/replay.py                # about two minutes on two cores; --quick is shorter
+    python examples/replay.py                # a few minutes on one core; --quick is shorter
 
 Five tasks follow each other: 0 and 1, 2 and 3, ... When a task ends, its images are gone but for a buffer of a few a
 class: none, random ones, or a coreset distilled from the task's images, which begins at these same random ones. Two

@@ -21,6 +21,7 @@ def said(folder: Path, name: str, *words: str) -> str:
     command = [sys.executable, str(ROOT / "examples" / name), "--quick", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr  # no progress where nobody watches
     return done.stdout
 
 
