@@ -58,6 +58,12 @@ RUN = {
 """Command -> what is appended. A sweep and a table are not small: theirs are dry runs, test_sweep.py and
 test_reproduce.py run real ones."""
 
+SMALLER = {
+    "width=16, steps=20": "width=8, steps=2, expert_count=1, expert_epochs=6, map_max_steps=40",
+    '"convnet-ln", width=16': '"convnet-ln", width=8, chain_steps=20, chain_every=10',
+}
+"""The same for Python: what README's calls are given -> what they get here."""
+
 HERE = "--data digits --dry-run"
 EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc (distill|experts) .*--download", HERE, "the data must be downloaded: a dry run, of digits"),
@@ -266,6 +272,8 @@ def test_what_a_page_says_can_be_done(page, desk, tmp_path):
             elif language == "python" and (found := re.match(r"# (\w+\.py)\n", text)):
                 Path(found[1]).write_text(text)
             elif language == "python":
+                for given, small in SMALLER.items():
+                    text = text.replace(given, small)
                 broken += tried(text, lambda text=text: exec(compile(text, page, "exec"), names))
     assert not broken, "\n\n".join(broken)
 
@@ -279,6 +287,11 @@ def test_the_examples_of_help_can_be_done(command, desk, tmp_path):
             called(["export", "runs/first", "--format", "hf", "--out", "my-coreset"])
         broken = [line for each in told for line in tried(each, lambda each=each: run(each))]
     assert not broken, "\n\n".join(broken)
+
+
+def test_what_is_made_smaller_is_in_readme():
+    text = (ROOT / "README.md").read_text()
+    assert all(given in text for given in SMALLER)
 
 
 def tried(what: str, doing: Callable[[], object]) -> list[str]:
