@@ -59,7 +59,7 @@ RUN = {
 test_reproduce.py run real ones."""
 
 SMALLER = {
-    "width=16, steps=20": "width=8, steps=2, expert_count=1, expert_epochs=6, map_max_steps=40",
+    '"width": 16, "steps": 20': '"width": 8, "steps": 2, "expert_count": 1, "expert_epochs": 6, "map_max_steps": 40',
     '"convnet-ln", width=16': '"convnet-ln", width=8, chain_steps=20, chain_every=10',
 }
 """The same for Python: what README's calls are given -> what they get here."""
