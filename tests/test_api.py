@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fbpc_ray import api, cli, coreset
+from fbpc_ray.config import Data, Output
 from fbpc_ray.errors import UserError
 from fbpc_ray.run import Run
 from fbpc_ray.vision.datasets import Dataset
@@ -30,17 +32,7 @@ def silent(line: str) -> None:
 def settings_of(config, **changes) -> dict[str, Any]:
     """The configuration as the API takes it."""
     flat = config.updated(backend="serial", **changes).flat()
-    away = (
-        "data",
-        "data_root",
-        "download",
-        "normalisation",
-        "validation",
-        "data_seed",
-        "out",
-        "tracking",
-        "experiment",
-    )
+    away = {field.name for group in (Data, Output) for field in fields(group)}
     return {name: value for name, value in flat.items() if name not in away}
 
 
