@@ -302,12 +302,24 @@ def test_resume_with_another_configuration_names_the_flags(whole, capsys):
     assert "--seed was 0, now 5" in said
 
 
-def test_experts_of_another_recipe_are_refused(capsys, small, tmp_path):
-    words = flags(small, backend="serial", width=small.networks.width, expert_lr=0.5, out=str(tmp_path / "out"))
-    said = refused(capsys, *words)
-    assert "0.05" in said
-    assert "0.5" in said
-    assert "--experts" in said
+def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_path):
+    words = [
+        "experts",
+        "--backend",
+        "serial",
+        "--architectures",
+        "convnet-in",
+        "--width",
+        "8",
+        "--expert-count",
+        "1",
+        "--expert-epochs",
+        "1",
+    ]
+    for rate, said in (("0.05", "training 1"), ("0.5", "training 1"), ("0.05", "1 of 1 trajectories are there")):
+        cli.main([*words, "--expert-lr", rate, "--experts", str(tmp_path)])
+        assert said in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
 def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path):
