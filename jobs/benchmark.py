@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 
-from fbpc_ray import atomic, pipeline, plan
+from fbpc_ray import atomic, charts, pipeline, plan
 from fbpc_ray.backend import Serial, device_name
 from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, preset, with_method
@@ -106,7 +107,8 @@ class Arguments:
     compiled: bool = True
     """Whether ours runs compiled passes (on a CPU)."""
     json: str = ""
-    """Also write what was measured to this file, and as a table to one beside it that ends in .md."""
+    """Also write what was measured to this file; beside it a table (.md), and pictures where cases differ in their ipc
+    or their number of networks."""
 
 
 class Case(NamedTuple):
@@ -408,6 +410,30 @@ def write(args: Arguments, cases: list[dict[str, Any]]) -> None:
     found = {"cases": cases, "settings": settings, **capture(device_name(args.device))._asdict()}
     atomic.write_text(path, json.dumps(found, indent=2) + "\n")
     atomic.write_text(path.with_suffix(".md"), table(cases))
+    draw(cases, path)
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a step against images a class, and against the number of networks, beside `path`, where cases differ in
+    them."""
+    by_ipc, by_networks = defaultdict[str, list](list), defaultdict[str, list](list)
+    for case in cases:
+        by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
+        by_networks[f"width {case['width']}, ipc {case['ipc']}"].append((len(case["networks"]), case))
+    for found, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
+        panels = [(name, _curves(each)) for name, each in found.items() if len({x for x, _ in each}) > 1]
+        if panels:
+            charts.curves(panels, across, path.with_suffix(suffix), "seconds a step")
+
+
+def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[charts.Curve]:
+    """A curve for each way, its points the medians of cases in order of x."""
+    ways = dict.fromkeys(way for _, case in cases for way in case["seconds"])
+    ordered = sorted(cases, key=lambda each: each[0])
+    return [
+        charts.Curve(way, [(x, c["seconds"][way]["median"], 0.0) for x, c in ordered if way in c["seconds"]])
+        for way in ways
+    ]
 
 
 def table(cases: list[dict[str, Any]]) -> str:

@@ -56,6 +56,22 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     assert sum(row.startswith("| convnet-in + convnet-bn, width 16, ipc 1 |") for row in rows) == 2
 
 
+def test_cost_is_drawn_against_what_the_cases_differ_in(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(JOBS)
+    import benchmark
+
+    def case(ipc: int, *networks: str) -> dict:
+        seconds = {way: {"median": ipc * len(networks) * share} for way, share in (("ours", 1.0), ("floor", 0.9))}
+        return {"networks": list(networks), "width": 32, "ipc": ipc, "seconds": seconds}
+
+    benchmark.draw([case(1, "a"), case(10, "a")], tmp_path / "by-ipc.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["by-ipc.ipc.png"]
+    benchmark.draw([case(1, "a"), case(10, "a"), case(1, "a", "b", "c", "d")], tmp_path / "both.json")
+    assert {path.name for path in tmp_path.glob("both*")} == {"both.ipc.png", "both.networks.png"}
+    benchmark.draw([case(1, "a")], tmp_path / "one.json")
+    assert not list(tmp_path.glob("one*"))
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_is_timed_beside_serial_and_gives_its_bits(tmp_path):
