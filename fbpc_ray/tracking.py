@@ -26,7 +26,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -498,22 +498,31 @@ def save_model(folder: Path, parts: ModelParts) -> None:
 
 def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable[[str], None]) -> str | None:
     """Log the model as an output of a run; its models:/ address, or None, said, where MLflow doesn't take it."""
-    import mlflow
     from mlflow import pyfunc
     from mlflow.models import Model
 
     _hush()
-    before = mlflow.get_tracking_uri()
     try:
-        mlflow.set_tracking_uri(absolute(uri))
-        with warnings.catch_warnings(action="ignore"):
+        with default_store(uri), warnings.catch_warnings(action="ignore"):
             made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
         return made.model_uri
     except Exception as error:  # noqa: BLE001  whatever MLflow, SQL or the network raises
         log(f"MLflow: {uri} does not take the model ({_reason(error)}).")
         return None
+
+
+@contextlib.contextmanager
+def default_store(uri: str) -> Iterator[None]:
+    """Inside the block MLflow's functions that are told no store take this one. MLflow notes it in the environment,
+    too, where whatever comes later would find it: afterwards all is as before."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(absolute(uri))
+    try:
+        yield
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType]  None unsets it
 
 
 def _model_arguments(parts: ModelParts) -> dict[str, Any]:

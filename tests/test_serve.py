@@ -22,6 +22,7 @@ from fbpc_ray import api, cli
 from fbpc_ray.inference.metrics import predictive_stats, scores
 from fbpc_ray.rng import generator
 from fbpc_ray.run import Run
+from fbpc_ray.tracking import default_store
 
 NETWORK = """
 from torch import nn
@@ -30,6 +31,7 @@ def build(shape, classes):
     c, h, w = shape
     return nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes))
 """
+STORE = os.environ.get("MLFLOW_TRACKING_URI")
 CHAIN = ["--backend", "serial", "--eval-seeds", "2", "--chain-steps", "20", "--chain-every", "10"]
 
 
@@ -99,13 +101,11 @@ def test_the_model_predicts_what_was_scored_and_lies_in_the_run(run, digits, cap
     with warnings.catch_warnings(action="ignore"):
         import mlflow
 
-        before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(remembered["uri"])
-        try:
+        assert os.environ.get("MLFLOW_TRACKING_URI") == STORE  # which MLflow changes as it logs a model
+        with default_store(remembered["uri"]):
             again = loaded(address).predict(digits.test.images)
             outputs = mlflow.MlflowClient(remembered["uri"]).get_run(remembered["run_id"]).outputs
-        finally:
-            mlflow.set_tracking_uri(before)
+    assert os.environ.get("MLFLOW_TRACKING_URI") == STORE
     assert again.equals(frame)
     assert outputs is not None
     assert [f"models:/{each.model_id}" for each in outputs.model_outputs] == [address]
