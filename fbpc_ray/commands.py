@@ -290,9 +290,7 @@ def evaluate(
         samples = serve.kept(verdict, found[method], method, specs[0])
         facts = serve.facts(settings, split, scored[method][specs[0].architecture], made_by)
         log(f"model:  {target}, which this serves: {serve.save(samples, target, facts, dataset.test.images[:2])}")
-        remembered = run.folder / "mlflow.json"
-        if settings.output.tracking and remembered.exists():
-            at = json_format.loads(remembered.read_text())
+        if settings.output.tracking and (at := logged.remembered(run)):
             address = serve.log_to_run(samples, at["uri"], at["run_id"], facts, dataset.test.images[:2], log)
             log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
 

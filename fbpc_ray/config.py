@@ -298,6 +298,11 @@ MAY_CHANGE_ON_RESUME = {
 }
 """Flags that don't change the steps already taken."""
 
+ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
+    "data_root", "download", "experts", "checkpoint_every",
+}  # fmt: skip
+"""Where it runs, what it reads and what it leaves: flags that change no result, but for its last bits."""
+
 
 def _table4(data: str, ipc: int, T: int, gamma: float, lambda_x: float, lambda_u: float, N: int, alpha: int, B: int):
     return dict(  # noqa: C408

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 from fbpc_ray import atomic, results
-from fbpc_ray.config import Config, Output, Workers, start_of
+from fbpc_ray.config import ELSEWHERE, Config, start_of
 from fbpc_ray.mlflow_uri import default_uri
 from fbpc_ray.plan import Log
 from fbpc_ray.provenance import Provenance, home
@@ -51,10 +50,6 @@ def kind(config: Config, data: str) -> dict[str, str]:
     return {"method": d.method, "data": data, "ipc": str(d.ipc), "architectures": architectures}
 
 
-ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
-    "data_root", "download", "experts", "checkpoint_every",
-}  # fmt: skip
-"""Settings that change no result."""
 ALWAYS = ("method", "data", "ipc", "architectures", "steps", "alpha")
 
 
@@ -94,7 +89,7 @@ def distillation(config: Config, dataset: Dataset, run: Run, made_by: Provenance
         uri,
         config.output.experiment,
         run_name=run.folder.name,
-        run_id=_remembered(run, uri),
+        run_id=_id_in(run, uri),
         tags={**kind(config, dataset.name), **origin(made_by), "folder": str(run.folder)},
         params=params(config),
         log=log,
@@ -121,7 +116,7 @@ def evaluation(
         yield Untracked()
         return
     uri = default_uri(home())
-    parent = _remembered(run, uri)
+    parent = _id_in(run, uri)
     tracker = tracking.Tracker(
         uri,
         config.output.experiment,
@@ -151,10 +146,15 @@ def _ended(tracker: Any) -> Iterator[None]:
         tracker.finish(status)
 
 
-def _remembered(run: Run, uri: str) -> str | None:
-    """The id of the run in the store `uri`; None where it isn't there."""
+def remembered(run: Run) -> dict[str, str]:
+    """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
     path = run.folder / "mlflow.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _id_in(run: Run, uri: str) -> str | None:
+    """The id of the run in the store `uri`; None where it isn't there."""
+    before = remembered(run)
     return before.get("run_id") if before.get("uri") == uri else None
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray import atomic
-from fbpc_ray.config import Config, Distillation, Evaluation, Output, Workers
+from fbpc_ray.config import ELSEWHERE, Config, Distillation, Evaluation
 from fbpc_ray.errors import UserError
 
 QUANTITIES = (
@@ -39,9 +39,7 @@ SCHEMA = pa.schema(
 )
 """Columns of a row; a quantity that a cell doesn't have, or that diverged, is null. Accuracies are shares of 1."""
 
-_ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
-    "data_root", "download", "experts", "checkpoint_every", "eval_seeds",
-}  # fmt: skip
+_ELSEWHERE = ELSEWHERE | {"eval_seeds"}
 _OF_POOL = {"map", "map_pool", "map_pool_uses"}
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures"}
