@@ -32,6 +32,7 @@ from fbpc_ray.distill import State, threads
 from fbpc_ray.ensemble import Ensemble, Prediction
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.inference.uncertainty import auroc
+from fbpc_ray.passes import Passes
 from fbpc_ray.signals import Interruption
 from fbpc_ray.storage import place
 from fbpc_ray.vision import datasets, memory, own
@@ -171,7 +172,7 @@ def posterior(
     e, samples = chosen.evaluation, []
     with pipeline.progress("sample", chains * (e.chain_steps // e.chain_every), "sample") as bar, threads(1):
         for number in range(seed, seed + chains):
-            for params in evaluate.sampling(network, images, labels, e, augment, number):
+            for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
                     raise UserError(
                         f"the chain of seed {number} on {spec.architecture} diverged: lower chain_eta, or use "

@@ -213,8 +213,7 @@ def judge(
         pictures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
         pictures.course(rows, d.method, run.course_path)
 
-    evaluation, augment = job.settings.evaluation, job.settings.networks.augment
-    verdict = pipeline.evaluate(made, job.specs, dataset, "test", evaluation, augment, workers, log)
+    verdict = pipeline.evaluate(made, job.specs, dataset, "test", job.settings, workers, log)
     scored = verdict.table
     _draw_reliability(verdict, run.reliability_path)
     result = results.result_of(job.settings, dataset, rows, scored, "test", made_by)
@@ -266,15 +265,12 @@ def evaluate(
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
-        augment = settings.networks.augment
         number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
         path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
         tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
         keep = method if target else ""
         with logged.evaluation(settings, dataset, run, path.name.removesuffix(".json"), tags, made_by, log) as tracker:
-            verdict = pipeline.evaluate(
-                found, specs, dataset, split, settings.evaluation, augment, workers, log, strange, keep
-            )
+            verdict = pipeline.evaluate(found, specs, dataset, split, settings, workers, log, strange, keep)
             result = results.result_of(settings, dataset, [], verdict.table, split, made_by)
             result |= {"ood": ood} if ood else {}
             written = _write_evaluation(path, result, verdict, dataset, ood)

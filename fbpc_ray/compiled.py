@@ -8,6 +8,7 @@ What is loaded is machine code. So the folder is one that only its user can writ
 """
 
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -20,16 +21,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fbpc_ray.cache import open_to_others
+from fbpc_ray import cache
 
 Function = Callable[..., list[Tensor]]
+
+
+def folder() -> Path:
+    """Where it is kept: below $FBPC_CACHE, else below the user's cache folder."""
+    return cache.folder() / "compiled"
 
 
 class CannotCompile(Exception):
@@ -96,7 +101,7 @@ def _own(folder: Path) -> None:
     """Make the folder, for its user alone, and clear what killed compilations left a day ago. Raises CannotCompile
     where others can write to it, or put another in its place."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if place := open_to_others(folder):
+    if place := cache.open_to_others(folder):
         raise CannotCompile(f"{place} can be written to by others: set FBPC_CACHE to a folder of your own")
     for left in (*folder.glob(".inductor-*"), *folder.glob(".*.pt2")):
         with suppress(OSError):
@@ -104,7 +109,7 @@ def _own(folder: Path) -> None:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-@cache
+@functools.cache
 def _machine() -> tuple[str, ...]:
     """The processor and the compiler: machine code is for the very kind that it was compiled on."""
     info = Path("/proc/cpuinfo")
@@ -115,7 +120,7 @@ def _machine() -> tuple[str, ...]:
     return (*kind, version.splitlines()[0])
 
 
-@cache
+@functools.cache
 def complaint(folder: Path) -> str:
     """Why nothing can be compiled here, found out on the smallest function; empty where it can."""
     try:

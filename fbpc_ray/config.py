@@ -173,6 +173,8 @@ class Workers:
     compiled: Literal["auto", "on", "off"] = "auto"
     """Compile the networks' passes for the CPU (kept in $FBPC_CACHE, else the user's cache folder); auto: where the run
     is long enough to earn it back. Part of the bits."""
+    compiled_chains: Literal["auto", "on", "off"] = "auto"
+    """The same for the passes of the chains that judge a coreset, and for their predictions."""
     x_cache: float = 20.0
     """Gigabytes of each node's disk, in the same place, that keep theta_x and its K steps for every run that shares the
     experts; 0: none."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fbpc_ray import cache
+from fbpc_ray import compiled as compiling
 from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.config import Distillation
 from fbpc_ray.errors import UserError
@@ -184,7 +185,7 @@ class Worker:
         self.device, self.threads = device, threads
         self.real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
-        self.compiled = cache.folder() / "compiled" if compiled and device == "cpu" else None
+        self.compiled = compiling.folder() if compiled and device == "cpu" else None
         self.x_cache = XCache(cache.folder() / "x-sides", x_cache_bytes) if x_cache_bytes else None
         self.passes: dict[int, Passes] = {}
 

@@ -7,7 +7,7 @@ metadata says which network they are of, the normalisation and the names of the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,9 +39,13 @@ def statistics_of(network: Network, samples: Sequence[Params], coreset: Tensor) 
     return [network.statistics(params, coreset.split(256)) for params in samples]
 
 
-def logits_of(network: Network, samples: Sequence[Params], statistics: Sequence[Params], images: Tensor) -> Tensor:
+Predict = Callable[[Params, Params, Tensor], Tensor]
+"""(parameters, BatchNorm's statistics, images (b, c, h, w)) -> logits (b, d): `Network.predict`, or compiled."""
+
+
+def logits_of(predict: Predict, samples: Sequence[Params], statistics: Sequence[Params], images: Tensor) -> Tensor:
     """Logits (S, b, d) of normalised images (b, c, h, w), on the network's device."""
-    return torch.stack([network.predict(p, s, images) for p, s in zip(samples, statistics, strict=True)])
+    return torch.stack([predict(p, s, images) for p, s in zip(samples, statistics, strict=True)])
 
 
 def finite(samples: Sequence[Params]) -> bool:
@@ -117,7 +121,7 @@ class Ensemble:
     def _predict(self, pixels: Tensor) -> Prediction:
         bytes_ = pixels.dtype == torch.uint8
         images = (normalise if bytes_ else standardise)(pixels if bytes_ else pixels.float(), self.mean, self.std)
-        logits = logits_of(self.network, self.samples, self.statistics, images)
+        logits = logits_of(self.network.predict, self.samples, self.statistics, images)
         return Prediction(log_mean_probability(logits).exp().cpu(), *uncertainty(logits))
 
 

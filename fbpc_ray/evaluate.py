@@ -1,7 +1,7 @@
 """What a coreset is worth: SGHMC chains on it (Eq. 27), and the scores of their model average on test data."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbpc_ray import compiled as compiling
 from fbpc_ray import ensemble
 from fbpc_ray.config import Evaluation
 from fbpc_ray.ensemble import logits_of, statistics_of
@@ -22,8 +23,9 @@ from fbpc_ray.inference.metrics import (
     sample_losses,
     scores,
 )
-from fbpc_ray.inference.sghmc import cross_entropy_potential, noise_variance, sghmc
+from fbpc_ray.inference.sghmc import noise_variance, potential_gradient, sghmc
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
+from fbpc_ray.passes import Passes, multiplications
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch, Params
 from fbpc_ray.vision.augment import AUGMENTATIONS
@@ -68,23 +70,23 @@ class ChainResult(NamedTuple):
 
 
 def posterior_samples(
-    network: Network, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
+    passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> list[Params]:
     """theta after each `chain_every` epochs of SGHMC on the coreset (images, labels), which are on the device."""
-    return list(sampling(network, images, labels, settings, augment, seed))
+    return list(sampling(passes, images, labels, settings, augment, seed))
 
 
 def sampling(
-    network: Network, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
+    passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> Iterator[Params]:
     """`posterior_samples` one by one, each as it is there."""
     m = len(labels)
     size = m if m <= settings.chain_full_batch else min(settings.chain_batch_size, m)
     steps_per_epoch = -(-m // size)
-    name = network.spec.architecture
+    name = passes.network.spec.architecture
     chain = sghmc(
-        cross_entropy_potential(network.forward, settings.chain_weight_decay / m),
-        network.init(generator(seed, "chain", name, "init")),
+        potential_gradient(passes.loss_gradient, settings.chain_weight_decay / m),
+        passes.network.init(generator(seed, "chain", name, "init")),
         _batches(
             images, labels, size, augment if settings.chain_augment else "none", generator(seed, "chain", name, "batch")
         ),
@@ -110,13 +112,15 @@ class Scored(NamedTuple):
     uncertainty: Uncertainty
 
 
-def predictive(network: Network, samples: list[Params], coreset: Tensor, test: RealData) -> Scored:
+def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: RealData) -> Scored:
     """The predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
+    network = passes.network
     statistics = statistics_of(network, samples, coreset)
     parts: list[Scored] = []
     for index in torch.arange(len(test)).split(TEST_BATCH):
         batch = test.batch(index)
-        logits = logits_of(network, samples, statistics, batch.images)
+        whole = len(index) == TEST_BATCH  # a last, smaller batch is not worth compiling for
+        logits = logits_of(passes.predict if whole else network.predict, samples, statistics, batch.images)
         stats = predictive_stats(log_mean_probability(logits), batch.labels)
         parts.append(Scored(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
@@ -136,22 +140,24 @@ class Judge(NamedTuple):
     augment: str
     ood: Split | None = None
     """Images that are strange to the networks (`ood_split`); their labels are not looked at."""
+    compiled: str = "off"
+    """`--compiled-chains`: auto | on | off."""
 
 
 def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
     """One task: sample a chain, score its model average."""
     start = time.perf_counter()
-    network = Network(chain.spec, device)
+    passes = passes_of(judge, chain, device)
     images, labels = torch.tensor(chain.images, device=device), torch.tensor(chain.labels, device=device)
-    samples = posterior_samples(network, images, labels, judge.settings, judge.augment, chain.seed)
+    samples = posterior_samples(passes, images, labels, judge.settings, judge.augment, chain.seed)
     if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
     test = RealData(*tensors(judge.split, device), judge.mean, judge.std)
-    found = predictive(network, samples, images, test)
+    found = predictive(passes, samples, images, test)
     familiar = strange = None
     if judge.ood is not None:
         others = RealData(*tensors(judge.ood, device), judge.mean, judge.std)
-        familiar, strange = found.uncertainty, predictive(network, samples, images, others).uncertainty
+        familiar, strange = found.uncertainty, predictive(passes, samples, images, others).uncertainty
     return ChainResult(
         found.stats,
         time.perf_counter() - start,
@@ -163,9 +169,41 @@ def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
     )
 
 
-def judge(dataset: Dataset, split: str, settings: Evaluation, augment: str, ood: Split | None = None) -> Judge:
+COMPILE_FROM = 5e11
+"""Floating-point operations of a chain and its predictions, half a minute of CPU time, from which its passes are
+compiled: each takes half a minute once, and is then there for the chains of all seeds, runs and machines alike."""
+
+
+def compiles(judge: Judge, chain: Chain) -> bool:
+    """Whether the passes of a chain are compiled, on a CPU. It depends on the chain and its split alone, not on what
+    runs beside it, for it is part of the bits."""
+    e, count = judge.settings, len(judge.split.labels)
+    images = 3 * e.chain_steps * len(chain.labels) + e.chain_steps // e.chain_every * count  # a backward counts two
+    return judge.compiled == "on" or (
+        judge.compiled == "auto" and 2 * multiplications(Network(chain.spec)) * images >= COMPILE_FROM
+    )
+
+
+def passes_of(judge: Judge, chain: Chain, device: str) -> Passes:
+    """Those of the chain's network."""
+    network = Network(chain.spec, device)
+    on = network.device.type == "cpu" and compiles(judge, chain)
+    return Passes(network, compiling.folder() if on else None)
+
+
+def judge(
+    dataset: Dataset, split: str, settings: Evaluation, augment: str, ood: Split | None = None, compiled: str = "off"
+) -> Judge:
     """A Judge on the split named test or validation; `ood` from `ood_split`."""
-    return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood)
+    return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood, compiled)
+
+
+def feasible(judge: Judge, chains: Sequence[Chain], log: Callable[[str], None]) -> Judge:
+    """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
+    if any(compiles(judge, chain) for chain in chains) and (why := compiling.complaint(compiling.folder())):
+        log(f"note: chains stay eager, which is slower: their passes cannot be compiled here ({why})")
+        return judge._replace(compiled="off")
+    return judge
 
 
 def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split:

@@ -158,8 +158,7 @@ def evaluate(source: str, settings: Config, split: str, pixels: exchange.Pixels,
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
-        augment = settings.networks.augment
-        scored = pipeline.evaluate(candidates, specs, dataset, split, settings.evaluation, augment, workers, log).table
+        scored = pipeline.evaluate(candidates, specs, dataset, split, settings, workers, log).table
     result = results.result_of(settings, dataset, [], scored, split, made_by)
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}

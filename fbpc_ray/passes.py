@@ -16,7 +16,7 @@ from fbpc_ray.vision.zoo import Network
 
 
 class Passes:
-    """The loss with its gradient, and the logits, of one network on one device.
+    """The loss with its gradient, the logits and the predictions of one network on one device.
 
     With a folder for what is compiled, each is compiled for each number of images at its first use. Compiled or not is
     part of the bits: where it can't be, a UserError says so, for a worker that went on by itself would change them.
@@ -43,6 +43,14 @@ class Passes:
         run = self._run("logits", images.shape, self._logits, arguments)
         return self.network.forward(params, images) if run is None else run(*arguments)[0]
 
+    @torch.no_grad()
+    def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
+        """Logits (b, d), each image on its own: BatchNorm uses `statistics`, those of `Network.statistics`."""
+        names, kept = self.network.shapes, self.network.buffer_names
+        arguments = (*(params[name] for name in names), *(statistics[name] for name in kept), images)
+        run = self._run("predict", images.shape, self._predict, arguments)
+        return self.network.predict(params, statistics, images) if run is None else run(*arguments)[0]
+
     def _run(
         self, kind: str, shape: torch.Size, function: Callable[..., list[Tensor]], arguments: tuple[Tensor, ...]
     ) -> Function | None:
@@ -55,7 +63,7 @@ class Passes:
             except CannotCompile as error:
                 raise UserError(
                     f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): mend it on "
-                    "every node, or start again with --compiled off",
+                    "every node, or start again with --compiled off --compiled-chains off",
                     code=1,
                 ) from error
         return self._compiled[key]
@@ -68,6 +76,12 @@ class Passes:
     def _logits(self, *arguments: Tensor) -> list[Tensor]:
         *values, images = arguments
         return [self.network.forward(self._params(values), images)]
+
+    def _predict(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images = arguments
+        count = len(self.network.shapes)
+        statistics = dict(zip(self.network.buffer_names, values[count:], strict=True))
+        return [self.network.predict(self._params(values[:count]), statistics, images)]
 
     def _params(self, values: list[Tensor]) -> Params:
         return dict(zip(self.network.shapes, values, strict=True))

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config, Evaluation
+from fbpc_ray.config import Config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State, check_finite, check_updated, combine, remember, units_of, update
 from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import Chain, judge, quantities, run_chain, values
+from fbpc_ray.evaluate import Chain, feasible, judge, quantities, run_chain, values
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.inference.metrics import PredictiveStats
@@ -196,15 +196,16 @@ class Verdict(NamedTuple):
 
 
 def evaluate(
-    candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, settings: Evaluation,
-    augment: str, workers: Backend, log: Log, ood: Split | None = None, keep: str = "",
+    candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, config: Config,
+    workers: Backend, log: Log, ood: Split | None = None, keep: str = "",
 ) -> Verdict:  # fmt: skip
     """SGHMC on every coreset and architecture, scored on `split` and, by its uncertainty, against `ood`. The samples of
     the first chain on the coreset called `keep` are kept.
 
     A chain that left the finite numbers gives None, and a line in the log.
     """
-    judged = judge(dataset, split, settings, augment, ood)
+    settings = config.evaluation
+    judged = judge(dataset, split, settings, config.networks.augment, ood, config.workers.compiled_chains)
     if not len(judged.split.labels):
         raise UserError(
             f"the {split} split is empty: "
@@ -216,6 +217,7 @@ def evaluate(
         for spec in chosen
         for seed in range(settings.eval_seeds)
     ]
+    judged = feasible(judged, chains, log)
     table: Evaluated = {
         name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
         for name in candidates

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fbpc_ray import cache
 from fbpc_ray import compiled as compiling
 from fbpc_ray import experts as expert_files
 from fbpc_ray.backend import Backend, Crew, Serial
@@ -143,7 +142,7 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
         most = max(2 * multiplications(Network(spec)) for spec in chosen)
         if most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
             return False
-    why = compiling.complaint(cache.folder() / "compiled")
+    why = compiling.complaint(compiling.folder())
     if why:
         log(f"note: passes stay eager, which is slower: they cannot be compiled here ({why})")
     return not why

@@ -287,7 +287,9 @@ def _compared(found: Sequence[Found]) -> list[Block]:
     return blocks
 
 
-PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads", "device", "compiled"}
+PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - {
+    "threads", "device", "compiled", "compiled_chains",
+}  # fmt: skip
 """Settings that change no result."""
 
 

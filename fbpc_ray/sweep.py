@@ -144,8 +144,8 @@ def judge(
 ) -> Evaluated:  # fmt: skip
     """The scores of the pseudocoreset after a step on the validation split, by `shorter` chains."""
     made = Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
-    evaluation, augment = shorter(config.evaluation, brief), config.networks.augment
-    found = pipeline.evaluate({"coreset": made}, chosen, dataset, "validation", evaluation, augment, workers, log)
+    short = replace(config, evaluation=shorter(config.evaluation, brief))
+    found = pipeline.evaluate({"coreset": made}, chosen, dataset, "validation", short, workers, log)
     return found.table
 
 

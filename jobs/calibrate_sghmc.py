@@ -37,7 +37,7 @@ from fbpc_ray import atomic, coreset, evaluate, pipeline, plan
 from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, Data, Evaluation, Networks, Workers
 from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import Chain, ChainResult, Judge, judge, run_chain
+from fbpc_ray.evaluate import Chain, ChainResult, Judge, feasible, judge, run_chain
 from fbpc_ray.provenance import capture
 from fbpc_ray.rng import generator
 from fbpc_ray.signals import Interruption
@@ -136,8 +136,10 @@ def calibrate(argv: list[str], program: str) -> None:
             number = len(done["runs"])
             words = [word.replace(config.data.data, _name(config.data.data)) for word in argv]
             done["runs"].append({**made_by._asdict(), "command": " ".join(["jobs/calibrate_sghmc.py", *words])})
-            shared = judge(dataset, "test", missing[0].settings, config.networks.augment)
+            how = config.workers.compiled_chains
+            shared = judge(dataset, "test", missing[0].settings, config.networks.augment, compiled=how)
             shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
+            shared = feasible(shared, [trial.chain for trial in missing], print)
             with pipeline.progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
                     row = {**missing[index].key, **_numbers(result), "run": number}

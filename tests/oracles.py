@@ -17,6 +17,19 @@ def sgd_on_quadratic(theta: Tensor, optimum: Tensor, hessian: Tensor, learning_r
     return [optimum + torch.linalg.matrix_power(contraction, k) @ (theta - optimum) for k in range(1, steps + 1)]
 
 
+def cross_entropy_potential(
+    forward: Callable[[dict[str, Tensor], Tensor], Tensor], weight_decay: float
+) -> Callable[[dict[str, Tensor], tuple[Tensor, Tensor]], Tensor]:
+    """U of Eq. 27, () nats an image: -1/m sum_i log softmax(f(x_i))[y_i] + weight_decay / 2 |theta|^2."""
+
+    def potential(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        likelihood = forward(params, images).log_softmax(-1).gather(-1, labels[:, None]).mean()
+        return 0.5 * weight_decay * torch.stack([value.square().sum() for value in params.values()]).sum() - likelihood
+
+    return potential
+
+
 def sghmc_variance(noise: float, eta: float, alpha: float, curvature: float) -> float:
     """Stationary variance of theta for v' = (1-a) v - eta h theta + n, theta' = theta + v', n ~ N(0, noise).
 

@@ -96,7 +96,7 @@ def test_tasks_return_what_serial_returns(cluster, small, digits):
     state, labels = pipeline.first_state(digits, 1, 0)
     candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
     one, other = (
-        pipeline.evaluate(candidates, specs, digits, "test", small.evaluation, "dsa", backend, print).table
+        pipeline.evaluate(candidates, specs, digits, "test", small, backend, print).table
         for backend in (cluster, Serial("cpu", Interruption()))
     )
     assert one == other

@@ -1,5 +1,7 @@
 """Chains and their scores: which samples are kept, what is averaged, and that the test set's order cannot matter."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fbpc_ray import compiled as compiling
 from fbpc_ray import evaluate, pipeline, plan
 from fbpc_ray.config import Evaluation
 from fbpc_ray.errors import UserError
@@ -22,6 +25,7 @@ from fbpc_ray.evaluate import (
 )
 from fbpc_ray.inference.metrics import nll_of_batches, scores
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
+from fbpc_ray.passes import Passes, multiplications
 from fbpc_ray.rng import generator
 from fbpc_ray.vision.datasets import Split, tensors
 from fbpc_ray.vision.realdata import RealData
@@ -48,12 +52,12 @@ def same(one, other):
 
 def test_samples_are_the_states_after_every_tenth_epoch(network, coreset: Pair):
     """30 epochs with one sample every 10 give 3; those of a longer chain begin with the same three."""
-    samples = posterior_samples(network, *coreset, SETTINGS, "dsa", seed=0)
+    samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", seed=0)
     assert len(samples) == 3
-    longer = posterior_samples(network, *coreset, replace(SETTINGS, chain_steps=45), "dsa", seed=0)
+    longer = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_steps=45), "dsa", seed=0)
     assert len(longer) == 4
     assert all(same(a, b) for a, b in zip(samples, longer, strict=False))
-    often = posterior_samples(network, *coreset, replace(SETTINGS, chain_every=5), "dsa", seed=0)
+    often = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_every=5), "dsa", seed=0)
     assert len(often) == 6
     assert same(often[1], samples[0])
 
@@ -69,7 +73,7 @@ def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset
         chain_steps=1,
         chain_every=1,
     )
-    (sample,) = posterior_samples(network, *coreset, settings, "none", seed=3)
+    (sample,) = posterior_samples(Passes(network), *coreset, settings, "none", seed=3)
     name = network.spec.architecture
     params = {k: v.clone().requires_grad_() for k, v in network.init(generator(3, "chain", name, "init")).items()}
     velocity = {k: torch.zeros_like(v) for k, v in params.items()}
@@ -87,7 +91,7 @@ def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
 
     def jump(images, labels):
         settings = replace(SETTINGS, chain_steps=1, chain_every=1, chain_d=1e6, chain_weight_decay=0.0)
-        (sample,) = posterior_samples(network, images, labels, settings, "none", seed=0)
+        (sample,) = posterior_samples(Passes(network), images, labels, settings, "none", seed=0)
         return torch.cat([value.flatten() for value in sample.values()]).std()
 
     once, double = jump(*coreset), jump(coreset[0].repeat(2, 1, 1, 1), coreset[1].repeat(2))
@@ -95,29 +99,29 @@ def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
 
 
 def test_chains_differ_by_seed_and_repeat_by_it(network, coreset: Pair):
-    one, again, other = (posterior_samples(network, *coreset, SETTINGS, "dsa", seed) for seed in (0, 0, 1))
+    one, again, other = (posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", seed) for seed in (0, 0, 1))
     assert same(one[-1], again[-1])
     assert not same(one[-1], other[-1])
 
 
 def test_the_augmentation_switch_acts(network, coreset: Pair):
-    plain = posterior_samples(network, *coreset, replace(SETTINGS, chain_augment=False), "dsa", 0)
-    none = posterior_samples(network, *coreset, SETTINGS, "none", 0)
+    plain = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_augment=False), "dsa", 0)
+    none = posterior_samples(Passes(network), *coreset, SETTINGS, "none", 0)
     assert same(plain[-1], none[-1])
-    assert not same(plain[-1], posterior_samples(network, *coreset, SETTINGS, "dsa", 0)[-1])
+    assert not same(plain[-1], posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)[-1])
 
 
 @pytest.mark.parametrize("size", [1, 7, 90, 500])
 def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset: Pair, digits, monkeypatch, size):
     """Scores, and what each image gets: BatchNorm too, its statistics coming from the coreset and not from the test
     images that share a batch. 90 images, shuffled and sorted by class."""
-    samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
+    samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     images, labels = (each[:90] for each in tensors(digits.test, "cpu"))
-    whole = predictive(network, samples, coreset[0], RealData(images, labels, digits.mean, digits.std))
+    whole = predictive(Passes(network), samples, coreset[0], RealData(images, labels, digits.mean, digits.std))
     monkeypatch.setattr(evaluate, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = RealData(images[order], labels[order], digits.mean, digits.std)
-        found = predictive(network, samples, coreset[0], moved)
+        found = predictive(Passes(network), samples, coreset[0], moved)
         assert scores(found.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
         torch.testing.assert_close(found.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
         for name in Uncertainty._fields:
@@ -127,14 +131,14 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
 
 def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
     """Its probabilities are the mean of the softmax of every sample: by hand for all three."""
-    samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
+    samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     test = RealData(*tensors(digits.test, "cpu"), digits.mean, digits.std)
     batch = test.batch(torch.arange(len(test)))
     p = torch.stack(
         [network.predict(s, network.statistics(s, [coreset[0]]), batch.images).double().softmax(1) for s in samples]
     ).mean(0)
     nll = -p[torch.arange(len(p)), batch.labels].log().mean().item()
-    assert scores(predictive(network, samples, coreset[0], test).stats).nll == pytest.approx(nll, rel=1e-6)
+    assert scores(predictive(Passes(network), samples, coreset[0], test).stats).nll == pytest.approx(nll, rel=1e-6)
 
 
 def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digits):
@@ -144,10 +148,60 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
     result = run_chain(judge(digits._replace(validation=few), "validation", settings, "dsa"), chain, "cpu")
     assert result.stats is not None
     assert result.stats.examples == 50
-    samples = posterior_samples(network, *coreset, settings, "dsa", 0)
-    expected = predictive(network, samples, coreset[0], RealData(*tensors(few, "cpu"), digits.mean, digits.std))
+    samples = posterior_samples(Passes(network), *coreset, settings, "dsa", 0)
+    expected = predictive(Passes(network), samples, coreset[0], RealData(*tensors(few, "cpu"), digits.mean, digits.std))
     assert scores(result.stats) == scores(expected.stats)
     assert result.familiar is result.strange is None, "sent though nobody asked"
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
+@pytest.mark.slow
+def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypatch):
+    """Batches of 20 test images and one of 5, BatchNorm's statistics among the arguments of what is compiled."""
+    monkeypatch.setattr(evaluate, "TEST_BATCH", 20)
+    spec = plan.specs(small, digits)[1]
+    assert spec.architecture == "convnet-bn"
+    state, labels = pipeline.first_state(digits, 2, 0)
+    few = Split(digits.test.images[:45], digits.test.labels[:45])
+    chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0, keep=True)
+    settings = replace(SETTINGS, chain_steps=6, chain_every=3)
+    eager, fast = (
+        run_chain(judge(digits._replace(test=few), "test", settings, "dsa", compiled=how), chain, "cpu")
+        for how in ("off", "on")
+    )
+    assert len(list(compiling.folder().glob("*.pt2"))) >= 2
+    assert eager.samples
+    assert eager.stats
+    assert fast.samples
+    assert fast.stats
+    for one, other in zip(eager.samples, fast.samples, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+    assert fast.stats.correct == eager.stats.correct
+    assert fast.stats.nll == pytest.approx(eager.stats.nll, rel=1e-3)
+    assert fast.nll_of_samples == pytest.approx(eager.nll_of_samples, rel=1e-3)
+
+
+def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monkeypatch):
+    """By hand for 20 images and a test set of 297: (3 x 20 x 1000 + 10 x 297) images forward, two operations for each
+    of `multiplications`; auto compiles from there on. What can't be compiled is said, and stays eager."""
+    spec = plan.specs(small, digits)[0]
+    chain = Chain("x", np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 10, spec, 0)
+    auto = judge(digits, "test", Evaluation(), "dsa", compiled="auto")
+    work = 2 * multiplications(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
+    monkeypatch.setattr(evaluate, "COMPILE_FROM", work)
+    assert evaluate.compiles(auto, chain)
+    assert evaluate.passes_of(auto, chain, "cpu").folder == compiling.folder()
+    assert evaluate.passes_of(auto._replace(compiled="off"), chain, "cpu").folder is None
+    monkeypatch.setattr(evaluate, "COMPILE_FROM", work + 1)
+    assert not evaluate.compiles(auto, chain)
+    forced, lines = auto._replace(compiled="on"), []
+    assert evaluate.compiles(forced, chain)
+    monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
+    assert evaluate.feasible(auto, [chain], lines.append) == auto
+    assert not lines
+    assert evaluate.feasible(forced, [chain], lines.append).compiled == "off"
+    assert lines == ["note: chains stay eager, which is slower: their passes cannot be compiled here (no g++)"]
 
 
 def test_a_chain_that_explodes_says_so(network, coreset: Pair, digits):
@@ -173,9 +227,9 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
     found = values(run_chain(judged, chain, "cpu"))
     assert tuple(found) == quantities(judged)
 
-    samples = posterior_samples(network, *coreset, SETTINGS, "dsa", 0)
+    samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     inside, outside = (
-        predictive(network, samples, coreset[0], RealData(*tensors(split, "cpu"), digits.mean, digits.std))
+        predictive(Passes(network), samples, coreset[0], RealData(*tensors(split, "cpu"), digits.mean, digits.std))
         for split in (digits.test, strange)
     )
     assert len(inside.uncertainty.entropy) == len(digits.test.labels)
@@ -243,7 +297,7 @@ def test_the_prior_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
 
     def first(decay):
         settings = replace(SETTINGS, chain_steps=1, chain_every=1, chain_d=0.0, chain_weight_decay=decay)
-        return posterior_samples(network, *coreset, settings, "none", seed=0)[0]
+        return posterior_samples(Passes(network), *coreset, settings, "none", seed=0)[0]
 
     start = network.init(generator(0, "chain", network.spec.architecture, "init"))
     free, pulled = first(0.0), first(40.0)

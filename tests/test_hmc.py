@@ -17,7 +17,7 @@ from fbpc_ray.inference.hmc import (
     leapfrog,
     tempered,
 )
-from fbpc_ray.inference.sghmc import cross_entropy_potential, noise_variance, sghmc
+from fbpc_ray.inference.sghmc import noise_variance, sghmc
 from fbpc_ray.rng import generator
 from fbpc_ray.types import Batch
 from fbpc_ray.vision.zoo import Network, Spec
@@ -205,7 +205,7 @@ def test_the_temperature_turns_the_mean_loss_into_the_sum():
     source = generator(0)
     batch = Batch(torch.randn(7, 3, generator=source), torch.tensor([0, 1, 0, 1, 1, 0, 1]))
     w = torch.randn(3, 2, generator=source)
-    energy = tempered(cross_entropy_potential(lambda p, x: x @ p["w"], 0.3), batch, 0.01 / 7)
+    energy = tempered(oracles.cross_entropy_potential(lambda p, x: x @ p["w"], 0.3), batch, 0.01 / 7)
     loss = -(batch.images @ w).log_softmax(1)[torch.arange(7), batch.labels].sum()
     assert energy({"w": w}).item() == pytest.approx(((loss + 7 * 0.15 * w.square().sum()) / 0.01).item(), rel=1e-5)
 
@@ -216,7 +216,7 @@ def test_a_network_in_double_precision():
     network = Network(Spec("convnet-in", (1, 8, 8), 10, 4, 2))
     batch = Batch(torch.rand(6, 1, 8, 8, generator=generator(1)), torch.arange(6))
     params, batch = in_float64(network.init(generator(0)), batch)
-    energy = tempered(cross_entropy_potential(network.forward, 0.01), batch, 0.01 / 6)
+    energy = tempered(oracles.cross_entropy_potential(network.forward, 0.01), batch, 0.01 / 6)
     assert energy(params) > 1000
     coarse, fine = (many(energy, params, 1, step, n)[0] for step, n in ((1e-5, 5), (5e-6, 10)))
     assert 1e-8 < abs(coarse.change.item()) < 1e-4
@@ -251,7 +251,7 @@ def test_sghmc_agrees_with_hmc_on_digits(forward):
     data = (data - data.mean(0)) @ torch.randn(64, FEATURES, generator=generator(5), dtype=torch.float64) / 64
     batch, rest = Batch(data[:12], torch.tensor(labels[:12])), data[12:]
     d, chains = 0.3 / 12, 1500
-    potential = torch.func.vmap(cross_entropy_potential(forward, 0.05), in_dims=(0, None))
+    potential = torch.func.vmap(oracles.cross_entropy_potential(forward, 0.05), in_dims=(0, None))
     start = {
         name: torch.randn(chains, *shape, generator=generator(6, name), dtype=torch.float64)
         for name, shape in SHAPES[forward].items()
@@ -268,8 +268,8 @@ def test_sghmc_agrees_with_hmc_on_digits(forward):
 
     variance = noise_variance("consistent", eta=0.03, alpha=0.1, d=d)
     steps = sghmc(
-        lambda p, b: potential(p, b).sum(), start, repeat(batch), eta=0.03, alpha=0.1, variance=variance,
-        source=generator(7),
+        torch.func.grad(lambda p, b: potential(p, b).sum()), start, repeat(batch),
+        eta=0.03, alpha=0.1, variance=variance, source=generator(7),
     )  # fmt: skip
     ours = predictive(next(islice(steps, 600, None)))
 

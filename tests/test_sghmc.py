@@ -6,14 +6,16 @@ import oracles
 import pytest
 import torch
 
-from fbpc_ray.inference.sghmc import NOISE_READINGS, cross_entropy_potential, noise_variance, sghmc
+from fbpc_ray.inference.posterior import loss_gradient
+from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, potential_gradient, sghmc
 from fbpc_ray.types import Batch
 
 NOTHING = Batch(torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
 def quadratic(curvature):
-    return lambda params, batch: 0.5 * curvature * params["w"].square().sum()
+    """The gradient of curvature / 2 |w|^2."""
+    return lambda params, batch: {"w": curvature * params["w"]}
 
 
 def chain(curvature=1.0, width=1, steps=10, start=0.0, **settings):
@@ -80,9 +82,17 @@ def test_noise_comes_from_the_generator_and_is_fresh_each_step():
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.06
 
 
-def test_potential_is_mean_cross_entropy_plus_half_the_decay_times_the_squared_norm():
-    """U at logits 0: log d, plus wd / 2 (1 + 4 + 9)."""
-    params = {"w": torch.tensor([1.0, 2.0, 3.0])}
-    potential = cross_entropy_potential(lambda p, x: torch.zeros(len(x), 4), 0.1)
-    value = potential(params, Batch(torch.zeros(5, 1), torch.zeros(5, dtype=torch.long)))
-    assert value.item() == pytest.approx(1.3862944 + 0.05 * 14, rel=1e-6)
+def test_the_gradient_is_that_of_mean_cross_entropy_plus_half_the_decay_times_the_squared_norm():
+    """Of a hidden layer, in float64, by autograd through the oracle's U."""
+    source = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(shape, generator=source).double() for name, shape in (("v", (3, 4)), ("w", (4, 5)))}
+    batch = Batch(torch.randn(7, 3, generator=source).double(), torch.arange(7) % 5)
+
+    def forward(p, x):
+        return (x @ p["v"]).tanh() @ p["w"]
+
+    found = potential_gradient(loss_gradient(forward), 0.1)(params, batch)
+    expected = torch.func.grad(oracles.cross_entropy_potential(forward, 0.1))(params, batch)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)

@@ -21,6 +21,7 @@ from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, max_pool2d
 from fbpc_ray import cli, coreset, evaluate, plan
 from fbpc_ray.config import preset, to_json
 from fbpc_ray.errors import UserError
+from fbpc_ray.passes import Passes
 from fbpc_ray.rng import generator
 from fbpc_ray.vision import contract
 from fbpc_ray.vision.convnet import default_depth
@@ -427,7 +428,7 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
     def losses(size, chosen, given=coreset_images):
         monkeypatch.setattr(evaluate, "TEST_BATCH", size)
         test = RealData(images[chosen], labels[chosen], digits.mean, digits.std)
-        return evaluate.predictive(net, samples, given, test)
+        return evaluate.predictive(Passes(net), samples, given, test)
 
     whole = losses(500, torch.arange(45))
     for size in (45, 16, 1):

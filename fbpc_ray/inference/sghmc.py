@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from fbpc_ray.types import Batch, Forward, Params
+from fbpc_ray.types import Batch, LossGradient, Params
+
+Gradient = Callable[[Params, Batch], Params]
+"""(parameters, batch) -> the gradient of U(theta) by parameter."""
 
 NOISE_READINGS: dict[str, Callable[[float, float, float], float]] = {
     "consistent": lambda eta, alpha, d: 2 * alpha * eta * d,
@@ -34,18 +35,18 @@ def noise_variance(reading: str, *, eta: float, alpha: float, d: float) -> float
     return NOISE_READINGS[reading](eta, alpha, d)
 
 
-def cross_entropy_potential(forward: Forward, weight_decay: float) -> Callable[[Params, Batch], Tensor]:
-    """U(theta) of the module docstring: (params, batch) -> () nats an image."""
+def potential_gradient(slope: LossGradient, weight_decay: float) -> Gradient:
+    """grad U(theta) of the module docstring, from that of the mean cross-entropy."""
 
-    def potential(params: Params, batch: Batch) -> Tensor:
-        prior = sum((value.square().sum() for value in params.values()), torch.zeros(()))
-        return cross_entropy(forward(params, batch.images), batch.labels) + 0.5 * weight_decay * prior.to(batch.images)
+    def of(params: Params, batch: Batch) -> Params:
+        _, gradients = slope(params, batch)
+        return {name: gradients[name] + weight_decay * value for name, value in params.items()}
 
-    return potential
+    return of
 
 
 def sghmc(
-    potential: Callable[[Params, Batch], Tensor],
+    gradient: Gradient,
     params: Params,
     batches: Iterable[Batch],
     *,
@@ -54,7 +55,7 @@ def sghmc(
     variance: float,
     source: torch.Generator,
 ) -> Iterator[Params]:
-    """Yield theta after each step of Eq. 27, one step a batch, from `params` at rest (v = 0).
+    """Yield theta after each step of Eq. 27, one step a batch, from `params` at rest (v = 0); `gradient` is grad U.
 
     `alpha` is the friction, `eta` the step size, `variance` that of the noise (`noise_variance`). What is yielded
     carries no gradient and is not changed by later steps.
@@ -62,11 +63,10 @@ def sghmc(
     velocity = {name: torch.zeros_like(value) for name, value in params.items()}
     scale = math.sqrt(variance)
     for batch in batches:
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        gradients = torch.autograd.grad(potential(leaves, batch), list(leaves.values()))
+        gradients = gradient(params, batch)
         with torch.no_grad():
-            for (name, v), gradient in zip(velocity.items(), gradients, strict=True):
+            for name, v in velocity.items():
                 noise = torch.randn(v.shape, generator=source, dtype=v.dtype).to(v.device) if scale else 0.0
-                velocity[name] = (1 - alpha) * v - eta * gradient + scale * noise
+                velocity[name] = (1 - alpha) * v - eta * gradients[name] + scale * noise
             params = {name: (value + velocity[name]).detach() for name, value in params.items()}
         yield params

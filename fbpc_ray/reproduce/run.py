@@ -176,8 +176,10 @@ def _judge(
         for group in groups.values():
             task, _ = group[0]
             config, dataset = task.cell.config, task.dataset
-            court = work.Court(evaluate.judge(dataset, "test", config.evaluation, config.networks.augment), dataset)
             items = [_judging(task, seed, kind, options.corruptions) for task, seed in group]
+            e, augment, how = config.evaluation, config.networks.augment, config.workers.compiled_chains
+            judge = evaluate.judge(dataset, "test", e, augment, compiled=how)
+            court = work.Court(evaluate.feasible(judge, [item.chain for item in items], log), dataset)
             for index, findings in workers.map(work.judge, court, items):
                 task, seed = group[index]
                 rows.write([_row(options, task, seed, finding, made_by) for finding in findings])

@@ -11,8 +11,9 @@ from fbpc_ray.backend import Serial
 from fbpc_ray.config import Config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import Chain, Judge, posterior_samples, predictive, run_chain, values
+from fbpc_ray.evaluate import Chain, Judge, passes_of, posterior_samples, predictive, run_chain, values
 from fbpc_ray.inference.metrics import scores
+from fbpc_ray.passes import Passes
 from fbpc_ray.reproduce.cost import Cost, measure
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
@@ -89,33 +90,33 @@ def judge(court: Court, item: Judging, device: str) -> list[Finding]:
     """One task: a chain, and the rows that it fills. A chain that diverged fills its rows with nothing."""
     if item.kind == "scores":
         return [values(run_chain(court.judge, item.chain, device))]
-    network = Network(item.chain.spec, device)
+    passes = passes_of(court.judge, item.chain, device)
     images = torch.tensor(item.chain.images, device=device)
     labels = torch.tensor(item.chain.labels, device=device)
     settings, augment = court.judge.settings, court.judge.augment
-    samples = posterior_samples(network, images, labels, settings, augment, item.chain.seed)
+    samples = posterior_samples(passes, images, labels, settings, augment, item.chain.seed)
     if not ensemble.finite(samples):
         return [{}]
     if item.kind == "logits":
-        return _logits(network, samples, images, labels, court.dataset)
-    return _corrupted(network, samples, images, court, item)
+        return _logits(passes.network, samples, images, labels, court.dataset)
+    return _corrupted(passes, samples, images, court, item)
 
 
 def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch.Tensor, dataset: Dataset) -> list:
     """Fig. 2b: the mean logits at the coreset's first image of 'dog', or of the last class where there is no dog."""
     shown = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
     image = images[labels == shown][:1]
-    logits = ensemble.logits_of(network, samples, ensemble.statistics_of(network, samples, images), image)
+    logits = ensemble.logits_of(network.predict, samples, ensemble.statistics_of(network, samples, images), image)
     means = logits[:, 0].double().mean(0).cpu()
     return [{"column": name, "logit": float(value)} for name, value in zip(dataset.classes, means, strict=True)]
 
 
-def _corrupted(network: Network, samples: list, images: torch.Tensor, court: Court, item: Judging) -> list[Finding]:
+def _corrupted(passes: Passes, samples: list, images: torch.Tensor, court: Court, item: Judging) -> list[Finding]:
     """Table 3: accuracy under each corruption, averaged over severities; degradation = 1 - it / clean accuracy."""
 
     def accuracy(split: Any) -> float:
-        data = RealData(*tensors(split, network.device), court.dataset.mean, court.dataset.std)
-        return scores(predictive(network, samples, images, data).stats).accuracy
+        data = RealData(*tensors(split, passes.network.device), court.dataset.mean, court.dataset.std)
+        return scores(predictive(passes, samples, images, data).stats).accuracy
 
     clean = accuracy(court.judge.split)
     found = []
