@@ -48,7 +48,7 @@ from fbpc_ray.distill import Unit, Worker, threads, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.passes import Passes
-from fbpc_ray.provenance import capture
+from fbpc_ray.provenance import Provenance, capture
 from fbpc_ray.reproduce import cost
 from fbpc_ray.rng import generator
 from fbpc_ray.signals import Interruption
@@ -132,7 +132,7 @@ def benchmark(argv: list[str], program: str) -> None:
     known = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
     if unknown := set(args.ways) - set(known):
         raise UserError(f"unknown way '{unknown.pop()}': choose from {', '.join(known)}")
-    cases = []
+    cases, made_by = [], capture(device_name(args.device))  # before a file of results is another than that committed
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="fbpc-benchmark-") as folder,
@@ -146,7 +146,7 @@ def benchmark(argv: list[str], program: str) -> None:
                     cases.append(measured(case, args, Path(folder), elsewhere))
                     print(line(cases[-1]), flush=True)
                     if args.json:
-                        write(args, cases)
+                        write(args, cases, made_by)
 
 
 def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, folder: Path) -> Case:
@@ -402,12 +402,12 @@ def floor_of(
     return step
 
 
-def write(args: Arguments, cases: list[dict[str, Any]]) -> None:
+def write(args: Arguments, cases: list[dict[str, Any]], made_by: Provenance) -> None:
     """The file that `--json` names, and the table beside it."""
     path = Path(args.json).absolute()
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
     settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
-    found = {"cases": cases, "settings": settings, **capture(device_name(args.device))._asdict()}
+    found = {"cases": cases, "settings": settings, **made_by._asdict()}
     atomic.write_text(path, json.dumps(found, indent=2) + "\n")
     atomic.write_text(path.with_suffix(".md"), table(cases))
     draw(cases, path)
