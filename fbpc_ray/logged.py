@@ -7,6 +7,7 @@ from typing import Any
 
 from fbpc_ray import atomic, results
 from fbpc_ray.config import ELSEWHERE, Config, start_of
+from fbpc_ray.errors import undamaged
 from fbpc_ray.mlflow_uri import default_uri
 from fbpc_ray.plan import Log
 from fbpc_ray.provenance import Provenance, home
@@ -149,7 +150,11 @@ def _ended(tracker: Any) -> Iterator[None]:
 def remembered(run: Run) -> dict[str, str]:
     """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
     path = run.folder / "mlflow.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with undamaged(path, "delete it, and the run is logged as a new one"):
+        told = json.loads(path.read_text())
+        return {name: str(told[name]) for name in ("uri", "run_id")}
 
 
 def _id_in(run: Run, uri: str) -> str | None:

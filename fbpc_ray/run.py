@@ -22,7 +22,7 @@ from torch import Tensor
 from fbpc_ray import atomic, config, storage
 from fbpc_ray.config import MAY_CHANGE_ON_RESUME, Config
 from fbpc_ray.distill import State
-from fbpc_ray.errors import UserError
+from fbpc_ray.errors import UserError, undamaged
 from fbpc_ray.storage import Place
 
 Where = TypeVar("Where", bound=Place)
@@ -128,11 +128,9 @@ class Run(Generic[Where]):
         """The result; None where there is none yet. Raises UserError for damage."""
         if not self.result_path.exists():
             return None
-        try:
+        with undamaged(self.result_path, "delete it and run again"):
             result = json.loads(self.result_path.read_bytes())
             return dict(result) | {"steps": int(result["steps"]), "coresets": dict(result["coresets"])}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.result_path} is damaged ({error!r:.80}): delete it and run again") from None
 
 
 def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:

@@ -21,7 +21,7 @@ from fbpc_ray.backend import Backend
 from fbpc_ray.config import Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word, with_method
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
-from fbpc_ray.errors import UserError, closest
+from fbpc_ray.errors import UserError, closest, undamaged
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.run import Run
@@ -225,11 +225,9 @@ def read_record(folder: Place) -> Record:
     path = folder / "trial.json"
     if not path.exists():
         return Record()
-    try:
+    with undamaged(path, f"delete {folder}, its trial then starts again"):
         found = json.loads(path.read_text())
         return Record(found["starts"], [Look(**each) for each in found["looks"]], found["error"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete {folder}, its trial then starts again") from None
 
 
 def write_record(folder: Place, record: Record) -> None:
@@ -252,8 +250,9 @@ def outcome(config: Config, number: int) -> Outcome:
         return Outcome(number, "finished", "", record)
     path = folder / "ended.json"
     if path.exists():
-        told = json.loads(path.read_text())
-        return Outcome(number, told["how"], told["why"], record)
+        with undamaged(path, "delete it, and the trial goes on"):
+            told = json.loads(path.read_text())
+            return Outcome(number, told["how"], told["why"], record)
     return Outcome(number, "open", "", record)
 
 

@@ -28,7 +28,7 @@ from fbpc_ray.config import (
     to_json,
     to_preset,
 )
-from fbpc_ray.errors import UserError
+from fbpc_ray.errors import UserError, undamaged
 from fbpc_ray.logged import Untracked, kind, origin, params, tracking_module
 from fbpc_ray.mlflow_uri import compare_url, default_uri, ui_command
 from fbpc_ray.provenance import Provenance, capture, home
@@ -75,8 +75,10 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     folder = _folder(base, resume)
     path = folder / "result.json"
     if resume and path.exists():
+        with undamaged(path, "delete it, and the best trial is judged again"):
+            result = json_format.loads(path.read_text())
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
-        write_json(json, json_format.loads(path.read_text()))
+        write_json(json, result)
         return
     found = _prepared(base, settings, folder, resume, trusted, dry_run)
     if dry_run:
@@ -197,12 +199,10 @@ def read_plan(folder: Place) -> Plan:
     path = folder / "sweep.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no sweep (no sweep.json): check the path, or start one without --resume")
-    try:
+    with undamaged(path, "start the sweep again in another --out"):
         told = json_format.loads(path.read_text())
         settings = Sweep(**{**told["settings"], "grid": tuple(told["settings"]["grid"])})
         return Plan(told["name"], told["id"], settings, [dict(each) for each in told["trials"]])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): start the sweep again in another --out") from None
 
 
 def _describe(found: _Sweep) -> None:

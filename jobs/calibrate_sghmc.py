@@ -36,7 +36,7 @@ import tyro
 from fbpc_ray import atomic, coreset, evaluate, pipeline, plan
 from fbpc_ray.cli import COMMANDS, main
 from fbpc_ray.config import Config, Data, Evaluation, Networks, Workers
-from fbpc_ray.errors import UserError
+from fbpc_ray.errors import UserError, undamaged
 from fbpc_ray.evaluate import Chain, ChainResult, Judge, feasible, judge, run_chain
 from fbpc_ray.provenance import capture
 from fbpc_ray.rng import generator
@@ -127,7 +127,11 @@ def calibrate(argv: list[str], program: str) -> None:
     dataset = plan.load_data(config, print)
     trials = plan_trials(search, config, dataset)
     path = Path(search.out)
-    done = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
+    done: dict[str, list[dict[str, Any]]] = {"runs": [], "rows": []}
+    if path.exists():
+        with undamaged(path, "restore it, or give another --out"):
+            found = json.loads(path.read_text())
+            done = {name: [dict(each) for each in found[name]] for name in done}
     missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in done["rows"])]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:

@@ -18,6 +18,7 @@ import torch
 from conftest import flags
 
 from fbpc_ray import cli, coreset
+from fbpc_ray.config import to_json
 from fbpc_ray.run import Run
 
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
@@ -330,6 +331,18 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path)
     path.write_bytes(broken)
     assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "4")
     assert path.read_bytes() == broken
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"uri": "sqlite:///mlflow.db"}'])
+def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
+    folder = tmp_path / "tracked"
+    folder.mkdir()
+    (folder / "mlflow.json").write_text(text)
+    (folder / "config.json").write_text(to_json(small.updated(out=str(folder), backend="serial", tracking=True)))
+    said = refused(capsys, "--out", str(folder), "--resume", "--tracking")
+    assert f"{folder}/mlflow.json is damaged" in said
+    assert "delete it, and the run is logged as a new one" in said
+    assert (folder / "mlflow.json").read_text() == text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_checkpoint(capsys, small, tmp_path):

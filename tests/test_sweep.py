@@ -181,6 +181,17 @@ def test_looks_have_shorter_chains_with_as_many_samples():
     assert sweep.shorter(replace(whole, chain_steps=4, chain_every=4), Sweep()).chain_every == 1
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"how": "stopped"}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["trial.json", "ended.json"])
+def test_a_damaged_file_of_a_trial_is_one_line(name, text, small, tmp_path):
+    folder = tmp_path / "trials/00003"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=rf"00003/{name} is damaged \(.*: delete") as caught:
+        sweep.outcome(small.updated(out=str(folder)), 3)
+    assert "\n" not in str(caught.value)
+
+
 def test_losses_are_summed_over_architectures_and_averaged_over_draws():
     rows = [
         {"step": step, "architecture": name, "loss": loss}
