@@ -2,11 +2,12 @@
 # make test   set up, then run the tests                (ARGS="-k posterior" passes flags to pytest)
 # make lint   set up, then ruff and pyright
 # make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda)
+# make browser  install what the browser tests need and are skipped without: Debian's package chromium, by apt-get
 # make setup  only the environment, in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench browser clean
 setup: .venv/ready
 
 # uv installs everything in half a minute; plain pip, which takes a few, stands in where uv can't be had.
@@ -36,6 +37,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+browser:
+	@if command -v chromium; then :; \
+	elif ! command -v apt-get > /dev/null; then \
+	  echo "no apt-get here: install Chromium so that 'chromium' is on the PATH; the browser tests are skipped without it"; \
+	  exit 1; \
+	else \
+	  echo "installing the package chromium and the libraries it needs (apt-get, some hundred megabytes)"; \
+	  $$(test "$$(id -u)" = 0 || echo sudo) apt-get -qq update && \
+	  $$(test "$$(id -u)" = 0 || echo sudo) env DEBIAN_FRONTEND=noninteractive \
+	    apt-get -qq install --yes --no-install-recommends chromium > /dev/null && command -v chromium; \
+	fi
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

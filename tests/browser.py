@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 CHROMIUM = shutil.which("chromium")
+browsed = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: make browser")
+"""Tests that look at a page."""
 Found = TypeVar("Found")
 SECONDS = 90
 """That a page may take: the machine may be busy."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import browsed
 from conftest import flags
 from PIL import Image
 from stores import BUCKET, s3_server
@@ -331,7 +332,7 @@ def test_a_run_in_an_object_store(runs, tmp_path, monkeypatch):
     assert f"place('{away}/coreset" in here.codes[1]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
+@browsed
 @pytest.mark.parametrize("width", [500, 1280])
 def test_a_browser_shows_it_without_scrolling_sideways(runs, tmp_path, width):
     """500 pixels are the least that Chromium's window takes; pictures are shown, none wider than its place."""

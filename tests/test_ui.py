@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from browser import CHROMIUM, Page, squeezed, visit
+from browser import Page, browsed, squeezed, visit
 from conftest import flags
 from processes import descendants, free_port, kill, listening, soon
 from test_run import ENVIRONMENT
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),  # MLflow's
 ]
-browsed = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
 NAMES = "distilled-by-fbpc", "distilled-by-bpc"
 
 
