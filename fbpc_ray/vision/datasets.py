@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.rng import generator
-from fbpc_ray.vision.readers import Part, Source, read, size
+from fbpc_ray.vision.readers import read
+from fbpc_ray.vision.source import Part, Source, size
 
 KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from fbpc_ray.errors import UserError
-from fbpc_ray.vision.readers import Part, Source, arrays
+from fbpc_ray.vision.readers import arrays
+from fbpc_ray.vision.source import Part, Source
 
 ORIGIN = "the data given"
 

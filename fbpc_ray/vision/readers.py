@@ -4,65 +4,29 @@ Readers check what only they can see (bytes, columns, folders, files that belong
 What holds for every source (label range, empty classes, sizes, missing splits) is in datasets.py.
 """
 
-import json
 import os
-import re
 import zipfile
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
-from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 from fbpc_ray.errors import UserError, closest
-
-SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
-"""Name of a folder, or first word of a parquet file's name (lower case) -> the split that it holds."""
+from fbpc_ray.vision.parquet import parquet
+from fbpc_ray.vision.source import SPLITS, Part, Source, decode, line, listed
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-"""What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label")
 NPZ_KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")),
     "validation": (("x_val", "y_val"), ("val_images", "val_labels")),
     "test": (("x_test", "y_test"), ("test_images", "test_labels")),
 }
-
-
-class Part(NamedTuple):
-    """One split as it lies in the files."""
-
-    images: np.ndarray
-    """(n, c, h, w) uint8, C-contiguous, n >= 1."""
-    labels: np.ndarray
-    """(n,) int64, not yet checked against the classes."""
-    place: Callable[[int], str]
-    """Index of an image -> where it comes from, for messages: 'train-0.parquet, row 7'."""
-
-
-class Source(NamedTuple):
-    """All that a reader found."""
-
-    origin: str
-    """Path or name, for messages."""
-    classes: tuple[str, ...] | None
-    """Class names in label order; None when the source names none."""
-    parts: dict[str, Part]
-    """'train' always; 'validation' and 'test' where the source has them."""
-    notes: tuple[str, ...] = ()
 
 
 def read(name: str, root: Path, download: bool) -> Source:
@@ -76,7 +40,7 @@ def read(name: str, root: Path, download: bool) -> Source:
                 raise UserError(f"{at} does not exist; check the path after {kind}:")
             return AT_PATH[kind](at)
     except OSError as error:
-        raise UserError(f"{name}: cannot read the data: {_line(error)}") from error
+        raise UserError(f"{name}: cannot read the data: {line(error)}") from error
     if kind in AT_PATH:
         raise UserError(f"data {name!r} lacks its path; write {kind}:PATH")
     if (at := Path(name).expanduser()).exists():
@@ -115,7 +79,7 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
     except (OSError, RuntimeError, EOFError, TarError, HTTPException) as error:
         if download:
             raise UserError(
-                f"cannot download {kind.lower()} to {root} ({_line(error)}); check the connection"
+                f"cannot download {kind.lower()} to {root} ({line(error)}); check the connection"
             ) from error
         raise UserError(
             f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
@@ -160,21 +124,6 @@ def tiny_imagenet(root: Path, download: bool) -> Source:
 # ---- data at a path
 
 
-def parquet(path: Path) -> Source:
-    """Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
-
-    Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label` or `fine_label`.
-    """
-    shards, notes = _shards(path)
-    heads = {split: [_head(file) for file in files] for split, files in shards.items()}
-    named = [(head.file, head.classes) for each in heads.values() for head in each if head.classes]
-    for file, classes in named[1:]:
-        if classes != named[0][1]:
-            raise UserError(f"{named[0][0]} and {file} name different classes: their labels don't mean the same")
-    parts = {split: _parquet_part(each) for split, each in heads.items()}
-    return Source(str(path), named[0][1] if named else None, parts, notes)
-
-
 def folder(path: Path) -> Source:
     """Class folders of image files, in PATH/train and PATH/test (or val, valid, validation), or in PATH itself."""
     folders: dict[str, Path] = {}
@@ -186,7 +135,7 @@ def folder(path: Path) -> Source:
             folders[split] = child
     folders = folders or {"train": path}
     if "train" not in folders:
-        raise UserError(f"no train split in {path}: it has {_listed(_subfolders(path))}; add {path / 'train'}")
+        raise UserError(f"no train split in {path}: it has {listed(_subfolders(path))}; add {path / 'train'}")
     classes = [child.name for child in _subfolders(folders["train"])]
     if not classes:
         raise UserError(f"no class folders in {folders['train']}; put the images in one folder per class")
@@ -209,7 +158,7 @@ def npz(path: Path) -> Source:
                 )
             found = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
     except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable npz file of plain arrays ({_line(error)})") from error
+        raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)})") from error
     return Source(str(path), None, {split: arrays(str(path), *each) for split, each in found.items()})
 
 
@@ -225,46 +174,6 @@ AT_PATH: dict[str, Callable[[Path], Source]] = {"parquet": parquet, "folder": fo
 """Kind, as in kind:PATH -> reader(path)."""
 
 
-# ---- images
-
-
-def _decode(files: Iterable[bytes | None], count: int, place: Callable[[int], str]) -> np.ndarray:
-    """`count` encoded images -> (count, 3, h, w) uint8; all of one size, grey ones turned to RGB."""
-    images = np.empty((0, 3, 0, 0), np.uint8)
-    for index, data in enumerate(files):
-        try:
-            pixels = _rgb(data)
-        except Exception as error:  # a decoder fails in any way on damaged bytes
-            raise UserError(f"{place(index)}: not a readable image ({_line(error)}); mend or remove it") from error
-        if index == 0:
-            images = np.empty((count, *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            raise UserError(
-                f"{place(index)}: the image is {size(pixels)}, the first one ({place(0)}) is {size(images)}; "
-                "all images must have one size; docs/faq.md says how to resize them"
-            )
-        images[index] = pixels
-    return images
-
-
-def _rgb(data: bytes | None) -> np.ndarray:
-    """One encoded image -> (3, h, w) uint8. PIL in one thread takes 0.08 ms for 32x32; threads don't help."""
-    if data is None:
-        raise ValueError("no image bytes")
-    with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of mode {image.mode}, only 8 bits a channel are supported")
-        if image.mode == "P":  # a palette may hold transparency, which only RGBA takes without a warning
-            image = image.convert("RGBA")
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
-
-
-def size(images: np.ndarray) -> str:
-    """'32x32' (width x height), with the channels where they aren't three."""
-    channels, height, width = images.shape[-3:]
-    return f"{width}x{height}" + (f" with {channels} channel(s)" if channels != 3 else "")
-
-
 # ---- image files in folders
 
 
@@ -278,7 +187,7 @@ def _class_folders(path: Path, classes: list[str]) -> Part:
     """path/<class>/**/<image file>, sorted by path; the label is the class's index in `classes`."""
     unknown = [child.name for child in _subfolders(path) if child.name not in classes]
     if unknown:
-        raise UserError(f"{path / unknown[0]}: none of the classes ({_listed(classes)}); rename or remove the folder")
+        raise UserError(f"{path / unknown[0]}: none of the classes ({listed(classes)}); rename or remove the folder")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(
@@ -302,138 +211,8 @@ def _files(path: Path, files: list[Path], labels: list[int]) -> Part:
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
         raise UserError(f"{missing} is missing; restore it")
-    images = _decode((file.read_bytes() for file in files), len(files), place)
+    images = decode((file.read_bytes() for file in files), len(files), place)
     return Part(images, np.array(labels, np.int64), place)
-
-
-# ---- parquet
-
-
-class _Head(NamedTuple):
-    """What one parquet file says of itself."""
-
-    file: Path
-    rows: int
-    image: str
-    label: str
-    classes: tuple[str, ...] | None
-
-
-def _shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """Split -> its files in the order of their numbers, and notes on files of no split."""
-    if path.is_file():
-        return {"train": [path]}, ()
-    files = list(path.glob("*.parquet")) or list(path.glob("data/*.parquet"))
-    if not files:
-        raise UserError(f"no .parquet file in {path} or {path / 'data'}; name the folder that holds them")
-    shards: dict[str, list[Path]] = {}
-    other = []
-    for file in sorted(files, key=_natural):
-        word = re.match(r"[a-z]*", file.name.lower())
-        split = SPLITS.get(word.group() if word else "")
-        if split:
-            shards.setdefault(split, []).append(file)
-        else:
-            other.append(file)
-    if "train" not in shards:
-        raise UserError(f"no train split in {path}: it has {_listed(sorted(files))}; name its files train*.parquet")
-    for each in shards.values():
-        _whole(each)
-    shards = {split: shards[split] for split in ("train", "validation", "test") if split in shards}
-    return shards, (f"left out {_listed(other)} in {path}: no name of a split",) if other else ()
-
-
-def _whole(files: list[Path]) -> None:
-    """Refuse a half downloaded split: 'train-00000-of-00003.parquet' asks for two more files."""
-    counts = {match.group(1) for file in files if (match := re.search(r"-of-([0-9]+)\.parquet$", file.name))}
-    for count in counts:
-        found = [file for file in files if file.name.endswith(f"-of-{count}.parquet")]
-        if len(found) != int(count):
-            raise UserError(
-                f"{files[0].parent} holds {len(found)} of {int(count)} files like {found[0].name}; "
-                f"fetch the others, or rename without '-of-{count}' to use a part"
-            )
-
-
-def _natural(file: Path) -> list[str | int]:
-    """Sorts train-2 before train-10: text and numbers take turns."""
-    return [int(text) if turn % 2 else text for turn, text in enumerate(re.split(r"([0-9]+)", file.name))]
-
-
-def _head(file: Path) -> _Head:
-    try:
-        with pq.ParquetFile(file) as opened:
-            schema, rows = opened.schema_arrow, opened.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({_line(error)}); fetch it again") from error
-    image, label = (
-        next((name for name in names if name in schema.names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)
-    )
-    if image is None or label is None:
-        lacks = IMAGE_COLUMNS if image is None else LABEL_COLUMNS
-        raise UserError(f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); rename it")
-    kind = schema.field(image).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"{file}: column {image} is {kind}; it must hold the bytes of image files, or a struct of them")
-    if not pa.types.is_integer(schema.field(label).type):
-        raise UserError(f"{file}: column {label} is {schema.field(label).type}; it must hold integers from 0")
-    return _Head(file, rows, image, label, _class_names(file, schema, label))
-
-
-def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
-    """ClassLabel names in the schema's `huggingface` metadata, a list or {"0": name}; None where it has none."""
-    try:
-        feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][label]
-        names = feature.get("names", feature.get("class_label", {}).get("names"))
-        if isinstance(names, dict):
-            if sorted(map(int, names)) != list(range(len(names))):
-                raise ValueError("its class names aren't numbered from 0 without gaps")
-            names = [names[key] for key in sorted(names, key=int)]
-        return tuple(map(str, names)) if names else None
-    except KeyError:
-        return None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: its huggingface metadata is damaged ({_line(error)}); write it again") from error
-
-
-def _parquet_part(heads: list[_Head]) -> Part:
-    ends = list(accumulate(head.rows for head in heads))
-    if not ends[-1]:
-        raise UserError(f"no row in {heads[0].file}")
-
-    def place(index: int) -> str:
-        shard = bisect_right(ends, index)
-        return f"{heads[shard].file}, row {index - ends[shard] + heads[shard].rows}"
-
-    labels = np.concatenate([_labels(head) for head in heads])
-    images = _decode((data for head in heads for data in _blobs(head)), ends[-1], place)
-    return Part(images, labels, place)
-
-
-def _labels(head: _Head) -> np.ndarray:
-    try:
-        with pq.ParquetFile(head.file) as opened:
-            column = opened.read(columns=[head.label]).column(0)
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            raise UserError(f"{head.file}, row {row}: column {head.label} is null; every row needs a label")
-        return column.cast(pa.int64()).to_numpy()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{head.file}: cannot read column {head.label} ({_line(error)})") from error
-
-
-def _blobs(head: _Head) -> Iterator[bytes | None]:
-    try:
-        with pq.ParquetFile(head.file) as opened:
-            for batch in opened.iter_batches(batch_size=1024, columns=[head.image]):
-                column = batch.column(0)
-                if pa.types.is_struct(column.type):
-                    column = column.flatten()[column.type.get_field_index("bytes")]
-                yield from column.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{head.file}: cannot read column {head.image} ({_line(error)}); fetch it again") from error
 
 
 # ---- arrays
@@ -481,18 +260,3 @@ def _channels_first(images: np.ndarray, where: str, known: bool) -> np.ndarray:
         why = "could be NHWC and NCHW" if last else "is not NHWC, NCHW (1 or 3 channels) or NHW"
         raise UserError(f"{where} of shape {images.shape} {why}; save it as NHW, or with 1 or 3 channels")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if last else images)
-
-
-# ---- messages
-
-
-def _line(error: Exception) -> str:
-    """An error as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _listed(names: Iterable[Path | str]) -> str:
-    """The first few names, for messages."""
-    names = [name.name if isinstance(name, Path) else name for name in names]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
