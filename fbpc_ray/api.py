@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fbpc_ray import config, ensemble, evaluate, pipeline, plan, serve
+from fbpc_ray import config, ensemble, evaluate, pipeline, plan, presets, serve
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Serial
 from fbpc_ray.config import Config
@@ -117,7 +117,7 @@ def distill(
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     _check_names(settings, "distill", config.Data, config.Output)
-    base = config.default(source.name, None if ipc is None else str(ipc), preset, method)
+    base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     given = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in given.items() if v is not None}, backend=backend, **settings)
     chosen = plan.canonical(chosen)

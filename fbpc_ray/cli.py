@@ -13,7 +13,6 @@ import tyro
 
 from fbpc_ray import __version__, manual
 from fbpc_ray.config import (
-    PRESETS,
     Config,
     Data,
     Evaluation,
@@ -21,12 +20,12 @@ from fbpc_ray.config import (
     Networks,
     Sweep,
     Workers,
-    default,
     read_config,
     refuse_unasked,
     started,
 )
 from fbpc_ray.errors import UserError, closest
+from fbpc_ray.presets import PRESETS, default
 from fbpc_ray.signals import Interrupted
 from fbpc_ray.storage import place
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from fbpc_ray import coreset, exchange, pipeline, plan, results
 from fbpc_ray.commands import Prepared, describe, log, says_how_to_resume, write_json
-from fbpc_ray.config import Config, read_config, to_preset
+from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import to_preset
 from fbpc_ray.provenance import capture, home
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption

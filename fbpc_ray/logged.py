@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from fbpc_ray import atomic, results
-from fbpc_ray.config import ELSEWHERE, Config, start_of
+from fbpc_ray.config import ELSEWHERE, Config
 from fbpc_ray.errors import undamaged
 from fbpc_ray.mlflow_uri import default_uri
 from fbpc_ray.plan import Log
+from fbpc_ray.presets import start_of
 from fbpc_ray.provenance import Provenance, home
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interrupted

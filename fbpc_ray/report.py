@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray import __version__, atomic, charts, coreset, figures, page, pictures, storage
-from fbpc_ray.config import Config, Evaluation, Output, Workers, read_config, start_of
+from fbpc_ray.config import Config, Evaluation, Output, Workers, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.errors import UserError
 from fbpc_ray.page import Block, Code, Facts, Heading, Picture, Table, Text
+from fbpc_ray.presets import start_of
 from fbpc_ray.results import AUROC
 from fbpc_ray.run import Run
 from fbpc_ray.storage import Place, Remote, place

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word, with_method
+from fbpc_ray.config import Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State
 from fbpc_ray.errors import UserError, closest, undamaged
 from fbpc_ray.plan import Log
+from fbpc_ray.presets import with_method
 from fbpc_ray.results import Evaluated
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption

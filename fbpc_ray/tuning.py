@@ -17,20 +17,11 @@ import pyarrow.parquet as pq
 
 from fbpc_ray import atomic, figures, pipeline, plan, results, sweep
 from fbpc_ray.commands import Prepared, judge, log, says_how_to_resume, write_json
-from fbpc_ray.config import (
-    MAY_CHANGE_ON_RESUME,
-    Config,
-    Evaluation,
-    Experts,
-    Networks,
-    Sweep,
-    read_config,
-    to_json,
-    to_preset,
-)
+from fbpc_ray.config import MAY_CHANGE_ON_RESUME, Config, Evaluation, Experts, Networks, Sweep, read_config, to_json
 from fbpc_ray.errors import UserError, undamaged
 from fbpc_ray.logged import Untracked, kind, origin, params, tracking_module
 from fbpc_ray.mlflow_uri import compare_url, default_uri, ui_command
+from fbpc_ray.presets import to_preset
 from fbpc_ray.provenance import Provenance, capture, home
 from fbpc_ray.run import Run, check_resume
 from fbpc_ray.signals import Interrupted, Interruption

@@ -43,11 +43,12 @@ import reference
 from fbpc_ray import atomic, charts, pipeline, plan
 from fbpc_ray.backend import Serial, device_name
 from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config, preset, with_method
+from fbpc_ray.config import Config
 from fbpc_ray.distill import Unit, Worker, threads, units_of
 from fbpc_ray.errors import UserError
 from fbpc_ray.experts import ExpertStore
 from fbpc_ray.passes import Passes
+from fbpc_ray.presets import preset, with_method
 from fbpc_ray.provenance import Provenance, capture
 from fbpc_ray.reproduce import cost
 from fbpc_ray.rng import generator

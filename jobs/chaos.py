@@ -32,8 +32,9 @@ from processes import all_cpus_free, gradient_workers, soon
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend, Serial
 from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config, preset
+from fbpc_ray.config import Config
 from fbpc_ray.distill import State
+from fbpc_ray.presets import preset
 from fbpc_ray.provenance import capture
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption

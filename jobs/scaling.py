@@ -25,8 +25,9 @@ import tyro
 from fbpc_ray import atomic, pipeline, plan
 from fbpc_ray.backend import Backend, Serial
 from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config, preset
+from fbpc_ray.config import Config
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import preset
 from fbpc_ray.provenance import capture
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset

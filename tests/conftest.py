@@ -15,8 +15,9 @@ import torch
 
 from fbpc_ray import pipeline, plan
 from fbpc_ray.backend import Backend, Serial
-from fbpc_ray.config import Config, preset
+from fbpc_ray.config import Config
 from fbpc_ray.experts import ExpertStore
+from fbpc_ray.presets import preset
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset, load

@@ -29,9 +29,10 @@ from safetensors import safe_open
 
 from fbpc_ray import cli, config, distill, exchange, manual, pipeline, plan, tuning
 from fbpc_ray.backend import Serial
-from fbpc_ray.config import Sweep, preset
+from fbpc_ray.config import Sweep
 from fbpc_ray.distill import Unit, Worker
 from fbpc_ray.experts import Recipe
+from fbpc_ray.presets import preset, to_preset
 from fbpc_ray.reproduce.rows import SCHEMA
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision import architectures, readers
@@ -128,7 +129,7 @@ def run(command: str) -> None:
         return
     if (best := "sweeps/first/best.json") in words:  # of a sweep that was no more than a dry run here
         Path(best).parent.mkdir(parents=True)
-        Path(best).write_text(config.to_preset(preset("digits")))
+        Path(best).write_text(to_preset(preset("digits")))
     if how == "as fbpc":
         (name,) = re.findall(r'main\(\["(\w+)"', (ROOT / words[1]).read_text())
         run(shlex.join(["fbpc", name, *words[2:]]))

@@ -16,7 +16,7 @@ ROOT = Path(fbpc_ray.__file__).parent
 
 LAYERS = {
     0: "__init__ errors",
-    1: "allocator atomic cache compiled config rng storage types signals provenance page manual mlflow_uri",
+    1: "allocator atomic cache compiled config presets rng storage types signals provenance page manual mlflow_uri",
     2: "inference.* vision.*",
     3: "coreset ensemble exchange experts passes",
     4: "teach methods.* evaluate",

@@ -21,8 +21,9 @@ from test_layers import ROOT
 from test_run import distil, refused
 
 from fbpc_ray import cli, coreset, plan
-from fbpc_ray.config import preset, read_config
+from fbpc_ray.config import read_config
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import preset
 from fbpc_ray.reproduce.rows import Rows
 from fbpc_ray.run import Run
 from fbpc_ray.vision.datasets import load

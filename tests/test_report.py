@@ -18,7 +18,8 @@ from PIL import Image
 from stores import BUCKET, s3_server
 
 from fbpc_ray import cli, coreset, page, report
-from fbpc_ray.config import Config, preset, read_config, with_method
+from fbpc_ray.config import Config, read_config
+from fbpc_ray.presets import preset, with_method
 from fbpc_ray.run import Run
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'

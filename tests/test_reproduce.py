@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fbpc_ray import cli
-from fbpc_ray.config import Config, preset
+from fbpc_ray.config import Config
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import preset
 from fbpc_ray.reproduce.cost import measure
 from fbpc_ray.reproduce.paper import PAPER
 from fbpc_ray.reproduce.render import summary

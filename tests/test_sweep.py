@@ -24,8 +24,9 @@ from test_run import start
 from fbpc_ray import cli, config, plan, sweep, tuning
 from fbpc_ray.backend import Serial
 from fbpc_ray.cluster.placement import Need, Node, need_of, room, share
-from fbpc_ray.config import Sweep, preset
+from fbpc_ray.config import Sweep
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import PRESETS, preset, to_preset
 from fbpc_ray.signals import Interruption
 from fbpc_ray.sweep import Look, Outcome, Record, Task
 
@@ -63,7 +64,7 @@ def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
     assert list(found[0]) == ["lambda_u", "lambda_x", "start_epoch", "augment"]
 
 
-@pytest.mark.parametrize("name", [*config.PRESETS, ""])
+@pytest.mark.parametrize("name", [*PRESETS, ""])
 def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_path):
     from fbpc_ray.cluster.space import default_space
 
@@ -111,7 +112,7 @@ def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monk
 def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, capsys):
     path = tmp_path / "best.json"
     base = preset("digits").updated(alpha=3.25, steps=7, out="elsewhere", data_root="/mnt", threads=2, validation=0.2)
-    path.write_text(config.to_preset(base))
+    path.write_text(to_preset(base))
     assert preset(str(path)) == base.updated(out="", data_root="data")
     cli.main(["distill", "--preset", str(path), "--steps", "9", "--dry-run"])
     said = capsys.readouterr().out

@@ -18,7 +18,7 @@ from processes import descendants, free_port, kill, listening, soon
 from test_run import ENVIRONMENT
 
 from fbpc_ray import cli, mlflow_uri, ui
-from fbpc_ray.config import with_method
+from fbpc_ray.presets import with_method
 from fbpc_ray.run import Run
 
 pytestmark = [

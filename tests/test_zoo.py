@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, max_pool2d
 
 from fbpc_ray import cli, coreset, evaluate, plan
-from fbpc_ray.config import preset, to_json
+from fbpc_ray.config import to_json
 from fbpc_ray.errors import UserError
 from fbpc_ray.passes import Passes
+from fbpc_ray.presets import preset
 from fbpc_ray.rng import generator
 from fbpc_ray.vision import contract
 from fbpc_ray.vision.convnet import default_depth

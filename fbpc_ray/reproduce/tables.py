@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from fbpc_ray.config import Config, preset, with_method
+from fbpc_ray.config import Config
 from fbpc_ray.errors import UserError
+from fbpc_ray.presets import preset, with_method
 
 METHODS = {
     "Random": "random",
