@@ -22,6 +22,7 @@ setup: .venv/ready
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
+	@echo "ready: . .venv/bin/activate && fbpc doctor"
 
 demo: setup
 	$(BIN)/python jobs/distill_multi.py $(ARGS)

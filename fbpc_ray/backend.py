@@ -38,6 +38,9 @@ def gradient_of(answer: tuple[np.ndarray, Stats, float, np.ndarray | None]) -> G
 class Backend(Protocol):
     """Two kinds of work: independent tasks, and the gradients of one step."""
 
+    device: str
+    """cpu or cuda."""
+
     def map(
         self, function: Callable[[Any, Item, str], Result], shared: Any, items: Sequence[Item]
     ) -> Iterator[tuple[int, Result]]:

@@ -13,6 +13,7 @@ import tyro
 
 from fbpc_ray import __version__, manual
 from fbpc_ray.config import (
+    NOT_STARTED,
     Config,
     Data,
     Evaluation,
@@ -132,9 +133,9 @@ class ExportArguments:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run that `distill` made: its folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
     format: Literal["hf", "safetensors", "pt", "png", "npz"]
-    """hf: a folder for datasets.load_dataset, with a card | safetensors | pt: images_best.pt and labels_best.pt | png:
-    class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate --coreset` reads all.
-    """
+    """hf: a folder for datasets.load_dataset, with a card | safetensors | pt: a folder with images_best.pt and
+    labels_best.pt | png: class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate
+    --coreset` reads all."""
     out: str = ""
     """Where to, a local path where nothing is; empty means HOME/exports/RUN-FORMAT."""
 
@@ -406,7 +407,7 @@ def _base(argv: list[str]) -> Config:
         return Config()  # a flag without its value: the full parser says so
     given = {name for name, value in vars(known).items() if value is not None}
     if known.out and not known.preset and (known.resume or (known.again and started(known.out))):
-        stored = read_config(place(known.out))
+        stored = read_config(place(known.out), NOT_STARTED)
         refuse_unasked(stored, given, known.out)
         return stored
     base = default(known.data, known.ipc, known.preset or "", known.method)

@@ -213,6 +213,7 @@ def judge(
         pictures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
         pictures.course(rows, d.method, run.course_path)
 
+    log(pipeline.judging(made, job.specs, "test", job.settings.evaluation))
     verdict = pipeline.evaluate(made, job.specs, dataset, "test", job.settings, workers, log)
     scored = verdict.table
     _draw_reliability(verdict, run.reliability_path)
@@ -270,6 +271,7 @@ def evaluate(
         tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
         keep = method if target else ""
         with logged.evaluation(settings, dataset, run, path.name.removesuffix(".json"), tags, made_by, log) as tracker:
+            log(pipeline.judging(found, specs, split, settings.evaluation))
             verdict = pipeline.evaluate(found, specs, dataset, split, settings, workers, log, strange, keep)
             result = results.result_of(settings, dataset, [], verdict.table, split, made_by)
             result |= {"ood": ood} if ood else {}
@@ -319,7 +321,7 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     if resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
-        run, stored = Run(place(out)), read_config(place(out))
+        run, stored = Run(place(out)), read_config(place(out), config.NOT_STARTED)
         if settings.workers.threads == 0:
             settings = settings.updated(threads=stored.workers.threads)
         if settings.workers.compiled == "auto":

@@ -333,11 +333,15 @@ def to_json(config: Config) -> str:
     return json.dumps(config.flat(), indent=2) + "\n"
 
 
-def read_config(folder: Place) -> Config:
-    """The configuration of the run in `folder`. Raises UserError where there is none."""
+NOT_STARTED = "check the path, or start one without --resume"
+"""What helps where --resume finds no run."""
+
+
+def read_config(folder: Place, mend: str = "give what `fbpc distill` got as --out") -> Config:
+    """The configuration of the run in `folder`. Raises UserError, with `mend`, where there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no run (no config.json): check the path, or start one without --resume")
+        raise UserError(f"{folder} holds no run (no config.json): {mend}")
     return from_json(path.read_bytes(), str(path))
 
 

@@ -117,7 +117,8 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
 
 
 def _title(facts: dict[str, str], m: int, found: Coreset) -> str:
-    return f"{facts['data']} in {m / len(found.classes):g} a class, by {facts.get('method', 'fbpc-ray')}"
+    name, ipc = facts["data"].rpartition(":")[2], m / len(found.classes)
+    return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} a class, by {facts.get('method', 'fbpc-ray')}"
 
 
 READING = {
@@ -159,6 +160,7 @@ def evaluate(source: str, settings: Config, split: str, pixels: exchange.Pixels,
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
+        log(pipeline.judging(candidates, specs, split, settings.evaluation))
         scored = pipeline.evaluate(candidates, specs, dataset, split, settings, workers, log).table
     result = results.result_of(settings, dataset, [], scored, split, made_by)
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")

@@ -35,15 +35,17 @@ PAGES = {
     "distill": Page(
         "Trains the experts that are missing, learns the images, samples Bayesian networks on them and on as many "
         "real ones, and leaves a folder: coreset, pictures, result.json, metrics.parquet, and a run in MLflow. Ctrl-C "
-        "leaves a checkpoint. A preset's values are the defaults: `fbpc distill --preset cifar10-ipc10 --help` shows "
-        "them.",
+        "leaves a checkpoint. The defaults below are those of what is asked for: without --data of the small digits "
+        "preset; for your own images they are the paper's, meant for a GPU, and `fbpc distill --data folder:my-images "
+        "--help` shows them.",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
             ("fbpc distill --out runs/first --resume", "go on after Ctrl-C or a crash"),
             ("fbpc distill --preset cifar10-ipc10 --download", "a row of the paper's Table 4; for a GPU"),
             (
-                "fbpc distill --data folder:my-images --width 32 --expert-count 5 --expert-epochs 10 --steps 200",
-                "your own images, at a laptop's size",
+                "fbpc distill --data folder:my-images --width 32 --expert-count 5 --expert-epochs 10 "
+                "--expert-batch-size 32 --expert-lr 0.05 --steps 200",
+                "a few thousand images of your own, at a laptop's size",
             ),
             ("fbpc distill --method bpc-w --architectures convnet-in convnet-bn", "a baseline, over two networks"),
         ),

@@ -4,7 +4,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,16 +12,17 @@ from tqdm import tqdm
 
 from fbpc_ray import coreset as coresets
 from fbpc_ray.backend import Backend
-from fbpc_ray.config import Config
+from fbpc_ray.config import Config, Evaluation
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.distill import State, check_finite, check_updated, combine, remember, units_of, update
 from fbpc_ray.errors import UserError
 from fbpc_ray.evaluate import Chain, feasible, judge, quantities, run_chain, values
-from fbpc_ray.experts import ExpertStore
+from fbpc_ray.experts import ExpertStore, Recipe
 from fbpc_ray.inference.map_solve import Ending
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.methods.common import Gradient, Stats
+from fbpc_ray.passes import multiplications
 from fbpc_ray.plan import Log
 from fbpc_ray.results import Evaluated
 from fbpc_ray.rng import generator
@@ -39,15 +40,26 @@ class _Lesson(NamedTuple):
     number: int
 
 
-def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> None:
-    """One task: train trajectory `index` and write it."""
-    recipe = lesson.store.recipe
+CPU_RATE = 3e10
+"""Floating-point operations a second of one core in a training pass, to within a factor of two."""
+LOOKED_AT = 1000
+"""Training images, spread over all, on which it is said how much an expert learned."""
+
+
+def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> float:
+    """One task: train a trajectory, write it, and give the share of training images that its last epoch gets right."""
+    recipe, network = lesson.store.recipe, Network(lesson.spec, device)
     data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
     snapshots = teach(
-        Network(lesson.spec, device), data, epochs=recipe.epochs, learning_rate=recipe.lr,
-        batch_size=recipe.batch_size, augment=recipe.augment, seed=recipe.seed, index=lesson.number,
+        network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
+        augment=recipe.augment, seed=recipe.seed, index=lesson.number,
     )  # fmt: skip
     lesson.store.write(lesson.number, snapshots)
+    last = lesson.store.read(lesson.number, recipe.epochs)
+    statistics = {name: last[name].to(device) for name in network.buffer_names}
+    some = data.batch(torch.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).long())
+    logits = network.predict(network.parameters_of(last), statistics, some.images)
+    return float((logits.argmax(1) == some.labels).float().mean())
 
 
 def train_experts(
@@ -60,15 +72,40 @@ def train_experts(
         key=lambda lesson: lesson.number,
     )
     have = count * len(stores) - len(lessons)
-    log(
-        f"experts: {have} of {count * len(stores)} trajectories are there"
-        + (f", training {len(lessons)}" if lessons else "")
-    )
+    told = f"experts: {have} of {count * len(stores)} trajectories are there"
+    if lessons:
+        told += f", training {len(lessons)}"
+        work = sum(6.0 * multiplications(Network(its.spec)) * its.store.recipe.epochs for its in lessons)
+        if workers.device == "cpu" and (hours := work * len(dataset.train.labels) / CPU_RATE / 3600) >= 1:
+            told += f", which takes something like {hours:,.0f} hours of a CPU core (fewer: --expert-count, --width)"
+    log(told)
     if not lessons:
         return
+    for note in {too_short(its.recipe, len(dataset.train.labels)) for its in stores} - {""}:
+        log(note)
+    right: dict[str, list[float]] = {}
     with progress("experts", len(lessons), "trajectory") as bar:
-        for _ in workers.map(_teach, dataset, lessons):
+        for index, share in workers.map(_teach, dataset, lessons):
+            right.setdefault(lessons[index].spec.architecture, []).append(share)
             bar.update()
+    for name, shares in right.items():
+        log(f"experts of {name}: {100 * statistics.fmean(shares):.0f} % of training images right after the last epoch")
+
+
+FEW_STEPS = 100
+"""SGD steps of which an expert learns little."""
+
+
+def too_short(recipe: Recipe, count: int) -> str:
+    """What is wrong with training on `count` images by `recipe`, and what helps; empty where an expert can learn."""
+    steps = -(-count // recipe.batch_size) * recipe.epochs
+    if steps >= FEW_STEPS:
+        return ""
+    return (
+        f"note: an expert takes {steps} SGD steps ({count} images in batches of {recipe.batch_size}, {recipe.epochs} "
+        f"epochs), of which it hardly learns: try --expert-batch-size {max(1, min(32, count // 10))} --expert-lr 0.05, "
+        "or more --expert-epochs"
+    )
 
 
 def first_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, torch.Tensor]:
@@ -240,6 +277,14 @@ def evaluate(
             if result.samples is not None:
                 verdict.samples[who] = result.samples
     return verdict
+
+
+def judging(candidates: Sized, chosen: Sized, split: str, settings: Evaluation) -> str:
+    """What `evaluate` is about to do, in words: it may take longer than the distillation."""
+    parts = ((len(candidates), "coreset"), (len(chosen), "network"), (settings.eval_seeds, "seed"))
+    product = " x ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts)
+    count = len(candidates) * len(chosen) * settings.eval_seeds
+    return f"judging on the {split} split: {count} chains ({product}) of {settings.chain_steps:,} epochs"
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> Any:

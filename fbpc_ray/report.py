@@ -154,8 +154,6 @@ def _read(folder: Place, label: str) -> Found:
     """The run in `folder`. Raises UserError where there is none, where it has not ended, and for a damaged file."""
     if (folder / "sweep.json").is_file():
         raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no run (no config.json): give what `fbpc distill` got as --out")
     run, config = Run(folder), read_config(folder)
     result = run.read_result()
     if result is None and (folder / "trial.json").is_file():
@@ -519,7 +517,10 @@ def _pictures(found: Found, number: str) -> list[Block]:
     if found.rows:
         blocks += _course(found, number)
     if run.reliability_path.exists():
-        said = "Reliability, of all chains together: a calibrated model is right as often as it is confident (dashed)."
+        said = (
+            "Reliability, of the predictions of all chains put together (the table has the mean ECE of single chains): "
+            "a calibrated model is right as often as it is confident (dashed)."
+        )
         blocks.append(Picture(_png(run.reliability_path), f"{number}-reliability", said))
     return blocks
 

@@ -17,7 +17,17 @@ import pyarrow.parquet as pq
 
 from fbpc_ray import atomic, figures, pipeline, plan, results, sweep
 from fbpc_ray.commands import Prepared, judge, log, says_how_to_resume, write_json
-from fbpc_ray.config import MAY_CHANGE_ON_RESUME, Config, Evaluation, Experts, Networks, Sweep, read_config, to_json
+from fbpc_ray.config import (
+    MAY_CHANGE_ON_RESUME,
+    NOT_STARTED,
+    Config,
+    Evaluation,
+    Experts,
+    Networks,
+    Sweep,
+    read_config,
+    to_json,
+)
 from fbpc_ray.errors import UserError, undamaged
 from fbpc_ray.logged import Untracked, kind, origin, params, tracking_module
 from fbpc_ray.mlflow_uri import compare_url, default_uri, ui_command
@@ -121,7 +131,7 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
         kept = read_plan(folder)
         if replace(settings, workers_per_trial=0) != replace(kept.settings, workers_per_trial=0):
             raise UserError("--resume of another sweep than the stored one: leave its flags out, or take another --out")
-        stored = read_config(folder)
+        stored = read_config(folder, NOT_STARTED)
         if base.workers.threads == 0:
             base = base.updated(threads=stored.workers.threads)
         check_resume(stored, base, MAY_CHANGE)

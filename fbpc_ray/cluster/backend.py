@@ -23,7 +23,7 @@ from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import Crew, device_name, gradient_of
 from fbpc_ray.cluster.knock import knock, refused
 from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
-from fbpc_ray.cluster.pool import STORE_FULL, Job, Pool, first_line, innermost
+from fbpc_ray.cluster.pool import ALONE_SAY_AFTER, SAY_AFTER, STORE_FULL, Job, Pool, first_line, innermost
 from fbpc_ray.config import Workers
 from fbpc_ray.distill import State, Unit, Worker, map_start
 from fbpc_ray.distill import threads as torch_threads
@@ -62,8 +62,8 @@ class RayBackend:
         self.pool: Pool | None = None
         self.crew = Crew({}, [])
         self.owned = not ray.is_initialized()
-        if self.owned:
-            _connect(settings.address, init_options, log)
+        self.alone = self.owned and _connect(settings.address, init_options, log)
+        """Whether the cluster is ours: then a worker that isn't there yet is starting, not waiting for a place."""
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
@@ -98,6 +98,7 @@ class RayBackend:
             patience=self.settings.placement_timeout,
             check=self.interruption.check,
             log=self.log,
+            say_after=ALONE_SAY_AFTER if self.alone else SAY_AFTER,
         )
         while not self.pool.standing:
             self._refuse_what_fits_nowhere(need)
@@ -330,8 +331,9 @@ def _call(function: Callable[..., Any], shared: Any, item: Any, actor: Any) -> A
     return actor.call.remote(function, shared, item)
 
 
-def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> None:
-    """Join the cluster at `address`, or start one that nobody can reach from another machine. Raises UserError."""
+def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> bool:
+    """Join the cluster at `address`, or start one that nobody can reach from another machine; whether it did. Raises
+    UserError."""
     asked = address or os.environ.get("RAY_ADDRESS", "")
     here = asked.rpartition(":")[0] in ("127.0.0.1", "localhost")
     given: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
@@ -354,6 +356,7 @@ def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) 
         ) from error
     if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
         log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
+    return starts
 
 
 @contextmanager

@@ -29,6 +29,8 @@ LOOK_EVERY = 2.0
 """Seconds between looks at what the cluster has."""
 SAY_AFTER = 10.0
 """Seconds of waiting for a first worker before it is said; to start one takes some, more on a busy machine."""
+ALONE_SAY_AFTER = 60.0
+"""The same where nobody else can hold the cluster."""
 
 
 Key = tuple[str, Any, Any]
@@ -84,12 +86,14 @@ class Pool:
         patience: float,
         check: Callable[[], None],
         log: Callable[[str], None],
+        say_after: float = SAY_AFTER,
     ):
         """`make` starts an actor; `room` says how many fit on the cluster as it is now, whoever holds them; `waiting`
-        puts into words what is waited for; `check` may raise while there is no worker."""
+        puts into words what is waited for; `check` may raise while there is no worker; `say_after` seconds of it
+        are said."""
         self.members: list[Member] = []
         self._make, self._wanted, self._room, self._waiting = make, wanted, room, waiting
-        self._patience, self._check, self._log = patience, check, log
+        self._patience, self._check, self._log, self._say_after = patience, check, log, say_after
         self._looked = self._alone = time.monotonic()
         self._said = False
         self._staff()
@@ -166,7 +170,7 @@ class Pool:
             return
         self._check()
         waited = time.monotonic() - self._alone
-        if waited > SAY_AFTER and not self._said:
+        if waited > self._say_after and not self._said:
             self._said = True
             self._log(f"no worker yet: waiting for {self._waiting()}")
         if waited > self._patience:

@@ -1,0 +1,86 @@
+"""What is said of experts as they are trained: how much they learned, how long it takes, and where they can't learn."""
+
+import re
+
+import pytest
+import torch
+
+from fbpc_ray import pipeline, plan
+from fbpc_ray.backend import Serial
+from fbpc_ray.logged import params
+from fbpc_ray.presets import preset, with_method
+from fbpc_ray.signals import Interruption
+from fbpc_ray.vision.datasets import normalise
+from fbpc_ray.vision.zoo import Network
+
+
+def trained(config, digits) -> tuple[list[str], list]:
+    """What was said, and the stores."""
+    specs, lines = plan.specs(config, digits), []
+    stores = [plan.store(config, digits, spec) for spec in specs]
+    count = config.experts.expert_count
+    pipeline.train_experts(stores, specs, count, digits, Serial("cpu", Interruption()), lines.append)
+    return lines, stores
+
+
+def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
+    """BatchNorm's own statistics and all, on 1,000 of 1,437 training images, evenly spread; 2 networks, 2 each."""
+    lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=6, expert_batch_size=32), digits)
+    assert lines[0] == "experts: 0 of 4 trajectories are there, training 4"
+    assert len(lines) == 3
+    index = torch.linspace(0, 1436, 1000).long().numpy()
+    images = normalise(torch.tensor(digits.train.images[index]), digits.mean, digits.std)
+    for line, store, spec in zip(lines[1:], stores, plan.specs(small, digits), strict=True):
+        network = Network(spec)
+        shares = []
+        for number in (0, 1):
+            module = network.module(torch.Generator().manual_seed(0)).eval()
+            module.load_state_dict(store.read(number, 6))
+            with torch.no_grad():
+                right = module(images).argmax(1).numpy() == digits.train.labels[index]
+            shares.append(right.mean())
+        share = 100 * sum(shares) / 2
+        assert share > 60  # they did learn
+        said = re.fullmatch(rf"experts of {spec.architecture}: (\d+) % of training images right .*", line)
+        assert said, line
+        assert int(said[1]) == pytest.approx(share, abs=0.51)
+    again, _ = trained(small.updated(experts=str(tmp_path), expert_epochs=6, expert_batch_size=32), digits)
+    assert again == ["experts: 4 of 4 trajectories are there"]
+
+
+def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
+    """1,437 images in batches of 256 are 6 steps an epoch: 12 in two epochs, and 102 in 17."""
+    lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=2, expert_batch_size=256), digits)
+    notes = [line for line in lines if "hardly learns" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: an expert takes 12 SGD steps (1437 images in batches of 256, 2 epochs)")
+    assert "--expert-batch-size 32 --expert-lr 0.05" in notes[0]
+    recipe = stores[0].recipe
+    assert pipeline.too_short(recipe._replace(epochs=16), 1437)
+    assert not pipeline.too_short(recipe._replace(epochs=17), 1437)
+
+
+def test_hours_on_a_cpu_are_said_before_they_pass(small, digits, tmp_path, monkeypatch):
+    """A forward pass costs two operations for each of `multiplications`, a backward pass twice that; 3 epochs of 2
+    experts of 2 networks at a rate at which they take 2.4 hours."""
+    config = small.updated(experts=str(tmp_path), expert_epochs=3)
+    each = [6 * pipeline.multiplications(Network(spec)) * 1437 * 3 * 2 for spec in plan.specs(config, digits)]
+    monkeypatch.setattr(pipeline, "CPU_RATE", sum(each) / (2.4 * 3600))
+    assert "training 4, which takes something like 2 hours of a CPU core" in trained(config, digits)[0][0]
+
+
+def test_what_methods_bring_is_logged_for_both_that_are_compared():
+    """FBPC starts at an epoch of Table 4, BPC-fKL before one of its own: MLflow shows both values of both."""
+    fbpc = preset("cifar10-ipc10")
+    fkl = with_method(fbpc, "bpc-fkl", 10)
+    one, other = params(fbpc), params(fkl)
+    assert (one["start_epoch"], one["start_rule"]) == (2, "from")
+    assert (other["start_epoch"], other["start_rule"], other["syn_steps"]) == (20, "before", 30)
+    assert {name for name in other if name not in one} == {"inner_lr", "syn_steps"}
+    assert len(one) < 15  # MLflow writes them above the images of a run
+
+
+def test_it_is_said_how_many_chains_judge():
+    settings = preset("digits").updated(eval_seeds=3, chain_steps=1000).evaluation
+    said = pipeline.judging({"random": 0, "fbpc": 1}, ["a"], "test", settings)
+    assert said == "judging on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"
