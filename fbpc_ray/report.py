@@ -3,8 +3,6 @@
 Everything comes out of the runs' files, which may be somebody else's: it is checked for its form, and shown as text.
 """
 
-import json
-import math
 import shlex
 import statistics
 import tempfile
@@ -14,17 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from fbpc_ray import __version__, atomic, charts, coreset, figures, page, pictures, storage
-from fbpc_ray.config import Config, Evaluation, Output, Workers, read_config
+from fbpc_ray import __version__, atomic, charts, coreset, figures, page, pictures
+from fbpc_ray.config import Config, Evaluation, Output, Workers
 from fbpc_ray.coreset import Coreset
+from fbpc_ray.ended import SHOWN, Found, Values, finite, image, read
 from fbpc_ray.errors import UserError
 from fbpc_ray.page import Block, Code, Facts, Heading, Picture, Table, Text
 from fbpc_ray.presets import start_of
-from fbpc_ray.results import AUROC
-from fbpc_ray.run import Run
 from fbpc_ray.storage import Place, Remote, place
 from fbpc_ray.vision.datasets import denormalise
 
@@ -36,52 +30,6 @@ METHODS = {
     "bpc-w": "BPC-W: Wasserstein distance of weight-space posteriors",
     "random": "random real images, nothing is learned",
 }
-SHOWN = {
-    "accuracy": ("accuracy %", 100.0, 1),
-    "nll": ("NLL", 1.0, 3),
-    "ece": ("ECE", 1.0, 3),
-    "brier": ("Brier", 1.0, 3),
-}
-SHOWN |= {name: (f"AUROC {label}", 1.0, 3) for name, label in AUROC.items()}
-"""Quantity -> its name, the factor to its unit, digits of a mean."""
-
-Values = list[float | None]
-"""One a seed; None where the chain diverged."""
-Scores = dict[str, dict[str, dict[str, Values]]]
-"""{coreset: {architecture: {quantity: values}}}."""
-
-
-class Later(NamedTuple):
-    """What `fbpc evaluate` found after the run."""
-
-    name: str
-    split: str
-    ood: str
-    scores: Scores
-    pictures: list[tuple[str, bytes]]
-
-
-class Found(NamedTuple):
-    """A run as its files tell of it."""
-
-    label: str
-    """A, B, ... of several; empty for one alone."""
-    run: Run
-    config: Config
-    result: dict[str, Any]
-    scores: Scores
-    coreset: Coreset
-    rows: list[dict[str, Any]]
-    """Of metrics.parquet."""
-    later: list[Later]
-
-    @property
-    def method(self) -> str:
-        return self.config.distillation.method
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}: {self.run.folder.name}" if self.label else self.run.folder.name
 
 
 class Series(NamedTuple):
@@ -103,7 +51,7 @@ def report(runs: Sequence[str], out: str, log: Callable[[str], None]) -> None:
     for path in texts:
         _refuse_others(path)
     folders = list(dict.fromkeys(place(each).absolute() for each in runs))
-    found = [_read(each, _letter(index) if len(folders) > 1 else "") for index, each in enumerate(folders)]
+    found = [read(each, _letter(index) if len(folders) > 1 else "") for index, each in enumerate(folders)]
     title, blocks = document(found)
     foot = f"Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by fbpc-ray {__version__}."
     folder = f"{target.name.removesuffix('.html')}-files"
@@ -150,90 +98,6 @@ def _refuse_others(path: Place) -> None:
         raise UserError(f"{path} is there and is no report: give another --out")
 
 
-def _read(folder: Place, label: str) -> Found:
-    """The run in `folder`. Raises UserError where there is none, where it has not ended, and for a damaged file."""
-    if (folder / "sweep.json").is_file():
-        raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
-    run, config = Run(folder), read_config(folder)
-    result = run.read_result()
-    if result is None and (folder / "trial.json").is_file():
-        raise UserError(f"{folder} is a trial that was not judged on the test split: give the best one of its sweep")
-    if result is None:
-        words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
-        raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
-    scores = _checked(result, str(run.result_path))
-    its = coreset.load(run.coreset_path)
-    return Found(label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations"))
-
-
-def _checked(result: dict[str, Any], source: str) -> Scores:
-    """The scores of a result. Raises UserError where they, or what is shown of the rest, aren't there."""
-    try:
-        for name in ("data", "split", "device", "commit"):
-            if not isinstance(result[name], str):
-                raise ValueError(f"{name} is no text")
-        if not isinstance(result["versions"], dict) or not isinstance(result.get("map_endings", {}), dict):
-            raise ValueError("versions and map_endings must be objects")
-        int(result["images_scored"])
-        scores = {
-            str(name): {
-                str(architecture): {quantity: [_number(v) for v in s[quantity]] for quantity in SHOWN if quantity in s}
-                for architecture, s in by_architecture.items()
-            }
-            for name, by_architecture in result["coresets"].items()
-        }
-        every = [s for by_architecture in scores.values() for s in by_architecture.values()]
-        if not every or not all(set(list(SHOWN)[:4]) <= set(s) for s in every):
-            raise ValueError("scores are missing")
-        if any(len({len(values) for values in s.values()}) != 1 or not s["accuracy"] for s in every):
-            raise ValueError("not one value for each seed")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} is not the result of a run ({error!r:.80}): restore it") from None
-    return scores
-
-
-def _number(value: Any) -> float | None:
-    number = None if value is None else float(value)
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _read_later(folder: Place) -> list[Later]:
-    """The evaluations in `folder`, by their numbers."""
-    found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
-        try:
-            result = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is damaged: delete it, and the report goes without") from None
-        stem = path.name.removesuffix(".json")
-        beside = sorted(
-            (each for each in folder.glob("*.png") if each.name.startswith(f"{stem}.")), key=lambda p: p.name
-        )
-        pictures = [(each.name[len(stem) + 1 : -4], _png(each)) for each in beside]
-        scores = _checked(result, str(path))
-        found.append(Later(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
-    return found
-
-
-def _png(path: Place) -> bytes:
-    data = path.read_bytes()
-    if not page.is_png(data):
-        raise UserError(f"{path} is no PNG: delete it, and the report goes without")
-    return data
-
-
-def _rows(path: Place) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        with storage.local(path) as near:
-            rows = pq.read_table(near).to_pylist()
-        return [{**row, "step": int(row["step"]), "architecture": str(row["architecture"])} for row in rows]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["no reason"])[0][:80]
-        raise UserError(f"{path} is damaged ({reason}): delete it, and the report goes without") from None
-
-
 # What was done
 
 
@@ -252,7 +116,7 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         ("Augmentation", c.networks.augment),
     ]  # fmt: skip
     if found.method != "random":
-        seconds = _number(result.get("seconds_per_step"))
+        seconds = finite(result.get("seconds_per_step"))
         pace = f", {seconds:.3g} s each (median)" if seconds is not None else ""
         facts.append(("Steps", f"{result['steps']:,}{pace}; seed {d.seed}"))
         count, epochs = c.experts.expert_count, c.experts.expert_epochs
@@ -454,7 +318,7 @@ def _curves(found: Sequence[Found]) -> list[Block]:
         ipc, data = one.config.distillation.ipc, f", {one.result['data']}" if several else ""
         for quantity, points in scored.items():
             points += [(f"{name}{data}", ipc, _spread(one.scores[name], quantity)) for name in one.scores]
-        seconds = _number(one.result.get("seconds_per_step"))
+        seconds = finite(one.result.get("seconds_per_step"))
         cost = None if seconds is None else (seconds, 0.0)
         by_ipc.append((f"{one.method}{data}", ipc, cost))
         by_networks.append((f"{one.method}{data}", len(one.config.networks.architectures), cost))
@@ -510,10 +374,10 @@ def _pictures(found: Found, number: str) -> list[Block]:
             blocks.append(Picture(png, f"{number}-before", "Before: the real images that distillation starts from."))
     if run.picture_path.exists():
         what = "The real images." if found.method == "random" else "After: the coreset."
-        blocks.append(Picture(_png(run.picture_path), f"{number}-coreset", what))
+        blocks.append(Picture(image(run.picture_path), f"{number}-coreset", what))
     if run.over_time_path.exists():
         said = f"Over the steps: the first image of each class, of at most {pictures.FOLLOWED}."
-        blocks.append(Picture(_png(run.over_time_path), f"{number}-over-time", said))
+        blocks.append(Picture(image(run.over_time_path), f"{number}-over-time", said))
     if found.rows:
         blocks += _course(found, number)
     if run.reliability_path.exists():
@@ -521,7 +385,7 @@ def _pictures(found: Found, number: str) -> list[Block]:
             "Reliability, of the predictions of all chains put together (the table has the mean ECE of single chains): "
             "a calibrated model is right as often as it is confident (dashed)."
         )
-        blocks.append(Picture(_png(run.reliability_path), f"{number}-reliability", said))
+        blocks.append(Picture(image(run.reliability_path), f"{number}-reliability", said))
     return blocks
 
 

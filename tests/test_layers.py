@@ -26,7 +26,7 @@ LAYERS = {
     8: "pipeline sweep",
     9: "cluster.* tracking figures charts serve served",
     10: "reproduce.* pictures logged",
-    11: "api commands export reproduction tuning report doctor ui",
+    11: "api commands ended export reproduction tuning report doctor ui",
     12: "cli",
     13: "__main__",
 }
