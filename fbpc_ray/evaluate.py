@@ -198,9 +198,10 @@ def judge(
     return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood, compiled)
 
 
-def feasible(judge: Judge, chains: Sequence[Chain], log: Callable[[str], None]) -> Judge:
+def feasible(judge: Judge, chains: Sequence[Chain], device: str, log: Callable[[str], None]) -> Judge:
     """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
-    if any(compiles(judge, chain) for chain in chains) and (why := compiling.complaint(compiling.folder())):
+    kinds = {(chain.spec, len(chain.labels)): chain for chain in chains} if device == "cpu" else {}
+    if any(compiles(judge, chain) for chain in kinds.values()) and (why := compiling.complaint(compiling.folder())):
         log(f"note: chains stay eager, which is slower: their passes cannot be compiled here ({why})")
         return judge._replace(compiled="off")
     return judge

@@ -57,9 +57,11 @@ def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> float:
     lesson.store.write(lesson.number, snapshots)
     last = lesson.store.read(lesson.number, recipe.epochs)
     statistics = {name: last[name].to(device) for name in network.buffer_names}
-    some = data.batch(torch.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).long())
-    logits = network.predict(network.parameters_of(last), statistics, some.images)
-    return float((logits.argmax(1) == some.labels).float().mean())
+    params, chosen = network.parameters_of(last), torch.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).long()
+    right = 0
+    for some in map(data.batch, chosen.split(100)):
+        right += int((network.predict(params, statistics, some.images).argmax(1) == some.labels).sum())
+    return right / len(chosen)
 
 
 def train_experts(
@@ -254,7 +256,7 @@ def evaluate(
         for spec in chosen
         for seed in range(settings.eval_seeds)
     ]
-    judged = feasible(judged, chains, log)
+    judged = feasible(judged, chains, workers.device, log)
     table: Evaluated = {
         name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
         for name in candidates

@@ -143,7 +143,7 @@ def calibrate(argv: list[str], program: str) -> None:
             how = config.workers.compiled_chains
             shared = judge(dataset, "test", missing[0].settings, config.networks.augment, compiled=how)
             shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
-            shared = feasible(shared, [trial.chain for trial in missing], print)
+            shared = feasible(shared, [trial.chain for trial in missing], workers.device, print)
             with pipeline.progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
                     row = {**missing[index].key, **_numbers(result), "run": number}

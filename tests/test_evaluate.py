@@ -198,9 +198,10 @@ def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monk
     forced, lines = auto._replace(compiled="on"), []
     assert evaluate.compiles(forced, chain)
     monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
-    assert evaluate.feasible(auto, [chain], lines.append) == auto
+    assert evaluate.feasible(forced, [chain], "cuda", lines.append) == forced  # there nothing is compiled
+    assert evaluate.feasible(auto, [chain], "cpu", lines.append) == auto
     assert not lines
-    assert evaluate.feasible(forced, [chain], lines.append).compiled == "off"
+    assert evaluate.feasible(forced, [chain], "cpu", lines.append).compiled == "off"
     assert lines == ["note: chains stay eager, which is slower: their passes cannot be compiled here (no g++)"]
 
 

@@ -179,7 +179,7 @@ def _judge(
             items = [_judging(task, seed, kind, options.corruptions) for task, seed in group]
             e, augment, how = config.evaluation, config.networks.augment, config.workers.compiled_chains
             judge = evaluate.judge(dataset, "test", e, augment, compiled=how)
-            court = work.Court(evaluate.feasible(judge, [item.chain for item in items], log), dataset)
+            court = work.Court(evaluate.feasible(judge, [item.chain for item in items], workers.device, log), dataset)
             for index, findings in workers.map(work.judge, court, items):
                 task, seed = group[index]
                 rows.write([_row(options, task, seed, finding, made_by) for finding in findings])
