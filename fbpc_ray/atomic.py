@@ -1,11 +1,14 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and folders that one process at a time writes to."""
 
 import fcntl
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+from fbpc_ray.errors import UserError
 from fbpc_ray.storage import Place, Remote
 
 
@@ -42,3 +45,57 @@ def sweep(folder: Path, pattern: str) -> None:
         with suppress(OSError), leftover.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
+
+
+@contextmanager
+def alone(folder: Place, mend: str) -> Iterator[None]:
+    """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
+    UserError, with `mend`, where another one has it. A process that is killed has it no more.
+
+    In an object store, and on a file system without locks, nobody is kept out.
+    """
+    if isinstance(folder, Remote):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        lock = _locked(path)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: {mend}") from None
+    try:
+        yield
+    finally:
+        if lock:
+            path.unlink(missing_ok=True)
+            lock.close()
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+LOCK = ".lock"
+"""The file in a folder that its process holds a lock on."""
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """`path`, opened and locked; None where there are no locks. Raises BlockingIOError where another process has it."""
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(path, file):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            file.close()
+            return None
+        file.close()  # the process that had it removed the file meanwhile
+
+
+def _same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

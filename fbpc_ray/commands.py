@@ -99,11 +99,23 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         write_json(json, done)
         return
     job = prepare(settings, dry_run)
-    d = settings.distillation
-    first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     if dry_run:
         describe(job)
         return
+    with atomic.alone(run.folder, "wait until it ends, or give another --out"):
+        result, uri = _distil(job, run, resume)
+    write_json(json, result)
+    log(f"\n{results.table(result['coresets'])}\n")
+    log(f"picture: {run.picture_path}")
+    log(f"result:  {run.result_path}")
+    if uri:
+        log(f"MLflow:  {ui_command(uri)}")
+
+
+def _distil(job: Prepared, run: Run, resume: bool) -> tuple[dict[str, Any], str]:
+    """The result, and the store of MLflow that has the run, if any does."""
+    settings, d = job.settings, job.settings.distillation
+    first, labels = pipeline.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
     compiled = plan.compiled(settings, job.dataset, job.specs, log)
     if settings.workers.compiled == "auto" or not resume:
         settings = settings.updated(compiled="on" if compiled else "off")
@@ -126,12 +138,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         with logged.distillation(settings, job.dataset, run, made_by, log) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
             result = judge(job, run, first, state, labels, rows, workers, made_by, tracker)
-    write_json(json, result)
-    log(f"\n{results.table(result['coresets'])}\n")
-    log(f"picture: {run.picture_path}")
-    log(f"result:  {run.result_path}")
-    if tracker.uri:
-        log(f"MLflow:  {ui_command(tracker.uri)}")
+    return result, tracker.uri
 
 
 def _learn(

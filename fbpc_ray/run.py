@@ -59,7 +59,7 @@ class Run(Generic[Where]):
         """Raise UserError where the folder holds something already, but for what a kill left before a config.json."""
         if not self.folder.exists():
             return
-        leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json")
+        leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", atomic.LOCK)
         if not self.folder.is_dir() or any(
             not any(each.match(name) for name in leftovers) for each in self.folder.iterdir()
         ):

@@ -85,9 +85,23 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     if dry_run:
         _describe(found)
         return
-    if not resume:
-        _write_plan(found)
-    interruption = Interruption()
+    with atomic.alone(folder, "wait until it ends, or give another --out"):
+        if not resume:
+            _write_plan(found)
+        result, board = _swept(found)
+    write_json(json, result)
+    log(f"\n{(folder / 'trials.md').read_text()}")
+    log(f"best:    trial {result['best']['trial']}, {sweep.told(result['best']['flags'])}")
+    log(f"\n{results.table(result['test']['coresets'])}\n")
+    log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
+    log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
+    log(f"result:  {path}")
+    board.say_where()
+
+
+def _swept(found: _Sweep) -> tuple[dict[str, Any], "_Board"]:
+    """The result, and what was shown of it on the way."""
+    folder, interruption = found.folder, Interruption()
     again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
     with says_how_to_resume(again), plan.backend(found.base, interruption, log) as workers:
         log(f"sweep: {folder}")
@@ -102,14 +116,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
             trials.run(found.task, board.outcomes, workers, interruption, board, log)  # type: ignore[arg-type]
             board.ran()
             result = _conclude(found, board, workers, made_by)
-    write_json(json, result)
-    log(f"\n{(folder / 'trials.md').read_text()}")
-    log(f"best:    trial {result['best']['trial']}, {sweep.told(result['best']['flags'])}")
-    log(f"\n{results.table(result['test']['coresets'])}\n")
-    log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
-    log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
-    log(f"result:  {path}")
-    board.say_where()
+    return result, board
 
 
 def _folder(base: Config, resume: bool) -> Place:

@@ -333,6 +333,31 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path)
     assert path.read_bytes() == broken
 
 
+def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
+    """The second ends with one line and leaves the first alone, which may be killed: then the run goes on."""
+    folder = tmp_path / "shared"
+    words = [*flags(small, backend="serial", steps=500, checkpoint_every=1, out=str(folder))]
+    process = start("distill", *words)
+    try:
+        wait_for(Run(folder).state_path, process)
+        said = refused(capsys, "--out", str(folder), "--resume")
+        assert f"another process is at work in {folder}: wait until it ends, or give another --out" in said
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        state = safetensors.torch.load_file(Run(folder).state_path)
+        assert torch.isfinite(state["images"]).all()
+    finally:
+        process.kill()
+        process.communicate()
+    with safetensors.safe_open(Run(folder).state_path, "pt") as file:
+        done = int(file.metadata()["step"])
+    distil("--out", str(folder), "--resume", "--steps", str(done + 1))
+    result = Run(folder).read_result()
+    assert result is not None
+    assert result["steps"] == done + 1
+    assert not (folder / ".lock").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"uri": "sqlite:///mlflow.db"}'])
 def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
     folder = tmp_path / "tracked"

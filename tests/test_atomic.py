@@ -1,0 +1,62 @@
+"""A folder that one process at a time writes to."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fbpc_ray import atomic
+from fbpc_ray.errors import UserError
+from fbpc_ray.storage import place
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with atomic.alone(folder, "wait"):
+        (folder / "kept").write_text("x")
+        with (
+            pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait"),
+            atomic.alone(folder, "wait"),
+        ):
+            pass
+        code = (
+            "import sys; from pathlib import Path; from fbpc_ray import atomic\n"
+            "with atomic.alone(Path(sys.argv[1]), 'wait'): print('in')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+        assert "UserError: another process" in done.stderr
+        assert (folder / atomic.LOCK).exists()  # those that were refused have not removed it
+    assert [each.name for each in folder.iterdir()] == ["kept"]
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.stdout == "in\n"
+
+
+def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / atomic.LOCK).touch()
+    with atomic.alone(tmp_path / "run", "wait"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_path, monkeypatch):
+    """Another process ends between our opening the file and our locking it: the lock is on the file that is there."""
+    path, lock = tmp_path / atomic.LOCK, atomic.fcntl.flock
+    calls = []
+
+    def late(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        lock(file, how)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    with atomic.alone(tmp_path, "wait"):
+        assert len(calls) == 2
+        with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path, "wait"):
+            pass
+
+
+def test_an_object_store_keeps_nobody_out():
+    with atomic.alone(place("s3://bucket/run"), "wait"), atomic.alone(place("s3://bucket/run"), "wait"):
+        pass
