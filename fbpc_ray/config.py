@@ -102,8 +102,8 @@ class Distillation:
     solutions, in turn: fewer steps, but not the paper's method."""
     map_pool: int = 10
     """With --map pool: solutions kept for each architecture and draw, in the checkpoint too."""
-    map_pool_uses: int = 100
-    """With --map pool: uses after which a solution is begun anew from the prior."""
+    map_pool_uses: int = 3
+    """With --map pool: uses after which a solution is begun anew from the prior. More are faster, and worse."""
     posterior_steps: int = 30
     """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
     lambda_x: float = 0.05
