@@ -35,7 +35,7 @@ def test_a_solve_begins_at_what_its_slot_holds():
 def test_only_with_the_pool_are_solutions_kept(small):
     state = State(7, torch.zeros(1), torch.zeros(1), 0.0)
     units, found = [Unit(0, 0), Unit(0, 1)], [Gradient(torch.zeros(1), {}, solution=torch.ones(2)), None]
-    settings = small.updated(map="pool", map_pool=5).distillation
+    settings = small.updated(map="pool", map_pool=5, map_pool_uses=100).distillation
     after = remember(state, 7, units, found, settings)
     assert after.solutions.keys() == {"0/0/2"}
     start = map_start(after._replace(step=12), Unit(0, 0), settings)
