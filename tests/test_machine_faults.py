@@ -79,6 +79,21 @@ def memory() -> tuple[float, float]:
     return total, total - available
 
 
+HOG = """
+import sys, time
+held, end = [], time.monotonic() + 90
+while time.monotonic() < end:
+    with open("/proc/meminfo") as file:
+        lines = dict(line.split(":") for line in file)
+    total, available = (1024 * int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    missing = int(min(float(sys.argv[1]) - (total - available), 2e9))
+    if missing > 0:
+        held.append(b"1" * missing)
+    time.sleep(0.05)
+"""
+"""A process that takes what is left, and what others give back meanwhile."""
+
+
 def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_folder):
     """Ray's memory monitor kills our workers as another process takes what is left; it ends, and so does the run."""
     total, used = memory()
@@ -92,8 +107,7 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
     hog = None
     try:
         driver.wait_for_a_checkpoint()
-        size = int(limit - memory()[1] + 3e8)
-        hog = subprocess.Popen([sys.executable, "-c", f"x = b'1' * {size}; import time; time.sleep(60)"])
+        hog = subprocess.Popen([sys.executable, "-c", HOG, str(limit + 3e8)])
         assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 60), driver.output.read_text()
         stop(hog)
         assert driver.said("memory"), driver.output.read_text()  # the line says why
