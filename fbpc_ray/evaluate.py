@@ -174,20 +174,20 @@ COMPILE_FROM = 5e11
 compiled: each takes half a minute once, and is then there for the chains of all seeds, runs and machines alike."""
 
 
-def compiles(judge: Judge, chain: Chain) -> bool:
-    """Whether the passes of a chain are compiled, on a CPU. It depends on the chain and its split alone, not on what
-    runs beside it, for it is part of the bits."""
+def compiles(judge: Judge, chain: Chain, network: Network) -> bool:
+    """Whether the passes of a chain on its `network` are compiled, on a CPU. It depends on the chain and its split
+    alone, not on what runs beside it, for it is part of the bits."""
     e, count = judge.settings, len(judge.split.labels)
     images = 3 * e.chain_steps * len(chain.labels) + e.chain_steps // e.chain_every * count  # a backward counts two
     return judge.compiled == "on" or (
-        judge.compiled == "auto" and 2 * multiplications(Network(chain.spec)) * images >= COMPILE_FROM
+        judge.compiled == "auto" and 2 * multiplications(network) * images >= COMPILE_FROM
     )
 
 
 def passes_of(judge: Judge, chain: Chain, device: str) -> Passes:
     """Those of the chain's network."""
     network = Network(chain.spec, device)
-    on = network.device.type == "cpu" and compiles(judge, chain)
+    on = network.device.type == "cpu" and compiles(judge, chain, network)
     return Passes(network, compiling.folder() if on else None)
 
 
@@ -201,7 +201,8 @@ def judge(
 def feasible(judge: Judge, chains: Sequence[Chain], device: str, log: Callable[[str], None]) -> Judge:
     """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
     kinds = {(chain.spec, len(chain.labels)): chain for chain in chains} if device == "cpu" else {}
-    if any(compiles(judge, chain) for chain in kinds.values()) and (why := compiling.complaint(compiling.folder())):
+    wanted = any(compiles(judge, chain, Network(chain.spec)) for chain in kinds.values())
+    if wanted and (why := compiling.complaint(compiling.folder())):
         log(f"note: chains stay eager, which is slower: their passes cannot be compiled here ({why})")
         return judge._replace(compiled="off")
     return judge

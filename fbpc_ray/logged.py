@@ -10,7 +10,7 @@ from fbpc_ray.config import ELSEWHERE, Config
 from fbpc_ray.errors import undamaged
 from fbpc_ray.mlflow_uri import default_uri
 from fbpc_ray.plan import Log
-from fbpc_ray.presets import preset, start_of
+from fbpc_ray.presets import start_of
 from fbpc_ray.provenance import Provenance, home
 from fbpc_ray.run import Run
 from fbpc_ray.signals import Interrupted
@@ -61,8 +61,8 @@ def params(config: Config) -> dict[str, Any]:
     """What MLflow shows as parameters: the preset, and the settings that are not its own, those that a method brings
     among them. Not all: it writes them above every picture of its slider, and sixty would leave no room for it.
     `config.json`, an artifact, has the others."""
-    row, _ = start_of(config)
-    before = (preset(row) if row else Config()).flat()
+    row, start = start_of(config)
+    before = start.flat()
     return {"preset": row or "none"} | {
         name: " ".join(value) if isinstance(value, tuple) else value
         for name, value in config.flat().items()

@@ -86,11 +86,9 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
     return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
 
 
-def start_of(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset that a configuration begins with, by its data and size, or an empty name where there is none; and the
-    settings of that preset, or the defaults, for its method."""
-    d = config.distillation
-    row = "digits" if config.data.data == "digits" else f"{config.data.data}-ipc{d.ipc}"
-    start = preset(row) if row in PRESETS else Config()
-    settings = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
-    return (row if row in PRESETS else ""), settings
+def start_of(config: Config) -> tuple[str, Config]:
+    """The preset that a configuration begins with, by its data and size, and its name; the defaults, without a name,
+    where there is none."""
+    data = config.data.data
+    row = "digits" if data == "digits" else f"{data}-ipc{config.distillation.ipc}"
+    return (row, preset(row)) if row in PRESETS else ("", Config())

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbpc_ray import __version__, atomic, charts, coreset, figures, page, pictures
-from fbpc_ray.config import Config, Evaluation, Output, Workers
+from fbpc_ray.config import ELSEWHERE, Config, Evaluation, Output, Workers
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.ended import SHOWN, Found, Values, finite, image, read
 from fbpc_ray.errors import UserError
 from fbpc_ray.page import Block, Code, Facts, Heading, Picture, Table, Text
-from fbpc_ray.presets import start_of
+from fbpc_ray.presets import start_of, with_method
 from fbpc_ray.storage import Place, Remote, place
 from fbpc_ray.vision.datasets import denormalise
 
@@ -142,7 +142,7 @@ def _compared(found: Sequence[Found]) -> list[Block]:
         lines.append([each.name, each.method, each.result["data"], str(c.distillation.ipc), networks, steps])
     blocks: list[Block] = [Table(lines)]
     flat = [each.config.flat() for each in found]
-    same = PLACES | {"data_root", "download", "experts", "checkpoint_every"}
+    same = ELSEWHERE - LAST_BITS
     differing = [name for name in flat[0] if name not in same and len({repr(one[name]) for one in flat}) > 1]
     if differing:
         rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
@@ -150,9 +150,9 @@ def _compared(found: Sequence[Found]) -> list[Block]:
     return blocks
 
 
-PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - {
-    "threads", "device", "compiled", "compiled_chains",
-}  # fmt: skip
+LAST_BITS = {"threads", "device", "compiled", "compiled_chains"}
+"""Settings that change the last bits of a result."""
+PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - LAST_BITS
 """Settings that change no result."""
 
 
@@ -162,7 +162,8 @@ def _word(value: Any) -> str:
 
 def command(config: Config) -> list[str]:
     """The words that do it again, in a new folder: a preset, and what differs from it."""
-    row, before = start_of(config)
+    (row, start), d = start_of(config), config.distillation
+    before = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
     words = ["fbpc", "distill", *(["--preset", row] if row else [])]
     for name, value in config.flat().items():
         if name in PLACES or value == before[name]:

@@ -190,13 +190,13 @@ def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monk
     auto = judge(digits, "test", Evaluation(), "dsa", compiled="auto")
     work = 2 * multiplications(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
     monkeypatch.setattr(evaluate, "COMPILE_FROM", work)
-    assert evaluate.compiles(auto, chain)
+    assert evaluate.compiles(auto, chain, Network(spec))
     assert evaluate.passes_of(auto, chain, "cpu").folder == compiling.folder()
     assert evaluate.passes_of(auto._replace(compiled="off"), chain, "cpu").folder is None
     monkeypatch.setattr(evaluate, "COMPILE_FROM", work + 1)
-    assert not evaluate.compiles(auto, chain)
+    assert not evaluate.compiles(auto, chain, Network(spec))
     forced, lines = auto._replace(compiled="on"), []
-    assert evaluate.compiles(forced, chain)
+    assert evaluate.compiles(forced, chain, Network(spec))
     monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
     assert evaluate.feasible(forced, [chain], "cuda", lines.append) == forced  # there nothing is compiled
     assert evaluate.feasible(auto, [chain], "cpu", lines.append) == auto
