@@ -48,6 +48,18 @@ def sweep(folder: Path, pattern: str) -> None:
 
 
 @contextmanager
+def begun(path: Path) -> Iterator[BinaryIO]:
+    """A new file for the block, which no `sweep` takes from it. Raises OSError."""
+    while True:
+        with path.open("xb") as file:
+            with suppress(OSError):  # a file system without locks: nothing is swept there either
+                fcntl.flock(file, fcntl.LOCK_EX)  # a sweep that was quicker has it for a moment
+            if _same(path, file):
+                yield file
+                return
+
+
+@contextmanager
 def alone(folder: Place, mend: str) -> Iterator[None]:
     """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
     UserError, with `mend`, where another one has it. A process that is killed has it no more.

@@ -8,7 +8,6 @@ A crash at any moment leaves a file that nobody lists, never half an expert. Not
 a trajectory is written beside the local copies (cache.py), sent when it is whole, and read from its copy.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -17,7 +16,6 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
@@ -121,9 +119,7 @@ class ExpertStore:
         atomic.sweep(folder, f".{arrow.name}.*.tmp")
         temporary = folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            with temporary.open("xb") as file:
-                with suppress(OSError):  # a file system without locks: then its leftovers are not swept
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with atomic.begun(temporary) as file:
                 sink = _Sink(file)
                 shapes = self._stream(index, snapshots, sink)
                 file.flush()

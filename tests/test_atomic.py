@@ -1,7 +1,8 @@
-"""A folder that one process at a time writes to."""
+"""Files that nobody sweeps as long as they are written, and a folder that one process at a time writes to."""
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -55,6 +56,40 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
         assert len(calls) == 2
         with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path, "wait"):
             pass
+
+
+def test_a_file_is_not_swept_while_it_is_written_and_is_after_its_writer_was_killed(tmp_path):
+    path = tmp_path / ".a.tmp"
+    with atomic.begun(path) as file:
+        atomic.sweep(tmp_path, ".*.tmp")
+        file.write(b"all of it")
+        atomic.sweep(tmp_path, ".*.tmp")
+    assert path.read_bytes() == b"all of it"
+    atomic.sweep(tmp_path, ".*.tmp")
+    assert not path.exists()
+
+
+def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
+    """One thread sweeps without a pause: now and then it comes between the two, or has the lock that we want."""
+    over = threading.Event()
+
+    def sweep():
+        while not over.is_set():
+            atomic.sweep(tmp_path, ".*.tmp")
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for index in range(2000):
+            path = tmp_path / f".{index}.tmp"
+            with atomic.begun(path) as file:
+                file.write(b"x")
+                path.replace(tmp_path / "whole")
+    finally:
+        over.set()
+        sweeper.join()
+    assert (tmp_path / "whole").read_bytes() == b"x"
+    assert [each.name for each in tmp_path.iterdir()] == ["whole"]
 
 
 def test_an_object_store_keeps_nobody_out():

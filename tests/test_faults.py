@@ -103,14 +103,24 @@ def expected(config, digits, tmp_path_factory):
     return run_on(Serial("cpu", Interruption()), config, digits, tmp_path_factory.mktemp("serial"))
 
 
-def at(step: int, act):
-    """An `on_step` that acts once, a moment after a step: amid the next one."""
+def at(step: int, act, backend):
+    """An `on_step` that acts once, a moment after a step: amid the next one. All workers are at work by then."""
 
     def on_step(values, done):
+        if done == step - 1:
+            await_all(backend)
         if done == step:
             threading.Timer(0.02, act).start()
 
     return on_step
+
+
+def await_all(backend):
+    """Until the last worker stands: a run begins with its first one, and can be over before there is another."""
+    import ray
+
+    births = [member.birth for member in pool_of(backend).members]
+    assert len(ray.wait(births, num_returns=len(births), timeout=60)[0]) == len(births)
 
 
 def assert_nothing_is_held(cluster):
@@ -122,7 +132,7 @@ def test_a_killed_node_costs_no_bit(cluster, add, config, digits, tmp_path, expe
     """kill -9 of the raylet of one of two nodes, amid a step: the other goes on with all architectures."""
     nodes = add(), add()
     backend, lines = backend_on(cluster)
-    assert_same(run_on(backend, config, digits, tmp_path, at(3, lambda: kill(raylet(nodes[1])))), expected)
+    assert_same(run_on(backend, config, digits, tmp_path, at(3, lambda: kill(raylet(nodes[1])), backend)), expected)
     assert any("was lost" in line for line in lines)
     assert_nothing_is_held(cluster)
 
@@ -136,7 +146,7 @@ def test_a_frozen_node_costs_no_bit(cluster, add, config, digits, tmp_path, expe
         for pid in [*gradient_workers(raylet(nodes[1])), raylet(nodes[1])]:
             kill(pid, signal.SIGSTOP)
 
-    assert_same(run_on(backend, config, digits, tmp_path, at(3, freeze)), expected)
+    assert_same(run_on(backend, config, digits, tmp_path, at(3, freeze, backend)), expected)
     assert any("was lost" in line for line in lines)
     for pid in gradient_workers(raylet(nodes[1])):
         kill(pid)  # they can't see that their raylet is gone as long as they are stopped
@@ -147,9 +157,8 @@ def test_a_frozen_node_costs_no_bit(cluster, add, config, digits, tmp_path, expe
 def test_a_frozen_worker_is_replaced_after_the_deadline(cluster, add, config, digits, tmp_path, expected):
     add(2)
     backend, lines = backend_on(cluster, step_deadline=6.0)
-    assert_same(
-        run_on(backend, config, digits, tmp_path, at(3, lambda: kill(gradient_workers()[0], signal.SIGSTOP))), expected
-    )
+    freeze = at(3, lambda: kill(gradient_workers()[0], signal.SIGSTOP), backend)
+    assert_same(run_on(backend, config, digits, tmp_path, freeze), expected)
     assert any("no answer within 6 s" in line for line in lines)
     assert_nothing_is_held(cluster)
 
@@ -162,6 +171,8 @@ def test_a_straggler_is_skipped_on_request_and_said(cluster, add, config, digits
     skipped = []
 
     def on_step(values, step):
+        if step == 1:
+            await_all(backend)
         if "skipped" in values:
             skipped.append(step)
         if step == 6:
@@ -201,7 +212,7 @@ def test_without_any_node_left_the_run_ends_with_a_checkpoint(cluster, add, conf
     node = add()
     backend, lines = backend_on(cluster, placement_timeout=20.0)
     with pytest.raises(UserError, match="no worker within 20 s: waited for 1 CPU; the Ray cluster has 0 CPU"):
-        run_on(backend, config, digits, tmp_path, at(4, lambda: kill(raylet(node))))
+        run_on(backend, config, digits, tmp_path, at(4, lambda: kill(raylet(node)), backend))
     assert any("no worker yet: waiting for 1 CPU" in line for line in lines)
     labels = np.arange(10)
     restored = Run(tmp_path).restore(labels, (1, 8, 8))  # type: ignore[arg-type]
@@ -241,6 +252,7 @@ def test_a_worker_to_spare_computes_ahead_and_changes_no_bit(cluster, add, confi
 
     def on_step(values, step):
         if step == 1:
+            await_all(backend)
             assign = pool_of(backend).assign
 
             def watched(member, job):

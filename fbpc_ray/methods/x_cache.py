@@ -5,7 +5,6 @@ under a checksum of all that it depends on. The folder holds a bounded number of
 first. A cache that can't be written is one that isn't there.
 """
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -48,8 +47,7 @@ class XCache(NamedTuple):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with temporary.open("xb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while it is held, nobody sweeps it
+            with atomic.begun(temporary) as file:
                 block = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not in a mapped page
                 for place, row in zip(block, rows(), strict=True):
