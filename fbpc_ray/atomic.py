@@ -60,9 +60,9 @@ def begun(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def alone(folder: Place, mend: str) -> Iterator[None]:
+def alone(folder: Place) -> Iterator[None]:
     """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
-    UserError, with `mend`, where another one has it. A process that is killed has it no more.
+    UserError where another one has it. A process that is killed has it no more.
 
     In an object store, and on a file system without locks, nobody is kept out.
     """
@@ -74,7 +74,7 @@ def alone(folder: Place, mend: str) -> Iterator[None]:
     try:
         lock = _locked(path)
     except BlockingIOError:
-        raise UserError(f"another process is at work in {folder}: {mend}") from None
+        raise UserError(f"another process is at work in {folder}: wait until it ends, or give another --out") from None
     try:
         yield
     finally:

@@ -102,7 +102,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         describe(job)
         return
-    with atomic.alone(run.folder, "wait until it ends, or give another --out"):
+    with atomic.alone(run.folder):
         result, uri = _distil(job, run, resume)
     write_json(json, result)
     log(f"\n{results.table(result['coresets'])}\n")

@@ -130,6 +130,13 @@ def complaint(folder: Path) -> str:
     return ""
 
 
+def possible(what: str, log: Callable[[str], None]) -> bool:
+    """Whether `what` can be compiled here, as far as the cache and the compiler go. It is said where it can't."""
+    if why := complaint(folder()):
+        log(f"note: {what} stay eager, which is slower: they cannot be compiled here ({why})")
+    return not why
+
+
 def _name(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> str:
     """The checksum of all that the machine code depends on."""
     digest = hashlib.blake2b(digest_size=20)

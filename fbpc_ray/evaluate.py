@@ -202,10 +202,7 @@ def feasible(judge: Judge, chains: Sequence[Chain], device: str, log: Callable[[
     """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
     kinds = {(chain.spec, len(chain.labels)): chain for chain in chains} if device == "cpu" else {}
     wanted = any(compiles(judge, chain, Network(chain.spec)) for chain in kinds.values())
-    if wanted and (why := compiling.complaint(compiling.folder())):
-        log(f"note: chains stay eager, which is slower: their passes cannot be compiled here ({why})")
-        return judge._replace(compiled="off")
-    return judge
+    return judge._replace(compiled="off") if wanted and not compiling.possible("the passes of chains", log) else judge
 
 
 def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split:

@@ -142,10 +142,7 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
         most = max(2 * multiplications(Network(spec)) for spec in chosen)
         if most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
             return False
-    why = compiling.complaint(compiling.folder())
-    if why:
-        log(f"note: passes stay eager, which is slower: they cannot be compiled here ({why})")
-    return not why
+    return compiling.possible("the passes of a step", log)
 
 
 def x_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:

@@ -33,7 +33,7 @@ def target(path: str) -> Path:
     folder = local_folder(path, "--save-model").absolute()
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} is there already: choose another folder for the model")
-    _tracking()
+    _mlflow_model()
     return folder
 
 
@@ -66,7 +66,7 @@ def save(samples: Ensemble, folder: Path, facts: dict[str, Any], example: np.nda
     """Write an MLflow model to `folder`, which must not be there, and give the command that serves it. `facts` are
     its metadata, `example` (n, c, h, w) uint8 is an input. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
-        _tracking().save_model(folder, _parts(samples, Path(near), facts, example))
+        _mlflow_model().save_model(folder, _parts(samples, Path(near), facts, example))
     return serve_command(folder)
 
 
@@ -76,7 +76,7 @@ def log_to_run(
     """Log the same model to an MLflow run and give its address there; None, said, where MLflow doesn't take it."""
     name = f"posterior-{slug(samples.spec.architecture).replace('.', '-')}"
     with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
-        return _tracking().log_model(uri, run_id, name, _parts(samples, Path(near), facts, example), log)
+        return _mlflow_model().log_model(uri, run_id, name, _parts(samples, Path(near), facts, example), log)
 
 
 def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.ndarray) -> Any:
@@ -86,7 +86,7 @@ def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.nda
     path = near / "samples.safetensors"
     ensemble.save(samples, path)
     shape = samples.spec.image_shape
-    return _tracking().ModelParts(
+    return _mlflow_model().ModelParts(
         script=SCRIPT,
         artifacts={"samples": path},
         config={"network": name} if own_network else {},
@@ -111,9 +111,9 @@ def _code_of(name: str) -> Path:
     return Path(where)
 
 
-def _tracking() -> Any:
+def _mlflow_model() -> Any:
     try:
-        from fbpc_ray import tracking
+        from fbpc_ray import mlflow_model
     except ImportError as error:
         raise UserError(f"MLflow is not installed ({error}): pip install mlflow") from None
-    return tracking
+    return mlflow_model

@@ -1,5 +1,5 @@
-"""MLflow, kept at arm's length: the only file that imports it, but for served.py, which MLflow runs. Tracking may be
-late or fail, and never stops a run.
+"""MLflow, kept at arm's length: runs and what is logged to them. Tracking may be late or fail, and never stops a run.
+Only this file imports MLflow, mlflow_model.py, which writes models, and served.py, which MLflow runs.
 
 Every call of a `Tracker` only appends to a queue; one daemon thread drains it. A thread, and not a call that tries and
 gives up, because the first use of a SQLite database takes seconds, and a server that accepts and never answers costs a
@@ -19,17 +19,16 @@ import getpass
 import hashlib
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,7 +73,7 @@ class Found(NamedTuple):
 def find_runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, Found]:
     """{key of a `Tracker`: its run} of the runs that carry a tag. Empty where MLflow doesn't answer."""
     uri = absolute(uri)
-    _hush()
+    hush()
     with contextlib.suppress(Exception):
         client, found, page = _open_store(uri, database(uri)), {}, None
         known = client.get_experiment_by_name(experiment)
@@ -125,7 +124,7 @@ class Tracker:
         retry_seconds: float = 30.0,
         finish_seconds: float = 30.0,
     ):
-        _hush()  # here, because the worker's thread must not change the filters
+        hush()  # here, because the worker's thread must not change the filters
         self.uri = absolute(uri)
         self.run_id = run_id  # None while the store has not answered yet; when continuing, the given id from the start
         self.experiment_id: str | None = None
@@ -374,7 +373,7 @@ class Tracker:
             else:
                 self._aside.append(record)
                 self._aside_due = time.monotonic() + self._retry_seconds
-        self._note("refused", f"MLflow: {self.uri} does not take a record ({_reason(error)}); going on without it.")
+        self._note("refused", f"MLflow: {self.uri} does not take a record ({reason(error)}); going on without it.")
 
     def _answers(self, client: MlflowClient) -> bool:
         with contextlib.suppress(Exception):
@@ -384,7 +383,7 @@ class Tracker:
 
     def _silent(self, error: Exception) -> None:
         tail = "" if self._status else f"; going on without it, trying again every {self._retry_seconds:g} s"
-        self._note("silent", f"MLflow: {self.uri} does not answer ({_reason(error)}){tail}.")
+        self._note("silent", f"MLflow: {self.uri} does not answer ({reason(error)}){tail}.")
 
     def _send_metrics(self, client: MlflowClient, run: str, points: list[Metric]) -> None:
         if self._continued:
@@ -395,7 +394,7 @@ class Tracker:
             client.log_batch(run, metrics=points[start : start + MAX_METRICS], synchronous=True)
 
 
-def _hush() -> None:
+def hush() -> None:
     """Keep back what MLflow's own tables make SQLAlchemy say when a database is opened."""
     warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
@@ -450,7 +449,7 @@ def _stored(value: float) -> float:
     return -np.inf if np.isnan(value) else float(np.clip(value, -FLOAT_MAX, FLOAT_MAX))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The innermost cause in at most 120 characters of one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
@@ -458,90 +457,3 @@ def _reason(error: Exception) -> str:
 
 def _milliseconds() -> int:
     return int(time.time() * 1000)
-
-
-# ---- models
-
-
-class ModelParts(NamedTuple):
-    """What an MLflow model of posterior samples is made of."""
-
-    script: Path
-    """Run by MLflow as it loads the model (models from code)."""
-    artifacts: dict[str, Path]
-    config: dict[str, str]
-    example: np.ndarray
-    """Images (n, c, h, w) uint8."""
-    code: Sequence[Path]
-    """Files and folders that `script` imports."""
-    requirements: Sequence[str]
-    metadata: dict[str, object]
-
-
-def save_model(folder: Path, parts: ModelParts) -> None:
-    """Write the model to `folder`, which must not be there: whole or not at all."""
-    from mlflow import pyfunc  # not above: half a second that only models need
-
-    _hush()
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            pyfunc.save_model(temporary, **_model_arguments(parts))
-        for compiled in temporary.rglob("__pycache__"):
-            shutil.rmtree(compiled, ignore_errors=True)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable[[str], None]) -> str | None:
-    """Log the model as an output of a run; its models:/ address, or None, said, where MLflow doesn't take it."""
-    from mlflow import pyfunc
-    from mlflow.models import Model
-
-    _hush()
-    try:
-        with default_store(uri), warnings.catch_warnings(action="ignore"):
-            made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
-        return made.model_uri
-    except Exception as error:  # noqa: BLE001  whatever MLflow, SQL or the network raises
-        log(f"MLflow: {uri} does not take the model ({_reason(error)}).")
-        return None
-
-
-@contextlib.contextmanager
-def default_store(uri: str) -> Iterator[None]:
-    """Inside the block MLflow's functions that are told no store take this one. MLflow notes it in the environment,
-    too, where whatever comes later would find it: afterwards all is as before."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    mlflow.set_tracking_uri(absolute(uri))
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)  # pyright: ignore[reportArgumentType]  None unsets it
-
-
-def _model_arguments(parts: ModelParts) -> dict[str, Any]:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-    from mlflow.types.schema import Array
-
-    images = TensorSpec(np.dtype("uint8"), (-1, *parts.example.shape[1:]))
-    outputs: list[ColSpec | TensorSpec] = [
-        ColSpec("string", "class"), ColSpec(Array("double"), "probabilities"), ColSpec("double", "entropy"),
-        ColSpec("double", "mutual_information"),
-    ]  # fmt: skip
-    return {
-        "python_model": str(parts.script),
-        "artifacts": {key: str(path) for key, path in parts.artifacts.items()},
-        "model_config": parts.config,
-        "input_example": parts.example,
-        "signature": ModelSignature(Schema([images]), Schema(outputs)),
-        "code_paths": [str(path) for path in parts.code],
-        "pip_requirements": list(parts.requirements),
-        "metadata": parts.metadata,
-    }

@@ -85,7 +85,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     if dry_run:
         _describe(found)
         return
-    with atomic.alone(folder, "wait until it ends, or give another --out"):
+    with atomic.alone(folder):
         if not resume:
             _write_plan(found)
         result, board = _swept(found)

@@ -13,16 +13,16 @@ from fbpc_ray.storage import place
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     folder = tmp_path / "a" / "run"
-    with atomic.alone(folder, "wait"):
+    with atomic.alone(folder):
         (folder / "kept").write_text("x")
         with (
-            pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait"),
-            atomic.alone(folder, "wait"),
+            pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait until it ends"),
+            atomic.alone(folder),
         ):
             pass
         code = (
             "import sys; from pathlib import Path; from fbpc_ray import atomic\n"
-            "with atomic.alone(Path(sys.argv[1]), 'wait'): print('in')"
+            "with atomic.alone(Path(sys.argv[1])): print('in')"
         )
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
         assert "UserError: another process" in done.stderr
@@ -35,7 +35,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / atomic.LOCK).touch()
-    with atomic.alone(tmp_path / "run", "wait"):
+    with atomic.alone(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -52,9 +52,9 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
         lock(file, how)
 
     monkeypatch.setattr(atomic.fcntl, "flock", late)
-    with atomic.alone(tmp_path, "wait"):
+    with atomic.alone(tmp_path):
         assert len(calls) == 2
-        with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path, "wait"):
+        with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path):
             pass
 
 
@@ -93,5 +93,5 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 
 
 def test_an_object_store_keeps_nobody_out():
-    with atomic.alone(place("s3://bucket/run"), "wait"), atomic.alone(place("s3://bucket/run"), "wait"):
+    with atomic.alone(place("s3://bucket/run")), atomic.alone(place("s3://bucket/run")):
         pass

@@ -202,7 +202,7 @@ def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monk
     assert evaluate.feasible(auto, [chain], "cpu", lines.append) == auto
     assert not lines
     assert evaluate.feasible(forced, [chain], "cpu", lines.append).compiled == "off"
-    assert lines == ["note: chains stay eager, which is slower: their passes cannot be compiled here (no g++)"]
+    assert lines == ["note: the passes of chains stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
 def test_a_chain_that_explodes_says_so(network, coreset: Pair, digits):

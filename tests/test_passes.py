@@ -184,7 +184,7 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     assert not lines
     why = "no g++"
     assert not plan.compiled(large, digits, specs, lines.append)
-    assert lines == ["note: passes stay eager, which is slower: they cannot be compiled here (no g++)"]
+    assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
 def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):

@@ -20,9 +20,9 @@ from processes import free_port, soon
 
 from fbpc_ray import api, cli
 from fbpc_ray.inference.metrics import predictive_stats, scores
+from fbpc_ray.mlflow_model import default_store
 from fbpc_ray.rng import generator
 from fbpc_ray.run import Run
-from fbpc_ray.tracking import default_store
 
 NETWORK = """
 from torch import nn
