@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and folders that one process at a time writes to."""
 
+import errno
 import fcntl
 import os
 import secrets
@@ -62,16 +63,17 @@ def begun(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def alone(folder: Place) -> Iterator[None]:
     """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
-    UserError where another one has it. A process that is killed has it no more.
+    UserError where another one has it, and OSError for a folder that can't be made. A process that is killed has it no
+    more.
 
     In an object store, and on a file system without locks, nobody is kept out.
     """
     if isinstance(folder, Remote):
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     except BlockingIOError:
         raise UserError(f"another process is at work in {folder}: wait until it ends, or give another --out") from None
@@ -92,7 +94,14 @@ LOCK = ".lock"
 def _locked(path: Path) -> BinaryIO | None:
     """`path`, opened and locked; None where there are no locks. Raises BlockingIOError where another process has it."""
     while True:
-        file = path.open("ab")
+        with suppress(FileExistsError):
+            path.parent.mkdir()
+        try:
+            file = path.open("ab")
+        except FileNotFoundError:
+            if path.parent.is_symlink():  # to nowhere
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
+            continue  # the process that had it removed the folder meanwhile
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same(path, file):

@@ -254,6 +254,10 @@ MENDABLE = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run the same command with --resume",
     errno.EROFS: "choose a folder that can be written with --out",
     errno.EACCES: "choose a folder that can be written with --out, or mend its permissions",
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR),
+        "there is a file, or a link to nowhere, in the place of a folder: choose another one",
+    ),
 }
 """Errors of the file system whose mend is known; others are shown whole."""
 

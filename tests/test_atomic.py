@@ -1,12 +1,13 @@
 """Files that nobody sweeps as long as they are written, and a folder that one process at a time writes to."""
 
+import re
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from fbpc_ray import atomic
+from fbpc_ray import atomic, cli
 from fbpc_ray.errors import UserError
 from fbpc_ray.storage import place
 
@@ -56,6 +57,48 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
         assert len(calls) == 2
         with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path):
             pass
+
+
+def test_a_folder_whose_last_user_takes_it_away_is_made_again(tmp_path):
+    """Eight threads, each with its turn in a folder that is empty in the end, and so goes: all get it, or are told."""
+    refused = UserError
+    turns, strange = [], []
+
+    def take():
+        for _ in range(200):
+            try:
+                with atomic.alone(tmp_path / "run"):
+                    turns.append(1)
+            except refused:
+                pass
+            except Exception as error:  # noqa: BLE001
+                strange.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not strange
+    assert turns
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["file/run", "link"])
+@pytest.mark.parametrize("flag", ["--out", "--experts"])
+def test_a_file_in_the_place_of_a_folder_is_one_line(flag, place, tmp_path, monkeypatch, capsys):
+    """A file where a folder should be, and a link to nowhere; both are still there afterwards."""
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path / "home"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    words = [flag, str(tmp_path / place), "--backend", "serial", "--no-tracking", "--expert-count", "1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", *words])
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(rf"error: .*{tmp_path / place.partition('/')[0]}.*: (choose|give|there is) ", line)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_a_file_is_not_swept_while_it_is_written_and_is_after_its_writer_was_killed(tmp_path):
