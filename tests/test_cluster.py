@@ -1,5 +1,6 @@
 """Ray is plumbing: the same bits as without it, whatever becomes of its processes. Real clusters on this machine."""
 
+import errno
 import os
 import shutil
 import signal
@@ -120,6 +121,16 @@ def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
     chain = Chain("random", state.images.numpy(), labels.numpy(), spec, 0)
     with pytest.raises(UserError, match="did you mean convnet-in"):
         list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
+
+
+def test_what_a_disk_says_to_a_worker_arrives_as_itself(cluster, small, digits, tmp_path):
+    """With its number, which the command line turns into one line: full, read-only, a dead link."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError) as error:
+        train_experts(small.updated(experts=str(tmp_path / "link")), digits, cluster)
+    assert error.value.errno == errno.EEXIST
+    assert error.value.filename == str(tmp_path / "link")
+    assert soon(all_cpus_free)
 
 
 def test_a_gpu_that_no_node_has_is_refused(cluster):

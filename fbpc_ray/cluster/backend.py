@@ -23,7 +23,7 @@ from fbpc_ray.allocator import keep_freed_memory
 from fbpc_ray.backend import Crew, device_name, gradient_of
 from fbpc_ray.cluster.knock import knock, refused
 from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
-from fbpc_ray.cluster.pool import ALONE_SAY_AFTER, SAY_AFTER, STORE_FULL, Job, Pool, first_line, innermost
+from fbpc_ray.cluster.pool import ALONE_SAY_AFTER, SAY_AFTER, STORE_FULL, Job, Pool, first_line, raise_cause
 from fbpc_ray.config import Workers
 from fbpc_ray.distill import State, Unit, Worker, map_start
 from fbpc_ray.distill import threads as torch_threads
@@ -372,11 +372,8 @@ def on_loopback() -> Iterator[None]:
 
 
 def _get(reference: Any) -> Any:
-    """ray.get, with a UserError raised by the worker as itself."""
+    """ray.get, with what the worker raised as itself where it is a UserError or an OSError."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause = innermost(error)
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise
+        raise_cause(error)

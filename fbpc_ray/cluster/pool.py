@@ -7,7 +7,7 @@ knows what the calls compute.
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 from ray.exceptions import (
@@ -202,11 +202,9 @@ class Pool:
         except RayTaskError as error:
             member.job = member.reference = None
             cause = innermost(error)
-            if isinstance(cause, UserError):
-                raise cause from None
             if isinstance(cause, (*WORKER_LOST, ObjectLostError, *STORE_FULL)):  # of an argument, or of the result
                 return Outcome(job.key, None, seconds, first_line(cause))
-            raise
+            raise_cause(error)
         member.job = member.reference = None
         return Outcome(job.key, value, seconds)
 
@@ -228,6 +226,16 @@ def innermost(error: RayTaskError) -> BaseException:
     while isinstance(cause, RayTaskError):
         cause = cause.cause
     return cause
+
+
+def raise_cause(error: RayTaskError) -> NoReturn:
+    """A UserError that a worker raised as itself; an OSError too, with the worker's traceback behind it."""
+    cause = innermost(error)
+    if isinstance(cause, UserError):
+        raise cause from None
+    if isinstance(cause, OSError):
+        raise cause from error
+    raise error
 
 
 def first_line(error: BaseException) -> str:
