@@ -69,7 +69,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
-def soon(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
+def soon(holds: Callable[[], bool], seconds: float = 300.0) -> bool:
     """Whether something holds within so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -43,7 +43,7 @@ def _running(port: int, module: str, *words: str) -> Iterator[None]:
         [sys.executable, "-m", module, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        assert soon(lambda: process.poll() is not None or _answers(port), 60)
+        assert soon(lambda: process.poll() is not None or _answers(port))
         assert process.poll() is None
         yield
     finally:

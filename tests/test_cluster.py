@@ -150,7 +150,7 @@ def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path)
             run_on(cluster, small, digits, tmp_path)
     finally:
         cluster.settings = before
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def whole(small, tmp_path_factory):
     """An undisturbed serial run of 16 steps by the command line."""
     folder = tmp_path_factory.mktemp("cluster") / "whole"
     process = start("distill", *flags(small, backend="serial", steps=16, out=str(folder)))
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     return folder
 
@@ -185,7 +185,7 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
     process = start("distill", *words, RAY_TMPDIR=ray)
     wait_for(Run(folder).state_path, process)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number, output
         assert f"fbpc distill --out {folder} --resume" in output
@@ -196,6 +196,6 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
     assert not left
     shutil.rmtree(ray, ignore_errors=True)
     resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")
-    output = resumed.communicate(timeout=120)[0]
+    output = resumed.communicate(timeout=300)[0]
     assert resumed.returncode == 0, output
     assert torch.equal(images_of(folder), images_of(whole))

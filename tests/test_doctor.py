@@ -26,7 +26,7 @@ def run(*words: str, **environment: str) -> tuple[int, dict[str, str], str]:
     """(exit status, {the word after the state, without colon: its line}, all that was printed) of the command."""
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120,
+        timeout=300,
     )  # fmt: skip
     lines = {line.split()[1].strip(":,"): line for line in done.stdout.splitlines() if line[:6].strip() in STATES}
     return done.returncode, lines, done.stdout + done.stderr

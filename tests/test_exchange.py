@@ -389,7 +389,7 @@ cli.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--b
 @pytest.mark.slow
 def test_it_works_without_ray_and_mlflow(run, tmp_path):
     found = subprocess.run(
-        [sys.executable, "-c", BARE, str(run), str(tmp_path / "set")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", BARE, str(run), str(tmp_path / "set")], capture_output=True, text=True, timeout=300
     )
     assert found.returncode == 0, found.stderr
     assert "convnet-in    given" in found.stdout

@@ -30,5 +30,5 @@ def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monke
         assert not [(titles[pid][:60], str(ip), port) for pid, ip, port in found if not ip.is_loopback]
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         shutil.rmtree(ray, ignore_errors=True)

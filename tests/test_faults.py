@@ -120,7 +120,7 @@ def await_all(backend):
     import ray
 
     births = [member.birth for member in pool_of(backend).members]
-    assert len(ray.wait(births, num_returns=len(births), timeout=60)[0]) == len(births)
+    assert len(ray.wait(births, num_returns=len(births), timeout=300)[0]) == len(births)
 
 
 def assert_nothing_is_held(cluster):
@@ -199,7 +199,7 @@ def test_a_node_that_comes_later_is_used(cluster, add, config, digits, tmp_path,
         pool = pool_of(backend)
         if step == 3:
             add()
-            assert soon(lambda: pool.outcomes() == [] and pool.standing == 2, 60)
+            assert soon(lambda: pool.outcomes() == [] and pool.standing == 2)
         standing.append(pool.standing)
 
     assert_same(run_on(backend, config, digits, tmp_path, on_step), expected)
@@ -231,13 +231,13 @@ def test_no_place_is_said_within_seconds(cluster, config, digits, tmp_path):
     backend, _ = backend_on(cluster)
     with pytest.raises(UserError, match="one worker needs 1 CPU on one node, the nodes of the Ray cluster have 0 CPU"):
         run_on(backend, config, digits, tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_cluster_that_grows_by_itself_is_waited_for(cluster, add, config, digits, tmp_path, expected):
     """--autoscale: nothing is there at first; the node comes once it is said that it is waited for."""
     backend, lines = backend_on(
-        cluster, lambda line: add(2) if "no worker yet" in line else None, autoscale=True, placement_timeout=60.0
+        cluster, lambda line: add(2) if "no worker yet" in line else None, autoscale=True, placement_timeout=300.0
     )
     assert_same(run_on(backend, config, digits, tmp_path), expected)
     assert any("waiting for 1 CPU" in line for line in lines)

@@ -224,7 +224,7 @@ def joined(address: str, config: Config, folder: Path, environment: dict[str, st
     words = flags(config, backend="ray", address=address, out=str(folder / "refused"))
     done = subprocess.run(
         [sys.executable, ROOT / "jobs/distill_multi.py", *words], env={**environment, "PYTHONPATH": str(ROOT)},
-        text=True, capture_output=True, timeout=120,
+        text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

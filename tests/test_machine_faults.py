@@ -57,7 +57,7 @@ class Driver:
         return text in self.output.read_text()
 
     def wait_for_a_checkpoint(self) -> None:
-        assert soon(lambda: self.run.state_path.exists() or self.process.poll() is not None, 180)
+        assert soon(lambda: self.run.state_path.exists() or self.process.poll() is not None)
         assert self.process.poll() is None, self.output.read_text()
 
     def ends_with_the_bits_of(self, whole: Path) -> None:
@@ -81,7 +81,7 @@ def memory() -> tuple[float, float]:
 
 HOG = """
 import sys, time
-held, end = [], time.monotonic() + 90
+held, end = [], time.monotonic() + 300
 while time.monotonic() < end:
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)
@@ -108,7 +108,9 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
     try:
         driver.wait_for_a_checkpoint()
         hog = subprocess.Popen([sys.executable, "-c", HOG, str(limit + 3e8)])
-        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 60), driver.output.read_text()
+        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 240), (
+            driver.output.read_text()
+        )
         stop(hog)
         assert driver.said("memory"), driver.output.read_text()  # the line says why
         driver.ends_with_the_bits_of(whole)
@@ -156,7 +158,7 @@ def test_a_store_and_a_disk_without_room_are_one_line(config, tmp_path, ray_fold
                     head, env={**ENVIRONMENT, **disk}, start_new_session=True, stdout=output, stderr=output
                 )
             )
-        assert soon(lambda: "raylet" in " ".join(descendants(started[0].pid).values()), 60)
+        assert soon(lambda: "raylet" in " ".join(descendants(started[0].pid).values()))
         experts = str(tmp_path / "experts")
         driver = Driver(tmp_path, flags(config, address=address, data=f"npz:{tmp_path}/large.npz", experts=experts))
         started.append(driver.process)
@@ -223,9 +225,9 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
 
     try:
         start(program, *head, *common)
-        assert soon(lambda: "Node status" in status(program, f"{here}:{port}"), 180)  # it answers
+        assert soon(lambda: "Node status" in status(program, f"{here}:{port}"))  # it answers
         start(program, *joins, f"--node-ip-address={here}", *common)
-        assert soon(lambda: "/1.0 CPU" in status(program, f"{here}:{port}"), 180)
+        assert soon(lambda: "/1.0 CPU" in status(program, f"{here}:{port}"))
         joined = False
         for _ in range(3):  # in a namespace without a route Ray's node now and then finds its head too late, and ends
             far = ("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
@@ -239,9 +241,9 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
         started.append(driver.process)
         driver.wait_for_a_checkpoint()
-        assert soon(lambda: any(title.startswith("ray::Worker") for title in descendants(started[2].pid).values()), 60)
+        assert soon(lambda: any(title.startswith("ray::Worker") for title in descendants(started[2].pid).values()))
         ip("link", "set", link, "down")
-        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 90)
+        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None)
         driver.ends_with_the_bits_of(whole)
         assert driver.said("was lost"), driver.output.read_text()
     finally:

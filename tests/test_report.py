@@ -348,7 +348,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(runs, tmp_path, width):
     for attempt in range(3):  # on a busy machine Chromium sometimes ends without a word
         done = subprocess.run(
             ["chromium", *words, f"--user-data-dir={tmp_path}/{attempt}", "--dump-dom", address],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         title, said = re.search(r"<title>(.*?)</title>", done.stdout), done.stderr[-500:]
         if title:

@@ -128,7 +128,7 @@ def test_only_rng_seeds_globally():
 
 def run(code: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=check, timeout=60
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=check, timeout=300
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
@@ -129,7 +130,7 @@ def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_p
     process = start("distill", *words)
     wait_for(Run(folder).state_path, process)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + number, output
     assert f"fbpc distill --out {folder} --resume" in output
     assert "Traceback" not in output
@@ -420,11 +421,9 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed(whole, small, tmp_
 
 
 def test_help_takes_less_than_a_second():
-    """`--help` imports neither torch nor ray; best of three, since the machine may be busy."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "fbpc_ray", "distill", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
-        assert "lambda_x" in done.stdout
-    assert min(seconds) < 1.0
+    """`--help` imports neither torch nor ray. Counted in CPU time, since the machine may be busy."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "fbpc_ray", "distill", "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "lambda_x" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0

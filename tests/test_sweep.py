@@ -370,7 +370,7 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
             now = bool(over(folder) and under_way) if not sessions else bool(gradient_workers(process.pid))
             return now or process.poll() is not None
 
-        if not soon(amid, 240) or process.poll() is not None:
+        if not soon(amid) or process.poll() is not None:
             process.kill()
             pytest.fail(f"not in the middle of anything: {process.communicate()[0]}")
         if number is not None:
@@ -379,9 +379,9 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
         else:
             trials = [pid for pid, title in descendants(process.pid).items() if title.startswith(OURS[0])]
             assert kill(trials[0])
-        said = process.communicate(timeout=240)[0]
+        said = process.communicate(timeout=300)[0]
         if number is not None:
-            gone = soon(lambda below=below: not any(map(alive, below)), 60)
+            gone = soon(lambda below=below: not any(map(alive, below)))
             assert gone, f"left behind: {[title for pid, title in below.items() if alive(pid)]}"
         written = {each: trial_files(folder)[each].stat().st_mtime_ns for each in over(folder)}
         sessions.append(Session(process.returncode, said, written, statuses(home)))

@@ -238,10 +238,10 @@ def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipe = subprocess.PIPE
     both = [subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=90) for process in both] == [("pending 0\n", "")] * 2
+    assert [process.communicate(timeout=300) for process in both] == [("pending 0\n", "")] * 2
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -405,7 +405,7 @@ def test_nobody_listens():
         tracker.image("u", PICTURE, step)
     assert time.monotonic() - start < 2
     tracker.finish("FAILED")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert tracker.run_id is None and tracker.url is None
     assert tracker.pending == 100
     assert len(lines) == 2
@@ -427,7 +427,7 @@ def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch
             tracker.metrics({"a": 1.0}, step)
         assert time.monotonic() - start < 1
         tracker.finish("KILLED")
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 30
     assert tracker.pending == 100
     assert "100 records not delivered" in lines[-1]
 
