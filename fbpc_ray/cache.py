@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -136,7 +136,7 @@ def _make_room(size: int) -> None:
     """Delete the copies used longest ago until `size` bytes more are within the limit and on the disk. The caller holds
     the lock. Raises UserError where they can't be."""
     root = folder()
-    files = [(path, path.stat()) for path in root.iterdir() if path.suffix in (".arrow", ".tmp")]
+    files = present(path for path in root.iterdir() if path.suffix in (".arrow", ".tmp"))
     used, free = sum(status.st_size for _, status in files), shutil.disk_usage(root).free
     given = os.environ.get("FBPC_CACHE_GB")
     try:
@@ -150,6 +150,15 @@ def _make_room(size: int) -> None:
             code=1,
         )
     drop_oldest([each for each in files if each[0].suffix == ".arrow"], max(used + size - limit, size - free))
+
+
+def present(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+    """Those of `paths` that nobody has removed meanwhile."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
 
 
 def drop_oldest(files: Sequence[tuple[Path, os.stat_result]], excess: float) -> None:

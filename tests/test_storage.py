@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -410,6 +411,28 @@ def test_a_damaged_object_is_said(s3):
             f"{s3}/00000.arrow is damaged (it is not the file that its manifest describes): delete it and run again"
         )
         assert copies() == []
+
+
+def test_scratch_files_of_several_at_once_cost_nobody_anything(tmp_path, monkeypatch):
+    """One counts what lies in the folder while another's file goes."""
+    monkeypatch.setenv("FBPC_CACHE", str(tmp_path))
+    strange = []
+
+    def work():
+        try:
+            for _ in range(1000):
+                with cache.scratch(10) as file:
+                    file.write(b"x")
+        except Exception as error:  # noqa: BLE001
+            strange.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not strange
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_the_cache_keeps_its_limit_and_what_was_used_last(s3, monkeypatch):

@@ -64,10 +64,7 @@ class XCache(NamedTuple):
 
     def _make_room(self, size: int) -> None:
         atomic.sweep(self.folder, ".*.tmp")
-        files = []
-        for path in self.folder.glob("*.npy"):
-            with suppress(OSError):
-                files.append((path, path.stat()))
+        files = cache.present(self.folder.glob("*.npy"))
         used, free = sum(status.st_size for _, status in files), shutil.disk_usage(self.folder).free
         cache.drop_oldest(files, used + size - min(self.limit, (used + free) / 2))
 
