@@ -96,7 +96,17 @@ class ExpertStore:
         if isinstance(self.folder, Remote):  # one request for all of them; an object that is there is whole
             names = {each.name for each in self.folder.iterdir()}
             return [n for n in range(count) if not {self._arrow(n).name, self._manifest(n).name} <= names]
-        return [index for index in range(count) if not self._whole(index)]
+        return [index for index in range(count) if not self.whole(index)]
+
+    def whole(self, index: int) -> bool:
+        """Is there a manifest, and a file of the size it states?"""
+        arrow, manifest = self._arrow(index), self._manifest(index)
+        if isinstance(arrow, Remote):
+            return manifest.exists() and arrow.exists()
+        try:
+            return json.loads(manifest.read_text())["bytes"] == arrow.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
     def write(self, index: int, snapshots: Iterable[dict[str, Tensor]]) -> None:
         """Store the snapshots of epochs 0..E as trajectory `index`, each written as it arrives.
@@ -104,8 +114,8 @@ class ExpertStore:
         The tensors may alias live ones: a snapshot is on its way to disk before the next one is asked for. Floating
         tensors are stored as `recipe.dtype`, all others as int64. An earlier trajectory `index` stays until the new one
         is whole. Raises UserError for non-finite values, ValueError unless there are E + 1 snapshots of equal names and
-        shapes, OSError for a full disk; then nothing of the new trajectory is left. In an object store one that came
-        to be there in the meantime stays: it is the same.
+        shapes, OSError for a full disk; then nothing of the new trajectory is left. One that another process wrote in
+        the meantime stays: it is the same, and may be read already.
         """
         if index < 0:
             raise ValueError(f"the index of a trajectory is {index}, must be at least 0")
@@ -115,7 +125,7 @@ class ExpertStore:
         if isinstance(arrow, Remote):
             self._send(index, snapshots, arrow)
             return
-        folder = arrow.parent
+        folder, before = arrow.parent, self.whole(index)
         atomic.sweep(folder, f".{arrow.name}.*.tmp")
         temporary = folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
@@ -124,14 +134,20 @@ class ExpertStore:
                 shapes = self._stream(index, snapshots, sink)
                 file.flush()
                 os.fsync(file.fileno())
-            self._claimed()  # whoever created the folder in the meantime may have had another recipe
-            manifest.unlink(missing_ok=True)
-            temporary.replace(arrow)
-            self._list(index, sink, shapes)
+                self._claimed()  # whoever created the folder in the meantime may have had another recipe
+                if not before and self.whole(index):
+                    temporary.unlink()
+                    return
+                manifest.unlink(missing_ok=True)
+                temporary.replace(arrow)  # in the block: later it might be swept
+            try:
+                self._list(index, sink, shapes)
+            except BaseException:
+                if not manifest.exists():
+                    arrow.unlink(missing_ok=True)
+                raise
         except BaseException:
             temporary.unlink(missing_ok=True)
-            if not manifest.exists():
-                arrow.unlink(missing_ok=True)
             raise
 
     def _send(self, index: int, snapshots: Iterable[dict[str, Tensor]], arrow: Remote) -> None:
@@ -141,7 +157,7 @@ class ExpertStore:
             shapes = self._stream(index, snapshots, sink)
             file.flush()
             self._claimed()
-            if not self._whole(index):
+            if not self.whole(index):
                 arrow.upload(Path(file.name))
                 self._list(index, sink, shapes)
             cache.keep(file, sink.digest.hexdigest())
@@ -228,16 +244,6 @@ class ExpertStore:
                 f"experts in {self.folder} were made with {made}, this run wants {wants}: give another --experts folder"
             )
         return True
-
-    def _whole(self, index: int) -> bool:
-        """Is there a manifest, and a file of the size it states?"""
-        arrow, manifest = self._arrow(index), self._manifest(index)
-        if isinstance(arrow, Remote):
-            return manifest.exists() and arrow.exists()
-        try:
-            return json.loads(manifest.read_text())["bytes"] == arrow.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
 
     def _stream(self, index: int, snapshots: Iterable[dict[str, Tensor]], sink: "_Sink") -> dict[str, list[int]]:
         """Write the whole Arrow file into `sink`; the shapes of its tensors by name."""

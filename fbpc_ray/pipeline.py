@@ -47,14 +47,16 @@ LOOKED_AT = 1000
 
 
 def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> float:
-    """One task: train a trajectory, write it, and give the share of training images that its last epoch gets right."""
+    """One task: train a trajectory, unless another run did so meanwhile, write it, and give the share of training images
+    that its last epoch gets right."""
     recipe, network = lesson.store.recipe, Network(lesson.spec, device)
     data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
-    snapshots = teach(
-        network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
-        augment=recipe.augment, seed=recipe.seed, index=lesson.number,
-    )  # fmt: skip
-    lesson.store.write(lesson.number, snapshots)
+    if not lesson.store.whole(lesson.number):
+        snapshots = teach(
+            network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
+            augment=recipe.augment, seed=recipe.seed, index=lesson.number,
+        )  # fmt: skip
+        lesson.store.write(lesson.number, snapshots)
     last = lesson.store.read(lesson.number, recipe.epochs)
     statistics = {name: last[name].to(device) for name in network.buffer_names}
     params, chosen = network.parameters_of(last), torch.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).long()

@@ -434,6 +434,56 @@ def test_a_second_writer_of_the_same_index_does_no_harm(tmp_path):
     assert listing(tmp_path) == ["00000.arrow", "00000.json", "store.json"]
 
 
+def test_what_another_writer_made_meanwhile_can_be_read_at_any_moment(tmp_path, monkeypatch):
+    """Two runs lack the same expert and train it both: the quicker one reads it while the other one comes to its end."""
+
+    def watched(function):
+        def call(*arguments, **options):
+            found = function(*arguments, **options)
+            assert same(ExpertStore(tmp_path, RECIPE).read(0, 1), snapshot(0, 1))
+            return found
+
+        return call
+
+    def overtaken() -> Iterator[dict[str, Tensor]]:
+        yield from itertools.islice(trajectory(0), RECIPE.epochs)
+        ExpertStore(tmp_path, RECIPE).write(0, trajectory(0))
+        for name in ("replace", "unlink"):
+            monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+        yield snapshot(0, RECIPE.epochs)
+
+    ExpertStore(tmp_path, RECIPE).write(0, overtaken())
+    assert listing(tmp_path) == ["00000.arrow", "00000.json", "store.json"]
+
+
+def test_a_whole_file_is_not_swept_before_it_has_its_name(tmp_path, monkeypatch):
+    """Another writer of the same index begins, and sweeps, just as this one is through."""
+    replace = Path.replace
+
+    def late(path: Path, target: Path) -> Path:
+        atomic.sweep(tmp_path, ".00000.arrow.*.tmp")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    store = ExpertStore(tmp_path, RECIPE)
+    store.write(0, trajectory(0))
+    store.verify(0)
+
+
+def test_a_writer_that_fails_leaves_the_file_of_another_that_is_about_to_list_it(tmp_path, monkeypatch):
+    store, write = ExpertStore(tmp_path, RECIPE), atomic.write_text
+
+    def late(path: Path, text: str) -> None:
+        if path.name == "00000.json":
+            with pytest.raises(ValueError, match="another number of snapshots"):
+                ExpertStore(tmp_path, RECIPE).write(0, trajectory(0, 1))
+        write(path, text)
+
+    monkeypatch.setattr(atomic, "write_text", late)
+    store.write(0, trajectory(0))
+    store.verify(0)
+
+
 # Damage
 
 

@@ -48,6 +48,29 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
     assert again == ["experts: 4 of 4 trajectories are there"]
 
 
+def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, tmp_path):
+    """Both found nothing; one of them is through before the other begins, and has the files open."""
+    own = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
+    specs = plan.specs(own, digits)
+    stores, made = [plan.store(own, digits, spec) for spec in specs], []
+
+    def files() -> dict:
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in stores[0].folder.iterdir()}
+
+    class Overtaken(Serial):
+        def map(self, function, shared, items):
+            trained(own, digits)
+            made.append(files())
+            return super().map(function, shared, items)
+
+    lines = []
+    pipeline.train_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
+    assert lines[0] == "experts: 0 of 2 trajectories are there, training 2"
+    assert re.fullmatch(r"experts of convnet-in: \d+ % of training images right .*", lines[-1])
+    assert len(made[0]) == 5
+    assert files() == made[0]
+
+
 def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     """1,437 images in batches of 256 are 6 steps an epoch: 12 in two epochs, and 102 in 17."""
     lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=2, expert_batch_size=256), digits)
