@@ -40,6 +40,24 @@ def write_text(path: Place, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_first(path: Place, text: str) -> None:
+    """`write_text` of a file that may be there by then: the first one stays. In an object store, and on a file system
+    without hard links, it is the last one."""
+    if isinstance(path, Remote):
+        write_text(path, text)
+        return
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_text(mine, text)
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        mine.replace(path)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 def sweep(folder: Path, pattern: str) -> None:
     """Remove what killed writers left behind: a living one holds a lock on its file."""
     for leftover in folder.glob(pattern):

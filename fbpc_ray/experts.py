@@ -76,10 +76,12 @@ class ExpertStore:
     Raises UserError where the folder holds trajectories of another recipe.
     """
 
-    def __init__(self, folder: Place, recipe: Recipe):
+    def __init__(self, folder: Place, recipe: Recipe, beside: Place | None = None):
+        """`beside`: where to go if another recipe is quicker to take `folder`."""
         if recipe.dtype not in STORED:
             raise ValueError(f"recipe.dtype is {recipe.dtype!r}, known: {', '.join(STORED)}")
         self.__setstate__((folder, recipe))
+        self._beside = beside
         self._claimed()
 
     def __getstate__(self) -> tuple[Place, Recipe]:
@@ -87,9 +89,21 @@ class ExpertStore:
 
     def __setstate__(self, state: tuple[Place, Recipe]) -> None:
         self.folder, self.recipe = state
+        self._beside: Place | None = None
         self._open: dict[int, _Trajectory] = {}
         self._checksums: dict[int, str] = {}
         self._lock = threading.Lock()
+
+    def claim(self) -> None:
+        """Make the folder this recipe's, as is done before anything is trained for it. Raises UserError where it is
+        another's."""
+        if _recipe_in(self.folder) is None:
+            text = json.dumps({"format": FORMAT, "recipe": _plain(self.recipe)})
+            atomic.write_first(self.folder / "store.json", text)
+        if self._beside is not None and _recipe_in(self.folder) != _plain(self.recipe):
+            self.folder, self._beside = self._beside, None
+            self.claim()
+        self._claimed()
 
     def missing(self, count: int) -> list[int]:
         """The indices below `count` that have no whole trajectory."""
@@ -119,8 +133,7 @@ class ExpertStore:
         """
         if index < 0:
             raise ValueError(f"the index of a trajectory is {index}, must be at least 0")
-        if not self._claimed():
-            atomic.write_text(self.folder / "store.json", json.dumps({"format": FORMAT, "recipe": _plain(self.recipe)}))
+        self.claim()
         arrow, manifest = self._arrow(index), self._manifest(index)
         if isinstance(arrow, Remote):
             self._send(index, snapshots, arrow)
@@ -369,9 +382,10 @@ def found(root: Place, recipe: Recipe) -> ExpertStore:
     """The store of `recipe` below `root`: in `folder`; where that holds another recipe (other training images, another
     learning rate), beside it, under a digest of the recipe. Raises UserError for a store.json that can't be read."""
     home, wanted = folder(root, recipe), _plain(recipe)
+    beside = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(wanted).encode(), digest_size=4).hexdigest()}")
     if _recipe_in(home) not in (None, wanted):
-        home = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(wanted).encode(), digest_size=4).hexdigest()}")
-    return ExpertStore(home, recipe)
+        return ExpertStore(beside, recipe)
+    return ExpertStore(home, recipe, beside)
 
 
 def _recipe_in(folder: Place) -> dict[str, Any] | None:

@@ -70,6 +70,8 @@ def train_experts(
     stores: Sequence[ExpertStore], chosen: Sequence[Spec], count: int, dataset: Dataset, workers: Backend, log: Log
 ) -> None:
     """Train what each store lacks of its first `count` trajectories; one store for each of the networks `chosen`."""
+    for its in stores:
+        its.claim()
     # Trajectory by trajectory over the architectures, so that an interrupted training leaves a little of each.
     lessons = sorted(
         (_Lesson(spec, its, index) for spec, its in zip(chosen, stores, strict=True) for index in its.missing(count)),

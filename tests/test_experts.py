@@ -289,6 +289,28 @@ def test_experts_of_another_recipe_lie_beside_the_first(tmp_path):
     assert third.folder not in (first.folder, other.folder)
 
 
+def test_of_two_recipes_that_find_a_new_folder_the_slower_one_goes_beside_it(tmp_path, monkeypatch):
+    """The trials of a sweep over --expert-lr begin at the same time; each must find a place for its experts, even where
+    both see at once that nobody has the folder."""
+    other = RECIPE._replace(lr=0.5)
+    first, second = experts.found(tmp_path, RECIPE), experts.found(tmp_path, other)
+    write = atomic.write_first
+
+    def late(path: Path, text: str) -> None:
+        monkeypatch.undo()
+        first.claim()
+        write(path, text)
+
+    monkeypatch.setattr(atomic, "write_first", late)
+    second.claim()
+    assert first.folder == experts.folder(tmp_path, RECIPE) != second.folder
+    for recipe, store in ((RECIPE, first), (other, second)):
+        pickle.loads(pickle.dumps(store)).write(0, trajectory(0))
+        assert experts.found(tmp_path, recipe).folder == store.folder
+        assert store.missing(1) == []
+        assert listing(store.folder) == ["00000.arrow", "00000.json", "store.json"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "recipe": 3}', '{"format": 2, "recipe": {}}'])
 def test_an_unreadable_store_json_is_refused(tmp_path, text):
     (tmp_path / "store.json").write_text(text)

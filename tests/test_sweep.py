@@ -263,6 +263,21 @@ def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_pat
     assert sweep.outcome(task.configs[0], 0).how == "finished"
 
 
+def test_trials_of_different_expert_recipes_that_begin_together_all_finish(small, digits, tmp_path):
+    """Each opens its store before the other has one: they would be in the same folder."""
+    own = small.updated(experts=str(tmp_path / "experts"), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
+    task = task_of(own, digits, tmp_path, {"expert_lr": 0.02}, {"expert_lr": 0.05})
+
+    class Overtaken(Serial):
+        def map(self, function, shared, items):
+            if not sweep.outcome(task.configs[1], 1).look:
+                one_trial(task, 1)
+            return super().map(function, shared, items)
+
+    sweep.run_trial(task, 0, Overtaken("cpu", Interruption()), lambda look: None, print)
+    assert [sweep.outcome(config, number).how for number, config in enumerate(task.configs)] == ["finished"] * 2
+
+
 def test_what_trials_get_holds_no_test_image(digits, tmp_path):
     """Bytes of the test images, which are in the whole data set, are not in what is sent to trials."""
     base = preset("digits").updated(validation=0.1)
