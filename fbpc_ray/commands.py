@@ -273,8 +273,7 @@ def evaluate(
         return
     with plan.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
         made_by = capture(workers.describe())
-        number = 1 + len(list((run.folder / "evaluations").glob("*.json")))
-        path = run.folder / "evaluations" / f"{number:03d}-{split}-{'-'.join(s.architecture for s in specs)[:80]}.json"
+        path = _next_evaluation(run, split, specs)
         tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
         keep = method if target else ""
         with logged.evaluation(settings, dataset, run, path.name.removesuffix(".json"), tags, made_by, log) as tracker:
@@ -282,6 +281,9 @@ def evaluate(
             verdict = pipeline.evaluate(found, specs, dataset, split, settings, workers, log, strange, keep)
             result = results.result_of(settings, dataset, [], verdict.table, split, made_by)
             result |= {"ood": ood} if ood else {}
+            if path.exists():  # of one that began when this one did
+                path = _next_evaluation(run, split, specs)
+                tracker.tags({"evaluation": path.name})
             written = _write_evaluation(path, result, verdict, dataset, ood)
             step = coreset.metadata(run.coreset_path).get("step", "")
             tracker.metrics(results.metrics(verdict.table, split), int(step) if step.isdecimal() else 0)
@@ -298,6 +300,13 @@ def evaluate(
         if settings.output.tracking and (at := logged.remembered(run)):
             address = serve.log_to_run(samples, at["uri"], at["run_id"], facts, dataset.test.images[:2], log)
             log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
+
+
+def _next_evaluation(run: Run, split: str, specs: list[Spec]) -> Place:
+    """A file for the result, its number above all that are there."""
+    folder, about = run.folder / "evaluations", f"{split}-{'-'.join(spec.architecture for spec in specs)[:80]}"
+    begins = [each.name.partition("-")[0] for each in folder.glob("*.json")]
+    return folder / f"{1 + max((int(each) for each in begins if each.isdecimal()), default=0):03d}-{about}.json"
 
 
 def _write_evaluation(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 from conftest import flags
 
-from fbpc_ray import cli, coreset
+from fbpc_ray import cli, coreset, pipeline
 from fbpc_ray.config import to_json
 from fbpc_ray.run import Run
 
@@ -209,6 +210,34 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
     assert len(result["coresets"]["fbpc"]["convnet-none"]["nll"]) == 2
     assert "convnet-none" in capsys.readouterr().out
     assert list((whole / "evaluations").glob("*-test-convnet-none-convnet-in.json"))
+
+
+def test_no_evaluation_overwrites_another(whole, tmp_path, monkeypatch):
+    """Neither one of the same networks that began when it did, nor after one was deleted, as is advised of a damaged
+    file."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("evaluations"))
+    words = ["evaluate", str(folder), "--architectures", "convnet-in", "--backend", "serial", "--chain-steps", "2",
+             "--chain-every", "1", "--eval-seeds", "1"]  # fmt: skip
+    evaluate = pipeline.evaluate
+
+    def files() -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in (folder / "evaluations").glob("*.json")}
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        cli.main(words)
+        before.update(files())
+        return evaluate(*arguments)
+
+    before: dict[str, int] = {}
+    monkeypatch.setattr(pipeline, "evaluate", overtaken)
+    cli.main(words)
+    assert sorted(files()) == ["001-test-convnet-in.json", "002-test-convnet-in.json"]
+    assert before == {name: inode for name, inode in files().items() if name.startswith("001")}
+    (folder / "evaluations" / "001-test-convnet-in.json").unlink()
+    cli.main(words)
+    assert sorted(files()) == ["002-test-convnet-in.json", "003-test-convnet-in.json"]
 
 
 def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
