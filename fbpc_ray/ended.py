@@ -72,11 +72,14 @@ def read(folder: Place, label: str) -> Found:
     result = run.read_result()
     if result is None and (folder / "trial.json").is_file():
         raise UserError(f"{folder} is a trial that was not judged on the test split: give the best one of its sweep")
+    words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
     if result is None:
-        words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
     scores = _checked(result, str(run.result_path))
-    its = coreset.load(run.coreset_path)
+    its, step = coreset.load(run.coreset_path), coreset.metadata(run.coreset_path).get("step")
+    if step not in (None, str(result["steps"])):  # more steps were taken since, and not yet judged
+        why = f"its result is of step {result['steps']}, its coreset of step {step}"
+        raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
     return Found(label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations"))
 
 

@@ -17,8 +17,9 @@ from conftest import flags
 from PIL import Image
 from stores import BUCKET, s3_server
 
-from fbpc_ray import cli, coreset, page, report
+from fbpc_ray import cli, coreset, page, pipeline, report
 from fbpc_ray.config import Config, read_config
+from fbpc_ray.errors import UserError
 from fbpc_ray.presets import preset, with_method
 from fbpc_ray.run import Run
 
@@ -214,6 +215,27 @@ def test_a_chain_that_diverged_is_said(runs, tmp_path):
     assert rows["convnet-in", "fbpc"][1] == f"{left['nll'][0]:.3f} (1 of 2 diverged)"
     assert rows["convnet-bn", "random"] == ["diverged"] * 4
     assert ["convnet-in", "fbpc", "1", *["diverged"] * 4] in found.table("network", "coreset", "seed")
+
+
+def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(runs, small, tmp_path, monkeypatch):
+    """A run that goes on with more steps writes its coreset before it is judged, which takes long and may be killed."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["fbpc"], folder)
+    words = flags(small, steps=5, backend="serial", device="cpu", out=str(folder))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(pipeline, "evaluate", killed)
+        cli.main(["distill", *words, "--resume"])
+    with pytest.raises(UserError, match=r"has not ended \(its result is of step 4, its coreset of step 5\).* --resume"):
+        report.report([str(folder)], str(tmp_path / "r.html"), print)
+    for name, judged in ((folder, False), (runs["fbpc"], True)):
+        cli.main(["export", str(name), "--format", "hf", "--out", str(tmp_path / f"{judged}")])
+        assert ("accuracy %" in (tmp_path / f"{judged}" / "README.md").read_text()) == judged
+    cli.main(["distill", *words, "--resume"])
+    report.report([str(folder)], str(tmp_path / "r.html"), print)
 
 
 def test_later_evaluations_are_there(runs, tmp_path):
