@@ -103,6 +103,8 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         describe(job)
         return
     with atomic.alone(run.folder):
+        if not resume:
+            run.refuse_if_taken()  # by one that began when this one did, and is through
         result, uri = _distil(job, run, resume)
     write_json(json, result)
     log(f"\n{results.table(result['coresets'])}\n")

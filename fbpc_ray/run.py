@@ -10,6 +10,7 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 import io
 import json
 from collections.abc import Set
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
@@ -60,10 +61,11 @@ class Run(Generic[Where]):
         if not self.folder.exists():
             return
         leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", atomic.LOCK)
-        if not self.folder.is_dir() or any(
-            not any(each.match(name) for name in leftovers) for each in self.folder.iterdir()
-        ):
-            raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
+        with suppress(FileNotFoundError):  # removed meanwhile, by the process that had it
+            if not self.folder.is_dir() or any(
+                not any(each.match(name) for name in leftovers) for each in self.folder.iterdir()
+            ):
+                raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
     def write_config(self, settings: Config) -> None:
         atomic.write_text(self.config_path, config.to_json(settings))

@@ -87,6 +87,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         return
     with atomic.alone(folder):
         if not resume:
+            Run(folder).refuse_if_taken()  # by one that began when this one did, and is through
             _write_plan(found)
         result, board = _swept(found)
     write_json(json, result)

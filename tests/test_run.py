@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from conftest import flags
 
-from fbpc_ray import cli, coreset, pipeline
+from fbpc_ray import cli, commands, coreset, pipeline
 from fbpc_ray.config import to_json
 from fbpc_ray.run import Run
 
@@ -210,6 +210,41 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
     assert len(result["coresets"]["fbpc"]["convnet-none"]["nll"]) == 2
     assert "convnet-none" in capsys.readouterr().out
     assert list((whole / "evaluations").glob("*-test-convnet-none-convnet-in.json"))
+
+
+def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
+    """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
+    folder, prepare = tmp_path / "run", commands.prepare
+    words = flags(small, backend="serial", method="random", out=str(folder))
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        cli.main(["distill", *words])
+        before.update({path: path.stat().st_ino for path in folder.rglob("*")})
+        return prepare(*arguments)
+
+    before: dict[Path, int] = {}
+    monkeypatch.setattr(commands, "prepare", slow)
+    with pytest.raises(SystemExit):
+        cli.main(["distill", *words])
+    assert capsys.readouterr().err.endswith(
+        f"error: {folder} is not empty: pass --resume to go on with it, or another --out\n"
+    )
+    assert before == {path: path.stat().st_ino for path in folder.rglob("*")}
+    assert Run(folder).result_path in before
+
+
+def test_a_folder_that_is_removed_as_one_looks_into_it_is_free(tmp_path, monkeypatch):
+    """By another run, which came to no good end and leaves no empty folder behind."""
+    look = Path.iterdir
+
+    def late(path):
+        path.rmdir()
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    Run(tmp_path).refuse_if_taken()
+    assert not tmp_path.exists()
 
 
 def test_no_evaluation_overwrites_another(whole, tmp_path, monkeypatch):
