@@ -307,7 +307,13 @@ class Tracker:
         if experiment is None:
             # MLflow's own default is relative to the working directory, which may be a temporary one.
             where = (place / "mlartifacts").as_uri() if place else None
-            experiment_id = client.create_experiment(self._experiment, artifact_location=where, tags=KIND)
+            try:
+                experiment_id = client.create_experiment(self._experiment, artifact_location=where, tags=KIND)
+            except MlflowException:
+                experiment = client.get_experiment_by_name(self._experiment)
+                if experiment is None:
+                    raise
+                experiment_id = experiment.experiment_id  # another run made it meanwhile
         else:
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":

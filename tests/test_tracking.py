@@ -277,6 +277,20 @@ def server(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
+def test_an_experiment_that_another_run_makes_meanwhile_is_shared(store: str, monkeypatch: pytest.MonkeyPatch):
+    create = MlflowClient.create_experiment
+
+    def late(*arguments, **options):
+        create(*arguments, **options)
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", late)
+    tracker = Tracker(store, "made meanwhile", run_name="r", log=silent)
+    assert tracker.wait(60)
+    tracker.finish("FINISHED")
+    assert tracker.run_id
+
+
 def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every record arrives, none twice, though the server is frozen (what it was asked it does later), then killed."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
