@@ -79,6 +79,17 @@ def begun(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def in_turn(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """The block has the lock of `path`, a file for this alone, among the processes of this machine; it is waited for.
+    Where the file system has no locks, what is inside may happen twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, kind)
+        yield
+
+
+@contextmanager
 def alone(folder: Place) -> Iterator[None]:
     """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
     UserError where another one has it, and OSError for a folder that can't be made. A process that is killed has it no

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fbpc_ray.atomic import sweep
+from fbpc_ray.atomic import in_turn, sweep
 from fbpc_ray.errors import UserError
 from fbpc_ray.storage import Remote
 
@@ -59,12 +59,12 @@ def copy(source: Remote, size: int, checksum: str) -> Iterator[Path]:
     root = folder()
     path = root / f"{checksum}.arrow"
     for _ in range(TRIES):
-        with _locked(root / ".lock", fcntl.LOCK_SH):
+        with in_turn(root / ".lock", fcntl.LOCK_SH):
             if _whole(path, size):
                 os.utime(path)  # used now
                 yield path
                 return
-        with _locked(root / f".lock-{checksum[:2]}", fcntl.LOCK_EX):
+        with in_turn(root / f".lock-{checksum[:2]}", fcntl.LOCK_EX):
             if not _whole(path, size):
                 _download(source, size, checksum)
     raise UserError(f"{root} is too small for the experts that are in use: raise FBPC_CACHE_GB, or set FBPC_CACHE")
@@ -79,7 +79,7 @@ def scratch(size: int = 0) -> Iterator[BinaryIO]:
     root = folder()
     path = root / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        with _locked(root / ".lock", fcntl.LOCK_EX):  # nobody sweeps before it is locked
+        with in_turn(root / ".lock", fcntl.LOCK_EX):  # nobody sweeps before it is locked
             sweep(root, ".*.tmp")
             _make_room(size)
             file = path.open("xb")
@@ -106,7 +106,7 @@ def keep(file: BinaryIO, checksum: str) -> None:
     file.flush()
     os.fsync(file.fileno())
     os.fchmod(file.fileno(), 0o444)
-    with _locked(folder() / ".lock", fcntl.LOCK_EX), suppress(UserError):  # too large to be kept: it isn't
+    with in_turn(folder() / ".lock", fcntl.LOCK_EX), suppress(UserError):  # too large to be kept: it isn't
         _make_room(0)
         Path(file.name).replace(folder() / f"{checksum}.arrow")
 
@@ -168,13 +168,3 @@ def drop_oldest(files: Sequence[tuple[Path, os.stat_result]], excess: float) -> 
             return
         path.unlink(missing_ok=True)
         excess -= status.st_size
-
-
-@contextmanager
-def _locked(path: Path, kind: int) -> Iterator[None]:
-    """A lock among the processes of this node. Where the file system has none, a file may be fetched twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, kind)
-        yield

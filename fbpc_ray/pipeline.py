@@ -47,8 +47,8 @@ LOOKED_AT = 1000
 
 
 def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> float:
-    """One task: train a trajectory, unless another run did so meanwhile, write it, and give the share of training images
-    that its last epoch gets right."""
+    """One task: train a trajectory and write it, unless another run did so meanwhile, and give the share of training
+    images that its last epoch gets right."""
     recipe, network = lesson.store.recipe, Network(lesson.spec, device)
     data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
     if not lesson.store.whole(lesson.number):

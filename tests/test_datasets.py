@@ -1,11 +1,16 @@
 """Every source is read from real files, made here or in the shared data; every bad one gives one clear line."""
 
 import hashlib
+import http.server
 import io
 import json
 import pickle
+import tarfile
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +209,56 @@ def test_cifar10_from_torchvisions_root(tmp_path, monkeypatch):
 def test_missing_cifar_names_both_options(name, tmp_path):
     with pytest.raises(UserError, match=rf"no whole {name} in {tmp_path}.*--download.*--data-root"):
         load(name, root=tmp_path)
+
+
+def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
+    """The second one begins when the first one has most of the file; without a lock it would empty it."""
+    import torchvision.datasets
+
+    images = write_cifar10(tmp_path / "there", monkeypatch)
+    with tarfile.open(tmp_path / "there.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "there" / "cifar-10-batches-py", "cifar-10-batches-py")
+    content, asked, first_over = (tmp_path / "there.tar.gz").read_bytes(), [], threading.Event()
+    begun, second = threading.Event(), threading.Event()
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            if "Method" in self.headers:  # torchvision's word for a look at where the file is
+                return
+            asked.append(len(asked))
+            half = len(content) // 2
+            if asked[-1] == 0:
+                self.wfile.write(content[:half])
+                begun.set()
+                second.wait(1)
+                time.sleep(0.2)  # the second one opens its file
+                self.wfile.write(content[half:])
+            else:
+                self.wfile.write(content[:9])
+                second.set()
+                first_over.wait(60)
+                self.wfile.write(content[9:])
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/x.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(load, "cifar10", root=tmp_path / "new", download=True)
+        begun.wait(60)
+        other = pool.submit(load, "cifar10", root=tmp_path / "new", download=True)
+        one.add_done_callback(lambda _: first_over.set())
+        for each in (one, other):
+            np.testing.assert_array_equal(each.result().test.images, images[5])
+    server.shutdown()
+    server.server_close()
+    assert asked == [0]
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch):

@@ -457,7 +457,7 @@ def test_a_second_writer_of_the_same_index_does_no_harm(tmp_path):
 
 
 def test_what_another_writer_made_meanwhile_can_be_read_at_any_moment(tmp_path, monkeypatch):
-    """Two runs lack the same expert and train it both: the quicker one reads it while the other one comes to its end."""
+    """Two runs lack the same expert and train it both: the quicker one reads it while the other one ends."""
 
     def watched(function):
         def call(*arguments, **options):

@@ -265,7 +265,9 @@ def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_pat
 
 def test_trials_of_different_expert_recipes_that_begin_together_all_finish(small, digits, tmp_path):
     """Each opens its store before the other has one: they would be in the same folder."""
-    own = small.updated(experts=str(tmp_path / "experts"), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
+    own = small.updated(
+        experts=str(tmp_path / "experts"), architectures=("convnet-in",), expert_epochs=1, start_epoch=0
+    )
     task = task_of(own, digits, tmp_path, {"expert_lr": 0.02}, {"expert_lr": 0.05})
 
     class Overtaken(Serial):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fbpc_ray import atomic
 from fbpc_ray.errors import UserError, closest
 from fbpc_ray.vision.parquet import parquet
 from fbpc_ray.vision.source import SPLITS, Part, Source, decode, line, listed
@@ -74,16 +75,21 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
     import torchvision.datasets
 
     reader: Any = getattr(torchvision.datasets, kind)
+    failures = OSError, RuntimeError, EOFError, TarError, HTTPException
     try:
-        splits = {"train": reader(root, train=True, download=download), "test": reader(root, train=False)}
-    except (OSError, RuntimeError, EOFError, TarError, HTTPException) as error:
-        if download:
+        splits = {"train": reader(root, train=True), "test": reader(root, train=False)}
+    except failures as error:
+        if not download:
+            raise UserError(
+                f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
+            ) from error
+        try:
+            with atomic.in_turn(root / ".download.lock"):  # two at once would write to the same files
+                splits = {"train": reader(root, train=True, download=True), "test": reader(root, train=False)}
+        except failures as error:
             raise UserError(
                 f"cannot download {kind.lower()} to {root} ({line(error)}); check the connection"
             ) from error
-        raise UserError(
-            f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
-        ) from error
     parts = {
         split: Part(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets), "row {}".format)
         for split, data in splits.items()
