@@ -241,7 +241,7 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
                 first_over.wait(60)
                 self.wfile.write(content[9:])
 
-        def log_message(self, *arguments):
+        def log_message(self, format, *args):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)

@@ -308,7 +308,7 @@ def test_of_two_recipes_that_find_a_new_folder_the_slower_one_goes_beside_it(tmp
         pickle.loads(pickle.dumps(store)).write(0, trajectory(0))
         assert experts.found(tmp_path, recipe).folder == store.folder
         assert store.missing(1) == []
-        assert listing(store.folder) == ["00000.arrow", "00000.json", "store.json"]
+        assert listing(Path(str(store.folder))) == ["00000.arrow", "00000.json", "store.json"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "recipe": 3}', '{"format": 2, "recipe": {}}'])

@@ -1,6 +1,7 @@
 """What is said of experts as they are trained: how much they learned, how long it takes, and where they can't learn."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
     stores, made = [plan.store(own, digits, spec) for spec in specs], []
 
     def files() -> dict:
-        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in stores[0].folder.iterdir()}
+        paths = Path(str(stores[0].folder)).iterdir()
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     class Overtaken(Serial):
         def map(self, function, shared, items):
