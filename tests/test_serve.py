@@ -123,7 +123,7 @@ def serving(command: str, folder: Path) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             assert process.poll() is None, (folder / "server.log").read_text()
             assert time.monotonic() < end, (folder / "server.log").read_text()
@@ -152,7 +152,7 @@ def group_lives(number: int) -> bool:
 def asked(address: str, inputs: object) -> dict:
     body = json.dumps({"inputs": inputs}).encode()
     request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         return json.loads(answer.read())
 
 
