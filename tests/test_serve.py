@@ -116,7 +116,7 @@ def serving(command: str, folder: Path) -> Iterator[str]:
     """The printed command on a port of its own, in another folder, without this package on the path."""
     port = free_port()
     words = ["bash", "-c", command.replace("--port 5001", f"--port {port}")]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}  # as evaluated
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
