@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium")
 browsed = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: make browser")
 """Tests that look at a page."""
 Found = TypeVar("Found")
-SECONDS = 90
+SECONDS = 300
 """That a page may take: the machine may be busy."""
 
 

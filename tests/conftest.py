@@ -22,6 +22,8 @@ from fbpc_ray.run import Run
 from fbpc_ray.signals import Interruption
 from fbpc_ray.vision.datasets import Dataset, load
 
+for _name in ("FBPC_HOME", "FBPC_CACHE_GB", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # a user's own are not for tests
+    os.environ.pop(_name, None)
 atexit.register(shutil.rmtree, os.environ["FBPC_CACHE"], ignore_errors=True)
 
 SMALL = {

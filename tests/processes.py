@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import os
+import random
 import signal
 import socket
 import sys
@@ -69,6 +70,14 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs or is stopped: not gone, and no zombie that nobody has reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def soon(holds: Callable[[], bool], seconds: float = 300.0) -> bool:
     """Whether something holds within so many seconds."""
     end = time.monotonic() + seconds
@@ -80,9 +89,13 @@ def soon(holds: Callable[[], bool], seconds: float = 300.0) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Of those that the kernel gives nobody by itself, nor Ray its workers: it must still be free when a server that
+    takes seconds to start comes to take it."""
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port := draw.randrange(20000, 32000)))
+            return port
 
 
 def all_cpus_free() -> bool:

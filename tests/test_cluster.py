@@ -77,11 +77,15 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
     def kill_both() -> None:
         killed.extend(pid for pid in gradient_workers() if kill(pid))
 
+    timer = threading.Timer(0.05, kill_both)
+
     def on_step(values, step):
         if step == 1:
             ray.kill(cluster.pool.members[0].actor)
         if step == 2:
-            threading.Timer(0.05, kill_both).start()
+            timer.start()
+        if step == 3:  # the last step but one: it may have been over sooner
+            timer.join()
 
     cluster.lines.clear()
     assert_same(run_on(cluster, small, digits, tmp_path, on_step), expected)
@@ -150,7 +154,7 @@ def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path)
             run_on(cluster, small, digits, tmp_path)
     finally:
         cluster.settings = before
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < cluster.settings.placement_timeout / 3
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +194,7 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
         assert process.returncode == 128 + number, output
         assert f"fbpc distill --out {folder} --resume" in output
     assert not Run(folder).result_path.exists()
-    end = time.monotonic() + 60
-    while (left := ray_processes(ray)) and time.monotonic() < end:
-        time.sleep(0.5)
-    assert not left
+    assert soon(lambda: not ray_processes(ray)), ray_processes(ray)
     shutil.rmtree(ray, ignore_errors=True)
     resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")
     output = resumed.communicate(timeout=300)[0]

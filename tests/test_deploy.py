@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
-    """A run of 12 steps without any trouble, on the serial backend."""
+    """A run of 12 steps without any trouble, on the serial backend; with as many threads as this machine's cores give
+    it by default, as those that are compared with it, since they are part of the bits."""
     folder = tmp_path_factory.mktemp("deploy") / "whole"
-    distil(*flags(small, backend="serial", steps=12, out=str(folder)))
+    distil(*flags(small, backend="serial", steps=12, threads=0, out=str(folder)))
     return folder
 
 
@@ -47,7 +48,7 @@ def test_the_same_command_starts_goes_on_and_is_done(whole, small, tmp_path, cap
 def test_again_goes_on_where_nothing_but_the_configuration_is(whole, small, tmp_path):
     """Killed before its first checkpoint; and while the configuration was written, of which a kill leaves a part."""
     folder = tmp_path / "early"
-    words = flags(small, backend="serial", steps=12, out=str(folder))
+    words = flags(small, backend="serial", steps=12, threads=0, out=str(folder))
     Run(folder).folder.mkdir()
     (folder / ".config.json.0a1b2c3d.tmp").write_text("{")
     distil(*words, "--again")

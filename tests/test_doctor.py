@@ -134,6 +134,8 @@ def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
     monkeypatch.setenv("FBPC_HOME", "/proc/nowhere")
     monkeypatch.setenv("FBPC_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setattr(doctor, "ROOM", 0)  # a disk that has little would be another note
+    monkeypatch.setattr(doctor, "LITTLE", 0)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     home, runs, cache, _ = doctor.folders()

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import assert_same, run_on
-from processes import all_cpus_free, gradient_workers, kill, soon
+from processes import alive, all_cpus_free, gradient_workers, kill, soon
 
 from fbpc_ray.backend import Serial
 from fbpc_ray.config import Workers
@@ -23,10 +23,11 @@ from fbpc_ray.signals import Interruption
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 QUICK_TO_NOTICE = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 5,
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 15,
 }  # fmt: skip
-"""A node that doesn't answer for about five seconds is dead."""
+"""A node that is gone is noticed after three seconds; one that is deaf after eighteen, since one of a busy machine may
+be so for several."""
 STORE = 80_000_000
 
 
@@ -103,16 +104,33 @@ def expected(config, digits, tmp_path_factory):
     return run_on(Serial("cpu", Interruption()), config, digits, tmp_path_factory.mktemp("serial"))
 
 
-def at(step: int, act, backend):
-    """An `on_step` that acts once, a moment after a step: amid the next one. All workers are at work by then."""
+def at(step: int, act, backend, took_effect=lambda: True):
+    """An `on_step` that acts once, a moment after a step: amid the next one. All workers are at work by then, and the
+    run, whose steps may take no time at all, goes on past the next one only when that has had its effect."""
+    timer = threading.Timer(0.02, act)
 
     def on_step(values, done):
         if done == step - 1:
             await_all(backend)
         if done == step:
-            threading.Timer(0.02, act).start()
+            timer.start()
+        if done == step + 1:
+            timer.join()
+            assert soon(took_effect)
 
     return on_step
+
+
+def killing_node(step: int, node, backend, first=lambda: None):
+    """`at` for kill -9 of a raylet. Its workers see only within a second that it is gone."""
+    workers: list[int] = []
+
+    def act():
+        first()
+        workers.extend(gradient_workers(raylet(node)))
+        kill(raylet(node))
+
+    return at(step, act, backend, lambda: bool(workers) and not any(map(alive, workers)))
 
 
 def await_all(backend):
@@ -132,7 +150,7 @@ def test_a_killed_node_costs_no_bit(cluster, add, config, digits, tmp_path, expe
     """kill -9 of the raylet of one of two nodes, amid a step: the other goes on with all architectures."""
     nodes = add(), add()
     backend, lines = backend_on(cluster)
-    assert_same(run_on(backend, config, digits, tmp_path, at(3, lambda: kill(raylet(nodes[1])), backend)), expected)
+    assert_same(run_on(backend, config, digits, tmp_path, killing_node(3, nodes[1], backend)), expected)
     assert any("was lost" in line for line in lines)
     assert_nothing_is_held(cluster)
 
@@ -164,21 +182,23 @@ def test_a_frozen_worker_is_replaced_after_the_deadline(cluster, add, config, di
 
 
 def test_a_straggler_is_skipped_on_request_and_said(cluster, add, config, digits, tmp_path):
-    """One worker stops for four seconds: without the request it is waited for (the test above); with it, the step goes
-    on without its gradient, reports that, and the run takes all its steps."""
+    """One worker stops until it is given up: without the request it is waited for (the test above); with it, the step
+    goes on without its gradient, reports that, and the run takes all its steps. On a busy machine a step may well take
+    several times what it usually does: that alone is no reason to be skipped here."""
     add(2)
-    backend, lines = backend_on(cluster, skip_stragglers=3.0)
-    skipped = []
+    backend, lines = backend_on(cluster, skip_stragglers=30.0)
+    skipped, frozen = [], []
 
     def on_step(values, step):
         if step == 1:
             await_all(backend)
         if "skipped" in values:
             skipped.append(step)
+            for pid in frozen:
+                kill(pid, signal.SIGCONT)
         if step == 6:
-            pid = gradient_workers()[0]
-            kill(pid, signal.SIGSTOP)
-            threading.Timer(4.0, kill, [pid, signal.SIGCONT]).start()
+            frozen.append(gradient_workers()[0])
+            kill(frozen[0], signal.SIGSTOP)
 
     images, rows = run_on(backend, config, digits, tmp_path, on_step)
     assert skipped
@@ -210,9 +230,13 @@ def test_a_node_that_comes_later_is_used(cluster, add, config, digits, tmp_path,
 def test_without_any_node_left_the_run_ends_with_a_checkpoint(cluster, add, config, digits, tmp_path, expected):
     """The only node dies: one line within the patience, the steps saved; resumed on a new node to the same bits."""
     node = add()
-    backend, lines = backend_on(cluster, placement_timeout=20.0)
+    backend, lines = backend_on(cluster)
+
+    def lose_patience():
+        pool_of(backend)._patience = 20.0  # the first worker may take longer than that to start
+
     with pytest.raises(UserError, match="no worker within 20 s: waited for 1 CPU; the Ray cluster has 0 CPU"):
-        run_on(backend, config, digits, tmp_path, at(4, lambda: kill(raylet(node)), backend))
+        run_on(backend, config, digits, tmp_path, killing_node(4, node, backend, lose_patience))
     assert any("no worker yet: waiting for 1 CPU" in line for line in lines)
     labels = np.arange(10)
     restored = Run(tmp_path).restore(labels, (1, 8, 8))  # type: ignore[arg-type]
@@ -226,12 +250,12 @@ def test_without_any_node_left_the_run_ends_with_a_checkpoint(cluster, add, conf
 
 
 def test_no_place_is_said_within_seconds(cluster, config, digits, tmp_path):
-    """No node but the head, which has no CPU."""
+    """No node but the head, which has no CPU. Nothing is waited for, as it is where a place may come."""
     began = time.monotonic()
     backend, _ = backend_on(cluster)
     with pytest.raises(UserError, match="one worker needs 1 CPU on one node, the nodes of the Ray cluster have 0 CPU"):
         run_on(backend, config, digits, tmp_path)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < backend.settings.placement_timeout / 3
 
 
 def test_a_cluster_that_grows_by_itself_is_waited_for(cluster, add, config, digits, tmp_path, expected):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import flags
-from processes import descendants, free_port, kill, listening
+from processes import descendants, free_port, kill, listening, soon
 from test_run import ENVIRONMENT, distil, images_of
 
 from fbpc_ray.config import Config
@@ -69,7 +69,7 @@ def client(head):
     """What submits jobs, with the token in the header (this process itself runs with RAY_AUTH_MODE=disabled)."""
     from ray.job_submission import JobSubmissionClient
 
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while True:
         assert head.process.poll() is None
         assert time.monotonic() < end, "the head did not start"
@@ -87,7 +87,7 @@ def submit(client, words: list[str], environment: dict[str, str] | None = None, 
     )
 
 
-def ended(client, job: str, seconds: float = 180):
+def ended(client, job: str, seconds: float = 300):
     """What is known of a job that has ended."""
     end = time.monotonic() + seconds
     while not client.get_job_status(job).is_terminal():
@@ -105,7 +105,7 @@ def whole(small, tmp_path_factory):
 
 
 def command(config: Config, folder: Path) -> list[str]:
-    settings = flags(config, backend="ray", steps=60, checkpoint_every=20, tracking=True, out=str(folder))
+    settings = flags(config, backend="ray", steps=60, checkpoint_every=60, tracking=True, out=str(folder))
     return ["jobs/distill_multi.py", *settings, "--again"]
 
 
@@ -121,25 +121,23 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
     return [(run.info.status, str(run.info.artifact_uri)) for run in found]
 
 
-def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(client, whole, small, tmp_path):
-    """`ray job stop` amid the run leaves a checkpoint between two periodic ones and a run in MLflow that reads KILLED,
-    both outside of the job's temporary folder; the very same command then ends it, in the same MLflow run."""
+def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head, client, whole, small, tmp_path):
+    """`ray job stop` amid the run leaves a checkpoint, where no periodic one is due before the end, and a run in MLflow
+    that reads KILLED, both outside of the job's temporary folder; the very same command then ends it, in the same
+    MLflow run."""
     folder = tmp_path / "job"
     (tmp_path / "home").mkdir()
     words, home = command(small, folder), {"HOME": str(tmp_path / "home"), "FBPC_HOME": ""}
     job = submit(client, words, home)
-    end = time.monotonic() + 180
-    while not Run(folder).state_path.exists():
-        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    assert soon(lambda: amid_a_step(head) or client.get_job_status(job).is_terminal()), client.get_job_logs(job)
+    assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
     client.stop_job(job)
     assert ended(client, job).status == "STOPPED"
     logs = client.get_job_logs(job)
     assert f"fbpc distill --out {folder} --resume" in logs
     assert "Traceback" not in logs
     assert not Run(folder).result_path.exists()
-    assert steps_of(folder) not in (20, 40, 60)
+    assert 0 < steps_of(folder) < 60
     database = tmp_path / "home" / "fbpc-ray" / "mlflow.db"
     assert [status for status, _ in mlflow_runs(database)] == ["KILLED"]
 
@@ -152,6 +150,11 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(clien
     ((status, artifacts),) = mlflow_runs(database)
     assert status == "FINISHED"
     assert Path(artifacts.removeprefix("file://")).is_relative_to(database.parent)
+
+
+def amid_a_step(head: Head) -> bool:
+    """Whether a worker computes a gradient, by the title that Ray gives its process meanwhile."""
+    return any(title.startswith("ray::Worker.gradient") for title in descendants(head.process.pid).values())
 
 
 def steps_of(folder: Path) -> int:

@@ -4,6 +4,7 @@ own, on clusters of their own; each run ends with the bits of an undisturbed one
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flags
-from processes import descendants, free_port, kill, soon
+from processes import descendants, free_port, gradient_workers, kill, soon
 from test_run import ENVIRONMENT, distil, images_of
 
 from fbpc_ray.run import Run
@@ -96,7 +97,11 @@ while time.monotonic() < end:
 
 def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_folder):
     """Ray's memory monitor kills our workers as another process takes what is left; it ends, and so does the run."""
+    from ray._common.utils import get_system_memory
+
     total, used = memory()
+    if get_system_memory() < 0.99 * total:
+        pytest.skip("a control group limits the memory: what Ray counts is not that of the machine")
     limit = used + 5e9  # the run takes 3, and whoever else is here a little more or less from minute to minute
     if limit > 0.9 * total:
         pytest.skip(f"less than 5 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
@@ -108,9 +113,7 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
     try:
         driver.wait_for_a_checkpoint()
         hog = subprocess.Popen([sys.executable, "-c", HOG, str(limit + 3e8)])
-        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None, 240), (
-            driver.output.read_text()
-        )
+        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None), driver.output.read_text()
         stop(hog)
         assert driver.said("memory"), driver.output.read_text()  # the line says why
         driver.ends_with_the_bits_of(whole)
@@ -158,17 +161,23 @@ def test_a_store_and_a_disk_without_room_are_one_line(config, tmp_path, ray_fold
                     head, env={**ENVIRONMENT, **disk}, start_new_session=True, stdout=output, stderr=output
                 )
             )
-        assert soon(lambda: "raylet" in " ".join(descendants(started[0].pid).values()))
+        assert soon(lambda: "Node status" in status(head[0], address))  # it answers
         experts = str(tmp_path / "experts")
         driver = Driver(tmp_path, flags(config, address=address, data=f"npz:{tmp_path}/large.npz", experts=experts))
         started.append(driver.process)
-        assert driver.process.wait(120) == 1, driver.output.read_text()
+        assert driver.process.wait(300) == 1, driver.output.read_text()
         assert driver.said("error: Ray's object store is full"), driver.output.read_text()
         assert not driver.said("Traceback")
         assert not list((tmp_path / "experts").rglob("*.arrow"))
     finally:
         for process in reversed(started):
             stop(process)
+
+
+def titles(node: subprocess.Popen) -> list[str]:
+    """Those of gradient workers on a node: what each does, if it does anything."""
+    below = (title.split() or [""] for title in descendants(node.pid).values())
+    return [words[0] for words in below if words[0].startswith("ray::Worker")]
 
 
 def status(program: str, address: str) -> str:
@@ -241,7 +250,13 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
         started.append(driver.process)
         driver.wait_for_a_checkpoint()
-        assert soon(lambda: any(title.startswith("ray::Worker") for title in descendants(started[2].pid).values()))
+        near = gradient_workers(started[1].pid)
+        for pid in near:
+            kill(pid, signal.SIGSTOP)  # or it might end the run before the other stands
+        assert soon(lambda: any(title != "ray::Worker.__init__" for title in titles(started[2])))
+        for pid in near:
+            kill(pid, signal.SIGCONT)
+        assert soon(lambda: "ray::Worker.gradient" in titles(started[2]) or driver.process.poll() is not None)
         ip("link", "set", link, "down")
         assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None)
         driver.ends_with_the_bits_of(whole)

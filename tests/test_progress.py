@@ -43,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], st
             patch.setattr("sys.stdout", terminal)
             patch.setattr("sys.stderr", terminal)
             doing()
-        reader.join(30)
+        reader.join(300)
         os.close(ours)
         return b"".join(parts).decode()
 

@@ -147,7 +147,7 @@ def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsy
 def test_the_command_makes_the_configuration_again(config):
     """As a shell and the command line read it; but for what changes no result."""
     script = f"fbpc() {{ printf '%s\\0' \"$@\"; }}; {report._wrapped(report.command(config))}"
-    said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=30).stdout
+    said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
     first, *words = said.split("\0")[:-1]
     assert first == "distill"
     parsed = cli._parse(cli.DistillArguments, words, "fbpc", cli.DistillArguments(config=cli._base(words)))

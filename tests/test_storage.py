@@ -186,13 +186,14 @@ storage.place(sys.argv[1]).write_bytes(b"n" * 30_000_000)
 
 def test_ctrl_c_in_an_upload_leaves_no_part_of_an_object(s3, wire):
     """Arrow completes an upload as its stream is closed or dropped, so an exception in the middle would."""
-    wire.bytes_a_second = 20e6
+    wire.bytes_a_second = 5e6  # so that it takes seconds more, however late we see that it is amid
     each = s3 / "object"
     each.write_bytes(b"old")
     before = wire.sent
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(each)], cwd=ROOT, stderr=subprocess.PIPE)
     assert soon(lambda: wire.sent - before > 12_000_000)
     process.send_signal(signal.SIGINT)
+    wire.bytes_a_second = float("inf")
     error = process.communicate(timeout=300)[1]
     assert b"KeyboardInterrupt" in error
     assert len(each.read_bytes()) in (3, 30_000_000)
@@ -225,7 +226,7 @@ def leaves(capsys, *words: str) -> str:
     began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         cli.main(list(words))
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120
     assert stop.value.code == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
@@ -368,7 +369,7 @@ def test_processes_of_a_node_download_once(s3, wire):
 
 def test_a_killed_download_leaves_nothing_for_long(s3, wire):
     arguments = stored(s3, "object")
-    wire.bytes_a_second = 1e6
+    wire.bytes_a_second = 1e5  # half a minute: it is killed long before
     process = fetching(arguments)
     assert process.stdin
     process.stdin.write("\n")
@@ -570,12 +571,12 @@ def test_a_run_on_google_s_protocol(local, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
+    """The second of six, on each attempt."""
     settings, folder = local
     out = s3 / "run"
-    process = start("distill", *flags(settings, out=str(out), backend="serial"), **os.environ)
     state = Run(out).state_path
-    assert soon(lambda: process.poll() is not None or state.exists())
-    wire.cut_at = b"PUT /" + state.key.encode(), 1500
+    wire.cut_at, wire.spared = (b"PUT /" + state.key.encode(), 1500), 1
+    process = start("distill", *flags(settings, out=str(out), backend="serial"), **os.environ)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1, output
     assert wire.cuts == ATTEMPTS
@@ -587,6 +588,6 @@ def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
     ), output
     wire.cut_at = None
     with storage.local(state) as path, safetensors.safe_open(path, "pt") as file:
-        assert 0 < int(file.metadata()["step"]) < settings.distillation.steps
+        assert int(file.metadata()["step"]) == settings.distillation.checkpoint_every
     distil("--out", str(out), "--resume")
     assert torch.equal(remote_images(out), images_of(folder))

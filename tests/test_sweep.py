@@ -6,7 +6,6 @@ import pickle
 import re
 import signal
 import subprocess
-import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +17,7 @@ from urllib.parse import unquote
 import pyarrow.parquet as pq
 import pytest
 from conftest import flags
-from processes import descendants, gradient_workers, kill, soon
+from processes import alive, descendants, gradient_workers, kill, soon
 from test_run import start
 
 from fbpc_ray import cli, config, plan, sweep, tuning
@@ -307,20 +306,22 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
         assert asha.on_trial_result(None, trial, {"step": 2, "nll": nll}) == decision
 
 
-def test_a_sweep_that_finds_no_room_says_so_and_ends():
+def test_a_sweep_that_finds_no_room_says_so_and_ends(monkeypatch):
     """Asked at each turn of Tune's loop."""
     from fbpc_ray.cluster import sweep as on_ray
 
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock.now))
     said, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
-    ears = on_ray._Ears(None, Interruption(), said.append, lambda: "1 CPU", 0.2, say_after=0.0)  # type: ignore[arg-type]
-    ears.on_step_begin(0, [pending])
-    ears.on_step_begin(0, [pending])
-    assert said == ["no trial runs yet: waiting for 1 CPU"]
+    ears = on_ray._Ears(None, Interruption(), said.append, lambda: "1 CPU", 300.0, say_after=60.0)  # type: ignore[arg-type]
+    for clock.now in (59.0, 61.0, 299.0):
+        ears.on_step_begin(0, [pending])
+        assert said == ["no trial runs yet: waiting for 1 CPU"] * (clock.now > 60)
     ears.on_step_begin(0, [pending, running])
-    time.sleep(0.3)
+    clock.now = 1000.0
     ears.on_step_begin(0, [pending, running])  # while any runs, the others may wait
-    time.sleep(0.3)
-    with pytest.raises(UserError, match=r"no trial started within .* waited for 1 CPU; .*--placement-timeout"):
+    clock.now = 1301.0
+    with pytest.raises(UserError, match=r"no trial started within 301 s: waited for 1 CPU; .*--placement-timeout"):
         ears.on_step_begin(0, [pending])
 
 
@@ -338,13 +339,6 @@ def steps_of_looks(folder: Path) -> dict[int, list[int]]:
 
 def over(folder: Path) -> list[int]:
     return [number for number, steps in steps_of_looks(folder).items() if steps[-1:] == [STEPS]]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 STEPS = 12
@@ -367,14 +361,18 @@ class Session(NamedTuple):
 
 @pytest.fixture(scope="module")
 def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
-    """(home, folder, sessions) of a sweep on a cluster of its own. Its driver is killed with SIGKILL once a trial is
+    """(home, folder, sessions) of a sweep on a cluster of its own, which has room for two of the three trials at a
+    time, or for one, so that they end one after the other. Its driver is killed with SIGKILL once a trial is
     over and another is under way, goes on, is asked to end by SIGTERM as soon as a trial is under way, goes on, loses
     the process of a trial, and comes to its end."""
+    from ray._private.utils import get_num_cpus
+
     home = tmp_path_factory.mktemp("sweep")
     folder, sessions = home / "mine", []
     base = small.updated(
         steps=STEPS, validation=0.1, tracking=True, experiment="sweeps", address="local", device="cpu",
         out=str(folder), experts=str(home / "experts"),
+        cpus_per_actor=float((get_num_cpus() + 1) // 2),
     )  # fmt: skip
     grid = f"alpha={','.join(map(str, GRID.values()))}"
     words = [*flags(base), "--grid", grid, "--scheduler", "none", "--evaluate-every", "2"]

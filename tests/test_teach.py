@@ -243,9 +243,9 @@ def test_a_stream_has_exact_sizes_and_never_ends(counted):
 
 @pytest.fixture
 def in_time():
-    """An alarm after 20 s: a stream that looks for a batch that never comes would hang."""
-    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("nothing came in 20 s"))
-    signal.alarm(20)
+    """An alarm after five minutes: a stream that looks for a batch that never comes would hang."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("nothing came in 300 s"))
+    signal.alarm(300)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

