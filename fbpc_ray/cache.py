@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fbpc_ray.atomic import in_turn, sweep
+from fbpc_ray.atomic import begun, in_turn, sweep
 from fbpc_ray.errors import UserError
 from fbpc_ray.storage import Remote
 
@@ -64,7 +64,7 @@ def copy(source: Remote, size: int, checksum: str) -> Iterator[Path]:
                 os.utime(path)  # used now
                 yield path
                 return
-        with in_turn(root / f".lock-{checksum[:2]}", fcntl.LOCK_EX):
+        with in_turn(root / f".lock-{checksum[:2]}"):
             if not _whole(path, size):
                 _download(source, size, checksum)
     raise UserError(f"{root} is too small for the experts that are in use: raise FBPC_CACHE_GB, or set FBPC_CACHE")
@@ -79,15 +79,13 @@ def scratch(size: int = 0) -> Iterator[BinaryIO]:
     root = folder()
     path = root / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        with in_turn(root / ".lock", fcntl.LOCK_EX):  # nobody sweeps before it is locked
-            sweep(root, ".*.tmp")
-            _make_room(size)
-            file = path.open("xb")
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if size:
-                os.posix_fallocate(file.fileno(), 0, size)
-        with file:
+        root.mkdir(parents=True, exist_ok=True)
+        with begun(path) as file:
+            with in_turn(root / ".lock"):
+                sweep(root, ".*.tmp")
+                _make_room(size)
+                if size:
+                    os.posix_fallocate(file.fileno(), 0, size)
             yield file
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -106,7 +104,7 @@ def keep(file: BinaryIO, checksum: str) -> None:
     file.flush()
     os.fsync(file.fileno())
     os.fchmod(file.fileno(), 0o444)
-    with in_turn(folder() / ".lock", fcntl.LOCK_EX), suppress(UserError):  # too large to be kept: it isn't
+    with in_turn(folder() / ".lock"), suppress(UserError):  # too large to be kept: it isn't
         _make_room(0)
         Path(file.name).replace(folder() / f"{checksum}.arrow")
 

@@ -7,7 +7,6 @@ changed network can't meet old code. Loading takes milliseconds; compiling tens 
 What is loaded is machine code. So the folder is one that only its user can write to, and a folder of others is refused.
 """
 
-import fcntl
 import functools
 import hashlib
 import logging
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbpc_ray import cache
+from fbpc_ray import atomic, cache
 
 Function = Callable[..., list[Tensor]]
 
@@ -65,9 +64,7 @@ def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> F
 
 def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
     """Compile `graph` to `path`; of several processes that want the same, one does."""
-    with (path.parent / f"{path.stem}.lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks: each compiles by itself
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with atomic.in_turn(path.with_suffix(".lock")):
         if path.exists():
             return
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pt2")

@@ -12,7 +12,7 @@ from fbpc_ray import coreset, page, storage
 from fbpc_ray.config import Config, read_config
 from fbpc_ray.coreset import Coreset
 from fbpc_ray.errors import UserError, undamaged
-from fbpc_ray.results import AUROC
+from fbpc_ray.results import AUROC, judged
 from fbpc_ray.run import Run
 from fbpc_ray.storage import Place
 
@@ -77,7 +77,7 @@ def read(folder: Place, label: str) -> Found:
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
     scores = _checked(result, str(run.result_path))
     its, step = coreset.load(run.coreset_path), coreset.metadata(run.coreset_path).get("step")
-    if step not in (None, str(result["steps"])):  # more steps were taken since, and not yet judged
+    if not judged(result, step):
         why = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
     return Found(label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations"))

@@ -54,7 +54,7 @@ def export(folder: Place, kind: str, out: str) -> None:
         result = run.read_result()
     except UserError:  # an export needs none
         result = None
-    if result and facts.get("step") not in (None, str(result["steps"])):  # more steps were taken since, not yet judged
+    if result and not results.judged(result, facts.get("step")):
         result = None
     name = f"{run.folder.name}-{kind}" if kind not in exchange.SINGLE else run.folder.name + exchange.SINGLE[kind]
     target = local_folder(out, "--out") if out else home() / "exports" / name

@@ -34,6 +34,12 @@ def result_of(
     }  # fmt: skip
 
 
+def judged(result: dict[str, Any], step: str | None) -> bool:
+    """Whether `result` is of the coreset of `step`, as its file has it; a run that went on with more steps may have a
+    newer one, not yet judged. A coreset that doesn't say its step is taken for the result's."""
+    return step in (None, str(result["steps"]))
+
+
 def map_endings(rows: list[dict[str, Any]]) -> dict[str, int]:
     """How many MAP solves ended how; empty for methods that have none."""
     return dict(sorted(Counter(row["map_ending"] for row in rows if "map_ending" in row).items()))

@@ -14,7 +14,6 @@ aside, tried again later, and doesn't hold up those behind it.
 """
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import os
@@ -32,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fbpc_ray.atomic import in_turn
 from fbpc_ray.mlflow_uri import absolute, database, run_url
 from fbpc_ray.storage import Place, local
 
@@ -409,9 +409,7 @@ def _open_store(uri: str, file: Path | None) -> MlflowClient:
     """A client; for a database `file`, one process after another: two first uses at once break it."""
     if file is None:
         return MlflowClient(uri)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(".mlflow.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with in_turn(file.with_name(".mlflow.lock")):
         return MlflowClient(uri)
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -68,6 +69,24 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def raised_at_once(work: Callable[[], object], count: int) -> list[Exception]:
+    """What `count` threads raised that did the same work at the same time."""
+    found: list[Exception] = []
+
+    def one() -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  whatever it is, the test shows it
+            found.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(count)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return found
 
 
 def alive(pid: int) -> bool:

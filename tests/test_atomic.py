@@ -1,11 +1,13 @@
 """Files that nobody sweeps as long as they are written, and a folder that one process at a time writes to."""
 
+import contextlib
 import re
 import subprocess
 import sys
 import threading
 
 import pytest
+from processes import raised_at_once
 
 from fbpc_ray import atomic, cli
 from fbpc_ray.errors import UserError
@@ -61,25 +63,14 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
 
 def test_a_folder_whose_last_user_takes_it_away_is_made_again(tmp_path):
     """Eight threads, each with its turn in a folder that is empty in the end, and so goes: all get it, or are told."""
-    refused = UserError
-    turns, strange = [], []
+    turns = []
 
     def take():
         for _ in range(200):
-            try:
-                with atomic.alone(tmp_path / "run"):
-                    turns.append(1)
-            except refused:
-                pass
-            except Exception as error:  # noqa: BLE001
-                strange.append(error)
+            with contextlib.suppress(UserError), atomic.alone(tmp_path / "run"):
+                turns.append(1)
 
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert not strange
+    assert not raised_at_once(take, 8)
     assert turns
     assert not (tmp_path / "run").exists()
 

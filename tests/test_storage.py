@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import safetensors
 import torch
 from conftest import flags
-from processes import soon
+from processes import raised_at_once, soon
 from stores import BUCKET, Wire, gs_server, s3_server
 from test_experts import RECIPE, refusal, same, snapshot, trajectory
 from test_run import distil, images_of, start
@@ -417,22 +416,13 @@ def test_a_damaged_object_is_said(s3):
 def test_scratch_files_of_several_at_once_cost_nobody_anything(tmp_path, monkeypatch):
     """One counts what lies in the folder while another's file goes."""
     monkeypatch.setenv("FBPC_CACHE", str(tmp_path))
-    strange = []
 
     def work():
-        try:
-            for _ in range(1000):
-                with cache.scratch(10) as file:
-                    file.write(b"x")
-        except Exception as error:  # noqa: BLE001
-            strange.append(error)
+        for _ in range(1000):
+            with cache.scratch(10) as file:
+                file.write(b"x")
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert not strange
+    assert not raised_at_once(work, 6)
     assert not list(tmp_path.glob("*.tmp"))
 
 

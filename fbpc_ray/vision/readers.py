@@ -75,9 +75,13 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
     import torchvision.datasets
 
     reader: Any = getattr(torchvision.datasets, kind)
+
+    def read(fetch: bool) -> dict[str, Any]:
+        return {"train": reader(root, train=True, download=fetch), "test": reader(root, train=False)}
+
     failures = OSError, RuntimeError, EOFError, TarError, HTTPException
     try:
-        splits = {"train": reader(root, train=True), "test": reader(root, train=False)}
+        splits = read(False)
     except failures as error:
         if not download:
             raise UserError(
@@ -85,7 +89,7 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
             ) from error
         try:
             with atomic.in_turn(root / ".download.lock"):  # two at once would write to the same files
-                splits = {"train": reader(root, train=True, download=True), "test": reader(root, train=False)}
+                splits = read(True)
         except failures as error:
             raise UserError(
                 f"cannot download {kind.lower()} to {root} ({line(error)}); check the connection"
