@@ -20,11 +20,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.api import Coreset, Dataset, dataset, distill
-from fbpc_ray.rng import generator
-from fbpc_ray.types import Batch
-from fbpc_ray.vision.augment import AUGMENTATIONS
-from fbpc_ray.vision.datasets import Split, normalise
-from fbpc_ray.vision.zoo import Network, specify
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch
+from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.data.datasets import Split, normalise
+from fbpc_ray.models.functional import Network, specify
 
 TASKS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 BUFFERS = ("none", "random", "distilled")

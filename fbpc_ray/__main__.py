@@ -1,3 +1,3 @@
-from fbpc_ray.cli import main
+from fbpc_ray.commands.main import main
 
 main()

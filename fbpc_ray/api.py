@@ -23,21 +23,27 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fbpc_ray import config, ensemble, evaluate, pipeline, plan, presets, serve
-from fbpc_ray import coreset as coresets
-from fbpc_ray.backend import Serial
-from fbpc_ray.config import Config
-from fbpc_ray.coreset import Coreset
-from fbpc_ray.distill import State, threads
-from fbpc_ray.ensemble import Ensemble, Prediction
-from fbpc_ray.errors import UserError, closest
+from fbpc_ray.core import config, presets
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.storage import place
+from fbpc_ray.data import arrays, datasets
+from fbpc_ray.data import coreset as coresets
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.worker import State, threads
+from fbpc_ray.evaluation import chains as evaluate
+from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
 from fbpc_ray.inference.uncertainty import auroc
-from fbpc_ray.passes import Passes
-from fbpc_ray.signals import Interruption
-from fbpc_ray.storage import place
-from fbpc_ray.vision import datasets, memory, own
-from fbpc_ray.vision.datasets import Dataset
-from fbpc_ray.vision.zoo import Network
+from fbpc_ray.models import custom
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import Passes
+from fbpc_ray.tracking import model_export
 
 __all__ = [
     "Coreset", "Dataset", "Ensemble", "Prediction", "UserError",
@@ -82,7 +88,7 @@ def dataset(
         )
     else:
         share = validation if isinstance(validation, float | int) else 0.0
-        source = memory.read(train, test, None if validation is share else validation, classes)
+        source = arrays.read(train, test, None if validation is share else validation, classes)
         found = datasets.assembled(source, name, normalisation, share, seed)
     for note in found.notes:
         log(f"note: {note}")
@@ -120,20 +126,20 @@ def distill(
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     given = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in given.items() if v is not None}, backend=backend, **settings)
-    chosen = plan.canonical(chosen)
-    plan.check(chosen)
-    if backend == "ray" and (alone := [name for name in chosen.networks.architectures if not own.importable(name)]):
+    chosen = session.canonical(chosen)
+    session.check(chosen)
+    if backend == "ray" and (alone := [name for name in chosen.networks.architectures if not custom.importable(name)]):
         raise UserError(f"{alone[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
-    specs, d = plan.specs(chosen, source), chosen.distillation
-    state, labels = pipeline.first_state(source, d.ipc, d.seed, d.inner_lr)
+    specs, d = session.specs(chosen, source), chosen.distillation
+    state, labels = loop.first_state(source, d.ipc, d.seed, d.inner_lr)
     if d.method != "random":
-        stores = [plan.store(chosen, source, spec) for spec in specs]
+        stores = [session.store(chosen, source, spec) for spec in specs]
         interruption = Interruption(())
-        with plan.backend(chosen, interruption, log) as workers:
-            pipeline.train_experts(stores, specs, chosen.experts.expert_count, source, workers, log)
-            workers.start_workers(plan.crew(chosen, source, labels, specs, stores))
+        with session.backend(chosen, interruption, log) as workers:
+            loop.train_experts(stores, specs, chosen.experts.expert_count, source, workers, log)
+            workers.start_workers(session.crew(chosen, source, labels, specs, stores))
             tell = on_step or (lambda values, step: None)
-            state = pipeline.distill(chosen, _Nowhere(), state, [], workers, interruption, tell, lambda state: None)
+            state = loop.distill(chosen, _Nowhere(), state, [], workers, interruption, tell, lambda state: None)
             workers.stop_workers()
     return Coreset(state.images, labels, source.mean, source.std, source.classes)
 
@@ -163,14 +169,14 @@ def posterior(
     _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
     (name,) = _names(architecture)
     chosen = Config().updated(architectures=(name,), width=width, depth=depth, augment=augment, **settings)
-    plan.check(chosen)
+    session.check(chosen)
     if wrong := coresets.problem(coreset):
         raise UserError(f"not a coreset ({wrong}): give what distill or load returns")
-    (spec,) = plan.specs(chosen, coreset)
+    (spec,) = session.specs(chosen, coreset)
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
     e, samples = chosen.evaluation, []
-    with pipeline.progress("sample", chains * (e.chain_steps // e.chain_every), "sample") as bar, threads(1):
+    with loop.progress("sample", chains * (e.chain_steps // e.chain_every), "sample") as bar, threads(1):
         for number in range(seed, seed + chains):
             for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
@@ -195,7 +201,7 @@ def save(what: Coreset | Ensemble, path: str | Path) -> None:
 def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any) -> str:
     """Write posterior samples as an MLflow model to a new `folder`, with some uint8 `images` (n, c, h, w) as its input
     example and `facts` as metadata; gives the command that serves it. Raises UserError."""
-    return serve.save(samples, serve.target(str(folder)), facts, np.asarray(images))
+    return model_export.save(samples, model_export.target(str(folder)), facts, np.asarray(images))
 
 
 def load_coreset(path: str | Path) -> Coreset:
@@ -217,9 +223,9 @@ class _Nowhere:
 
 
 def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
-    own.search_current_folder()
+    custom.search_current_folder()
     several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
-    return tuple(each if isinstance(each, str) else own.given(each) for each in several)
+    return tuple(each if isinstance(each, str) else custom.given(each) for each in several)
 
 
 def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:

@@ -40,24 +40,27 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
 
-from fbpc_ray import atomic, charts, pipeline, plan
-from fbpc_ray.backend import Serial, device_name
-from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config
-from fbpc_ray.distill import Unit, Worker, threads, units_of
-from fbpc_ray.errors import UserError
-from fbpc_ray.experts import ExpertStore
-from fbpc_ray.passes import Passes
-from fbpc_ray.presets import preset, with_method
-from fbpc_ray.provenance import Provenance, capture
-from fbpc_ray.reproduce import cost
-from fbpc_ray.rng import generator
-from fbpc_ray.signals import Interruption
-from fbpc_ray.teach import teach
-from fbpc_ray.types import Batch
-from fbpc_ray.vision.datasets import Dataset, Split, tensors
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network, Spec
+from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.core import files
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.core.provenance import Provenance, capture
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.types import Batch
+from fbpc_ray.data.datasets import Dataset, Split, tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.expert_training import teach
+from fbpc_ray.distillation.worker import Unit, Worker, threads, units_of
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial, device_name
+from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.models.passes import Passes
+from fbpc_ray.reporting import charts
+from fbpc_ray.reproduction import cost
 
 RATIOS = (
     ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"),
@@ -157,16 +160,16 @@ def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, fold
         expert_epochs=args.expert_epochs, start_epoch=1, experts=args.experts or str(folder / "experts"),
         threads=args.threads, device=args.device, compiled="on" if args.compiled else "off",
     )  # fmt: skip
-    dataset = plan.load_data(config, print)
+    dataset = session.load_data(config, print)
     config = config.updated(batch_size=ipc * len(dataset.classes))
-    specs = plan.specs(config, dataset)
-    stores = [plan.store(config, dataset, spec) for spec in specs]
+    specs = session.specs(config, dataset)
+    stores = [session.store(config, dataset, spec) for spec in specs]
     for spec, store in zip(specs, stores, strict=True):
         if store.missing(1) and args.experts:
             raise UserError(f"there are no experts of {spec.architecture} in {store.folder}: train them (fbpc experts)")
         write_untrained(store, spec, store.missing(1))
     d = config.distillation
-    state, labels = pipeline.first_state(dataset, d.ipc, d.seed)
+    state, labels = loop.first_state(dataset, d.ipc, d.seed)
     return Case(config, dataset, specs, stores, state.images.numpy(), labels)
 
 
@@ -253,7 +256,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
 
 
 def worker(case: Case, config: Config, **more: Any) -> Worker:
-    arguments = plan.crew(config, case.dataset, case.labels, case.specs, case.stores).arguments | more
+    arguments = session.crew(config, case.dataset, case.labels, case.specs, case.stores).arguments | more
     return Worker(**arguments, device=config.workers.device)
 
 
@@ -275,8 +278,8 @@ def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int]
     """A distillation with `--map pool` that goes on for a step at each call, from when every solution was met twice."""
     config = case.config.updated(map="pool", map_pool=args.map_pool)
     d, backend = config.distillation, Serial(args.device, Interruption())
-    backend.start_workers(plan.crew(config, case.dataset, case.labels, case.specs, case.stores))
-    state, _ = pipeline.first_state(case.dataset, d.ipc, d.seed)
+    backend.start_workers(session.crew(config, case.dataset, case.labels, case.specs, case.stores))
+    state, _ = loop.first_state(case.dataset, d.ipc, d.seed)
     before = 2 * d.map_pool
     assert backend.worker is not None
     for number in range(before + d.map_pool * args.repeats):
@@ -285,7 +288,7 @@ def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int]
 
     def go_on(_: int) -> None:
         nonlocal state
-        done = pipeline.step(config, state, backend)
+        done = loop.step(config, state, backend)
         state = done.state
         map_steps.extend(gradient.stats["map_steps"] for _, _, gradient in done.gradients)
 
@@ -328,7 +331,7 @@ def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) ->
     config = case.config.updated(
         steps=args.first_run, compiled="auto", expert_count=5, expert_epochs=6, experts=str(folder / "first-experts")
     )
-    stores = [plan.store(config, case.dataset, spec) for spec in case.specs]
+    stores = [session.store(config, case.dataset, spec) for spec in case.specs]
     for spec, store in zip(case.specs, stores, strict=True):
         write_untrained(store, spec, store.missing(5))
     flat, seconds = json.dumps(config.flat()), {"reference": 0.0, "ours": 0.0}
@@ -360,12 +363,12 @@ def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) ->
 def _reference_of(flat: str) -> tuple[Any, ...]:
     """What the reference needs, loaded once a process."""
     config = Config().updated(**json.loads(flat))
-    dataset = plan.load_data(config, print)
+    dataset = session.load_data(config, print)
     each = []
-    for spec in plan.specs(config, dataset):
-        store = plan.store(config, dataset, spec)
+    for spec in session.specs(config, dataset):
+        store = session.store(config, dataset, spec)
         each.append((spec, [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]))
-    state, labels = pipeline.first_state(dataset, config.distillation.ipc, config.distillation.seed)
+    state, labels = loop.first_state(dataset, config.distillation.ipc, config.distillation.seed)
     real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     return each, real, state.images, labels, config.distillation
 
@@ -411,8 +414,8 @@ def write(args: Arguments, cases: list[dict[str, Any]], made_by: Provenance) -> 
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
     settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
     found = {"cases": cases, "settings": settings, **made_by._asdict()}
-    atomic.write_text(path, json.dumps(found, indent=2) + "\n")
-    atomic.write_text(path.with_suffix(".md"), table(cases))
+    files.write_text(path, json.dumps(found, indent=2) + "\n")
+    files.write_text(path.with_suffix(".md"), table(cases))
     draw(cases, path)
 
 

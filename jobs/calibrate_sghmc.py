@@ -33,15 +33,19 @@ import numpy as np
 import torch
 import tyro
 
-from fbpc_ray import atomic, coreset, evaluate, pipeline, plan
-from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config, Data, Evaluation, Networks, Workers
-from fbpc_ray.errors import UserError, undamaged
-from fbpc_ray.evaluate import Chain, ChainResult, Judge, feasible, judge, run_chain
-from fbpc_ray.provenance import capture
-from fbpc_ray.rng import generator
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.datasets import Dataset, Split
+from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.core import files
+from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers
+from fbpc_ray.core.errors import UserError, undamaged
+from fbpc_ray.core.provenance import capture
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.distillation import loop
+from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation.chains import Chain, ChainResult, Judge, feasible, judge, run_chain
+from fbpc_ray.execution import session
 
 
 class Paper(NamedTuple):
@@ -124,7 +128,7 @@ def calibrate(argv: list[str], program: str) -> None:
     args = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], args=argv, prog=program, description=__doc__)
     search, config = args.search, Config(data=args.data, networks=args.networks, workers=args.workers)
     _check(search, config)
-    dataset = plan.load_data(config, print)
+    dataset = session.load_data(config, print)
     trials = plan_trials(search, config, dataset)
     path = Path(search.out)
     done: dict[str, list[dict[str, Any]]] = {"runs": [], "rows": []}
@@ -135,7 +139,7 @@ def calibrate(argv: list[str], program: str) -> None:
     missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in done["rows"])]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
-        with plan.backend(config, Interruption(), print) as workers:
+        with session.backend(config, Interruption(), print) as workers:
             made_by = capture(workers.describe())
             number = len(done["runs"])
             words = [word.replace(config.data.data, _name(config.data.data)) for word in argv]
@@ -144,7 +148,7 @@ def calibrate(argv: list[str], program: str) -> None:
             shared = judge(dataset, "test", missing[0].settings, config.networks.augment, compiled=how)
             shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
             shared = feasible(shared, [trial.chain for trial in missing], workers.device, print)
-            with pipeline.progress("calibrate", len(missing), "chain") as bar:
+            with loop.progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
                     row = {**missing[index].key, **_numbers(result), "run": number}
                     done["rows"].append(row)
@@ -157,11 +161,11 @@ def calibrate(argv: list[str], program: str) -> None:
 
 def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]:
     """Every chain of the search, coreset by coreset, so that an interrupted search compares all settings."""
-    (spec,) = plan.specs(config, dataset)
+    (spec,) = session.specs(config, dataset)
     lengths = search.chain_steps * (len(search.ipc) if len(search.chain_steps) == 1 else 1)
     trials = []
     for number, (ipc, steps) in product(range(search.coresets), zip(search.ipc, lengths, strict=True)):
-        state, labels = pipeline.first_state(dataset, ipc, number)
+        state, labels = loop.first_state(dataset, ipc, number)
         chain = Chain(f"random-{number}", state.images.numpy(), labels.numpy(), spec, number)
         for noise, decay, dsa in product(search.noise, search.weight_decay, search.dsa):
             settings = Evaluation(
@@ -176,7 +180,7 @@ def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]
                 "architecture": spec.architecture, "width": spec.width, "depth": spec.depth,
                 "augment": config.networks.augment, "data": _name(dataset.name), "fingerprint": dataset.fingerprint,
                 "test_images": search.test_images, "test_seed": search.test_seed,
-                "lineage_batch": evaluate.LINEAGE_BATCH,
+                "lineage_batch": chains.LINEAGE_BATCH,
             }  # fmt: skip
             trials.append(Trial(key, settings, chain))
     return trials
@@ -294,7 +298,7 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[Setting, int], list[d
 
 
 def _numbers(result: ChainResult) -> dict[str, float | None]:
-    found = evaluate.values(result)
+    found = chains.values(result)
     names = ("accuracy", "nll", "nll_of_batches", "nll_of_samples", "ece", "brier")
     finite = all(math.isfinite(value) for value in found.values())
     return {**{name: found.get(name) if finite else None for name in names}, "seconds": round(result.seconds, 2)}
@@ -326,11 +330,11 @@ def _line(row: dict[str, Any]) -> str:
 def _write(path: Path, found: dict[str, Any]) -> None:
     """One line a row, so that a diff shows what came."""
     lines = [",\n".join(f"  {json.dumps(each, allow_nan=False)}" for each in found[name]) for name in ("runs", "rows")]
-    atomic.write_text(path, f'{{\n "runs": [\n{lines[0]}\n ],\n "rows": [\n{lines[1]}\n ]\n}}\n')
+    files.write_text(path, f'{{\n "runs": [\n{lines[0]}\n ],\n "rows": [\n{lines[1]}\n ]\n}}\n')
 
 
 def _check(search: Search, config: Config) -> None:
-    plan.check(config)
+    session.check(config)
     if len(config.networks.architectures) != 1:
         raise UserError("the Random rows are of one network: give --architectures one name")
     if len(search.chain_steps) not in (1, len(search.ipc)):

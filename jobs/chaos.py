@@ -29,16 +29,18 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from processes import all_cpus_free, gradient_workers, soon
 
-from fbpc_ray import atomic, pipeline, plan
-from fbpc_ray.backend import Backend, Serial
-from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config
-from fbpc_ray.distill import State
-from fbpc_ray.presets import preset
-from fbpc_ray.provenance import capture
-from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.datasets import Dataset
+from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.core import files
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.presets import preset
+from fbpc_ray.core.provenance import capture
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.worker import State
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Backend, Serial
 
 STORE = 80_000_000
 WAIT = 60.0
@@ -113,7 +115,7 @@ def chaos(argv: list[str], program: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
     os.environ["RAY_TMPDIR"] = str(folder / "r")
     try:
-        from fbpc_ray.cluster.backend import on_loopback
+        from fbpc_ray.execution.ray.ray_backend import on_loopback
 
         with on_loopback():
             found = soak(args, folder)
@@ -121,7 +123,7 @@ def chaos(argv: list[str], program: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(found, indent=2))
     if args.json:
-        atomic.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+        files.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
     if not all(found["holds"].values()):
         sys.exit(1)
 
@@ -131,14 +133,14 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from fbpc_ray.cluster.backend import RayBackend
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     config = preset("digits").updated(**SMALL, steps=args.steps, experts=str(folder / "experts"))
-    dataset = plan.load_data(config, print)
+    dataset = session.load_data(config, print)
     serial = Serial("cpu", Interruption())
-    specs = plan.specs(config, dataset)
-    stores = [plan.store(config, dataset, spec) for spec in specs]
-    pipeline.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    specs = session.specs(config, dataset)
+    stores = [session.store(config, dataset, spec) for spec in specs]
+    loop.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
     expected, alone = distil(config, dataset, serial, folder / "serial", lambda: None)
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
@@ -184,13 +186,13 @@ def distil(
     config: Config, dataset: Dataset, backend: Backend, folder: Path, after_step: Any
 ) -> tuple[torch.Tensor, float]:
     """The images after all steps, and the seconds that they took."""
-    specs = plan.specs(config, dataset)
-    stores = [plan.store(config, dataset, spec) for spec in specs]
-    first, labels = pipeline.first_state(dataset, config.distillation.ipc, config.distillation.seed)
-    backend.start_workers(plan.crew(config, dataset, labels, specs, stores))
+    specs = session.specs(config, dataset)
+    stores = [session.store(config, dataset, spec) for spec in specs]
+    first, labels = loop.first_state(dataset, config.distillation.ipc, config.distillation.seed)
+    backend.start_workers(session.crew(config, dataset, labels, specs, stores))
     began = time.perf_counter()
     try:
-        state: State = pipeline.distill(
+        state: State = loop.distill(
             config, Run(folder), first, [], backend, Interruption(),
             lambda values, step: after_step(), lambda state: None,
         )  # fmt: skip

@@ -22,15 +22,17 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on l
 import torch
 import tyro
 
-from fbpc_ray import atomic, pipeline, plan
-from fbpc_ray.backend import Backend, Serial
-from fbpc_ray.cli import COMMANDS, main
-from fbpc_ray.config import Config
-from fbpc_ray.errors import UserError
-from fbpc_ray.presets import preset
-from fbpc_ray.provenance import capture
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.datasets import Dataset
+from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.core import files
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset
+from fbpc_ray.core.provenance import capture
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation import loop
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Backend, Serial
 
 ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
 
@@ -66,23 +68,23 @@ def scaling(argv: list[str], program: str) -> None:
     print(f"overhead of Ray: {found['overhead']['median']:+.1%}  ({_range(found['overhead'], '+.1%')})")
     print(f"one worker / two: {found['scaling']['median']:.2f}  ({_range(found['scaling'], '.2f')})")
     if args.json:
-        atomic.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+        files.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
 
 
 def measure(args: Arguments, folder: Path) -> dict[str, Any]:
     """Seconds of every way and repeat, and the ratios."""
-    from fbpc_ray.cluster.backend import RayBackend
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     config = preset("digits").updated(
         data=args.data, architectures=ARCHITECTURES, width=args.width, ipc=args.ipc, experts=str(folder / "experts"),
         expert_count=1, expert_epochs=2, start_epoch=1, posterior_steps=args.posterior_steps, threads=1, prefetch=0,
         batch_size=500, device="cpu", address="local", x_cache=0.0, compiled="off",
     )  # fmt: skip
-    dataset = plan.load_data(config, print)
+    dataset = session.load_data(config, print)
     serial = Serial("cpu", Interruption())
-    specs = plan.specs(config, dataset)
-    stores = [plan.store(config, dataset, spec) for spec in specs]
-    pipeline.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    specs = session.specs(config, dataset)
+    stores = [session.store(config, dataset, spec) for spec in specs]
+    loop.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
     two = RayBackend(config.workers, Interruption(), num_cpus=2, include_dashboard=False, _temp_dir=str(folder / "r"))
     one = RayBackend(config.updated(cpus_per_actor=2.0).workers, Interruption())  # on the same cluster
     ways: dict[str, Backend] = {"serial": serial, "one worker": one, "two workers": two}
@@ -114,14 +116,14 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
 def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple[torch.Tensor, float]:
     """The images after so many steps, and seconds a step; workers stand and have done one step before the clock."""
     d = config.distillation
-    specs = plan.specs(config, dataset)
-    stores = [plan.store(config, dataset, spec) for spec in specs]
-    state, labels = pipeline.first_state(dataset, d.ipc, d.seed)
-    backend.start_workers(plan.crew(config, dataset, labels, specs, stores))
+    specs = session.specs(config, dataset)
+    stores = [session.store(config, dataset, spec) for spec in specs]
+    state, labels = loop.first_state(dataset, d.ipc, d.seed)
+    backend.start_workers(session.crew(config, dataset, labels, specs, stores))
     try:
-        state, began = pipeline.step(config, state, backend).state, time.perf_counter()
+        state, began = loop.step(config, state, backend).state, time.perf_counter()
         for _ in range(steps):
-            state = pipeline.step(config, state, backend).state
+            state = loop.step(config, state, backend).state
         return state.images, (time.perf_counter() - began) / steps
     finally:
         backend.stop_workers()

@@ -2,7 +2,7 @@
 
 import sys
 
-from fbpc_ray.cli import main
+from fbpc_ray.commands.main import main
 
 if __name__ == "__main__":
     main(["tune", *sys.argv[1:]])

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbpc_ray import pipeline, plan
-from fbpc_ray.backend import Backend, Serial
-from fbpc_ray.config import Config
-from fbpc_ray.experts import ExpertStore
-from fbpc_ray.presets import preset
-from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.datasets import Dataset, load
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.presets import preset
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data.datasets import Dataset, load
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Backend, Serial
 
 for _name in ("FBPC_HOME", "FBPC_CACHE_GB", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # a user's own are not for tests
     os.environ.pop(_name, None)
@@ -60,10 +61,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Config:
 
 def train_experts(config: Config, digits: Dataset, backend: Backend) -> list[ExpertStore]:
     """The stores of the configuration, filled."""
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
     count = config.experts.expert_count
-    pipeline.train_experts(stores, specs, count, digits, backend, lambda line: None)
+    loop.train_experts(stores, specs, count, digits, backend, lambda line: None)
     return stores
 
 
@@ -72,13 +73,13 @@ def run_on(
     rows=None,
 ):  # fmt: skip
     """Distil with `backend`: the images after the last step, and what each step and architecture reported of itself."""
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
-    first, labels = pipeline.first_state(digits, config.distillation.ipc, config.distillation.seed)
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    first, labels = loop.first_state(digits, config.distillation.ipc, config.distillation.seed)
     state, rows = state or first, rows or []
-    backend.start_workers(plan.crew(config, digits, labels, specs, stores))
+    backend.start_workers(session.crew(config, digits, labels, specs, stores))
     try:
-        state = pipeline.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
+        state = loop.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
     finally:
         backend.stop_workers()
     return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]

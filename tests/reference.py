@@ -7,12 +7,12 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from fbpc_ray.config import Distillation
-from fbpc_ray.methods.common import Problem, coreset_batches
-from fbpc_ray.rng import generator, seeded_globally
-from fbpc_ray.vision import augment as dsa
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Spec, build
+from fbpc_ray.core.config import Distillation
+from fbpc_ray.core.rng import generator, seeded_globally
+from fbpc_ray.data import augment as dsa
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation.methods.common import Problem, coreset_batches
+from fbpc_ray.models.functional import Spec, build
 
 
 def gradient(

@@ -16,11 +16,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fbpc_ray import api, cli, coreset
-from fbpc_ray.config import Data, Output
-from fbpc_ray.errors import UserError
-from fbpc_ray.run import Run
-from fbpc_ray.vision.datasets import Dataset
+from fbpc_ray import api
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Data, Output
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation.run_directory import Run
 
 CHAIN: dict[str, Any] = {"width": 8, "chain_steps": 20, "chain_every": 10}
 
@@ -46,7 +48,7 @@ def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def run(small, tmp_path_factory) -> Run[Path]:
     """What the command line makes."""
     folder = tmp_path_factory.mktemp("runs") / "cli"
-    cli.main(["distill", *flags(small, backend="serial", steps=2, out=str(folder))])
+    main.main(["distill", *flags(small, backend="serial", steps=2, out=str(folder))])
     return Run(folder)
 
 
@@ -84,7 +86,7 @@ def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
 def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeypatch):
     """A data set with a row in Table 4, the small preset, and a baseline with its own paper's settings."""
     seen = []
-    monkeypatch.setattr(api.plan, "check", lambda config: seen.append(config) or _stop())
+    monkeypatch.setattr(api.session, "check", lambda config: seen.append(config) or _stop())
     digits = api.dataset("digits")
     cases: list[tuple[list[str], dict[str, Any]]] = [
         (["--data", "digits"], {}),
@@ -93,10 +95,10 @@ def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeyp
          {"preset": "digits", "method": "bpc-rkl", "steps": 7}),
     ]  # fmt: skip
     for words, call in cases:
-        config = cli._parse(cli.DistillArguments, words, "", cli.DistillArguments(config=cli._base(words))).config
+        config = main._parse(main.DistillArguments, words, "", main.DistillArguments(config=main._base(words))).config
         with pytest.raises(_Stopped):
             api.distill(digits, backend=config.workers.backend, **call)
-        assert seen.pop() == config.updated(architectures=api.plan.canonical(config).networks.architectures)
+        assert seen.pop() == config.updated(architectures=api.session.canonical(config).networks.architectures)
 
 
 @pytest.mark.slow

@@ -9,18 +9,19 @@ import threading
 import pytest
 from processes import raised_at_once
 
-from fbpc_ray import atomic, cli
-from fbpc_ray.errors import UserError
-from fbpc_ray.storage import place
+from fbpc_ray.commands import main
+from fbpc_ray.core import files
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import place
 
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     folder = tmp_path / "a" / "run"
-    with atomic.alone(folder):
+    with files.alone(folder):
         (folder / "kept").write_text("x")
         with (
             pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait until it ends"),
-            atomic.alone(folder),
+            files.alone(folder),
         ):
             pass
         code = (
@@ -29,7 +30,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
         )
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
         assert "UserError: another process" in done.stderr
-        assert (folder / atomic.LOCK).exists()  # those that were refused have not removed it
+        assert (folder / files.LOCK).exists()  # those that were refused have not removed it
     assert [each.name for each in folder.iterdir()] == ["kept"]
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.stdout == "in\n"
@@ -37,15 +38,15 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 
 def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / atomic.LOCK).touch()
-    with atomic.alone(tmp_path / "run"):
+    (tmp_path / "run" / files.LOCK).touch()
+    with files.alone(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
 
 
 def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_path, monkeypatch):
     """Another process ends between our opening the file and our locking it: the lock is on the file that is there."""
-    path, lock = tmp_path / atomic.LOCK, atomic.fcntl.flock
+    path, lock = tmp_path / files.LOCK, files.fcntl.flock
     calls = []
 
     def late(file, how):
@@ -54,10 +55,10 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
         calls.append(how)
         lock(file, how)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", late)
-    with atomic.alone(tmp_path):
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.alone(tmp_path):
         assert len(calls) == 2
-        with pytest.raises(UserError, match="another process"), atomic.alone(tmp_path):
+        with pytest.raises(UserError, match="another process"), files.alone(tmp_path):
             pass
 
 
@@ -67,7 +68,7 @@ def test_a_folder_whose_last_user_takes_it_away_is_made_again(tmp_path):
 
     def take():
         for _ in range(200):
-            with contextlib.suppress(UserError), atomic.alone(tmp_path / "run"):
+            with contextlib.suppress(UserError), files.alone(tmp_path / "run"):
                 turns.append(1)
 
     assert not raised_at_once(take, 8)
@@ -84,7 +85,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(flag, place, tmp_path, monk
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     words = [flag, str(tmp_path / place), "--backend", "serial", "--no-tracking", "--expert-count", "1"]
     with pytest.raises(SystemExit) as stop:
-        cli.main(["distill", *words])
+        main.main(["distill", *words])
     assert stop.value.code in (1, 2)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.match(rf"error: .*{tmp_path / place.partition('/')[0]}.*: (choose|give|there is) ", line)
@@ -94,12 +95,12 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(flag, place, tmp_path, monk
 
 def test_a_file_is_not_swept_while_it_is_written_and_is_after_its_writer_was_killed(tmp_path):
     path = tmp_path / ".a.tmp"
-    with atomic.begun(path) as file:
-        atomic.sweep(tmp_path, ".*.tmp")
+    with files.begun(path) as file:
+        files.sweep(tmp_path, ".*.tmp")
         file.write(b"all of it")
-        atomic.sweep(tmp_path, ".*.tmp")
+        files.sweep(tmp_path, ".*.tmp")
     assert path.read_bytes() == b"all of it"
-    atomic.sweep(tmp_path, ".*.tmp")
+    files.sweep(tmp_path, ".*.tmp")
     assert not path.exists()
 
 
@@ -109,14 +110,14 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 
     def sweep():
         while not over.is_set():
-            atomic.sweep(tmp_path, ".*.tmp")
+            files.sweep(tmp_path, ".*.tmp")
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
     try:
         for index in range(2000):
             path = tmp_path / f".{index}.tmp"
-            with atomic.begun(path) as file:
+            with files.begun(path) as file:
                 file.write(b"x")
                 path.replace(tmp_path / "whole")
     finally:
@@ -127,5 +128,5 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 
 
 def test_an_object_store_keeps_nobody_out():
-    with atomic.alone(place("s3://bucket/run")), atomic.alone(place("s3://bucket/run")):
+    with files.alone(place("s3://bucket/run")), files.alone(place("s3://bucket/run")):
         pass

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fbpc_ray.vision import augment
-from fbpc_ray.vision.augment import AUGMENTATIONS, Draw, apply, draw, dsa
+from fbpc_ray.data import augment
+from fbpc_ray.data.augment import AUGMENTATIONS, Draw, apply, draw, dsa
 
 SIX = ("color", "crop", "cutout", "flip", "scale", "rotate")
 ALMOST_ONE = 1 - 2.0**-24  # the largest float32 below 1

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fbpc_ray import evaluate, pipeline
-from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import judge
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.distillation import loop
+from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation.chains import judge
 
 FILE = Path(__file__).parent.parent / "jobs" / "calibrate_sghmc.py"
 FLAGS = {
@@ -66,18 +67,18 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
     (row,) = (row for row in rows if (row["ipc"], row["weight_decay"], row["dsa"]) == (10, 0.1, "off"))
     config = job.Config().updated(data="digits", width=8, architectures=("convnet-in",))
     (spec,) = job.plan.specs(config, digits)
-    state, labels = pipeline.first_state(digits, 10, 0)
+    state, labels = loop.first_state(digits, 10, 0)
     own = job.Evaluation(chain_steps=10, chain_every=1, chain_weight_decay=0.1, chain_augment=False)
     shared = judge(digits, "test", own, "dsa")._replace(split=job.some(digits.test, 50, digits, 0))
-    chain = evaluate.Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
-    expected = evaluate.values(evaluate.run_chain(shared, chain, "cpu"))
+    chain = chains.Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
+    expected = chains.values(chains.run_chain(shared, chain, "cpu"))
     assert {name: row[name] for name in expected} == expected
 
 
 def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
     """Nothing is run twice; what is missing is added, with what made it; another length is another row."""
     ran = []
-    monkeypatch.setattr(job, "run_chain", lambda *each: ran.append(each) or evaluate.run_chain(*each))
+    monkeypatch.setattr(job, "run_chain", lambda *each: ran.append(each) or chains.run_chain(*each))
     path = tmp_path / "rows.json"
     done = json.loads(out.read_text())
     path.write_text(json.dumps({**done, "rows": done["rows"][:5]}))
@@ -100,7 +101,7 @@ def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
 
 def test_a_row_is_on_disk_as_soon_as_its_chain_ends(job, tmp_path, monkeypatch):
     """The third chain fails: two rows are there, and the file is whole."""
-    real, calls = evaluate.run_chain, []
+    real, calls = chains.run_chain, []
 
     def failing(*each):
         calls.append(each)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from fbpc_ray import charts
 from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
+from fbpc_ray.reporting import charts
 
 
 def stats(scale=3.0, n=400, seed=0):

@@ -16,13 +16,15 @@ from conftest import assert_same, flags, run_on, train_experts
 from processes import all_cpus_free, gradient_workers, kill, soon
 from test_run import images_of, start, wait_for
 
-from fbpc_ray import coreset, pipeline, plan
-from fbpc_ray.backend import Serial
-from fbpc_ray.config import Workers
-from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import Chain, judge, run_chain
-from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
+from fbpc_ray.core.config import Workers
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data import coreset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.evaluation.chains import Chain, judge, run_chain
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -38,7 +40,7 @@ def ray_folder():
 @pytest.fixture(scope="module")
 def cluster(ray_folder):
     """A backend on a cluster of two CPUs, started here."""
-    from fbpc_ray.cluster.backend import RayBackend
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     lines: list[str] = []
     backend = RayBackend(
@@ -97,11 +99,11 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
 
 def test_tasks_return_what_serial_returns(cluster, small, digits):
     """Chains as tasks: the scores are those of the serial backend, to the last digit."""
-    specs = plan.specs(small, digits)[:1]
-    state, labels = pipeline.first_state(digits, 1, 0)
+    specs = session.specs(small, digits)[:1]
+    state, labels = loop.first_state(digits, 1, 0)
     candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
     one, other = (
-        pipeline.evaluate(candidates, specs, digits, "test", small, backend, print).table
+        loop.evaluate(candidates, specs, digits, "test", small, backend, print).table
         for backend in (cluster, Serial("cpu", Interruption()))
     )
     assert one == other
@@ -120,8 +122,8 @@ def test_experts_trained_on_ray_are_those_of_serial(cluster, small, digits, tmp_
 
 
 def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
-    spec = plan.specs(small, digits)[0]._replace(architecture="convnet-im")
-    state, labels = pipeline.first_state(digits, 1, 0)
+    spec = session.specs(small, digits)[0]._replace(architecture="convnet-im")
+    state, labels = loop.first_state(digits, 1, 0)
     chain = Chain("random", state.images.numpy(), labels.numpy(), spec, 0)
     with pytest.raises(UserError, match="did you mean convnet-in"):
         list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
@@ -139,7 +141,7 @@ def test_what_a_disk_says_to_a_worker_arrives_as_itself(cluster, small, digits, 
 
 def test_a_gpu_that_no_node_has_is_refused(cluster):
     """On the cluster that is there already: one line, and the cluster stays."""
-    from fbpc_ray.cluster.backend import RayBackend
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     with pytest.raises(UserError, match="the Ray cluster has no GPU: use --device cpu"):
         RayBackend(Workers(device="cuda"), Interruption())

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fbpc_ray import config
-from fbpc_ray.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json, read_config, to_json
-from fbpc_ray.distill import METHODS
-from fbpc_ray.errors import UserError
-from fbpc_ray.plan import check
-from fbpc_ray.presets import PRESETS, preset, with_method
+from fbpc_ray.core import config
+from fbpc_ray.core.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json, read_config, to_json
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import PRESETS, preset, with_method
+from fbpc_ray.distillation.worker import METHODS
+from fbpc_ray.execution.session import check
 
 PAPER = Path(__file__).parents[2] / "shared" / "paper" / "fbpc.txt"
 

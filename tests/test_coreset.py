@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
-from fbpc_ray.coreset import Coreset, balanced, load, save
-from fbpc_ray.errors import UserError
-from fbpc_ray.rng import generator
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.coreset import Coreset, balanced, load, save
 
 NAMES = ("cat", "dog", "ship")
 

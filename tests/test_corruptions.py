@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from fbpc_ray.errors import UserError
-from fbpc_ray.rng import generator
-from fbpc_ray.vision import corrupted, corruptions
-from fbpc_ray.vision.corrupted import cached_at, corrupted_test, notes, official
-from fbpc_ray.vision.corruptions import (
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import corrupted_splits, corruptions
+from fbpc_ray.data.corrupted_splits import cached_at, corrupted_test, notes, official
+from fbpc_ray.data.corruptions import (
     CORRUPTIONS,
     FROST,
     SEVERITIES,
@@ -37,7 +37,7 @@ from fbpc_ray.vision.corruptions import (
     gaussian_line,
     shared,
 )
-from fbpc_ray.vision.datasets import Dataset, Split, load, tensors
+from fbpc_ray.data.datasets import Dataset, Split, load, tensors
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
@@ -680,7 +680,7 @@ def test_generated_once_and_read_again(name, small, tmp_path, monkeypatch):
     folder = cached_at(tmp_path, small, 0)
     assert files_in(tmp_path) == [f"{folder.name}/{name}-3.parquet"] and folder.name.startswith("digits-")
     before = (folder / f"{name}-3.parquet").stat()
-    monkeypatch.setattr(corrupted, "corrupt", lambda *a, **k: pytest.fail("it was cached"))
+    monkeypatch.setattr(corrupted_splits, "corrupt", lambda *a, **k: pytest.fail("it was cached"))
     second = make(small, tmp_path, name)
     for split in (first, second):
         assert split.images.dtype == np.uint8 and split.images.flags.c_contiguous
@@ -704,7 +704,7 @@ def test_colour_images_of_a_path(tmp_path):
 def test_a_cached_file_says_what_it_holds(small, tmp_path):
     make(small, tmp_path, "frost")
     schema = pq.read_schema(cached_at(tmp_path, small, 0) / "frost-3.parquet")
-    about = json.loads((schema.metadata or {})[corrupted.KEY])
+    about = json.loads((schema.metadata or {})[corrupted_splits.KEY])
     assert about["corruption"] == "frost" and about["severity"] == 3 and about["constants"] == [0.9, 0.4]
     assert any("not comparable" in note for note in about["notes"])
     assert schema.field("image").type == pa.binary(64) and schema.field("label").type == pa.int64()
@@ -744,7 +744,7 @@ def test_a_file_of_something_else_is_made_again(small, tmp_path, monkeypatch):
     expected = make(small, tmp_path).images
     path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
     whole = path.read_bytes()
-    about = corrupted._about(small.test, "snow", 3, 0)
+    about = corrupted_splits._about(small.test, "snow", 3, 0)
     wrong = [
         (Split(expected, small.test.labels), about | {"severity": 4}),
         (Split(expected, small.test.labels), about | {"recipe": 0}),
@@ -754,15 +754,15 @@ def test_a_file_of_something_else_is_made_again(small, tmp_path, monkeypatch):
         (Split(expected[:, :, :4], small.test.labels), about),
     ]
     for split, says in wrong:
-        corrupted._write(path, split, says)
+        corrupted_splits._write(path, split, says)
         assert path.read_bytes() != whole
         assert np.array_equal(make(small, tmp_path).images, expected) and path.read_bytes() == whole
     images = pa.array([None] + [row.tobytes() for row in expected[1:]], pa.binary(64))
     table = pa.table({"image": images, "label": small.test.labels})
-    pq.write_table(table.replace_schema_metadata({corrupted.KEY: json.dumps(about)}), path)
+    pq.write_table(table.replace_schema_metadata({corrupted_splits.KEY: json.dumps(about)}), path)
     assert np.array_equal(make(small, tmp_path).images, expected) and path.read_bytes() == whole
     with monkeypatch.context() as patch:
-        patch.setattr(corrupted, "RECIPE", 2)
+        patch.setattr(corrupted_splits, "RECIPE", 2)
         assert cached_at(tmp_path, small, 0) != path.parent
 
 
@@ -772,7 +772,7 @@ def test_several_row_groups_are_read(small, tmp_path):
     path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
     table = pq.read_table(path)
     pq.write_table(table, path, row_group_size=5)
-    found = corrupted._read(path, small.test, corrupted._about(small.test, "snow", 3, 0))
+    found = corrupted_splits._read(path, small.test, corrupted_splits._about(small.test, "snow", 3, 0))
     assert found is not None and np.array_equal(found, expected)
 
 
@@ -789,9 +789,9 @@ def test_processes_at_once(tmp_path):
     """Two fresh processes, unlike in threads and hashes, share one cache: each finds what this one computes."""
     code = (
         "import hashlib, sys; from pathlib import Path\n"
-        "from fbpc_ray.vision.corrupted import corrupted_test\n"
-        "from fbpc_ray.vision.corruptions import CORRUPTIONS\n"
-        "from fbpc_ray.vision.datasets import load\n"
+        "from fbpc_ray.data.corrupted_splits import corrupted_test\n"
+        "from fbpc_ray.data.corruptions import CORRUPTIONS\n"
+        "from fbpc_ray.data.datasets import load\n"
         "data, cache = load(sys.argv[1]), Path(sys.argv[2])\n"
         "for name in CORRUPTIONS:\n"
         "    images = corrupted_test(data, name, 4, source=None, seed=7, cache=cache).images\n"

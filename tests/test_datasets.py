@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fbpc_ray.errors import UserError
-from fbpc_ray.vision.datasets import KNOWN, Dataset, Split, denormalise, load, normalise, tensors
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.datasets import KNOWN, Dataset, Split, denormalise, load, normalise, tensors
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")

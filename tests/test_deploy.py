@@ -12,8 +12,9 @@ import yaml
 from conftest import flags
 from test_run import distil, images_of, refused, start, wait_for
 
-from fbpc_ray import cli, plan
-from fbpc_ray.run import Run
+from fbpc_ray.commands import main
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.execution import session
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,8 +178,8 @@ def test_the_commands_of_the_jobs_are_ours(tmp_path):
         assert program == "python"
         assert (ROOT / "jobs" / Path(script).name).is_file()
         words = [word.replace("s3://BUCKET", str(tmp_path)) for word in words]
-        arguments = cli._parse(cli.DistillArguments, words, "fbpc", cli.DistillArguments(config=cli._base(words)))
-        plan.check(plan.canonical(arguments.config))
+        arguments = main._parse(main.DistillArguments, words, "fbpc", main.DistillArguments(config=main._base(words)))
+        session.check(session.canonical(arguments.config))
         if "--autoscale" in words:
             assert arguments.job.again
             assert (arguments.config.workers.autoscale, arguments.config.workers.device) == (True, "cuda")

@@ -9,8 +9,16 @@ import reference
 import torch
 from conftest import flags
 
-from fbpc_ray import cli, pipeline, plan
-from fbpc_ray.distill import (
+from fbpc_ray.commands import main
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.data.datasets import tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.methods import fbpc
+from fbpc_ray.distillation.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.distillation.worker import (
     METHODS,
     X_SIDES,
     State,
@@ -22,16 +30,10 @@ from fbpc_ray.distill import (
     units_of,
     update,
 )
-from fbpc_ray.errors import UserError
+from fbpc_ray.execution import session
 from fbpc_ray.inference.divergence import forward_kl
-from fbpc_ray.methods import function_space
-from fbpc_ray.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
-from fbpc_ray.passes import Passes
-from fbpc_ray.rng import generator
-from fbpc_ray.vision.augment import AUGMENTATIONS
-from fbpc_ray.vision.datasets import tensors
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import Passes
 
 STATS = {"map_ending": "converged", "map_loss": 0.01}
 
@@ -40,14 +42,14 @@ STATS = {"map_ending": "converged", "map_loss": 0.01}
 def setting(small, digits):
     config = small.updated(posterior_steps=6, gamma=0.5)
     real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    state, labels = pipeline.first_state(digits, 2, 0)
+    state, labels = loop.first_state(digits, 2, 0)
     return config, digits, real, state, labels
 
 
 def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
-    spec = plan.specs(config, digits)[architecture]
+    spec = session.specs(config, digits)[architecture]
     settings = replace(config.distillation, **{"batch_size": 100} | changes)
-    problem = Problem(Passes(Network(spec)), plan.store(config, digits, spec), real, labels, settings, "dsa", 1)
+    problem = Problem(Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1)
     return METHODS[settings.method](problem, step, images, settings.inner_lr)
 
 
@@ -56,8 +58,8 @@ def compute(config, digits, real, images, labels, architecture=0, step=3, **chan
 def test_gradient_equals_the_plain_reference(setting, architecture, step):
     """Same draws, obvious code: every sign, reduction, stop-gradient and stream of Eqs. 16-17 and the MAP solve."""
     config, digits, real, state, labels = setting
-    spec = plan.specs(config, digits)[architecture]
-    store = plan.store(config, digits, spec)
+    spec = session.specs(config, digits)[architecture]
+    store = session.store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=100)
     expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
@@ -72,8 +74,8 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
 def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method):
     """Same draws, obvious code: where theta_0, mu_x and mu_u come from, and Eq. 7, the covariance, the distance."""
     config, digits, real, state, labels = setting
-    spec = plan.specs(config, digits)[architecture]
-    store = plan.store(config, digits, spec)
+    spec = session.specs(config, digits)[architecture]
+    store = session.store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
     settings = replace(config.distillation, batch_size=100, **changes)
@@ -166,7 +168,7 @@ def test_a_batch_smaller_than_m_goes_with_its_own_labels(setting, monkeypatch):
         seen.append(of_batch)
         return forward_kl(posterior_x, posterior_u, of_batch, *rest)
 
-    monkeypatch.setattr(function_space, "forward_kl", watched)
+    monkeypatch.setattr(fbpc, "forward_kl", watched)
     touched = compute(config, digits, real, state.images, labels, batch_size=6).value.flatten(1).any(1)
     assert torch.equal(seen[0], labels[touched])
     assert not torch.equal(seen[0], labels[:6])
@@ -245,9 +247,9 @@ def test_a_single_draw_of_each_architecture_keeps_its_bits():
 
 
 def worker_of(config, digits, labels) -> Worker:
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
-    return Worker(**plan.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    return Worker(**session.crew(config, digits, labels, specs, stores).arguments, device="cpu")
 
 
 @pytest.mark.parametrize("architecture", [0, 1])
@@ -257,7 +259,7 @@ def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
     config, digits, _, state, labels = setting
     unit, images = Unit(architecture, draw), state.images.numpy()
     _, ahead = worker_of(config, digits, labels).x_side(unit, 3)
-    specs = plan.specs(config, digits)
+    specs = session.specs(config, digits)
     assert ahead.shape == (1 + config.distillation.posterior_steps, Network(specs[architecture]).parameter_count)
     alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
     helped = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead)
@@ -272,24 +274,24 @@ def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
 def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
     """FBPC-isotropic takes no K steps: there is nothing to gain, and its crew says so."""
     config, digits, _, _, labels = setting
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
     largest = max(Network(spec).parameter_count for spec in specs)
     assert set(X_SIDES) == {"fbpc"}
-    assert plan.crew(config, digits, labels, specs, stores).x_side_bytes == 4 * largest * 7  # K = 6
+    assert session.crew(config, digits, labels, specs, stores).x_side_bytes == 4 * largest * 7  # K = 6
     isotropic = config.updated(method="fbpc-isotropic")
-    assert plan.crew(isotropic, digits, labels, specs, stores).x_side_bytes == 0
+    assert session.crew(isotropic, digits, labels, specs, stores).x_side_bytes == 0
 
 
 def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
     """M draws are independent: each has its own expert, prior, augmentation and noise; the first is that of M = 1."""
     config, digits, real, state, labels = setting
-    spec = plan.specs(config, digits)[0]
+    spec = session.specs(config, digits)[0]
     settings = replace(config.distillation, batch_size=6)
 
     def draw(number):
         problem = Problem(
-            Passes(Network(spec)), plan.store(config, digits, spec), real, labels, settings, "dsa", 1, number
+            Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1, number
         )
         drawn = [problem.rng(3, purpose).initial_seed() for purpose in ("expert", "prior", "augment", "monte-carlo")]
         return drawn, problem.batch(3), METHODS["fbpc"](problem, 3, state.images, 0.0).value
@@ -308,12 +310,12 @@ def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():
         {"loss": loss, "map_steps": steps, "map_ending": ending}
         for loss, steps, ending in ((1.0, 4, "converged"), (3.0, 6, "max_steps"), (10.0, 7, "converged"))
     ]
-    values = pipeline.metrics_of(["a", "a", "b"], stats, 0.5, skipped=1)
+    values = loop.metrics_of(["a", "a", "b"], stats, 0.5, skipped=1)
     assert values == {
         "loss/a": 2.0, "loss/b": 10.0, "map_steps/a": 5.0, "map_steps/b": 7.0, "map_converged/a": 0.5,
         "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5, "skipped": 1.0,
     }  # fmt: skip
-    assert "skipped" not in pipeline.metrics_of(["a"], stats[:1], 0.5)
+    assert "skipped" not in loop.metrics_of(["a"], stats[:1], 0.5)
 
 
 def test_sum_follows_the_order_of_the_architectures():
@@ -352,6 +354,6 @@ def test_without_augmentation_nothing_is_augmented(method, small, tmp_path, monk
         method=method, augment="none", experts=str(tmp_path / "experts"), steps=1, expert_count=1, syn_steps=2,
         start_rule="before", backend="serial", architectures=("convnet-in",), out=str(tmp_path / "run"),
     )  # fmt: skip
-    cli.main(["distill", *flags(config)])
+    main.main(["distill", *flags(config)])
     with pytest.raises(AssertionError, match="DSA was drawn"):
-        cli.main(["distill", *flags(config, augment="dsa", out=str(tmp_path / "with"))])
+        main.main(["distill", *flags(config, augment="dsa", out=str(tmp_path / "with"))])

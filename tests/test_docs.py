@@ -27,15 +27,21 @@ from conftest import train_experts
 from PIL import Image
 from safetensors import safe_open
 
-from fbpc_ray import cli, config, distill, exchange, manual, pipeline, plan, tuning
-from fbpc_ray.backend import Serial
-from fbpc_ray.config import Sweep
-from fbpc_ray.distill import Unit, Worker
-from fbpc_ray.experts import Recipe
-from fbpc_ray.presets import preset, to_preset
-from fbpc_ray.reproduce.rows import SCHEMA
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision import architectures, readers
+from fbpc_ray.commands import help, main
+from fbpc_ray.core import config
+from fbpc_ray.core.config import Sweep
+from fbpc_ray.core.presets import preset, to_preset
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data import coreset_formats, readers
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation import worker as distill
+from fbpc_ray.distillation.expert_store import Recipe
+from fbpc_ray.distillation.worker import Unit, Worker
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
+from fbpc_ray.models import registry
+from fbpc_ray.reproduction.rows import SCHEMA
+from fbpc_ray.tuning import sweep
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -152,20 +158,20 @@ def called(words: list[str]) -> None:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            cli.main(words)
+            main.main(words)
         except SystemExit as end:
             assert not end.code, f"status {end.code}: {said.getvalue()}"
 
 
 def parsed(command: str, words: list[str]) -> Any:
-    if command not in cli.COMMANDS:
+    if command not in main.COMMANDS:
         raise AssertionError(f"no command {command}")
     name = {"experts": "Expert", "evaluate": "Given" if "--coreset" in words else "Evaluate"}.get(command)
-    kind = getattr(cli, f"{name or command.title()}Arguments")
+    kind = getattr(main, f"{name or command.title()}Arguments")
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            return cli._parse(kind, words, f"fbpc {command}")
+            return main._parse(kind, words, f"fbpc {command}")
         except SystemExit:
             raise AssertionError(said.getvalue()) from None
 
@@ -233,7 +239,7 @@ def at(desk: Path, place: Path, told: list[str]) -> Iterator[None]:
         if f"runs/{name}" not in made:
             shutil.copytree(desk / "runs" / "first", place / "runs" / name)
     shutil.copytree(desk / "experts", place / "experts")
-    registers: list[dict[str, Any]] = [distill.METHODS, readers.NAMED, architectures.ARCHITECTURES]
+    registers: list[dict[str, Any]] = [distill.METHODS, readers.NAMED, registry.ARCHITECTURES]
     before, modules, paths = [dict(each) for each in registers], set(sys.modules), list(sys.path)
     try:
         with contextlib.chdir(place):
@@ -280,9 +286,9 @@ def test_what_a_page_says_can_be_done(page, desk, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["", *manual.PAGES])
+@pytest.mark.parametrize("command", ["", *help.PAGES])
 def test_the_examples_of_help_can_be_done(command, desk, tmp_path):
-    told = [example for example, _ in (manual.PAGES[command].examples if command else manual.FIRST)]
+    told = [example for example, _ in (help.PAGES[command].examples if command else help.FIRST)]
     with at(desk, tmp_path, told):
         if command == "evaluate --coreset":
             called(["export", "runs/first", "--format", "hf", "--out", "my-coreset"])
@@ -334,7 +340,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_files_of_this_repository_that_are_named_exist(page):
-    """`fbpc_ray/teach.py` as it stands; in the table of equations also `zoo.py`, beside another."""
+    """`fbpc_ray/core/rng.py` as it stands; in the table of equations also `bpc.py`, beside another."""
     text = prose((ROOT / page).read_text())
     known = {path.name for path in (ROOT / "fbpc_ray").rglob("*.py")}
     for token in re.findall(r"`([\w./-]+)`", text):
@@ -365,7 +371,7 @@ FOREIGN = {"--help", "--version", "--runtime-env-json", "--working-dir"}
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_flags_that_the_text_names_exist(page):
-    kinds = [each for each in vars(cli).values() if isinstance(each, type) and each.__name__.endswith("Arguments")]
+    kinds = [each for each in vars(main).values() if isinstance(each, type) and each.__name__.endswith("Arguments")]
     known = FOREIGN.union(*map(flags_of, kinds))
     named = {flag for code in re.findall(r"`([^`]+)`", prose((ROOT / page).read_text()))
              for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}  # fmt: skip
@@ -383,19 +389,19 @@ def test_a_command_that_nobody_knows_is_an_error():
 
 
 def test_help_has_a_page_with_examples_for_every_command():
-    assert {*cli.COMMANDS} == {name for name in manual.PAGES if " " not in name}
-    assert all(page.examples for page in manual.PAGES.values())
+    assert {*main.COMMANDS} == {name for name in help.PAGES if " " not in name}
+    assert all(page.examples for page in help.PAGES.values())
     assert {name for name, _ in config.Config().flat().items()} >= {"data", "steps"}
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(main.COMMANDS))
 def test_help_is_whole_sentences_with_examples_first(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     text = capsys.readouterr().out
     assert text.index("For example") < text.index("-h, --help")
-    assert manual.PAGES[command].examples[0][0] in text
+    assert help.PAGES[command].examples[0][0] in text
     joined = " ".join(re.sub("[│|]", " ", text).split())
     if command == "distill":
         assert "a JSON file, such as the best.json of a sweep; other flags change it." in joined
@@ -451,9 +457,9 @@ def test_formats_says_what_experts_and_tables_are_made_of(desk):
 
 
 def test_formats_says_what_exports_are_made_of(desk, tmp_path):
-    assert set(tabled("Exports")) - {"--format"} == set(exchange.FORMATS)
-    for kind in exchange.FORMATS:
-        out = tmp_path / f"as-{kind}{exchange.SINGLE.get(kind, '')}"
+    assert set(tabled("Exports")) - {"--format"} == set(coreset_formats.FORMATS)
+    for kind in coreset_formats.FORMATS:
+        out = tmp_path / f"as-{kind}{coreset_formats.SINGLE.get(kind, '')}"
         with contextlib.chdir(desk):
             called(["export", "runs/first", "--format", kind, "--out", str(out)])
         named = set(told_in("Exports", kind))
@@ -466,14 +472,14 @@ def test_formats_says_what_exports_are_made_of(desk, tmp_path):
             assert general == named
             assert {*json.loads((out / "coreset.json").read_text())} == {"mean", "std", "classes", "made_by"}
         if kind == "hf":
-            assert set(pq.read_schema(out / exchange.SHARD).names) == {"pixels", "label", "image"}
+            assert set(pq.read_schema(out / coreset_formats.SHARD).names) == {"pixels", "label", "image"}
 
 
 def test_formats_says_what_a_sweep_leaves(tmp_path):
     """Its plan; the rest is what a sweep of test_sweep.py is asked for."""
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
-    found = tuning._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    tuning._write_plan(found)
+    found = sweep._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    sweep._write_plan(found)
     assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(tabled("A sweep"))
 
 
@@ -488,9 +494,9 @@ def test_the_method_of_extending_learns(small, digits, tmp_path):
     try:
         exec(compile(block, "extending", "exec"), {})
         settings = replace(small.distillation, method="confident")
-        specs = plan.specs(small, digits)
+        specs = session.specs(small, digits)
         stores = train_experts(small, digits, Serial("cpu", Interruption()))
-        state, labels = pipeline.first_state(digits, 1, 0)
+        state, labels = loop.first_state(digits, 1, 0)
         worker = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
         images, losses = state.images.clone(), []
         for _ in range(10):

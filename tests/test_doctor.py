@@ -10,8 +10,8 @@ from typing import Literal
 
 import pytest
 
-from fbpc_ray import cli, doctor
-from fbpc_ray.doctor import Library, cuda_line, tried
+from fbpc_ray.commands import doctor, main
+from fbpc_ray.commands.doctor import Library, cuda_line, tried
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ QUICK = ("numpy", "torch", "torchvision", "ray", "mlflow", "pyarrow", "matplotli
 
 def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     """Each in its own way: an exception of several lines, a process that dies, one that is not there, a wrong answer.
-    By `python -m fbpc_ray.doctor`, which needs none of them."""
+    By `python -m fbpc_ray.commands.doctor`, which needs none of them."""
     for name in QUICK:
         module(tmp_path / "before", name, "")
     module(tmp_path / "before", "safetensors", "import os; os.abort()")
@@ -47,7 +47,7 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     module(tmp_path / "before", "mlflow", "import sys; print('secret'); sys.exit(3)")
     module(tmp_path / "before", "tyro", "raise ImportError('no tyro')")
     places = {"HOME": str(tmp_path), "FBPC_HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}/before:{ROOT}"}
-    status, lines, printed = run("-m", "fbpc_ray.doctor", **places)
+    status, lines, printed = run("-m", "fbpc_ray.commands.doctor", **places)
     assert status == 1 and "Traceback" not in printed and "to mend" in printed
     assert lines["safetensors"].startswith("mend") and "signal 6" in lines["safetensors"]
     assert lines["torch"].startswith("mend") and "no attribute" in lines["torch"]
@@ -78,7 +78,7 @@ def test_lowest_versions_are_those_of_the_project(monkeypatch):
     assert bounds["torch"] == next(each for each in wanted if each.startswith("torch>")).partition(">=")[2]
     assert bounds["ray"] == next(each for each in wanted if each.startswith("ray[")).partition(">=")[2]
     assert {library.name for library in doctor.IMPORTANT} == set(bounds)
-    monkeypatch.setattr(doctor, "__file__", "/nowhere/fbpc_ray/doctor.py")
+    monkeypatch.setattr(doctor, "__file__", "/nowhere/fbpc_ray/commands/doctor.py")
     assert set(doctor.requirements()) == set(bounds), "not the extras of who develops it"
 
 
@@ -197,6 +197,6 @@ def test_the_command_leaves_with_the_status(monkeypatch, capsys):
         lines = [doctor.Line(state, "it", "how")]
         monkeypatch.setattr(doctor, "examine", lambda lines=lines: iter(lines))
         with pytest.raises(SystemExit) as end:
-            cli.main(["doctor"])
+            main.main(["doctor"])
         assert end.value.code == status
         assert f"{state:<6}it: how" in capsys.readouterr().out

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbpc_ray import compiled as compiling
-from fbpc_ray import evaluate, pipeline, plan
-from fbpc_ray.config import Evaluation
-from fbpc_ray.errors import UserError
-from fbpc_ray.evaluate import (
+from fbpc_ray.core.config import Evaluation
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.datasets import Split, tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation.chains import (
     Chain,
     judge,
     ood_split,
@@ -23,13 +26,12 @@ from fbpc_ray.evaluate import (
     run_chain,
     values,
 )
+from fbpc_ray.execution import session
 from fbpc_ray.inference.metrics import nll_of_batches, scores
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
-from fbpc_ray.passes import Passes, multiplications
-from fbpc_ray.rng import generator
-from fbpc_ray.vision.datasets import Split, tensors
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network
+from fbpc_ray.models import compiler as compiling
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import Passes, multiplications
 
 Pair = tuple[Tensor, Tensor]
 SETTINGS = Evaluation(chain_steps=30, chain_every=10)
@@ -37,13 +39,13 @@ SETTINGS = Evaluation(chain_steps=30, chain_every=10)
 
 @pytest.fixture(scope="module")
 def coreset(digits):
-    state, labels = pipeline.first_state(digits, 2, 0)
+    state, labels = loop.first_state(digits, 2, 0)
     return state.images, labels
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["convnet-in", "convnet-bn"])
 def network(request, small, digits):
-    return Network(plan.specs(small, digits)[request.param])
+    return Network(session.specs(small, digits)[request.param])
 
 
 def same(one, other):
@@ -118,7 +120,7 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     images, labels = (each[:90] for each in tensors(digits.test, "cpu"))
     whole = predictive(Passes(network), samples, coreset[0], RealData(images, labels, digits.mean, digits.std))
-    monkeypatch.setattr(evaluate, "TEST_BATCH", size)
+    monkeypatch.setattr(chains, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = RealData(images[order], labels[order], digits.mean, digits.std)
         found = predictive(Passes(network), samples, coreset[0], moved)
@@ -158,10 +160,10 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
 @pytest.mark.slow
 def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypatch):
     """Batches of 20 test images and one of 5, BatchNorm's statistics among the arguments of what is compiled."""
-    monkeypatch.setattr(evaluate, "TEST_BATCH", 20)
-    spec = plan.specs(small, digits)[1]
+    monkeypatch.setattr(chains, "TEST_BATCH", 20)
+    spec = session.specs(small, digits)[1]
     assert spec.architecture == "convnet-bn"
-    state, labels = pipeline.first_state(digits, 2, 0)
+    state, labels = loop.first_state(digits, 2, 0)
     few = Split(digits.test.images[:45], digits.test.labels[:45])
     chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0, keep=True)
     settings = replace(SETTINGS, chain_steps=6, chain_every=3)
@@ -185,23 +187,23 @@ def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypa
 def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monkeypatch):
     """By hand for 20 images and a test set of 297: (3 x 20 x 1000 + 10 x 297) images forward, two operations for each
     of `multiplications`; auto compiles from there on. What can't be compiled is said, and stays eager."""
-    spec = plan.specs(small, digits)[0]
+    spec = session.specs(small, digits)[0]
     chain = Chain("x", np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 10, spec, 0)
     auto = judge(digits, "test", Evaluation(), "dsa", compiled="auto")
     work = 2 * multiplications(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
-    monkeypatch.setattr(evaluate, "COMPILE_FROM", work)
-    assert evaluate.compiles(auto, chain, Network(spec))
-    assert evaluate.passes_of(auto, chain, "cpu").folder == compiling.folder()
-    assert evaluate.passes_of(auto._replace(compiled="off"), chain, "cpu").folder is None
-    monkeypatch.setattr(evaluate, "COMPILE_FROM", work + 1)
-    assert not evaluate.compiles(auto, chain, Network(spec))
+    monkeypatch.setattr(chains, "COMPILE_FROM", work)
+    assert chains.compiles(auto, chain, Network(spec))
+    assert chains.passes_of(auto, chain, "cpu").folder == compiling.folder()
+    assert chains.passes_of(auto._replace(compiled="off"), chain, "cpu").folder is None
+    monkeypatch.setattr(chains, "COMPILE_FROM", work + 1)
+    assert not chains.compiles(auto, chain, Network(spec))
     forced, lines = auto._replace(compiled="on"), []
-    assert evaluate.compiles(forced, chain, Network(spec))
+    assert chains.compiles(forced, chain, Network(spec))
     monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
-    assert evaluate.feasible(forced, [chain], "cuda", lines.append) == forced  # there nothing is compiled
-    assert evaluate.feasible(auto, [chain], "cpu", lines.append) == auto
+    assert chains.feasible(forced, [chain], "cuda", lines.append) == forced  # there nothing is compiled
+    assert chains.feasible(auto, [chain], "cpu", lines.append) == auto
     assert not lines
-    assert evaluate.feasible(forced, [chain], "cpu", lines.append).compiled == "off"
+    assert chains.feasible(forced, [chain], "cpu", lines.append).compiled == "off"
     assert lines == ["note: the passes of chains stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
@@ -280,10 +282,10 @@ def test_strange_images_are_fitted_or_refused(digits):
 
 def test_training_on_more_real_images_scores_better(small, digits):
     """10 images a class against 1, with chains of 200 epochs: the sampler learns something from its data."""
-    spec = plan.specs(small, digits)[0]
+    spec = session.specs(small, digits)[0]
     accuracy = []
     for ipc in (1, 10):
-        state, labels = pipeline.first_state(digits, ipc, 0)
+        state, labels = loop.first_state(digits, ipc, 0)
         chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
         settings = replace(SETTINGS, chain_steps=200, chain_every=100)
         result = run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fbpc_ray import coreset
+from fbpc_ray.data import coreset
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

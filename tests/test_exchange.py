@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from test_loading import Trap
 from test_run import distil
 
-from fbpc_ray import cli, coreset, exchange
-from fbpc_ray import export as exports
-from fbpc_ray.config import Config, read_config
-from fbpc_ray.coreset import Coreset
-from fbpc_ray.errors import UserError
-from fbpc_ray.rng import generator
-from fbpc_ray.run import Run
-from fbpc_ray.vision.datasets import Dataset, Split, denormalise, normalise
+from fbpc_ray.commands import export as exports
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config, read_config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset, coreset_formats
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset, Split, denormalise, normalise
+from fbpc_ray.distillation.run_directory import Run
 
 EXACT = ("hf", "safetensors", "pt", "npz")
 NAMES = ("cat", "Hündin / wild", 'a "b": c')
@@ -52,12 +53,12 @@ def made() -> Coreset:
 
 
 def exported(found: Coreset, kind: str, out: Path) -> Path:
-    exchange.write(exchange.files(found, kind, {"method": "fbpc"}, "card"), out)
+    coreset_formats.write(coreset_formats.files(found, kind, {"method": "fbpc"}, "card"), out)
     return out
 
 
 def suffixed(folder: Path, kind: str) -> Path:
-    return folder / f"it{exchange.SINGLE.get(kind, '')}"
+    return folder / f"it{coreset_formats.SINGLE.get(kind, '')}"
 
 
 def same(one: Coreset, other: Coreset) -> bool:
@@ -66,7 +67,7 @@ def same(one: Coreset, other: Coreset) -> bool:
 
 def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dict:
     e, n = config.evaluation, config.networks
-    cli.main([
+    main.main([
         "evaluate", "--coreset", str(source), "--data", "digits", "--backend", "serial", "--architectures",
         *n.architectures, "--width", str(n.width), "--eval-seeds", str(e.eval_seeds), "--chain-steps",
         str(e.chain_steps), "--chain-every", str(e.chain_every), "--threads", "1", "--json", str(json_path), *words,
@@ -80,10 +81,10 @@ def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dic
 @pytest.mark.parametrize("kind", EXACT)
 def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path, capsys):
     out = suffixed(tmp_path, kind)
-    cli.main(["export", str(run), "--format", kind, "--out", str(out)])
+    main.main(["export", str(run), "--format", kind, "--out", str(out)])
     assert capsys.readouterr().out == f"export: {out}\n"
     for source in (out, run):
-        assert same(exchange.load(source, _digits()).coreset, coreset.load(Run(run).coreset_path))
+        assert same(coreset_formats.load(source, _digits()).coreset, coreset.load(Run(run).coreset_path))
     before = json.loads(Run(run).result_path.read_text())["coresets"]
     after = evaluated(out, small, tmp_path / "result.json")
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
@@ -92,7 +93,7 @@ def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path,
 
 
 def _digits() -> Dataset:
-    from fbpc_ray.vision.datasets import load
+    from fbpc_ray.data.datasets import load
 
     return load("digits")
 
@@ -101,10 +102,10 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
     """Of a run with a validation split, whose constants are those of the other images."""
     folder, out = tmp_path / "run", tmp_path / "pair"
     distil(*flags(small, backend="serial", method="random", validation=0.3, seed=3, out=str(folder)))
-    cli.main(["export", str(folder), "--format", "pt", "--out", str(out)])
+    main.main(["export", str(folder), "--format", "pt", "--out", str(out)])
     before = json.loads(Run(folder).result_path.read_text())["coresets"]["random"]
     assert evaluated(out, small, tmp_path / "own.json")["coresets"]["given"] == before
-    (out / exchange.SIDECAR).unlink()
+    (out / coreset_formats.SIDECAR).unlink()
     assert evaluated(out, small, tmp_path / "other.json")["coresets"]["given"] != before
     again = evaluated(out, small, tmp_path / "told.json", "--validation", "0.3")
     assert again["coresets"]["given"] == before
@@ -112,7 +113,7 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_colours_names_and_normalisation_come_back(made, colour, kind, tmp_path):
-    found = exchange.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
+    found = coreset_formats.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
     assert same(found.coreset, made)
     assert found.notes == ()
 
@@ -124,12 +125,12 @@ def test_png_is_the_8_bit_picture(made, colour, grey, tmp_path):
         made = made._replace(images=made.images[:, :1].contiguous(), mean=made.mean[:1], std=made.std[:1])
         train = Split(colour.train.images[:, :1].copy(), colour.train.labels)
         colour = colour._replace(train=train, mean=(0.5,), std=(0.2,))
-    found = exchange.load(exported(made, "png", tmp_path / "one"), colour).coreset
+    found = coreset_formats.load(exported(made, "png", tmp_path / "one"), colour).coreset
     order = torch.tensor([0, 3, 1, 4, 2, 5])
     rounded = normalise(denormalise(made.images, made.mean, made.std), made.mean, made.std)
     assert same(found, made._replace(images=rounded[order], labels=made.labels[order]))
     assert not torch.equal(rounded, made.images)
-    assert same(exchange.load(exported(found, "png", tmp_path / "two"), colour).coreset, found)
+    assert same(coreset_formats.load(exported(found, "png", tmp_path / "two"), colour).coreset, found)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -145,7 +146,7 @@ def test_datasets_reads_the_folder(made, colour, channels, tmp_path, monkeypatch
     )
     card = exports.card(made, "hf", Config(), {"method": "fbpc", "data": "cifar10"}, None)
     out = tmp_path / "set"
-    exchange.write(exchange.files(made, "hf", {}, card), out)
+    coreset_formats.write(coreset_formats.files(made, "hf", {}, card), out)
     found = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert isinstance(found, datasets.Dataset)
     assert found.features["label"].names == list(NAMES)
@@ -158,23 +159,23 @@ def test_datasets_reads_the_folder(made, colour, channels, tmp_path, monkeypatch
 
     found.to_parquet(tmp_path / "theirs.parquet")
     facts = {"mean": made.mean, "std": made.std, "classes": NAMES}
-    (tmp_path / exchange.SIDECAR).write_text(json.dumps(facts))
+    (tmp_path / coreset_formats.SIDECAR).write_text(json.dumps(facts))
     train = Split(colour.train.images[:, :channels].copy(), colour.train.labels)
     fitting = colour._replace(train=train)
-    assert same(exchange.load(tmp_path / "theirs.parquet", fitting).coreset, made)
+    assert same(coreset_formats.load(tmp_path / "theirs.parquet", fitting).coreset, made)
     found.select_columns(["image", "label"]).to_parquet(tmp_path / "theirs.parquet")
-    (tmp_path / exchange.SIDECAR).unlink()
+    (tmp_path / coreset_formats.SIDECAR).unlink()
     fitting = fitting._replace(mean=colour.mean[:channels], std=colour.std[:channels])
     pixels = denormalise(made.images, made.mean, made.std)
-    again = exchange.load(tmp_path / "theirs.parquet", fitting).coreset
+    again = coreset_formats.load(tmp_path / "theirs.parquet", fitting).coreset
     assert torch.equal(again.images, normalise(pixels, fitting.mean, fitting.std))
     with pytest.raises(UserError, match="other classes"):
-        exchange.load(tmp_path / "theirs.parquet", fitting._replace(classes=("x", "y", "z")))
+        coreset_formats.load(tmp_path / "theirs.parquet", fitting._replace(classes=("x", "y", "z")))
 
 
 def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp_path):
     out = tmp_path / "set"
-    cli.main(["export", str(run), "--format", "hf", "--out", str(out)])
+    main.main(["export", str(run), "--format", "hf", "--out", str(out)])
     _, front, text = (out / "README.md").read_text().split("---\n", 2)
     head = yaml.safe_load(front)
     assert head["license"] == "cc-by-4.0"
@@ -240,7 +241,7 @@ def theirs(kind: str, folder: Path, pixels: torch.Tensor, normal: torch.Tensor, 
         np.savez(archive, images=unit.numpy(), labels=labels.numpy().astype(np.uint8))
         return archive
     exported(Coreset(normal, labels, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), NAMES), "png", folder / "png")
-    (folder / "png" / exchange.SIDECAR).unlink()
+    (folder / "png" / coreset_formats.SIDECAR).unlink()
     for at, name in zip(sorted(f for f in (folder / "png").iterdir() if f.is_dir()), ("cat", "b", "c"), strict=True):
         at.rename(at.with_name(name))
     return folder / "png"
@@ -252,19 +253,19 @@ def test_what_others_made_is_read(colour, kind, tmp_path):
     colour = colour._replace(classes=("cat", "b", "c"))
     pixels = torch.randint(0, 256, (3, 3, 5, 4), generator=generator(0, "pixels")).to(torch.uint8)
     normal, labels = normalise(pixels, colour.mean, colour.std), torch.arange(3)
-    found = exchange.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
+    found = coreset_formats.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
     assert torch.equal(found.coreset.images, normal)
     assert found.coreset.labels.tolist() == [0, 1, 2]
     assert found.coreset[2:] == (colour.mean, colour.std, ("cat", "b", "c"))
     assert len(found.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
         assert "0..1" in found.notes[0]
-        as_told = exchange.load(tmp_path / "it.npz", colour, "normalised").coreset.images
+        as_told = coreset_formats.load(tmp_path / "it.npz", colour, "normalised").coreset.images
         assert torch.equal(as_told, (pixels.double() / 255).float())
     elif found.notes:
         assert "normalised with mean [0.5, 0.4, 0.3]" in found.notes[0]
         with pytest.raises(UserError, match="--pixels unit"):
-            exchange.load(theirs(kind, tmp_path, pixels, normal, labels), colour, "unit")
+            coreset_formats.load(theirs(kind, tmp_path, pixels, normal, labels), colour, "unit")
 
 
 # ---- bad files
@@ -313,7 +314,7 @@ def test_a_bad_file_is_one_line_and_runs_nothing(colour, name, tmp_path):
     content, reason = BAD[name]
     (tmp_path / name).write_bytes(content(Trap(tmp_path / "sprung")))
     with pytest.raises(UserError, match=reason) as caught:
-        exchange.load(tmp_path / name, colour)
+        coreset_formats.load(tmp_path / name, colour)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
 
@@ -322,24 +323,24 @@ def test_a_bad_folder_is_one_line(made, colour, tmp_path):
     (tmp_path / "empty").mkdir()
     folders = exported(made, "png", tmp_path / "png")
     damaged = exported(made, "pt", tmp_path / "pt")
-    (damaged / exchange.SIDECAR).write_text('{"mean": 3}')
+    (damaged / coreset_formats.SIDECAR).write_text('{"mean": 3}')
     nothing = exported(made, "hf", tmp_path / "hf")
-    (nothing / exchange.SHARD).write_bytes(b"PAR1")
-    (folders / exchange.SIDECAR).unlink()
+    (nothing / coreset_formats.SHARD).write_bytes(b"PAR1")
+    (folders / coreset_formats.SIDECAR).unlink()
     for folder, reason in (
         (tmp_path / "missing", "there is no coreset"), (tmp_path / "empty", "no class folders"),
         (folders, "is no class of mine"), (damaged, "coreset.json is damaged"), (nothing, "is not a coreset"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:
-            exchange.load(folder, colour)
+            coreset_formats.load(folder, colour)
         assert "\n" not in str(caught.value)
     other = exported(made._replace(classes=("a", "b", "c")), "npz", tmp_path / "it.npz")
     with pytest.raises(UserError, match="other classes than mine"):
-        exchange.load(other, colour)
+        coreset_formats.load(other, colour)
 
 
 def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, capsys):
-    for kind in exchange.FORMATS:
+    for kind in coreset_formats.FORMATS:
         out = suffixed(tmp_path / kind, kind)
         exported(made, kind, out)
         files = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
@@ -350,24 +351,24 @@ def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, ca
     with pytest.raises(UserError, match="is there already"):
         exported(made, "npz", tmp_path / "link")
     with pytest.raises(IsADirectoryError):
-        exchange.write({"a/b": b"", "a": b"", "README.md": b""}, tmp_path / "half")
+        coreset_formats.write({"a/b": b"", "a": b"", "README.md": b""}, tmp_path / "half")
     assert not [path for path in tmp_path.iterdir() if "half" in path.name]
     for words, reason in (
         (("--format", "gif"), "invalid choice"), (("--format", "npz", "--out", "s3://b/c"), "must be a local folder"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as caught:
-            cli.main(["export", str(run), *words])
+            main.main(["export", str(run), *words])
         assert caught.value.code == 2
         assert reason in (capsys.readouterr().err).replace("\n", " ")
     with pytest.raises(SystemExit):
-        cli.main(["export", str(tmp_path), "--format", "npz"])
+        main.main(["export", str(tmp_path), "--format", "npz"])
     assert "holds no run" in capsys.readouterr().err
 
 
 def test_a_coreset_without_its_data_set_is_one_line(run, capsys):
     for words, reason in (((), "--data is missing"), (("--data", "digits", "--split", "x"), "choose test")):
         with pytest.raises(SystemExit):
-            cli.main(["evaluate", "--coreset", str(Run(run).coreset_path), *words])
+            main.main(["evaluate", "--coreset", str(Run(run).coreset_path), *words])
         assert reason in capsys.readouterr().err
 
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fbpc_ray import atomic, experts
-from fbpc_ray.errors import UserError
-from fbpc_ray.experts import ExpertStore, Recipe
-from fbpc_ray.rng import generator
+from fbpc_ray.core import files
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.distillation import expert_store
+from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Recipe(
@@ -229,7 +230,7 @@ def test_one_epoch_of_a_large_file_is_read_by_map(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_a_store_keeps_a_bounded_number_of_files_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "MAX_OPEN", 2)
+    monkeypatch.setattr(expert_store, "MAX_OPEN", 2)
     store = ExpertStore(tmp_path, RECIPE)
     for index in range(4):
         store.write(index, trajectory(index))
@@ -239,7 +240,7 @@ def test_a_store_keeps_a_bounded_number_of_files_open(tmp_path, monkeypatch):
 
 
 def test_threads_may_read_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(experts, "MAX_OPEN", 2)
+    monkeypatch.setattr(expert_store, "MAX_OPEN", 2)
     store = ExpertStore(tmp_path, RECIPE)
     for index in range(4):
         store.write(index, trajectory(index))
@@ -276,16 +277,16 @@ def test_another_recipe_is_refused_naming_both_sides(tmp_path):
 
 def test_experts_of_another_recipe_lie_beside_the_first(tmp_path):
     """A sweep holds images out, a table has another learning rate: neither asks for another folder."""
-    first, other = experts.found(tmp_path, RECIPE), experts.found(tmp_path, RECIPE._replace(lr=0.5))
-    assert first.folder == other.folder == experts.folder(tmp_path, RECIPE)  # nobody has it yet
+    first, other = expert_store.found(tmp_path, RECIPE), expert_store.found(tmp_path, RECIPE._replace(lr=0.5))
+    assert first.folder == other.folder == expert_store.folder(tmp_path, RECIPE)  # nobody has it yet
     first.write(0, trajectory(0))
-    other = experts.found(tmp_path, RECIPE._replace(lr=0.5))
+    other = expert_store.found(tmp_path, RECIPE._replace(lr=0.5))
     other.write(0, trajectory(1))
     assert re.fullmatch(re.escape(first.folder.name) + "-[0-9a-f]{8}", other.folder.name)
     for recipe, store in ((RECIPE, first), (RECIPE._replace(lr=0.5), other)):
-        assert experts.found(tmp_path, recipe).folder == store.folder
-        assert experts.found(tmp_path, recipe).missing(2) == [1]
-    third = experts.found(tmp_path, RECIPE._replace(lr=0.5, seed=9))
+        assert expert_store.found(tmp_path, recipe).folder == store.folder
+        assert expert_store.found(tmp_path, recipe).missing(2) == [1]
+    third = expert_store.found(tmp_path, RECIPE._replace(lr=0.5, seed=9))
     assert third.folder not in (first.folder, other.folder)
 
 
@@ -293,20 +294,20 @@ def test_of_two_recipes_that_find_a_new_folder_the_slower_one_goes_beside_it(tmp
     """The trials of a sweep over --expert-lr begin at the same time; each must find a place for its experts, even where
     both see at once that nobody has the folder."""
     other = RECIPE._replace(lr=0.5)
-    first, second = experts.found(tmp_path, RECIPE), experts.found(tmp_path, other)
-    write = atomic.write_first
+    first, second = expert_store.found(tmp_path, RECIPE), expert_store.found(tmp_path, other)
+    write = files.write_first
 
     def late(path: Path, text: str) -> None:
         monkeypatch.undo()
         first.claim()
         write(path, text)
 
-    monkeypatch.setattr(atomic, "write_first", late)
+    monkeypatch.setattr(files, "write_first", late)
     second.claim()
-    assert first.folder == experts.folder(tmp_path, RECIPE) != second.folder
+    assert first.folder == expert_store.folder(tmp_path, RECIPE) != second.folder
     for recipe, store in ((RECIPE, first), (other, second)):
         pickle.loads(pickle.dumps(store)).write(0, trajectory(0))
-        assert experts.found(tmp_path, recipe).folder == store.folder
+        assert expert_store.found(tmp_path, recipe).folder == store.folder
         assert store.missing(1) == []
         assert listing(Path(str(store.folder))) == ["00000.arrow", "00000.json", "store.json"]
 
@@ -332,7 +333,7 @@ def test_a_folder_claimed_during_a_write_stays_the_others(tmp_path):
         for epoch, tensors in enumerate(trajectory(0)):
             if epoch == 2:
                 other = {"format": 1, "recipe": RECIPE._replace(lr=0.1)._asdict()}
-                atomic.write_text(tmp_path / "store.json", json.dumps(other))
+                files.write_text(tmp_path / "store.json", json.dumps(other))
             yield tensors
 
     assert "made with lr 0.1, this run wants lr 0.01" in refusal(store.write, 0, train())
@@ -483,7 +484,7 @@ def test_a_whole_file_is_not_swept_before_it_has_its_name(tmp_path, monkeypatch)
     replace = Path.replace
 
     def late(path: Path, target: Path) -> Path:
-        atomic.sweep(tmp_path, ".00000.arrow.*.tmp")
+        files.sweep(tmp_path, ".00000.arrow.*.tmp")
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", late)
@@ -493,7 +494,7 @@ def test_a_whole_file_is_not_swept_before_it_has_its_name(tmp_path, monkeypatch)
 
 
 def test_a_writer_that_fails_leaves_the_file_of_another_that_is_about_to_list_it(tmp_path, monkeypatch):
-    store, write = ExpertStore(tmp_path, RECIPE), atomic.write_text
+    store, write = ExpertStore(tmp_path, RECIPE), files.write_text
 
     def late(path: Path, text: str) -> None:
         if path.name == "00000.json":
@@ -501,7 +502,7 @@ def test_a_writer_that_fails_leaves_the_file_of_another_that_is_about_to_list_it
                 ExpertStore(tmp_path, RECIPE).write(0, trajectory(0, 1))
         write(path, text)
 
-    monkeypatch.setattr(atomic, "write_text", late)
+    monkeypatch.setattr(files, "write_text", late)
     store.write(0, trajectory(0))
     store.verify(0)
 
@@ -624,7 +625,7 @@ def killed_at_each_step(folder: Path) -> None:
         child = os.fork()
         if child == 0:
             steps: list[str] = []
-            experts._Sink.write = killing(target, experts._Sink.write)
+            expert_store._Sink.write = killing(target, expert_store._Sink.write)
             os.fsync = killing(target, os.fsync)
             for name in ("replace", "unlink", "open"):
                 setattr(Path, name, killing(target, getattr(Path, name)))
@@ -731,7 +732,7 @@ def test_a_disk_that_fills_at_the_manifest_leaves_no_arrow_file(tmp_path, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
         store.write(1, trajectory(1))
     assert visible(tmp_path) == listing(tmp_path) == ["00000.arrow", "00000.json", "store.json"]
@@ -766,9 +767,9 @@ def test_a_file_that_the_system_will_not_open_is_not_called_damaged(tmp_path, mo
     ],
 )
 def test_the_folder_of_a_recipe(tmp_path, data, name):
-    path = experts.folder(tmp_path, RECIPE._replace(data=data))
+    path = expert_store.folder(tmp_path, RECIPE._replace(data=data))
     assert path == tmp_path / name / "convnet-bn-w32-d3"
-    plain = experts.folder(tmp_path, RECIPE._replace(data=data, augment="none"))
+    plain = expert_store.folder(tmp_path, RECIPE._replace(data=data, augment="none"))
     assert plain == tmp_path / name / "convnet-bn-w32-d3-none"
 
 

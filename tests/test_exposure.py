@@ -9,7 +9,7 @@ from conftest import flags
 from processes import descendants, listening
 from test_run import start, wait_for
 
-from fbpc_ray.run import Run
+from fbpc_ray.distillation.run_directory import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import assert_same, run_on
 from processes import alive, all_cpus_free, gradient_workers, kill, soon
 
-from fbpc_ray.backend import Serial
-from fbpc_ray.config import Workers
-from fbpc_ray.errors import UserError
-from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
+from fbpc_ray.core.config import Workers
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.execution.serial import Serial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -78,7 +78,7 @@ def raylet(node) -> int:
 
 def backend_on(cluster, on_line=lambda line: None, **settings):
     """A backend on the cluster that is there; what it says is kept in `lines`."""
-    from fbpc_ray.cluster.backend import RayBackend
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     lines: list[str] = []
 

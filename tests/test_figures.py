@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fbpc_ray import figures
+from fbpc_ray.reporting import image_grids
 
 
 def noise(count: int, channels: int, side: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def find(sheet: np.ndarray, image: np.ndarray, factor: int) -> tuple[int, int]:
 
 def test_array_of_one_a_class_is_a_compact_grid():
     images = noise(10, 1, 8)
-    sheet = figures.coreset_array(images, np.arange(10))
+    sheet = image_grids.coreset_array(images, np.arange(10))
     assert sheet.shape == (2 * 9 * 6 - 6, 5 * 9 * 6 - 6, 3)  # 2 x 5 tiles of 8 + 1 pixels, 6 times
     assert sheet.dtype == np.uint8
     for label in range(10):
@@ -51,7 +51,7 @@ def test_array_of_one_a_class_is_a_compact_grid():
 def test_array_has_a_row_for_each_class_and_a_column_for_each_image():
     images = noise(6, 3, 32)
     labels = np.array([4, 2, 2, 4, 4, 7])  # neither sorted nor balanced, not all classes there
-    sheet = figures.coreset_array(images, labels, min_width=10)
+    sheet = image_grids.coreset_array(images, labels, min_width=10)
     assert sheet.shape == (3 * 33 - 1, 3 * 33 - 1, 3)
     rows = [[1, 2], [0, 3, 4], [5]]
     for line, row in enumerate(rows):
@@ -63,11 +63,11 @@ def test_array_has_a_row_for_each_class_and_a_column_for_each_image():
 
 def test_array_is_limited_and_wide_enough():
     images, labels = noise(60, 1, 4), np.arange(60) % 12
-    sheet = figures.coreset_array(images, labels, max_per_class=3, max_classes=2, min_width=100)
+    sheet = image_grids.coreset_array(images, labels, max_per_class=3, max_classes=2, min_width=100)
     factor = 8  # of 3 * 5 - 1 = 14 pixels, to reach 100
     assert sheet.shape == (9 * factor, 14 * factor, 3)
     np.testing.assert_array_equal(sheet[5 * factor : 9 * factor : factor, ::factor, 0][:, :4], images[1, 0])
-    assert figures.coreset_array(noise(1, 3, 300), np.zeros(1, int)).shape == (300, 300, 3)
+    assert image_grids.coreset_array(noise(1, 3, 300), np.zeros(1, int)).shape == (300, 300, 3)
 
 
 @pytest.mark.parametrize(("channels", "side", "factor"), [(1, 8, 12), (3, 32, 3)])
@@ -75,7 +75,7 @@ def test_grid_of_one_a_class(tmp_path: Path, channels: int, side: int, factor: i
     images = noise(10, channels, side)
     labels = np.arange(10)[::-1].copy()  # the order of the file is not the order of the classes
     path = tmp_path / "new" / "coreset.png"
-    figures.coreset_grid(images, labels, tuple("abcdefghij"), path, "a title")
+    image_grids.coreset_grid(images, labels, tuple("abcdefghij"), path, "a title")
     sheet = pixels(path)
     places = {int(label): find(sheet, image, factor) for image, label in zip(images, labels, strict=True)}
     assert sorted(places, key=lambda label: places[label]) == list(range(10))  # line by line, as classes are numbered
@@ -94,7 +94,7 @@ def test_grid_of_one_a_class(tmp_path: Path, channels: int, side: int, factor: i
 def test_grid_with_rows(tmp_path: Path):
     images, labels = noise(12, 3, 8), np.repeat([2, 0, 1], 4)
     path = tmp_path / "coreset.png"
-    figures.coreset_grid(images, labels, ("zero", "one", "a name that is by far too long for one row"), path)
+    image_grids.coreset_grid(images, labels, ("zero", "one", "a name that is by far too long for one row"), path)
     sheet = pixels(path)
     places = [find(sheet, image, 12) for image in images]
     by_class = {int(label): [places[i] for i in np.flatnonzero(labels == label)] for label in range(3)}
@@ -114,7 +114,7 @@ def test_many_classes_with_long_names_stay_apart(tmp_path: Path):
     """Wide letters as well: the names above neighbouring images have white between them."""
     names = tuple(f"N0{index:03d} WWWWWWWWWWWWWWWW, another name" for index in range(200))
     images, path = noise(200, 3, 16), tmp_path / "coreset.png"
-    figures.coreset_grid(images, np.arange(200), names, path)
+    image_grids.coreset_grid(images, np.arange(200), names, path)
     sheet = pixels(path)
     places = [find(sheet, image, 6) for image in images[:20]]
     with pytest.raises(AssertionError, match="not in the picture"):
@@ -127,19 +127,19 @@ def test_many_classes_with_long_names_stay_apart(tmp_path: Path):
 
 
 def test_names_are_cut_to_a_width():
-    assert figures._fit("goldfish, Carassius auratus", 190) == "goldfish"
-    cut = figures._fit("German short-haired pointer of a kind", 190)
+    assert image_grids._fit("goldfish, Carassius auratus", 190) == "goldfish"
+    cut = image_grids._fit("German short-haired pointer of a kind", 190)
     assert cut.startswith("German short") and cut.endswith("…")
     for name in ("iiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii", "W" * 40, "a $b_c$ " * 9):
-        assert figures._text_width(figures._fit(name, 190), figures.NAME) <= 190
-    assert figures._fit("wide", 1) == "…"
-    assert [figures._columns(count) for count in (1, 5, 10, 20, 7, 100, 200)] == [1, 5, 5, 5, 4, 10, 20]
+        assert image_grids._text_width(image_grids._fit(name, 190), image_grids.NAME) <= 190
+    assert image_grids._fit("wide", 1) == "…"
+    assert [image_grids._columns(count) for count in (1, 5, 10, 20, 7, 100, 200)] == [1, 5, 5, 5, 4, 10, 20]
 
 
 def test_odd_texts_and_sizes(tmp_path: Path):
     """A formula is text, empty names are none, and an oblong image keeps its shape."""
     image = np.random.default_rng(0).integers(0, 256, (2, 3, 20, 50), dtype=np.uint8)
-    figures.coreset_grid(image, np.array([0, 1]), ("$x_", ""), tmp_path / "a.png", "50 % of $ and \\frac{")
+    image_grids.coreset_grid(image, np.array([0, 1]), ("$x_", ""), tmp_path / "a.png", "50 % of $ and \\frac{")
     find(pixels(tmp_path / "a.png"), image[0], 2)
 
 
@@ -155,19 +155,19 @@ def test_odd_texts_and_sizes(tmp_path: Path):
 )
 def test_what_is_no_picture_is_refused(images: np.ndarray, labels: np.ndarray, tmp_path: Path):
     with pytest.raises(ValueError, match="must be"):
-        figures.coreset_array(images, labels)
+        image_grids.coreset_array(images, labels)
     with pytest.raises(ValueError, match="must be"):
-        figures.coreset_grid(images, labels, ("a", "b", "c"), tmp_path / "a.png")
+        image_grids.coreset_grid(images, labels, ("a", "b", "c"), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "coreset.png"
-    figures.coreset_grid(noise(2, 1, 8), np.arange(2), ("a", "b"), path)
+    image_grids.coreset_grid(noise(2, 1, 8), np.arange(2), ("a", "b"), path)
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
-        figures.coreset_grid(noise(3, 1, 8), np.arange(3), ("a", "b", "c"), path)
+        image_grids.coreset_grid(noise(3, 1, 8), np.arange(3), ("a", "b", "c"), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     Image.open(io.BytesIO(before)).verify()
@@ -180,7 +180,7 @@ def test_images_over_time_are_a_row_each_and_a_column_a_step(tmp_path: Path, cha
     history = {100 * step: every[step] for step in reversed(range(21))}
     path = tmp_path / "over-time.png"
     names = ["zero", "one, ones", "a name that is by far too long for one row"]
-    figures.coreset_over_time(history, names, path, "fbpc over the steps")
+    image_grids.coreset_over_time(history, names, path, "fbpc over the steps")
     sheet = pixels(path)
     shown = [0, 3, 6, 9, 11, 14, 17, 20]
     places = [[find(sheet, every[step][row], factor) for step in shown] for row in range(3)]
@@ -190,9 +190,9 @@ def test_images_over_time_are_a_row_each_and_a_column_a_step(tmp_path: Path, cha
         assert len({x for _, x in column}) == 1 and [y for y, _ in column] == sorted({y for y, _ in column})
     y, x = places[0][0]
     assert (sheet[y : y + factor * side, :x] < 128).any()  # its name
-    assert (sheet[y - figures.NAME_LINE : y, x : x + factor * side] < 128).any()  # step 0
+    assert (sheet[y - image_grids.NAME_LINE : y, x : x + factor * side] < 128).any()  # step 0
     with pytest.raises(AssertionError):
         find(sheet, every[1][0], factor)
-    figures.coreset_over_time({0: every[0]}, names, path)
+    image_grids.coreset_over_time({0: every[0]}, names, path)
     with pytest.raises(ValueError, match="uint8"):
-        figures.coreset_over_time({0: every[0].astype(np.float32)}, names, path)
+        image_grids.coreset_over_time({0: every[0].astype(np.float32)}, names, path)

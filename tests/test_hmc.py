@@ -7,20 +7,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch
 from fbpc_ray.inference import hmc as module
-from fbpc_ray.inference.hmc import (
-    accept_probability,
-    acceptance,
-    hmc,
-    in_float64,
-    kinetic,
-    leapfrog,
-    tempered,
-)
+from fbpc_ray.inference.hmc import accept_probability, acceptance, hmc, in_float64, kinetic, leapfrog, tempered
 from fbpc_ray.inference.sghmc import noise_variance, sghmc
-from fbpc_ray.rng import generator
-from fbpc_ray.types import Batch
-from fbpc_ray.vision.zoo import Network, Spec
+from fbpc_ray.models.functional import Network, Spec
 
 PRECISION = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([1.0, -3.0], dtype=torch.float64)

@@ -20,8 +20,8 @@ from conftest import flags
 from processes import descendants, free_port, kill, listening, soon
 from test_run import ENVIRONMENT, distil, images_of
 
-from fbpc_ray.config import Config
-from fbpc_ray.run import Run
+from fbpc_ray.core.config import Config
+from fbpc_ray.distillation.run_directory import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

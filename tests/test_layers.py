@@ -14,40 +14,31 @@ import fbpc_ray
 
 ROOT = Path(fbpc_ray.__file__).parent
 
-LAYERS = {
-    0: "__init__ errors",
-    1: "allocator atomic cache compiled config presets rng storage types signals provenance page manual mlflow_uri",
-    2: "inference.* vision.*",
-    3: "coreset ensemble exchange experts passes",
-    4: "teach methods.* evaluate",
-    5: "distill",
-    6: "backend run",
-    7: "plan results",
-    8: "pipeline sweep",
-    9: "cluster.* tracking figures charts served",
-    10: "reproduce.* pictures logged mlflow_model serve",
-    11: "api commands ended export reproduction tuning report doctor ui",
-    12: "cli",
-    13: "__main__",
-}
-"""Layer -> its modules. A module imports its own layer and those below."""
+ROOMS = (
+    "core", "inference", "data", "models", "evaluation", "distillation", "execution", "tracking", "reporting", "tuning",
+    "reproduction", "api", "commands", "__main__",
+)  # fmt: skip
+"""The rooms, bottom to top. A module imports its own room and those below."""
 
 ONLY = {
-    "ray": ("cluster.",),
-    "mlflow": ("tracking.", "mlflow_model.", "served."),
-    "matplotlib": ("figures.", "charts."),
+    "ray": ("execution.ray.", "tuning.ray_tune.", "tuning.search_space."),
+    "mlflow": ("tracking.tracker.", "tracking.mlflow_model.", "tracking.pyfunc_model."),
+    "matplotlib": ("reporting.image_grids.", "reporting.charts."),
 }
 """Library -> the modules, or the folder, that may import it."""
 
-LAZY_UPWARDS = {("plan", "cluster.backend")}
-"""What a function may import from a layer above: the backend, when it is asked for."""
+UPWARDS = {
+    ("distillation.loop", "execution.serial"), ("distillation.loop", "execution.session"),
+    ("evaluation.results", "execution.session"), ("tuning.sweep", "commands.distill"),
+}  # fmt: skip
+"""Imports that still go up: to be cut."""
 
 
 class Import(NamedTuple):
     module: str
     """Who imports, relative to the package: `vision.zoo`."""
     target: str
-    """What: `fbpc_ray.rng`, `torch.nn`."""
+    """What: `fbpc_ray.core.rng`, `torch.nn`."""
     lazy: bool
     """Inside a function."""
 
@@ -96,79 +87,64 @@ def inner() -> list[tuple[str, str, bool]]:
     ]
 
 
-def layer(module: str) -> int:
-    folder = module.split(".")[0] + ".*"
-    for number, members in LAYERS.items():
-        if module in members.split() or folder in members.split():
-            return number
-    raise AssertionError(f"{module} is in no layer: give it its place in LAYERS, as low as it can be")
+def room(module: str) -> int:
+    """The floor of a module's room. `fbpc_ray` itself, which has the version alone, is below all."""
+    name = module.split(".")[0]
+    if name == "__init__":
+        return -1
+    assert name in ROOMS, f"{module} is in no room: give it its place in one of {', '.join(ROOMS)}"
+    return ROOMS.index(name)
 
 
-def test_every_module_has_a_layer_and_every_layer_module_is_found():
-    """The check below sees the package: at least these, and none outside."""
-    assert {"rng", "vision.zoo", "inference.posterior", "teach", "cluster.backend", "cli"} <= set(modules())
+def test_every_module_is_in_a_room():
+    """The checks below see the package: at least these modules and imports."""
+    assert {"core.rng", "models.functional", "inference.posterior", "execution.ray.ray_backend"} <= set(modules())
     for module in modules():
-        layer(module)
-    assert ("teach", "vision.zoo", False) in inner()
-    assert ("plan", "cluster.backend", True) in inner()
+        room(module)
+    assert ("models.functional", "models.registry", False) in inner()
+    assert ("execution.session", "execution.ray.ray_backend", True) in inner()
 
 
-def test_imports_go_one_way():
-    """config, types, rng <- inference | vision <- coreset, experts <- teach, distill, evaluate <- cluster <- cli."""
+def test_imports_go_down():
+    """No import between rooms goes up, not even inside a function."""
+    for who, whom, _ in inner():
+        if (who, whom) not in UPWARDS:
+            assert room(whom) <= room(who), f"{who} imports {whom}, which is above it"
+
+
+def test_the_mathematics_sees_types_alone():
+    """inference/ imports core.types and itself."""
+    for who, whom, _ in inner():
+        if who.startswith("inference."):
+            assert whom == "core.types" or whom.startswith("inference."), f"{who} imports {whom}"
+
+
+def test_heavy_modules_are_imported_lazily_from_other_rooms():
+    """What needs ray, mlflow or matplotlib is named inside a function, or from a room above its own: the core runs
+    without them."""
+    heavy = tuple(place.rstrip(".") for places in ONLY.values() for place in places)
     for who, whom, lazy in inner():
-        if not (lazy and (who, whom) in LAZY_UPWARDS):
-            assert layer(whom) <= layer(who), f"{who} imports {whom}, which is above it"
-
-
-def test_inference_and_vision_do_not_know_each_other_nor_anything_above():
-    """The mathematics sees types alone; the ingredients see types, rng, errors and atomic."""
-    allowed = {"inference": {"types"}, "vision": {"types", "rng", "errors", "atomic"}}
-    for who, whom, _ in inner():
-        folder = who.split(".")[0]
-        if folder in allowed:
-            assert whom in allowed[folder] or whom.split(".")[0] == folder, f"{who} imports {whom}"
-
-
-def test_the_base_imports_nothing_of_the_package_but_errors_and_each_other():
-    """config, errors, rng, types, atomic and storage can be read, and tested, without the rest."""
-    base = {"config", "errors", "rng", "types", "atomic", "storage"}
-    for who, whom, _ in inner():
-        if who in base:
-            assert whom in base, f"{who} imports {whom}"
-    assert not [whom for who, whom, _ in inner() if who in ("errors", "__init__")]
-
-
-def test_tracking_figures_and_charts_know_nobody():
-    """They take plain values; of the package at most the error, places, addresses, and the whole-file write."""
-    for who, whom, _ in inner():
-        if who in ("tracking", "mlflow_model", "figures", "charts") and (who, whom) != ("mlflow_model", "tracking"):
-            assert whom in ("errors", "atomic", "storage", "mlflow_uri", "__init__"), f"{who} imports {whom}"
-
-
-def test_nothing_below_cluster_imports_it_at_module_level():
-    """The core runs without Ray: only commands, cli and jobs, which stand above, may name it before a run asks."""
-    for who, whom, lazy in inner():
-        top = whom.split(".")[0]
-        if top in ("cluster", "tracking", "mlflow_model", "figures", "charts") and who.split(".")[0] != top:
-            assert lazy or layer(who) > layer(whom), f"{who} imports {whom}"
+        if whom.startswith(heavy) and who.split(".")[0] != whom.split(".")[0]:
+            assert lazy or room(who) > room(whom), f"{who} imports {whom}"
 
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_heavy_library_has_one_place(library):
-    """ray in cluster, mlflow in tracking and mlflow_model (and in served, which MLflow runs), matplotlib in figures
-    and charts: at module level or inside a function."""
+    """ONLY holds at module level and inside a function."""
     for found in all_imports():
         if found.target.split(".")[0] == library:
             assert f"{found.module}.".startswith(ONLY[library]), f"{found.module} imports {library}"
 
 
 def test_the_mathematics_stands_on_torch_alone():
-    """inference, rng and types import torch and the standard library; config, errors and atomic the latter only."""
+    """inference, rng and types import torch and the standard library; config, errors and files the latter only."""
+    plain = {f"core.{name}" for name in ("config", "errors", "files", "signals", "provenance")} | {"__init__"}
     for found in all_imports():
-        top, folder = found.target.split(".")[0], found.module.split(".")[0]
+        top = found.target.split(".")[0]
         if top not in sys.stdlib_module_names and top != "fbpc_ray":
-            assert folder not in ("config", "errors", "atomic", "signals", "provenance", "__init__"), found
-            assert folder not in ("inference", "rng", "types") or top == "torch", found
+            assert found.module not in plain, found
+            if found.module.startswith("inference.") or found.module in ("core.rng", "core.types"):
+                assert top == "torch", found
 
 
 def test_there_is_no_import_cycle():
@@ -203,12 +179,14 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_importing_config_and_cli_takes_no_torch():
     """Flags and presets are plain Python, so --help and a typo answer at once."""
     heavy = {"torch", "ray", "mlflow", "matplotlib", "pyarrow"}
-    assert run(f"import sys, fbpc_ray.config, fbpc_ray.cli; print(*({heavy} & set(sys.modules)))") == []
+    assert run(f"import sys, fbpc_ray.core.config, fbpc_ray.commands.main; print(*({heavy} & set(sys.modules)))") == []
 
 
 def test_the_core_imports_neither_ray_nor_mlflow_nor_matplotlib():
     """Where they are installed: importing the pipeline and the plan takes none of them."""
-    code = f"import sys, fbpc_ray.pipeline, fbpc_ray.plan; print(*({set(ONLY)} & set(sys.modules)))"
+    code = (
+        f"import sys, fbpc_ray.distillation.loop, fbpc_ray.execution.session; print(*({set(ONLY)} & set(sys.modules)))"
+    )
     assert run(code) == []
 
 
@@ -248,11 +226,13 @@ except UserError as error:
 
 
 def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
-    """All below cluster imports (without matplotlib, too), and so do commands and cli; the serial backend opens.
+    """All below `tracking` but Ray's backend imports (without matplotlib, too), and so do commands; the serial backend
+    opens.
 
     Ray's backend says in one line what to do.
     """
-    core = [module for module in modules() if layer(module) < layer("cluster.backend") and module != "__init__"]
-    top = ["commands", "export", "tuning", "report", "doctor", "ui", "cli"]
+    heavy = tuple(place.rstrip(".") for places in ONLY.values() for place in places)
+    core = [m for m in modules() if room(m) < ROOMS.index("tracking") and m != "__init__" and not m.startswith(heavy)]
+    top = [f"commands.{name}" for name in ("distill", "export", "doctor", "ui", "main")] + ["tuning.sweep"]
     found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
     assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "True"]

@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbpc_ray import pipeline, plan
-from fbpc_ray.backend import Serial
-from fbpc_ray.logged import params
-from fbpc_ray.presets import preset, with_method
-from fbpc_ray.signals import Interruption
-from fbpc_ray.vision.datasets import normalise
-from fbpc_ray.vision.zoo import Network
+from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data.datasets import normalise
+from fbpc_ray.distillation import loop
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
+from fbpc_ray.models.functional import Network
+from fbpc_ray.tracking.run_logging import params
 
 
 def trained(config, digits) -> tuple[list[str], list]:
     """What was said, and the stores."""
-    specs, lines = plan.specs(config, digits), []
-    stores = [plan.store(config, digits, spec) for spec in specs]
+    specs, lines = session.specs(config, digits), []
+    stores = [session.store(config, digits, spec) for spec in specs]
     count = config.experts.expert_count
-    pipeline.train_experts(stores, specs, count, digits, Serial("cpu", Interruption()), lines.append)
+    loop.train_experts(stores, specs, count, digits, Serial("cpu", Interruption()), lines.append)
     return lines, stores
 
 
@@ -31,7 +32,7 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
     assert len(lines) == 3
     index = torch.linspace(0, 1436, 1000).long().numpy()
     images = normalise(torch.tensor(digits.train.images[index]), digits.mean, digits.std)
-    for line, store, spec in zip(lines[1:], stores, plan.specs(small, digits), strict=True):
+    for line, store, spec in zip(lines[1:], stores, session.specs(small, digits), strict=True):
         network = Network(spec)
         shares = []
         for number in (0, 1):
@@ -52,8 +53,8 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
 def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, tmp_path):
     """Both found nothing; one of them is through before the other begins, and has the files open."""
     own = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
-    specs = plan.specs(own, digits)
-    stores, made = [plan.store(own, digits, spec) for spec in specs], []
+    specs = session.specs(own, digits)
+    stores, made = [session.store(own, digits, spec) for spec in specs], []
 
     def files() -> dict:
         paths = Path(str(stores[0].folder)).iterdir()
@@ -66,7 +67,7 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
             return super().map(function, shared, items)
 
     lines = []
-    pipeline.train_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
+    loop.train_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
     assert lines[0] == "experts: 0 of 2 trajectories are there, training 2"
     assert re.fullmatch(r"experts of convnet-in: \d+ % of training images right .*", lines[-1])
     assert len(made[0]) == 5
@@ -81,16 +82,16 @@ def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     assert notes[0].startswith("note: an expert takes 12 SGD steps (1437 images in batches of 256, 2 epochs)")
     assert "--expert-batch-size 32 --expert-lr 0.05" in notes[0]
     recipe = stores[0].recipe
-    assert pipeline.too_short(recipe._replace(epochs=16), 1437)
-    assert not pipeline.too_short(recipe._replace(epochs=17), 1437)
+    assert loop.too_short(recipe._replace(epochs=16), 1437)
+    assert not loop.too_short(recipe._replace(epochs=17), 1437)
 
 
 def test_hours_on_a_cpu_are_said_before_they_pass(small, digits, tmp_path, monkeypatch):
     """A forward pass costs two operations for each of `multiplications`, a backward pass twice that; 3 epochs of 2
     experts of 2 networks at a rate at which they take 2.4 hours."""
     config = small.updated(experts=str(tmp_path), expert_epochs=3)
-    each = [6 * pipeline.multiplications(Network(spec)) * 1437 * 3 * 2 for spec in plan.specs(config, digits)]
-    monkeypatch.setattr(pipeline, "CPU_RATE", sum(each) / (2.4 * 3600))
+    each = [6 * loop.multiplications(Network(spec)) * 1437 * 3 * 2 for spec in session.specs(config, digits)]
+    monkeypatch.setattr(loop, "CPU_RATE", sum(each) / (2.4 * 3600))
     assert "training 4, which takes something like 2 hours of a CPU core" in trained(config, digits)[0][0]
 
 
@@ -107,5 +108,5 @@ def test_what_methods_bring_is_logged_for_both_that_are_compared():
 
 def test_it_is_said_how_many_chains_judge():
     settings = preset("digits").updated(eval_seeds=3, chain_steps=1000).evaluation
-    said = pipeline.judging({"random": 0, "fbpc": 1}, ["a"], "test", settings)
+    said = loop.judging({"random": 0, "fbpc": 1}, ["a"], "test", settings)
     assert said == "judging on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"

@@ -20,13 +20,15 @@ from PIL import EpsImagePlugin, Image
 from test_layers import ROOT
 from test_run import distil, refused
 
-from fbpc_ray import cli, coreset, plan
-from fbpc_ray.config import read_config
-from fbpc_ray.errors import UserError
-from fbpc_ray.presets import preset
-from fbpc_ray.reproduce.rows import Rows
-from fbpc_ray.run import Run
-from fbpc_ray.vision.datasets import load
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import read_config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import load
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.execution import session
+from fbpc_ray.reproduction.rows import Rows
 
 NETWORK = """
 from pathlib import Path
@@ -107,9 +109,9 @@ def test_a_preset_file_imports_no_network_unasked(network, sprung, tmp_path, cap
 def test_a_network_that_is_asked_for_is_imported(run, network, sprung, capsys):
     """The way out that the line names, for evaluate; a name of ours needs none."""
     rewrite(run, architectures=["convnet-in", network])
-    cli.main(["evaluate", str(run), *SERIAL, "--architectures", "convnet-in"])
+    main.main(["evaluate", str(run), *SERIAL, "--architectures", "convnet-in"])
     assert not sprung.exists()
-    cli.main(["evaluate", str(run), *SERIAL, "--architectures", "convnet-in", network])
+    main.main(["evaluate", str(run), *SERIAL, "--architectures", "convnet-in", network])
     assert sprung.exists()
     assert network in capsys.readouterr().out
 
@@ -130,7 +132,7 @@ def test_a_configuration_connects_to_no_cluster_unasked(run, capsys, address):
     rewrite(run, address=address, backend="ray", steps=3)
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--resume")
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--again")
-    cli.main(["evaluate", str(run), *SERIAL])
+    main.main(["evaluate", str(run), *SERIAL])
     distil("--out", str(run), "--resume", "--address", address, "--backend", "serial")
     assert json.loads(Run(run).result_path.read_text())["steps"] == 3
 
@@ -227,10 +229,10 @@ def loaders(small, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loaders")
     run, labels = Run(folder / "run"), torch.arange(10)
     config = small.updated(experts=str(folder / "experts"))
-    (spec, *_) = plan.specs(config, digits)
+    (spec, *_) = session.specs(config, digits)
 
     def experts():
-        return plan.store(config, digits, spec)
+        return session.store(config, digits, spec)
 
     def checkpoint():
         return run.restore(labels, digits.image_shape)
@@ -262,8 +264,8 @@ def good(small, digits, tmp_path_factory):
     config = small.updated(architectures=("convnet-in",))
     folder = tmp_path_factory.mktemp("good")
     distil(*flags(config, backend="serial", steps=2, eval_seeds=1, out=str(folder / "run")))
-    (spec,) = plan.specs(config, digits)
-    return Run(folder / "run"), plan.store(config, digits, spec).folder
+    (spec,) = session.specs(config, digits)
+    return Run(folder / "run"), session.store(config, digits, spec).folder
 
 
 LOADERS = (

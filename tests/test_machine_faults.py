@@ -17,7 +17,7 @@ from conftest import flags
 from processes import descendants, free_port, gradient_workers, kill, soon
 from test_run import ENVIRONMENT, distil, images_of
 
-from fbpc_ray.run import Run
+from fbpc_ray.distillation.run_directory import Run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

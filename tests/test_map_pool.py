@@ -5,14 +5,15 @@ import pytest
 import torch
 from conftest import assert_same, run_on
 
-from fbpc_ray import pipeline, plan
-from fbpc_ray.backend import Serial
-from fbpc_ray.distill import State, Unit, Worker, map_start, remember
-from fbpc_ray.methods.common import Gradient
-from fbpc_ray.methods.map_pool import anew, begun_at, name, remembered
-from fbpc_ray.reproduce.rows import coreset_key
-from fbpc_ray.run import Run
-from fbpc_ray.signals import Interruption
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.methods.common import Gradient
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.warm_start import anew, begun_at, name, remembered
+from fbpc_ray.distillation.worker import State, Unit, Worker, map_start, remember
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
+from fbpc_ray.reproduction.rows import coreset_key
 
 
 def test_slots_are_taken_in_turn_and_begun_anew_one_after_the_other():
@@ -48,10 +49,10 @@ def test_only_with_the_pool_are_solutions_kept(small):
 @pytest.fixture
 def worker(small, digits):
     config = small.updated(map="pool")
-    specs = plan.specs(config, digits)
-    stores = [plan.store(config, digits, spec) for spec in specs]
-    state, labels = pipeline.first_state(digits, 1, 0)
-    worker = Worker(**plan.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    state, labels = loop.first_state(digits, 1, 0)
+    worker = Worker(**session.crew(config, digits, labels, specs, stores).arguments, device="cpu")
     return worker, state.images.numpy()
 
 
@@ -82,7 +83,7 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     assert max(count for step, count in steps.items() if step not in fresh) < min(steps[step] for step in fresh)
     run_on(backend, config.updated(steps=5), digits, tmp_path / "part")
     run = Run(tmp_path / "part")
-    _, labels = pipeline.first_state(digits, 1, 0)
+    _, labels = loop.first_state(digits, 1, 0)
     restored = run.restore(labels, digits.image_shape)
     assert restored is not None
     state, rows = restored

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fbpc_ray.core.types import Batch
 from fbpc_ray.inference.map_solve import Ending, map_solve
 from fbpc_ray.inference.posterior import loss_gradient
-from fbpc_ray.types import Batch
 
 
 def linear(params, images):

@@ -14,19 +14,21 @@ import reference
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fbpc_ray import cache, pipeline, plan
-from fbpc_ray import compiled as compiling
-from fbpc_ray.compiled import CannotCompile, compiled
-from fbpc_ray.distill import METHODS, Unit, Worker
-from fbpc_ray.errors import UserError
-from fbpc_ray.methods.common import Problem
-from fbpc_ray.methods.x_cache import XCache
-from fbpc_ray.passes import Passes, multiplications
-from fbpc_ray.rng import generator
-from fbpc_ray.types import Batch
-from fbpc_ray.vision.datasets import tensors
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network, specify
+from fbpc_ray.core import cache
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch
+from fbpc_ray.data.datasets import tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.methods.common import Problem
+from fbpc_ray.distillation.trajectory_cache import XCache
+from fbpc_ray.distillation.worker import METHODS, Unit, Worker
+from fbpc_ray.execution import session
+from fbpc_ray.models import compiler as compiling
+from fbpc_ray.models.compiler import CannotCompile, compiled
+from fbpc_ray.models.functional import Network, specify
+from fbpc_ray.models.passes import Passes, multiplications
 
 with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 
@@ -55,10 +57,10 @@ def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
     """All of Algorithm 1 for one architecture through machine code: MAP solve, both K steps, Psi. The batches are all
     of one size, so it takes two compiled passes, which the tests below meet again."""
     config = small.updated(gamma=0.5, posterior_steps=6, real_batch_size=SIZE, start_epoch=1)
-    state, labels = pipeline.first_state(digits, SIZE // 10, 0)
-    spec = plan.specs(config, digits)[1]
+    state, labels = loop.first_state(digits, SIZE // 10, 0)
+    spec = session.specs(config, digits)[1]
     assert spec == network("convnet-bn").spec
-    store = plan.store(config, digits, spec)
+    store = session.store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=SIZE)
     real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
@@ -174,38 +176,38 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     why = ""
     monkeypatch.setattr(compiling, "complaint", lambda folder: why)
     small = small.updated(device="cpu")
-    specs = plan.specs(small, digits)
-    assert not plan.compiled(small, digits, specs, lines.append)
-    assert plan.compiled(small.updated(compiled="on"), digits, specs, lines.append)
+    specs = session.specs(small, digits)
+    assert not session.compiled(small, digits, specs, lines.append)
+    assert session.compiled(small.updated(compiled="on"), digits, specs, lines.append)
     large = small.updated(steps=100_000, posterior_steps=30, real_batch_size=256)
-    assert plan.compiled(large, digits, specs, lines.append)
-    assert not plan.compiled(large.updated(compiled="off"), digits, specs, lines.append)
-    assert not plan.compiled(large.updated(device="cuda"), digits, specs, lines.append)
+    assert session.compiled(large, digits, specs, lines.append)
+    assert not session.compiled(large.updated(compiled="off"), digits, specs, lines.append)
+    assert not session.compiled(large.updated(device="cuda"), digits, specs, lines.append)
     assert not lines
     why = "no g++"
-    assert not plan.compiled(large, digits, specs, lines.append)
+    assert not session.compiled(large, digits, specs, lines.append)
     assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
 def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
     """Each run has 2 experts x 3 epochs of 5 rows: with room for a quarter of that it is used, with less it isn't."""
-    specs = plan.specs(small, digits)
+    specs = session.specs(small, digits)
     each = sum(4 * Network(spec).parameter_count * 5 for spec in specs)
     long = small.updated(steps=1000)
-    assert plan.x_cache_bytes(long.updated(x_cache=1.6 * each / 1e9), specs) == pytest.approx(1.6 * each)
-    assert plan.x_cache_bytes(long.updated(x_cache=1.4 * each / 1e9), specs) == 0
-    assert plan.x_cache_bytes(small.updated(steps=1, x_cache=0.3 * each / 1e9), specs) > 0
-    assert plan.x_cache_bytes(long.updated(x_cache=10.0, method="fbpc-isotropic"), specs) == 0
-    assert plan.x_cache_bytes(long.updated(x_cache=0.0), specs) == 0
+    assert session.x_cache_bytes(long.updated(x_cache=1.6 * each / 1e9), specs) == pytest.approx(1.6 * each)
+    assert session.x_cache_bytes(long.updated(x_cache=1.4 * each / 1e9), specs) == 0
+    assert session.x_cache_bytes(small.updated(steps=1, x_cache=0.3 * each / 1e9), specs) > 0
+    assert session.x_cache_bytes(long.updated(x_cache=10.0, method="fbpc-isotropic"), specs) == 0
+    assert session.x_cache_bytes(long.updated(x_cache=0.0), specs) == 0
 
 
 def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
-    specs = plan.specs(small, digits)
-    stores = [plan.store(small, digits, spec) for spec in specs]
-    state, labels = pipeline.first_state(digits, 1, 0)
+    specs = session.specs(small, digits)
+    stores = [session.store(small, digits, spec) for spec in specs]
+    state, labels = loop.first_state(digits, 1, 0)
     found = []
     for gigabytes in (0.0, 1.0, 1.0):
-        arguments = plan.crew(small.updated(x_cache=gigabytes), digits, labels, specs, stores).arguments
+        arguments = session.crew(small.updated(x_cache=gigabytes), digits, labels, specs, stores).arguments
         found.append(Worker(**arguments, device="cpu").gradient(Unit(1, 0), 2, state.images.numpy(), 0.0)[0])
     assert list((cache.folder() / "x-sides").glob("*.npy"))
     assert (found[0] == found[1]).all()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fbpc_ray.cluster.placement import Need, Node, lacking, need_of, room, steps_ahead
+from fbpc_ray.execution.ray.placement import Need, Node, lacking, need_of, room, steps_ahead
 
 
 def need(workers, nodes, **changes):

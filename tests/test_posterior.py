@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fbpc_ray.core.types import Batch
 from fbpc_ray.inference.posterior import empirical_variance, function_posterior, loss_gradient, sgd_trajectory
-from fbpc_ray.types import Batch
 
 
 def linear(params, images):

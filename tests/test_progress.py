@@ -11,9 +11,12 @@ from collections.abc import Callable
 import pytest
 from conftest import flags
 
-from fbpc_ray import cli, logged, sweep, tuning
-from fbpc_ray.config import Sweep
-from fbpc_ray.sweep import Look
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Sweep
+from fbpc_ray.tracking import run_logging
+from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning import trial
+from fbpc_ray.tuning.trial import Look
 
 QUICK = {"backend": "serial", "steps": 4, "eval_seeds": 1, "chain_steps": 4, "chain_every": 2}
 
@@ -62,10 +65,10 @@ def assert_says_rate_and_time_left(found: list[str]) -> None:
 
 def test_experts_distillation_and_evaluation_have_their_bars(small, tmp_path, seen):
     words = flags(small, **QUICK, experts=str(tmp_path / "experts"), out=str(tmp_path / "run"))
-    text = seen(lambda: cli.main(["distill", *words]))
+    text = seen(lambda: main.main(["distill", *words]))
     for what in ("experts", "distil", "evaluate"):
         assert_says_rate_and_time_left(bars(text, what))
-    again = seen(lambda: cli.main(["experts", "--experts", str(tmp_path / "experts"), *flags_of_experts(small)]))
+    again = seen(lambda: main.main(["experts", "--experts", str(tmp_path / "experts"), *flags_of_experts(small)]))
     assert "experts: 4 of 4 trajectories are there" in again
     assert not bars(again, "experts")  # nothing to wait for
 
@@ -80,7 +83,7 @@ def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
     words = ["table1", "--cifar10", "digits", "--ipc", "1", "--only", "Random", "--distill-seeds", "1", "--eval-seeds",
              "2", "--override", "width=8", "chain_steps=4", "chain_every=2", "--out", str(tmp_path / "out"),
              "--backend", "serial", "--no-tracking"]  # fmt: skip
-    text = seen(lambda: cli.main(["reproduce", *words]))
+    text = seen(lambda: main.main(["reproduce", *words]))
     for what in ("distil", "judge"):
         assert_says_rate_and_time_left(bars(text, what))
     assert [line for line in re.split(r"[\r\n]", text) if re.fullmatch(r"coreset random-ipc1-\w+", line)]
@@ -96,11 +99,11 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         return Look(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = tuning._Board(found, logged.Untracked(), None)
+        board = tuning._Board(found, run_logging.Untracked(), None)
         board.tracked()
         for number, step in ((0, 1), (1, 1), (0, 2)):
             board.looked(number, look(number, step))
-        sweep.write_record(tmp_path / "sweep" / "trials" / "00001", sweep.Record([0], [look(1, 1)]))
+        trial.write_record(tmp_path / "sweep" / "trials" / "00001", trial.Record([0], [look(1, 1)]))
         board.ended(1, "")
         board.looked(0, look(0, 3))
         board._bar.refresh()
@@ -117,7 +120,7 @@ def test_where_there_is_no_terminal_lines_alone_are_written(small, tmp_path, mon
     said, aside = io.StringIO(), io.StringIO()
     monkeypatch.setattr("sys.stdout", said)
     monkeypatch.setattr("sys.stderr", aside)
-    cli.main(["distill", *flags(small, **QUICK, out=str(tmp_path / "run"))])
+    main.main(["distill", *flags(small, **QUICK, out=str(tmp_path / "run"))])
     assert aside.getvalue() == ""
     assert "distilled: step 4" in said.getvalue()
     assert not re.search(r"[\r\x1b]", said.getvalue())

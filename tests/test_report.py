@@ -17,11 +17,14 @@ from conftest import flags
 from PIL import Image
 from stores import BUCKET, s3_server
 
-from fbpc_ray import cli, coreset, page, pipeline, report
-from fbpc_ray.config import Config, read_config
-from fbpc_ray.errors import UserError
-from fbpc_ray.presets import preset, with_method
-from fbpc_ray.run import Run
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config, read_config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.data import coreset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.reporting import html, report
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
 
@@ -42,7 +45,7 @@ def runs(small, tmp_path_factory) -> dict[str, Path]:
     }  # fmt: skip
     for name, its in changes.items():
         words = flags(small, **its | {"backend": "serial", "device": "cpu", "out": str(root / name)})
-        cli.main(["distill", *words])
+        main.main(["distill", *words])
     return {name: root / name for name in changes}
 
 
@@ -90,7 +93,7 @@ class Page(HTMLParser):
 
 
 def made(tmp_path: Path, *folders: Path | str) -> Page:
-    cli.main(["report", *map(str, folders), "--out", str(tmp_path / "made.html")])
+    main.main(["report", *map(str, folders), "--out", str(tmp_path / "made.html")])
     return Page(tmp_path / "made.html")
 
 
@@ -98,7 +101,7 @@ def refused(capsys, *words: str) -> str:
     """The one line with which the command refuses."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        cli.main(["report", *words])
+        main.main(["report", *words])
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert said.startswith("error: ") and said.count("\n") == 1, said
@@ -150,7 +153,7 @@ def test_the_command_makes_the_configuration_again(config):
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
     first, *words = said.split("\0")[:-1]
     assert first == "distill"
-    parsed = cli._parse(cli.DistillArguments, words, "fbpc", cli.DistillArguments(config=cli._base(words)))
+    parsed = main._parse(main.DistillArguments, words, "fbpc", main.DistillArguments(config=main._base(words)))
     again, before = parsed.config.flat(), config.flat()
     assert {name: value for name, value in again.items() if name not in report.PLACES} == {
         name: value for name, value in before.items() if name not in report.PLACES
@@ -227,14 +230,14 @@ def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(runs, small, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(pipeline, "evaluate", killed)
-        cli.main(["distill", *words, "--resume"])
+        patched.setattr(loop, "evaluate", killed)
+        main.main(["distill", *words, "--resume"])
     with pytest.raises(UserError, match=r"has not ended \(its result is of step 4, its coreset of step 5\).* --resume"):
         report.report([str(folder)], str(tmp_path / "r.html"), print)
     for name, judged in ((folder, False), (runs["fbpc"], True)):
-        cli.main(["export", str(name), "--format", "hf", "--out", str(tmp_path / f"{judged}")])
+        main.main(["export", str(name), "--format", "hf", "--out", str(tmp_path / f"{judged}")])
         assert ("accuracy %" in (tmp_path / f"{judged}" / "README.md").read_text()) == judged
-    cli.main(["distill", *words, "--resume"])
+    main.main(["distill", *words, "--resume"])
     report.report([str(folder)], str(tmp_path / "r.html"), print)
 
 
@@ -333,7 +336,7 @@ def test_nothing_else_is_overwritten(runs, tmp_path, capsys):
 
 def test_a_run_in_an_object_store(runs, tmp_path, monkeypatch):
     """Read from S3 and written to it, the same page as from the disk."""
-    from fbpc_ray import storage
+    from fbpc_ray.core import storage
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "me")
@@ -346,7 +349,7 @@ def test_a_run_in_an_object_store(runs, tmp_path, monkeypatch):
             if path.is_file():
                 (away / str(path.relative_to(runs["fbpc"]))).write_bytes(path.read_bytes())
         here = made(tmp_path, str(away))
-        cli.main(["report", str(away), "--out", f"s3://{BUCKET}/pages/it.html"])
+        main.main(["report", str(away), "--out", f"s3://{BUCKET}/pages/it.html"])
         written = storage.place(f"s3://{BUCKET}/pages/it.html").read_text()
         assert storage.place(f"s3://{BUCKET}/pages/it-files/01-steps.png").is_file()
     near = made(tmp_path, runs["fbpc"])
@@ -382,8 +385,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(runs, tmp_path, width):
 
 def test_both_forms_hold_every_kind_of_block():
     """And code that holds a fence keeps it."""
-    blocks = [page.Heading("a"), page.Text("1. b"), page.Facts([("c", "d")]), page.Code("```\ne", "sh")]
-    blocks.append(page.Table([["f", "g"], ["h|", "1.0 ± 0.1"]]))
-    text = page.to_markdown("t", blocks, "end", "files")
+    blocks = [html.Heading("a"), html.Text("1. b"), html.Facts([("c", "d")]), html.Code("```\ne", "sh")]
+    blocks.append(html.Table([["f", "g"], ["h|", "1.0 ± 0.1"]]))
+    text = html.to_markdown("t", blocks, "end", "files")
     assert "````sh\n```\ne\n````" in text and r"| h\| | 1.0 ± 0.1 |" in text and r"\1. b" in text
-    assert '<td class="number">1.0 ± 0.1</td>' in page.to_html("t", blocks, "end")
+    assert '<td class="number">1.0 ± 0.1</td>' in html.to_html("t", blocks, "end")

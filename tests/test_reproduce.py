@@ -13,16 +13,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from fbpc_ray import cli
-from fbpc_ray.config import Config
-from fbpc_ray.errors import UserError
-from fbpc_ray.presets import preset
-from fbpc_ray.reproduce.cost import measure
-from fbpc_ray.reproduce.paper import PAPER
-from fbpc_ray.reproduce.render import summary
-from fbpc_ray.reproduce.rows import cell_key, coreset_key
-from fbpc_ray.reproduce.tables import SCALES, TABLES, Request, cells_of
-from fbpc_ray.vision.corruptions import CORRUPTIONS
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset
+from fbpc_ray.data.corruptions import CORRUPTIONS
+from fbpc_ray.reproduction.cost import measure
+from fbpc_ray.reproduction.paper import PAPER
+from fbpc_ray.reproduction.render import summary
+from fbpc_ray.reproduction.rows import cell_key, coreset_key
+from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
 TINY = [
     "steps=2", "width=8", "expert_count=1", "expert_epochs=2", "expert_batch_size=256", "syn_steps=2", "gamma=1.5",
@@ -63,7 +63,7 @@ def rows_of(out, table):
 @pytest.mark.parametrize("table", TABLES)
 def test_each_table_is_made_from_scratch(table, out, capsys):
     """All rows and columns are there, with finite numbers, their cause, the paper's values, and a picture."""
-    cli.main(["reproduce", *words(table, out)])
+    main.main(["reproduce", *words(table, out)])
     text, shape = (out / f"{table}.md").read_text(), TABLES[table]
     assert text in capsys.readouterr().out
     assert "small scale" in text
@@ -92,7 +92,7 @@ def test_each_table_is_made_from_scratch(table, out, capsys):
 @pytest.mark.slow
 def test_what_is_there_is_not_made_again(out, capsys):
     """A row that is lost is made again alone, from the coreset that is there; tables share coresets."""
-    cli.main(["reproduce", *words("table1", out)])
+    main.main(["reproduce", *words("table1", out)])
     folder = out / "rows" / "table1"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     coresets = {path: path.stat().st_mtime_ns for path in (out / "coresets").rglob("*.safetensors")}
@@ -100,12 +100,12 @@ def test_what_is_there_is_not_made_again(out, capsys):
     old = pq.read_table(lost).to_pylist()
     lost.unlink()
     capsys.readouterr()
-    cli.main(["reproduce", *words("table1", out)])
+    main.main(["reproduce", *words("table1", out)])
     assert "12 cells, 1 of 12 rows to make" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name for name in before if after[name] != before[name]} == {lost.name}
     assert pq.read_table(lost).to_pylist() == old
-    cli.main(["reproduce", *words("table10", out, "--only", "FBPC (DSA)")])
+    main.main(["reproduce", *words("table10", out, "--only", "FBPC (DSA)")])
     assert {path: path.stat().st_mtime_ns for path in coresets} == coresets
     used = {row["coreset"] for row in rows_of(out, "table10") if row["row"] == "FBPC (DSA)"}
     assert used == {row["coreset"] for row in rows_of(out, "table1") if row["row"] == "FBPC"}
@@ -115,7 +115,7 @@ def test_what_is_there_is_not_made_again(out, capsys):
 @pytest.mark.slow
 def test_ray_makes_the_same_rows(out):
     """Cells as Ray tasks: another folder, two workers, the same numbers to the bit."""
-    cli.main(["reproduce", *words("table10", out)])
+    main.main(["reproduce", *words("table10", out)])
     elsewhere = out.parent / "elsewhere"
     command = [word if word != "serial" else "ray" for word in words("table10", elsewhere, "--address", "local")]
     done = subprocess.run(
@@ -136,11 +136,11 @@ def test_a_cell_that_fails_leaves_the_others(out, capsys):
     """An absurd alpha ends every distillation; the random cell is judged, and the exit status is not zero."""
     elsewhere = out.parent / "failing"
     with pytest.raises(SystemExit) as stop:
-        cli.main(["reproduce", *words("table10", elsewhere, "--only", "FBPC"), "alpha=1e38"])
+        main.main(["reproduce", *words("table10", elsewhere, "--only", "FBPC"), "alpha=1e38"])
     assert stop.value.code == 1
     assert re.search(r"4 of the coresets could not be made.*non-finite", capsys.readouterr().err)
     with pytest.raises(SystemExit):
-        cli.main(["reproduce", *words("table1", elsewhere, "--only", "Random", "FBPC/"), "alpha=1e38"])
+        main.main(["reproduce", *words("table1", elsewhere, "--only", "Random", "FBPC/"), "alpha=1e38"])
     assert {row["row"] for row in rows_of(elsewhere, "table1")} == {"Random"}
     assert "| Random |" in (elsewhere / "table1.md").read_text()
 
@@ -250,7 +250,7 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
 )
 def test_bad_input_is_one_line(more, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["reproduce", *more, "--out", str(tmp_path / "out"), "--backend", "serial"])
+        main.main(["reproduce", *more, "--out", str(tmp_path / "out"), "--backend", "serial"])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
@@ -266,7 +266,7 @@ def test_a_table_is_a_run_in_mlflow(out, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.chdir(tmp_path)
     command = [word for word in words("table10", out) if word != "--no-tracking"]
-    cli.main(["reproduce", *command])
+    main.main(["reproduce", *command])
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert run.info.status == "FINISHED"
@@ -288,6 +288,6 @@ def test_a_row_of_another_program_is_named(tmp_path, capsys):
     folder.mkdir(parents=True)
     (folder / "strange.parquet").write_text("no parquet")
     with pytest.raises(SystemExit):
-        cli.main(["reproduce", "table1", "--cifar10", "digits", "--out", str(tmp_path / "out"), "--backend", "serial"])
+        main.main(["reproduce", "table1", "--cifar10", "digits", "--out", str(tmp_path / "out"), "--backend", "serial"])
     assert re.search(r"strange.parquet can't be read .*: delete it", capsys.readouterr().err)
     assert list(Path(folder).iterdir())

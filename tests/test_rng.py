@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from fbpc_ray import atomic
-from fbpc_ray.errors import UserError, closest
-from fbpc_ray.rng import generator, seeded_globally
+from fbpc_ray.core import files
+from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.rng import generator, seeded_globally
 
 
 def first(*name) -> float:
@@ -34,7 +34,9 @@ def test_a_stream_never_changes():
 
 def test_a_stream_is_the_same_in_every_process():
     """Not Python's `hash`, which is salted: a process with another salt sees this process's values."""
-    code = "import torch; from fbpc_ray.rng import generator as g; print(torch.rand(4, generator=g(3, 'a')).tolist())"
+    code = (
+        "import torch; from fbpc_ray.core.rng import generator as g; print(torch.rand(4, generator=g(3, 'a')).tolist())"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == torch.rand(4, generator=generator(3, "a")).tolist()
@@ -113,7 +115,7 @@ def test_seeded_globally_restores_the_global_generator(fails):
 
 def test_only_rng_seeds_globally():
     """No other file of the package names a global seed; ruff's TID251 can't see `torch.seed` or an aliased import."""
-    package = Path(atomic.__file__).parent
+    package = Path(files.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("manual_seed", "manual_seed_all", "seed"):
@@ -136,14 +138,14 @@ def test_a_file_is_written_with_its_folders_and_replaced(tmp_path):
     """Exactly the bytes, nothing beside it, and the second version takes the first one's place."""
     path = tmp_path / "a" / "b" / "file.bin"
     for data in (b"\x00one\r\n", b"two", b""):
-        atomic.write_bytes(path, data)
+        files.write_bytes(path, data)
         assert path.read_bytes() == data
         assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
     """e acute and an arrow by their bytes, and no newline translated."""
-    atomic.write_text(tmp_path / "t", "é→\n")
+    files.write_text(tmp_path / "t", "é→\n")
     assert (tmp_path / "t").read_bytes() == b"\xc3\xa9\xe2\x86\x92\n"
 
 
@@ -160,7 +162,7 @@ atomic.write_bytes(Path(sys.argv[1]), b"n" * 300_000)
 def test_a_death_in_the_middle_of_the_write_leaves_the_old_file(tmp_path):
     """The process dies inside write(2), a third of the bytes out: the old file is whole, or there is none."""
     old, fresh = tmp_path / "old" / "file", tmp_path / "fresh" / "file"
-    atomic.write_bytes(old, b"o" * 1000)
+    files.write_bytes(old, b"o" * 1000)
     for path in (old, fresh):
         assert run(DIE_HALFWAY, path, check=False).returncode == -signal.SIGXFSZ
     assert old.read_bytes() == b"o" * 1000
@@ -211,7 +213,7 @@ except OSError as error:
 def test_a_failing_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     """EFBIG halfway: OSError, the old bytes, and nothing else in the folder."""
     path = tmp_path / "file"
-    atomic.write_bytes(path, b"old")
+    files.write_bytes(path, b"old")
     assert run(FAIL, path).stdout.startswith("OSError 27")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -221,7 +223,7 @@ def test_a_failing_replacement_leaves_no_temporary_file(tmp_path):
     """The target is a folder, so the rename fails: OSError, and the folder is alone."""
     (tmp_path / "target").mkdir()
     with pytest.raises(OSError, match="target"):
-        atomic.write_bytes(tmp_path / "target", b"x")
+        files.write_bytes(tmp_path / "target", b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
@@ -231,10 +233,10 @@ def test_an_interrupt_leaves_no_temporary_file(tmp_path, monkeypatch):
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    atomic.write_bytes(tmp_path / "file", b"old")
+    files.write_bytes(tmp_path / "file", b"old")
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        atomic.write_bytes(tmp_path / "file", b"new")
+        files.write_bytes(tmp_path / "file", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
 
 
@@ -246,9 +248,9 @@ def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
         seen.append((os.fstat(descriptor).st_size, path.read_bytes()))
         fsync(descriptor)
 
-    atomic.write_bytes(path, b"old")
+    files.write_bytes(path, b"old")
     monkeypatch.setattr(os, "fsync", watch)
-    atomic.write_bytes(path, b"n" * 100)  # less than a buffer
+    files.write_bytes(path, b"n" * 100)  # less than a buffer
     assert seen[0] == (100, b"old")
     assert path.read_bytes() == b"n" * 100
 

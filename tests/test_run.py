@@ -19,15 +19,17 @@ import safetensors.torch
 import torch
 from conftest import flags
 
-from fbpc_ray import cli, commands, coreset, pipeline
-from fbpc_ray.config import to_json
-from fbpc_ray.run import Run
+from fbpc_ray.commands import distill, main
+from fbpc_ray.core.config import to_json
+from fbpc_ray.data import coreset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.run_directory import Run
 
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
 
 
 def distil(*words: str) -> None:
-    cli.main(["distill", *words])
+    main.main(["distill", *words])
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
@@ -192,7 +194,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
 def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
     """The same chains again on convnet-in give the numbers of the run; convnet-none was not in it."""
     words = ["--backend", "serial", "--chain-steps", "20", "--chain-every", "10", "--eval-seeds", "2"]
-    cli.main(
+    main.main(
         [
             "evaluate",
             str(whole),
@@ -214,19 +216,19 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
 
 def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
     """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
-    folder, prepare = tmp_path / "run", commands.prepare
+    folder, prepare = tmp_path / "run", distill.prepare
     words = flags(small, backend="serial", method="random", out=str(folder))
 
     def slow(*arguments):
         monkeypatch.undo()
-        cli.main(["distill", *words])
+        main.main(["distill", *words])
         before.update({path: path.stat().st_ino for path in folder.rglob("*")})
         return prepare(*arguments)
 
     before: dict[Path, int] = {}
-    monkeypatch.setattr(commands, "prepare", slow)
+    monkeypatch.setattr(distill, "prepare", slow)
     with pytest.raises(SystemExit):
-        cli.main(["distill", *words])
+        main.main(["distill", *words])
     assert capsys.readouterr().err.endswith(
         f"error: {folder} is not empty: pass --resume to go on with it, or another --out\n"
     )
@@ -254,24 +256,24 @@ def test_no_evaluation_overwrites_another(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("evaluations"))
     words = ["evaluate", str(folder), "--architectures", "convnet-in", "--backend", "serial", "--chain-steps", "2",
              "--chain-every", "1", "--eval-seeds", "1"]  # fmt: skip
-    evaluate = pipeline.evaluate
+    evaluate = loop.evaluate
 
     def files() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in (folder / "evaluations").glob("*.json")}
 
     def overtaken(*arguments):
         monkeypatch.undo()
-        cli.main(words)
+        main.main(words)
         before.update(files())
         return evaluate(*arguments)
 
     before: dict[str, int] = {}
-    monkeypatch.setattr(pipeline, "evaluate", overtaken)
-    cli.main(words)
+    monkeypatch.setattr(loop, "evaluate", overtaken)
+    main.main(words)
     assert sorted(files()) == ["001-test-convnet-in.json", "002-test-convnet-in.json"]
     assert before == {name: inode for name, inode in files().items() if name.startswith("001")}
     (folder / "evaluations" / "001-test-convnet-in.json").unlink()
-    cli.main(words)
+    main.main(words)
     assert sorted(files()) == ["002-test-convnet-in.json", "003-test-convnet-in.json"]
 
 
@@ -282,14 +284,14 @@ def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
     np.savez(tmp_path / "large.npz", **large, **labels)
     base = ["evaluate", str(whole), "--backend", "serial", "--chain-steps", "20", "--chain-every", "10",
             "--eval-seeds", "1", "--json", str(tmp_path / "r.json"), "--ood"]  # fmt: skip
-    cli.main([*base, "digits"])
+    main.main([*base, "digits"])
     found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
     assert found["ood_auroc_entropy"] == found["ood_auroc_mutual_information"] == [0.5]
     assert "OOD entropy" in capsys.readouterr().out
     assert len(list((whole / "evaluations").glob("*entropy.png"))) == 4  # two coresets on two networks
     strange = f"npz:{tmp_path / 'large.npz'}"
     assert "--ood-resize" in refused(capsys, *base[1:], strange, command="evaluate")
-    cli.main([*base, strange, "--ood-resize"])
+    main.main([*base, strange, "--ood-resize"])
     found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
     assert 0 < found["ood_auroc_entropy"][0] < 1 != found["ood_auroc_entropy"][0] * 2
 
@@ -313,7 +315,7 @@ def test_dry_run_writes_nothing(small, tmp_path, capsys):
 
 def refused(capsys, *words: str, command: str = "distill", code: int = 2) -> str:
     with pytest.raises(SystemExit) as left:
-        cli.main([command, *words])
+        main.main([command, *words])
     lines = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == code
     assert len(lines) == 1
@@ -383,7 +385,7 @@ def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_p
         "1",
     ]
     for rate, said in (("0.05", "training 1"), ("0.5", "training 1"), ("0.05", "1 of 1 trajectories are there")):
-        cli.main([*words, "--expert-lr", rate, "--experts", str(tmp_path)])
+        main.main([*words, "--expert-lr", rate, "--experts", str(tmp_path)])
         assert said in capsys.readouterr().out
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
@@ -451,7 +453,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, small, tmp_path):
     words = flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=1)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
-        "from fbpc_ray.cli import main; main(sys.argv[1:])"
+        "from fbpc_ray.commands.main import main; main(sys.argv[1:])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "distill", *words], env=ENVIRONMENT, capture_output=True, text=True
@@ -471,7 +473,7 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed(whole, small, tmp_
     words = flags(small, backend="serial", steps=12, tracking=True, out=str(folder))
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['ray', 'mlflow', 'torch._dynamo'], None));"
-        "from fbpc_ray.cli import main; main(sys.argv[1:]); sys.exit('sklearn' in sys.modules)"
+        "from fbpc_ray.commands.main import main; main(sys.argv[1:]); sys.exit('sklearn' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,11 +18,12 @@ import torch
 from conftest import flags
 from processes import free_port, soon
 
-from fbpc_ray import api, cli
+from fbpc_ray import api
+from fbpc_ray.commands import main
+from fbpc_ray.core.rng import generator
+from fbpc_ray.distillation.run_directory import Run
 from fbpc_ray.inference.metrics import predictive_stats, scores
-from fbpc_ray.mlflow_model import default_store
-from fbpc_ray.rng import generator
-from fbpc_ray.run import Run
+from fbpc_ray.tracking.mlflow_model import default_store
 
 NETWORK = """
 from torch import nn
@@ -49,12 +50,12 @@ def home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def run(home, small) -> Run[Path]:
     words = flags(small, backend="serial", method="random", architectures=("convnet-bn",), tracking=True, eval_seeds=1)
-    cli.main(["distill", *words, "--out", "run"])
+    main.main(["distill", *words, "--out", "run"])
     return Run(home / "run")
 
 
 def evaluated(run: Run, *words: str) -> dict:
-    cli.main(["evaluate", str(run.folder), *CHAIN, "--json", "result.json", *words])
+    main.main(["evaluate", str(run.folder), *CHAIN, "--json", "result.json", *words])
     return json.loads(Path("result.json").read_text())["coresets"]["random"]
 
 
@@ -180,12 +181,12 @@ def test_what_cannot_be_saved_is_said_before_anything_runs(run, home, capsys):
         (["--save-model", "new", "--architectures", "convnet-bn", "convnet-in"], "--architectures"),
     ):
         with pytest.raises(SystemExit) as caught:
-            cli.main(["evaluate", str(run.folder), *CHAIN, *words])
+            main.main(["evaluate", str(run.folder), *CHAIN, *words])
         assert caught.value.code == 2
         assert said in capsys.readouterr().err
     assert not (home / "new").exists()
     with pytest.raises(SystemExit) as caught:
-        cli.main(["evaluate", str(run.folder), *CHAIN, "--save-model", "new", "--chain-eta", "1e6"])
+        main.main(["evaluate", str(run.folder), *CHAIN, "--save-model", "new", "--chain-eta", "1e6"])
     assert caught.value.code == 1
     assert "diverged" in capsys.readouterr().err
     assert not (home / "new").exists()

@@ -6,9 +6,9 @@ import oracles
 import pytest
 import torch
 
+from fbpc_ray.core.types import Batch
 from fbpc_ray.inference.posterior import loss_gradient
 from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, potential_gradient, sghmc
-from fbpc_ray.types import Batch
 
 NOTHING = Batch(torch.zeros(1), torch.zeros(1, dtype=torch.long))
 

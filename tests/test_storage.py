@@ -22,12 +22,14 @@ from stores import BUCKET, Wire, gs_server, s3_server
 from test_experts import RECIPE, refusal, same, snapshot, trajectory
 from test_run import distil, images_of, start
 
-from fbpc_ray import cache, cli, coreset, storage
-from fbpc_ray.config import Config
-from fbpc_ray.errors import UserError
-from fbpc_ray.experts import ExpertStore
-from fbpc_ray.run import Run
-from fbpc_ray.storage import Remote, place
+from fbpc_ray.commands import main
+from fbpc_ray.core import cache, storage
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import Remote, place
+from fbpc_ray.data import coreset
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.run_directory import Run
 
 ROOT = Path(__file__).parent.parent
 ATTEMPTS = storage.ATTEMPTS
@@ -110,7 +112,7 @@ def test_what_must_be_local_says_so(monkeypatch, capsys):
     monkeypatch.setenv("FBPC_HOME", "s3://bucket/home")
     for words in (["reproduce", "table1", "--out", "s3://bucket/x", "--dry-run"], ["experts", "--dry-run"]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(words)
+            main.main(words)
         assert stop.value.code == 2
         assert "it must be a local folder" in capsys.readouterr().err
 
@@ -206,14 +208,14 @@ def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     )
     run.write_config(Config())
     coreset.save(made, run.coreset_path, {"method": "fbpc"})
-    cli.main(["export", str(run.folder), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
+    main.main(["export", str(run.folder), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
     assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, made.images)
     evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
                 "--chain-steps", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
-    cli.main([*evaluate, str(run.coreset_path)])
+    main.main([*evaluate, str(run.coreset_path)])
     assert "convnet-in    given" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main([*evaluate, str(run.folder)])
+        main.main([*evaluate, str(run.folder)])
     assert "of a store only a file can be read" in capsys.readouterr().err
 
 
@@ -224,7 +226,7 @@ def leaves(capsys, *words: str) -> str:
     """The one line with which a command ends, soon, with exit status 1."""
     began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(words))
+        main.main(list(words))
     assert time.monotonic() - began < 120
     assert stop.value.code == 1
     error = capsys.readouterr().err.strip()
@@ -244,7 +246,7 @@ def test_a_bucket_that_is_not_there(scheme, capsys, digits):
 def test_a_run_that_is_not_there(folder, capsys):
     for words in (["evaluate", str(folder)], ["distill", "--out", str(folder), "--resume"]):
         with pytest.raises(SystemExit):
-            cli.main(words)
+            main.main(words)
         assert f"{folder} holds no run (no config.json)" in capsys.readouterr().err
 
 
@@ -542,7 +544,7 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     distil("--out", str(out), "--resume")
     assert "this run is complete" in capsys.readouterr().out
 
-    cli.main(["evaluate", str(out), "--backend", "serial", "--architectures", "convnet-in"])
+    main.main(["evaluate", str(out), "--backend", "serial", "--architectures", "convnet-in"])
     assert names(out / "evaluations") == ["001-test-convnet-in.json", "001-test-convnet-in.reliability.png"]
     with pytest.raises(SystemExit):
         distil("--out", str(out))
@@ -555,7 +557,7 @@ def test_a_run_on_google_s_protocol(local, tmp_path):
     out = Remote("gs", f"{BUCKET}/{tmp_path.name}")
     distil(*flags(settings, experts=str(out / "experts"), out=str(out / "run"), backend="serial"))
     assert torch.equal(remote_images(out / "run"), images_of(folder))
-    cli.main(["evaluate", str(out / "run"), "--backend", "serial", "--architectures", "convnet-in"])
+    main.main(["evaluate", str(out / "run"), "--backend", "serial", "--architectures", "convnet-in"])
     assert names(out / "run" / "evaluations") == ["001-test-convnet-in.json", "001-test-convnet-in.reliability.png"]
 
 

@@ -20,20 +20,24 @@ from conftest import flags
 from processes import alive, descendants, gradient_workers, kill, soon
 from test_run import start
 
-from fbpc_ray import cli, config, plan, sweep, tuning
-from fbpc_ray.backend import Serial
-from fbpc_ray.cluster.placement import Need, Node, need_of, room, share
-from fbpc_ray.config import Sweep
-from fbpc_ray.errors import UserError
-from fbpc_ray.presets import PRESETS, preset, to_preset
-from fbpc_ray.signals import Interruption
-from fbpc_ray.sweep import Look, Outcome, Record, Task
+from fbpc_ray.commands import main
+from fbpc_ray.core import config
+from fbpc_ray.core.config import Sweep
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import PRESETS, preset, to_preset
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.execution import session
+from fbpc_ray.execution.ray.placement import Need, Node, need_of, room, share
+from fbpc_ray.execution.serial import Serial
+from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning import trial as sweep
+from fbpc_ray.tuning.trial import Look, Outcome, Record, Task
 
 SPACE = {"alpha": [1.0, 10.0]}
 
 
 def drawn(space, samples=1, seed=0):
-    from fbpc_ray.cluster.space import variants
+    from fbpc_ray.tuning.search_space import variants
 
     return variants(space, samples, seed)
 
@@ -52,7 +56,7 @@ def test_the_same_seed_draws_the_same_trials_and_another_seed_others():
 def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
     from ray import tune
 
-    from fbpc_ray.cluster.space import gridded
+    from fbpc_ray.tuning.search_space import gridded
 
     space = {"lambda_u": lambda own: own["lambda_x"] / 5, "lambda_x": tune.uniform(0.1, 1)}
     found = drawn(gridded(space, sweep.grid_of(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
@@ -65,7 +69,7 @@ def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
 
 @pytest.mark.parametrize("name", [*PRESETS, ""])
 def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_path):
-    from fbpc_ray.cluster.space import default_space
+    from fbpc_ray.tuning.search_space import default_space
 
     base = (preset(name) if name else config.Config()).updated(validation=0.1)
     space = default_space(base, 10)
@@ -99,7 +103,7 @@ def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("spaces_of_tests.py").write_text("MISSPELT = {'alhpa': 1}\nLIST = [1]\n")
     with pytest.raises(SystemExit) as error:
-        cli.main(["tune", *words])
+        main.main(["tune", *words])
     assert error.value.code == 2
     found = capsys.readouterr().err
     assert found.startswith("error: ")
@@ -113,7 +117,7 @@ def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, cap
     base = preset("digits").updated(alpha=3.25, steps=7, out="elsewhere", data_root="/mnt", threads=2, validation=0.2)
     path.write_text(to_preset(base))
     assert preset(str(path)) == base.updated(out="", data_root="data")
-    cli.main(["distill", "--preset", str(path), "--steps", "9", "--dry-run"])
+    main.main(["distill", "--preset", str(path), "--steps", "9", "--dry-run"])
     said = capsys.readouterr().out
     assert '"alpha": 3.25' in said
     assert '"steps": 9' in said
@@ -282,7 +286,7 @@ def test_trials_of_different_expert_recipes_that_begin_together_all_finish(small
 def test_what_trials_get_holds_no_test_image(digits, tmp_path):
     """Bytes of the test images, which are in the whole data set, are not in what is sent to trials."""
     base = preset("digits").updated(validation=0.1)
-    dataset = plan.load_data(base, print)
+    dataset = session.load_data(base, print)
     wanted = dataset.test.images[7].tobytes()
     own = [sweep.config_of(base, {}, Sweep(), tmp_path, 0)]
     assert wanted in pickle.dumps(dataset)
@@ -294,7 +298,7 @@ def test_what_trials_get_holds_no_test_image(digits, tmp_path):
 
 def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
     """A trial worse than the median of ended ones is stopped; to a scheduler without a past it is the best."""
-    from fbpc_ray.cluster import sweep as on_ray
+    from fbpc_ray.tuning import ray_tune as on_ray
 
     task = task_of(small, digits, tmp_path, *[{}] * 4)
     past = [outcome(n, "finished", (float(n), 0.5)) for n in range(3)]
@@ -308,7 +312,7 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
 
 def test_a_sweep_that_finds_no_room_says_so_and_ends(monkeypatch):
     """Asked at each turn of Tune's loop."""
-    from fbpc_ray.cluster import sweep as on_ray
+    from fbpc_ray.tuning import ray_tune as on_ray
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -404,7 +408,7 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
 
 
 def runs(home: Path) -> list[Any]:
-    from fbpc_ray.tracking import MlflowClient
+    from fbpc_ray.tracking.tracker import MlflowClient
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of SQLAlchemy, about MLflow
@@ -449,9 +453,9 @@ def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
     assert result["best"]["trial"] == best
     assert result["test"]["images_scored"] == 360
     assert preset(str(folder / "best.json")).distillation.alpha == GRID[best]
-    cli.main(["distill", "--preset", str(folder / "best.json"), "--dry-run", "--experts", str(folder / "none")])
+    main.main(["distill", "--preset", str(folder / "best.json"), "--dry-run", "--experts", str(folder / "none")])
     assert f'"alpha": {GRID[best]}' in capsys.readouterr().out
-    cli.main(["tune", "--out", str(folder), "--resume"])
+    main.main(["tune", "--out", str(folder), "--resume"])
     assert "this sweep is complete" in capsys.readouterr().out
 
 
@@ -459,7 +463,7 @@ def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
-    from fbpc_ray.tracking import MlflowClient
+    from fbpc_ray.tracking.tracker import MlflowClient
 
     home, _, sessions = swept
     assert "RUNNING" in sessions[0].status.values()  # SIGKILL leaves no time; what follows mends it

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fbpc_ray.teach import teach
-from fbpc_ray.vision import datasets
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import Network, Spec
+from fbpc_ray.data import datasets
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation.expert_training import teach
+from fbpc_ray.models.functional import Network, Spec
 
 
 @pytest.fixture

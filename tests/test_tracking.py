@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from processes import free_port
 
-from fbpc_ray import mlflow_uri, tracking
-from fbpc_ray.tracking import Metric, MlflowClient, Tracker
+from fbpc_ray.tracking import tracker as tracking
+from fbpc_ray.tracking import uri as mlflow_uri
+from fbpc_ray.tracking.tracker import Metric, MlflowClient, Tracker
 
 PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
 

@@ -17,9 +17,10 @@ from conftest import flags
 from processes import descendants, free_port, kill, listening, soon
 from test_run import ENVIRONMENT
 
-from fbpc_ray import cli, mlflow_uri, ui
-from fbpc_ray.presets import with_method
-from fbpc_ray.run import Run
+from fbpc_ray.commands import main, ui
+from fbpc_ray.core.presets import with_method
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.tracking import uri as mlflow_uri
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,8 +58,8 @@ def store(small, tmp_path_factory) -> Store:
         patch.setenv("FBPC_HOME", str(home))
         patch.setenv("MLFLOW_TRACKING_URI", "")
         for name, config in zip(NAMES, (base, other), strict=True):
-            cli.main(["distill", *flags(config, out=str(home / name))])
-        cli.main(["evaluate", str(home / NAMES[0]), "--architectures", "convnet-bn", "--backend", "serial"])
+            main.main(["distill", *flags(config, out=str(home / name))])
+        main.main(["evaluate", str(home / NAMES[0]), "--architectures", "convnet-bn", "--backend", "serial"])
         uri = mlflow_uri.default_uri(home)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,7 +126,7 @@ def test_runs_compare_at_once(store):
 
 
 def _shape(store: Store) -> tuple[Any, tuple[int, int, int]]:
-    from fbpc_ray import coreset
+    from fbpc_ray.data import coreset
 
     its = coreset.load(Run(store.home / NAMES[0]).coreset_path)
     return its.labels, tuple(its.images.shape[1:])  # type: ignore[return-value]
@@ -248,7 +249,7 @@ def test_a_signal_ends_it_with_all_its_processes(store, number):
 def refused(capsys, *words: str) -> tuple[int | str | None, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        cli.main(["ui", *words])
+        main.main(["ui", *words])
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1, said
     return end.value.code, said
@@ -274,5 +275,5 @@ def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
     code, said = refused(capsys)
     assert code == 1 and "file is not a database" in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    cli.main(["ui"])
+    main.main(["ui"])
     assert "http://127.0.0.1:9 is a server" in capsys.readouterr().out

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from fbpc_ray.core.types import Batch
 from fbpc_ray.inference.weight_space import forward_kl, perturbed, reverse_kl, unrolled_sgd, wasserstein
-from fbpc_ray.types import Batch
 
 DRAWS = 4000
 

@@ -18,16 +18,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, max_pool2d
 
-from fbpc_ray import cli, coreset, evaluate, plan
-from fbpc_ray.config import to_json
-from fbpc_ray.errors import UserError
-from fbpc_ray.passes import Passes
-from fbpc_ray.presets import preset
-from fbpc_ray.rng import generator
-from fbpc_ray.vision import contract
-from fbpc_ray.vision.convnet import default_depth
-from fbpc_ray.vision.realdata import RealData
-from fbpc_ray.vision.zoo import ARCHITECTURES, Network, Spec, build, canonical, specify
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import to_json
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.evaluation import chains
+from fbpc_ray.execution import session
+from fbpc_ray.models import checks
+from fbpc_ray.models.convnet import default_depth
+from fbpc_ray.models.functional import ARCHITECTURES, Network, Spec, build, canonical, specify
+from fbpc_ray.models.passes import Passes
 
 NORMS = ("in", "gn", "ln", "bn", "none")
 ALL = tuple(f"convnet-{norm}" for norm in NORMS)
@@ -183,13 +186,13 @@ def test_a_network_has_one_spec(name, width, depth, expected):
 def test_the_plan_uses_canonical_names_and_refuses_one_network_twice(digits):
     """In the configuration, so that files, metrics and --resume see one name, and in the networks made from it."""
     config = preset("digits").updated(architectures=("resnet18", "vgg11-bn"), width=8)
-    assert plan.canonical(config).networks.architectures == ("resnet18-in", "vgg11-bn")
-    assert [spec.architecture for spec in plan.specs(config, digits)] == ["resnet18-in", "vgg11-bn"]
-    for check in (plan.canonical, plan.check):
+    assert session.canonical(config).networks.architectures == ("resnet18-in", "vgg11-bn")
+    assert [spec.architecture for spec in session.specs(config, digits)] == ["resnet18-in", "vgg11-bn"]
+    for check in (session.canonical, session.check):
         with pytest.raises(UserError, match="resnet18-in: resnet18-in is there twice; name each network once"):
             check(config.updated(architectures=("resnet18", "resnet18-in")))
     with pytest.raises(UserError, match="8x8 are too small for lenet"):
-        plan.specs(config.updated(architectures=("lenet",)), digits)
+        session.specs(config.updated(architectures=("lenet",)), digits)
 
 
 @pytest.mark.parametrize(
@@ -427,9 +430,9 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
     order = torch.randperm(45, generator=source())
 
     def losses(size, chosen, given=coreset_images):
-        monkeypatch.setattr(evaluate, "TEST_BATCH", size)
+        monkeypatch.setattr(chains, "TEST_BATCH", size)
         test = RealData(images[chosen], labels[chosen], digits.mean, digits.std)
-        return evaluate.predictive(Passes(net), samples, given, test)
+        return chains.predictive(Passes(net), samples, given, test)
 
     whole = losses(500, torch.arange(45))
     for size in (45, 16, 1):
@@ -796,7 +799,7 @@ def nets(tmp_path, monkeypatch):
 def test_a_users_own_network_is_one_like_ours(name, nets):
     """Found in the current folder, checked, and pure functions from there: BatchNorm of any kind, shared weights."""
     spec = specify(f"nets:{name}", (1, 8, 8), 4, 128, 3)
-    contract.check(spec)
+    checks.check(spec)
     net = Network(spec)
     params, images = random_params(net), images_of(6, (1, 8, 8))
     statistics = net.statistics(params, [images_of(7, (1, 8, 8), 5)])
@@ -831,13 +834,13 @@ def test_a_shared_weight_is_one_parameter(nets):
 
 def contract_checked(name):
     spec = specify(f"nets:{name}", (1, 8, 8), 4, 128, 0)
-    contract.check(spec)
+    checks.check(spec)
     return Network(spec)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_our_networks_hold_to_the_contract_too(name):
-    assert contract.first_breach(network(name)) == ""
+    assert checks.first_breach(network(name)) == ""
 
 
 @pytest.mark.parametrize(
@@ -880,7 +883,7 @@ def test_a_network_that_cannot_be_used_is_refused_in_one_line(name, words, nets)
     """Before anything long begins, with the cause, and with the place where it is in the user's code."""
     before = torch.random.get_rng_state()
     with pytest.raises(UserError) as caught:
-        contract.check(specify(name, (1, 8, 8), 4, 128, 0))
+        checks.check(specify(name, (1, 8, 8), 4, 128, 0))
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in (name, *words)), str(caught.value)
     assert "UserError" not in str(caught.value)
@@ -893,10 +896,10 @@ def test_a_run_has_the_one_name_of_its_network_and_goes_on_under_the_other(tmp_p
     (tmp_path / "config.json").write_text(to_json(stored))
     resumed = ["distill", "--out", str(tmp_path), "--resume"]
     for command in (resumed, ["distill", "--width", "8"], ["experts", "--width", "8"]):
-        cli.main([*command, "--architectures", "vgg11", "--dry-run"])
+        main.main([*command, "--architectures", "vgg11", "--dry-run"])
         assert '"vgg11-in"' in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main([*resumed, "--architectures", "vgg11-bn", "--dry-run"])
+        main.main([*resumed, "--architectures", "vgg11-bn", "--dry-run"])
     assert "now ('vgg11-bn',)" in capsys.readouterr().err
 
 
@@ -918,7 +921,7 @@ def test_a_users_own_network_runs_on_ray_to_the_bits_of_serial(nets):
     finally:
         shutil.rmtree(ray, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    cli.main(["distill", *flags(config, backend="serial", out=str(nets / "serial"), experts=str(nets / "other"))])
+    main.main(["distill", *flags(config, backend="serial", out=str(nets / "serial"), experts=str(nets / "other"))])
     one, other = (json.loads((nets / name / "result.json").read_text()) for name in ("ray", "serial"))
     assert list(one["coresets"]["fbpc"]) == one["architectures"] == ["nets:batchnorm2d"]
     assert one["coresets"] == other["coresets"]

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions on tensors, one equation a file. Imports `core.types` alone."""

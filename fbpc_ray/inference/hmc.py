@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbpc_ray.types import Batch, Params
+from fbpc_ray.core.types import Batch, Params
 
 Energy = Callable[[Params], Tensor]
 """E: parameters -> () nats, or (chains,) where the first dimension of each parameter counts independent chains."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.adam import adam
 
-from fbpc_ray.types import Batch, LossGradient, Params
+from fbpc_ray.core.types import Batch, LossGradient, Params
 
 
 class Ending(StrEnum):

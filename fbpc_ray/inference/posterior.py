@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.types import Batch, Forward, LossGradient, Params
+from fbpc_ray.core.types import Batch, Forward, LossGradient, Params
 
 
 class FunctionPosterior(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from fbpc_ray.types import Batch, LossGradient, Params
+from fbpc_ray.core.types import Batch, LossGradient, Params
 
 Gradient = Callable[[Params, Batch], Params]
 """(parameters, batch) -> the gradient of U(theta) by parameter."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.types import Augment, Batch, Forward, Loss, Params
+from fbpc_ray.core.types import Augment, Batch, Forward, Loss, Params
 
 
 class WeightDivergence(NamedTuple):

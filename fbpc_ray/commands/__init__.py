@@ -1,0 +1,1 @@
+"""The command line: parsing, help, one file a command. Imports every room."""

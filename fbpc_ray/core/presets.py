@@ -1,0 +1,94 @@
+"""What a configuration begins with: the rows of the paper's Table 4, and the settings of the weight-space baselines."""
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from fbpc_ray.core.config import Config, Output, Workers, from_json
+from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.storage import place
+
+
+def _table4(data: str, ipc: int, T: int, gamma: float, lambda_x: float, lambda_u: float, N: int, alpha: int, B: int):
+    return dict(  # noqa: C408
+        data=data, ipc=ipc, start_epoch=T, gamma=gamma, lambda_x=lambda_x, lambda_u=lambda_u,
+        steps=N, alpha=float(alpha), batch_size=B,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    #                                                    T  gamma   l_x   l_u     N alpha     B
+    "cifar10-ipc1":        _table4("cifar10", 1,         1, 0.01, 0.05, 0.01, 1000,  100,   10),
+    "cifar10-ipc10":       _table4("cifar10", 10,        2,  0.1, 0.05, 0.01, 1000, 1000,  100),
+    "cifar10-ipc50":       _table4("cifar10", 50,       10,  0.2, 0.05, 0.01, 1000, 1000,  500),
+    "cifar100-ipc1":       _table4("cifar100", 1,        2,  0.1,  0.1,  0.1, 5000, 1000,  100),
+    "cifar100-ipc10":      _table4("cifar100", 10,      40,  0.1,  0.1,  0.1, 5000, 1000, 1000),
+    "cifar100-ipc50":      _table4("cifar100", 50,      20,  0.2, 0.01, 0.01,  300, 1000, 5000),
+    "tiny-imagenet-ipc1":  _table4("tiny-imagenet", 1,   2,  0.1,  0.1,    3, 5000, 1000,  100),
+    "tiny-imagenet-ipc10": _table4("tiny-imagenet", 10, 40,    1,  0.1,    3,  500, 1000,  100),
+    "tiny-imagenet-ipc50": _table4("tiny-imagenet", 50, 40,    1,  0.1,    3,  500, 1000,  100),
+    "digits": dict(  # noqa: C408
+        data="digits", architectures=("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"), width=32, ipc=1,
+        steps=60, alpha=10.0, batch_size=10, gamma=0.1, map_lr=0.005, lambda_x=0.05, lambda_u=0.01, start_epoch=5,
+        expert_count=4, expert_epochs=20, expert_lr=0.05, expert_batch_size=64, real_batch_size=64,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """The configuration of a preset: a name in `PRESETS`, or a JSON file of {flag: value}. Raises UserError."""
+    if name in PRESETS:
+        return Config().updated(**PRESETS[name])
+    if name.endswith(".json") or "/" in name:
+        if (path := place(name)).is_file():
+            return from_json(path.read_bytes(), name)
+        raise UserError(f"--preset {name}: there is no such file; give the best.json of a sweep, or a name")
+    raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
+
+
+def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
+    """The configuration that flags then change: the preset called `row`, else that of `data` (digits where None) and
+    `ipc`, else the paper's defaults; for `method`. Raises UserError."""
+    name = row or ("digits" if data is None else f"{data}-ipc{ipc or 1}")
+    base = preset(name) if row or name in PRESETS else Config()
+    if method is None:
+        return base
+    return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() else base.distillation.ipc)
+
+
+def to_preset(config: Config) -> str:
+    """The text of a preset file: what makes a result, without the places and machines of one run."""
+    mine = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads"} | {"data_root", "download"}
+    return json.dumps({name: value for name, value in config.flat().items() if name not in mine}, indent=2) + "\n"
+
+
+def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[str, Any]:
+    return dict(  # noqa: C408
+        start_rule="before", start_epoch=max_start, syn_steps=syn_steps, inner_lr=inner_lr, alpha=1000.0, steps=5000,
+    ) | more  # fmt: skip
+
+
+BPC: dict[int, dict[str, Any]] = {1: _bpc(2, 50, 0.01), 10: _bpc(20, 30, 0.03), 20: _bpc(30, 30, 0.03)}
+"""The weight-space baselines by ipc, after their paper's code; 20 serves whatever is above 10."""
+
+BPC_RKL: dict[int, dict[str, Any]] = {
+    ipc: {"mc_samples": samples, "alpha": 1.0} for ipc, samples in ((1, 10), (10, 30), (20, 10))
+}
+"""What the rKL has of its own. alpha: its gradient carries the number of real images, and 1000 or 10 wreck the images
+on CIFAR-10 [method]."""
+
+
+def with_method(config: Config, method: str, ipc: int) -> Config:
+    """`config` for another method: the weight-space baselines bring the settings of their own paper."""
+    if not method.startswith("bpc-"):
+        return config.updated(method=method)
+    row = 1 if ipc < 10 else 10 if ipc < 20 else 20
+    return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
+
+
+def start_of(config: Config) -> tuple[str, Config]:
+    """The preset that a configuration begins with, by its data and size, and its name; the defaults, without a name,
+    where there is none."""
+    data = config.data.data
+    row = "digits" if data == "digits" else f"{data}-ipc{config.distillation.ipc}"
+    return (row, preset(row)) if row in PRESETS else ("", Config())

@@ -1,0 +1,1 @@
+"""Data sets, augmentation, corruptions, coresets and their file formats. Imports core."""

@@ -1,0 +1,144 @@
+"""A pseudocoreset as plain data: its images, its fixed labels and what is needed to look at them.
+
+One safetensors file holds one coreset: the tensors `images` and `labels`, and in the metadata the format version, the
+normalisation and the names of the classes as JSON. Nothing is pickled.
+"""
+
+import json
+import math
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from fbpc_ray.core import files, storage
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import Place
+
+FORMAT = "1"
+
+
+class Coreset(NamedTuple):
+    """m labelled images."""
+
+    images: Tensor
+    """(m, c, h, w) float32, normalised."""
+    labels: Tensor
+    """(m,) int64."""
+    mean: tuple[float, ...]
+    """(c,): pixels in 0..1 are images * std + mean."""
+    std: tuple[float, ...]
+    """(c,)."""
+    classes: tuple[str, ...]
+    """Label -> its name."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w)"""
+        c, h, w = self.images.shape[1:]
+        return c, h, w
+
+
+def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.Generator) -> Tensor:
+    """Indices (ipc * d,) of a class-balanced uniform draw without replacement: ipc of class 0, then ipc of class 1, ...
+
+    labels: (n,) int64. With the same `source` a smaller ipc draws a subset of a larger one's.
+    Raises UserError where a class has fewer than ipc images.
+    """
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (n,)")
+    if ipc < 1:
+        raise UserError(f"--ipc is {ipc}: ask for at least 1 image per class")
+    members = [(labels == label).nonzero().flatten() for label in range(len(classes))]
+    sizes = [len(indices) for indices in members]
+    if min(sizes) < ipc:
+        smallest = sizes.index(min(sizes))
+        raise UserError(
+            f"class {classes[smallest]!r} has {sizes[smallest]} images, ipc is {ipc}: lower --ipc, or give more data"
+        )
+    return torch.cat([indices[torch.randperm(len(indices), generator=source)[:ipc]] for indices in members])
+
+
+def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) -> None:
+    """Write `coreset` to `path`, whole or not at all; otherwise as `dumps`."""
+    files.write_bytes(path, dumps(coreset, metadata))
+
+
+def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
+    """`coreset` as a file; `metadata` is kept beside it in the file's header.
+
+    Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
+    """
+    own = {
+        "format": FORMAT,
+        "mean": json.dumps(list(coreset.mean)),
+        "std": json.dumps(list(coreset.std)),
+        "classes": json.dumps(list(coreset.classes)),
+    }
+    taken = sorted(own.keys() & (metadata or {}).keys())
+    wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
+    if wrong:
+        raise ValueError(f"not a coreset to save: {wrong}")
+    tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in ("images", "labels")}
+    return _ordered(to_bytes(tensors, {**(metadata or {}), **own}))
+
+
+def metadata(path: Place) -> dict[str, str]:
+    """The metadata in the header of the coreset at `path`: what made it. Raises UserError where `load` would."""
+    load(path)
+    with storage.local(path) as near, safe_open(near, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def load(path: Place) -> Coreset:
+    """The coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
+    try:
+        with storage.local(path) as near, safe_open(near, framework="pt") as file:
+            facts = file.metadata() or {}
+            images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+        mean, std, classes = (tuple(json.loads(facts[name])) for name in ("mean", "std", "classes"))
+        coreset = Coreset(images, labels, mean, std, classes)
+        if wrong := problem(coreset):
+            raise ValueError(wrong)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
+        raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
+    return coreset
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors file with the keys of its header sorted: equal coresets give equal files.
+
+    The file is 8 bytes of header size, the header as JSON padded to 8 bytes, the tensors; the library writes the
+    metadata in another order each time.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def problem(coreset: Coreset) -> str | None:
+    """Why these five things do not belong together, or None."""
+    images, labels, mean, std, classes = coreset
+    if images.dtype != torch.float32 or images.ndim != 4 or not images.numel():
+        return f"images are {images.dtype} {tuple(images.shape)}, expected float32 (m, c, h, w)"
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        return f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)"
+    if not images.isfinite().all():
+        return "some pixels are not finite"
+    if not len(mean) == len(std) == images.shape[1]:
+        return f"{len(mean)} means and {len(std)} stds for {images.shape[1]} channels"
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std) or min(std) <= 0:
+        return f"mean {mean} and std {std} are not a normalisation"
+    if not all(isinstance(name, str) for name in classes):
+        return "the names of the classes are not text"
+    if labels.min() < 0 or labels.max() >= len(classes):
+        return f"labels from {int(labels.min())} to {int(labels.max())}, but {len(classes)} classes"
+    return None

@@ -1,0 +1,1 @@
+"""One architecture's part of a step, for each method."""

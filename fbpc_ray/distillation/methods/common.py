@@ -1,0 +1,124 @@
+"""What the gradients of all methods share: their arguments, their result, and the draws that they begin with."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbpc_ray.core.config import Distillation
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch
+from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.trajectory_cache import XCache
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import Passes
+
+Stats = dict[str, Any]
+"""What one gradient reports: int, float and str by name."""
+
+
+class Problem(NamedTuple):
+    """What a worker holds between two steps: one architecture, its experts, the data and the settings."""
+
+    passes: Passes
+    store: ExpertStore
+    real: RealData
+    labels: Tensor
+    """(m,) int64: the pseudocoreset's, fixed."""
+    settings: Distillation
+    augment: str
+    expert_count: int
+    draw: int = 0
+    """Which of the step's independent draws of (theta_x, theta_u)."""
+    x_cache: XCache | None = None
+    """Where theta_x and its K steps are kept."""
+
+    @property
+    def network(self) -> Network:
+        return self.passes.network
+
+    def rng(self, step: int, purpose: str) -> torch.Generator:
+        """The stream of one purpose in one step, this architecture's and this draw's own."""
+        more = (self.draw,) if self.draw else ()
+        return generator(self.settings.seed, "step", step, self.network.spec.architecture, purpose, *more)
+
+    def batch(self, step: int) -> Tensor:
+        """Indices of the step's batch of B images, the same for every architecture; all of u where m <= B."""
+        source = generator(self.settings.seed, "step", step, "batch")
+        return torch.randperm(len(self.labels), generator=source)[: self.settings.batch_size].sort().values
+
+
+class Gradient(NamedTuple):
+    """The gradient of a method's divergence for one architecture."""
+
+    value: Tensor
+    """(m, c, h, w) float32, on the CPU; zero for images outside the step's batch."""
+    stats: Stats
+    inner_lr: float = 0.0
+    """With respect to the inner learning rate, where the method learns it (bpc-w)."""
+    solution: Tensor | None = None
+    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map pool`)."""
+
+
+Method = Callable[..., Gradient]
+"""(problem, step, images (m, c, h, w) on the device, inner learning rate, and what was made before) -> Gradient.
+Pure."""
+
+XSide = Callable[[Problem, int], np.ndarray]
+"""(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
+
+
+def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
+    """The epochs from which an expert's snapshot is drawn, such that `ahead` more follow it.
+
+    Raises UserError where there is none.
+    """
+    last = epochs - ahead
+    chosen = range(start, last + 1) if rule == "from" else range(min(start, last + 1))
+    if not chosen or start < 0:
+        raise UserError(
+            f"--start-epoch {start} ({rule}) leaves no epoch of experts that have 0..{epochs}"
+            + (f", {ahead} of which must follow" if ahead else "")
+            + (
+                ": raise --start-epoch or --expert-epochs"
+                if rule == "before"
+                else ": lower it or raise --expert-epochs"
+            )
+        )
+    return chosen
+
+
+def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int, int]:
+    """A trajectory and an epoch, uniform over both."""
+    trajectory = int(torch.randint(count, (), generator=source))
+    return trajectory, epochs[int(torch.randint(len(epochs), (), generator=source))]
+
+
+def coreset_batches(
+    images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator
+) -> Iterator[Batch]:
+    """Endless freshly augmented batches of the pseudocoreset: all of it where m <= size, else minibatches in turn."""
+    while True:
+        for index in torch.arange(len(labels)).split(size):
+            drawn = AUGMENTATIONS[augment](len(index), source)
+            yield Batch(drawn(images[index]), labels[index])
+
+
+class Clock:
+    """Seconds between laps, the device's queue emptied."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds

@@ -1,0 +1,164 @@
+"""FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Params
+from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.distillation.methods.common import Clock, Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.inference.divergence import forward_kl
+from fbpc_ray.inference.map_solve import map_solve
+from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
+
+X_FORMAT = 1
+"""To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
+
+
+def x_side(problem: Problem, step: int) -> np.ndarray:
+    """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
+    expert, epoch = _expert(problem, step)
+    found = _kept(problem, expert, epoch)
+    return np.stack(list(_rows(problem, expert, epoch))) if found is None else found
+
+
+def gradient(
+    problem: Problem,
+    step: int,
+    images: Tensor,
+    inner_lr: float,
+    x_side: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+) -> Gradient:
+    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `x_side`, where it was
+    computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map pool`); None: at the prior.
+
+    Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
+    MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
+    """
+    network, labels, settings, augment = problem.network, problem.labels, problem.settings, problem.augment
+    forward, slope, logits = network.forward, problem.passes.loss_gradient, problem.passes.logits
+    size, rng = settings.batch_size, problem.rng
+    clock = Clock(network.device)
+    u = images.detach().requires_grad_()
+    chosen = problem.batch(step)
+    augmented = AUGMENTATIONS[augment](len(chosen), rng(step, "augment"))(u[chosen])
+    isotropic = settings.method == "fbpc-isotropic"
+
+    # theta_x: a snapshot of a random expert; its K steps on real images.
+    expert, epoch = _expert(problem, step)
+    if x_side is None and not isotropic:
+        x_side = _kept(problem, expert, epoch)
+    samples_x: Iterable[Params]
+    if x_side is None:
+        theta_x = _theta_x(problem, expert, epoch)
+        samples_x = _k_steps(problem, expert, epoch, theta_x)
+    else:
+        theta_x, samples_x = _params(problem, x_side[0]), (_params(problem, row) for row in x_side[1:])
+    posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
+    seconds_x = clock.lap()
+
+    # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
+    solution = map_solve(
+        slope,
+        network.init(rng(step, "prior")) if start is None else _params(problem, start),
+        coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
+        threshold=settings.gamma,
+        learning_rate=settings.map_lr,
+        max_steps=settings.map_max_steps,
+        batches_per_pass=math.ceil(len(labels) / size),
+    )
+    seconds_map = clock.lap()
+
+    # Its K steps on the pseudocoreset.
+    batches = coreset_batches(u.detach(), labels, size, augment, rng(step, "coreset"))
+    samples_u = islice(sgd_trajectory(slope, solution.params, batches, settings.lambda_u), settings.posterior_steps)
+    posterior_u = function_posterior(forward, solution.params, None if isotropic else samples_u, augmented, logits)
+    seconds_u = clock.lap()
+
+    divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
+    (value,) = torch.autograd.grad(divergence.value, u)
+    value = value.cpu()
+    return Gradient(
+        value,
+        {
+            "loss": divergence.value.item(),
+            "expected_x": divergence.expected_x.item(),
+            "expected_u": divergence.expected_u.item(),
+            "psi_x": posterior_x.variance.mean().item(),
+            "psi_u": posterior_u.variance.mean().item(),
+            "gradient_norm": value.norm().item(),
+            "map_steps": solution.steps,
+            "map_ending": str(solution.ending),
+            "map_loss": solution.loss,
+            "expert": expert,
+            "expert_epoch": epoch,
+            "seconds_x": seconds_x,
+            "seconds_map": seconds_map,
+            "seconds_u": seconds_u,
+            "seconds_gradient": clock.lap(),
+        },
+        solution=_vector(solution.params).cpu() if settings.map == "pool" else None,
+    )
+
+
+def _expert(problem: Problem, step: int) -> tuple[int, int]:
+    """The step's trajectory and epoch."""
+    s = problem.settings
+    epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs)
+    return draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
+
+
+def _theta_x(problem: Problem, expert: int, epoch: int) -> Params:
+    return problem.network.parameters_of(problem.store.read(expert, epoch))
+
+
+def _k_steps(problem: Problem, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
+    """theta_x^(1..K), Eq. 16 on the x side. A snapshot has one such trajectory: its real images and their augmentation
+    are drawn by the snapshot's name, so that every step, run and seed that meets it can share the work."""
+    s, recipe = problem.settings, problem.store.recipe
+    source = generator(recipe.seed, "x-side", problem.network.spec.architecture, expert, epoch)
+    batches = problem.real.stream(s.real_batch_size, problem.augment, source)
+    return islice(sgd_trajectory(problem.passes.loss_gradient, theta_x, batches, s.lambda_x), s.posterior_steps)
+
+
+def _rows(problem: Problem, expert: int, epoch: int) -> Iterator[Tensor]:
+    theta_x = _theta_x(problem, expert, epoch)
+    for params in chain([theta_x], _k_steps(problem, expert, epoch, theta_x)):
+        yield _vector(params).cpu()
+
+
+def _kept(problem: Problem, expert: int, epoch: int) -> np.ndarray | None:
+    """The rows from the cache, made where they aren't there; None where there is no cache for them."""
+    if problem.x_cache is None:
+        return None
+    s, passes = problem.settings, problem.passes
+    device = problem.network.device
+    about = (
+        X_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
+        s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
+        torch.__version__, torch.get_num_threads(), passes.folder is not None, torch.backends.cpu.get_cpu_capability(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )  # fmt: skip
+    key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
+    shape = 1 + s.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
+    return problem.x_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
+
+
+def _vector(params: Params) -> Tensor:
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def _params(problem: Problem, row: np.ndarray) -> Params:
+    """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
+    where memory is aligned otherwise."""
+    shapes = problem.network.shapes
+    ends = list(accumulate(shape.numel() for shape in shapes.values()))
+    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
+    return {name: torch.tensor(row[a:b], device=problem.network.device).view(shape) for (name, shape), a, b in parts}

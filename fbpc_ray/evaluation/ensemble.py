@@ -1,0 +1,184 @@
+"""Posterior samples of one network, and what they say of images together.
+
+    p(y | x) = 1/S sum_s p(y | f_theta_s(x))            (the Bayesian model average)
+
+A file of samples is one safetensors file: `samples/S/NAME` and `statistics/S/NAME` are the tensors of sample S, the
+metadata says which network they are of, the normalisation and the names of the classes. Nothing is pickled.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fbpc_ray.core import files, storage
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import Place
+from fbpc_ray.core.types import Params
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import normalise, standardise
+from fbpc_ray.inference.metrics import Scores, log_mean_probability, predictive_stats, scores
+from fbpc_ray.inference.uncertainty import uncertainty
+from fbpc_ray.models import custom
+from fbpc_ray.models.functional import Network, Spec
+
+FORMAT = "1"
+BATCH = 500
+"""Images of one forward pass: no number depends on it."""
+
+
+def statistics_of(network: Network, samples: Sequence[Params], coreset: Tensor) -> list[Params]:
+    """BatchNorm's statistics of each sample, estimated on `coreset` (m, c, h, w); each empty for other networks."""
+    return [network.statistics(params, coreset.split(256)) for params in samples]
+
+
+Predict = Callable[[Params, Params, Tensor], Tensor]
+"""(parameters, BatchNorm's statistics, images (b, c, h, w)) -> logits (b, d): `Network.predict`, or compiled."""
+
+
+def logits_of(predict: Predict, samples: Sequence[Params], statistics: Sequence[Params], images: Tensor) -> Tensor:
+    """Logits (S, b, d) of normalised images (b, c, h, w), on the network's device."""
+    return torch.stack([predict(p, s, images) for p, s in zip(samples, statistics, strict=True)])
+
+
+def finite(samples: Sequence[Params]) -> bool:
+    """Whether a chain stayed among the finite numbers."""
+    return all(bool(torch.isfinite(value).all()) for params in samples for value in params.values())
+
+
+class Prediction(NamedTuple):
+    """What the model average says of n images. On the CPU, float64."""
+
+    probabilities: Tensor
+    """(n, d) p(y | x)."""
+    entropy: Tensor
+    """(n,) of p(y | x), nats: all uncertainty there is."""
+    mutual_information: Tensor
+    """(n,) nats: the part of it that the samples disagree about, which more images would take away."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64: the most probable class."""
+        return self.probabilities.argmax(-1)
+
+    def scores(self, labels: Tensor | np.ndarray) -> Scores:
+        """accuracy, nll, ece and brier against the true `labels` (n,)."""
+        if len(labels) != len(self.probabilities):
+            raise UserError(f"{len(labels)} labels for {len(self.probabilities)} images: they must be as many")
+        return scores(predictive_stats(self.probabilities.log(), torch.as_tensor(labels)))
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """S posterior samples of one network: what `posterior` of api.py returns, and an MLflow model holds."""
+
+    spec: Spec
+    samples: list[Params]
+    """The parameters of each."""
+    statistics: list[Params]
+    """BatchNorm's, of each: of the coreset that it was sampled on."""
+    mean: tuple[float, ...]
+    """Of the normalisation that the coreset, and so the samples, know: pixels in 0..1 are images * std + mean."""
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    device: str = "cpu"
+
+    def __repr__(self) -> str:
+        return f"<{len(self.samples)} posterior samples of {self.spec.architecture}, {len(self.classes)} classes>"
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(self.spec, self.device)
+
+    def predict(self, images: Tensor | np.ndarray) -> Prediction:
+        """For images (n, c, h, w), or one (c, h, w): uint8, or floats in 0..1 as torchvision's ToTensor gives them; not
+        normalised, which is done here. Arrays will do. Raises UserError for others."""
+        pixels = torch.as_tensor(images)
+        shape = self.spec.image_shape
+        if tuple(pixels.shape) == shape:
+            pixels = pixels[None]
+        if tuple(pixels.shape[1:]) != shape or not len(pixels):
+            raise UserError(
+                f"images of {tuple(pixels.shape)}: {self.spec.architecture} takes (n, c, h, w) = n x {shape}"
+            )
+        if pixels.dtype != torch.uint8 and not (
+            pixels.is_floating_point() and bool(pixels.min() >= 0 and pixels.max() <= 1)
+        ):
+            raise UserError(
+                f"images are {pixels.dtype} from {pixels.min():g} to {pixels.max():g}: give uint8, or floats in 0..1 "
+                "before any normalisation"
+            )
+        parts = [self._predict(batch.to(self.device)) for batch in pixels.split(BATCH)]
+        return Prediction._make(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _predict(self, pixels: Tensor) -> Prediction:
+        bytes_ = pixels.dtype == torch.uint8
+        images = (normalise if bytes_ else standardise)(pixels if bytes_ else pixels.float(), self.mean, self.std)
+        logits = logits_of(self.network.predict, self.samples, self.statistics, images)
+        return Prediction(log_mean_probability(logits).exp().cpu(), *uncertainty(logits))
+
+
+def gathered(network: Network, samples: Sequence[Params], coreset: Coreset) -> Ensemble:
+    """`samples`, on the network's device, with their statistics on the `coreset` that they were sampled on."""
+    statistics = statistics_of(network, samples, coreset.images.to(network.device))
+    facts = coreset.mean, coreset.std, coreset.classes
+    return Ensemble(network.spec, list(samples), statistics, *facts, str(network.device))
+
+
+# ---- files
+
+
+def save(ensemble: Ensemble, path: Place, facts: dict[str, str] | None = None) -> None:
+    """Write the samples to `path`, whole or not at all; `facts` are kept in the file's header."""
+    tensors = {
+        f"{kind}/{number}/{name}": value.detach().cpu().contiguous().clone()
+        for kind in ("samples", "statistics")
+        for number, params in enumerate(getattr(ensemble, kind))
+        for name, value in params.items()
+    }
+    head = {name: getattr(ensemble, name) for name in ("spec", "mean", "std", "classes")}
+    told = {"format": FORMAT, "count": str(len(ensemble.samples)), **{k: json.dumps(v) for k, v in head.items()}}
+    files.write_bytes(path, safetensors.torch.save(tensors, {**(facts or {}), **told}))
+
+
+def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
+    """What `save` wrote to `path`. Raises UserError for any other file.
+
+    A file alone imports no code: for a network of the user's own, `network` repeats its name, MODULE:FUNCTION.
+    """
+    try:
+        with storage.local(path) as near, safe_open(near, framework="pt", device=device) as file:
+            facts = file.metadata() or {}
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+            spec, mean, std, classes = (json.loads(facts[name]) for name in ("spec", "mean", "std", "classes"))
+            architecture, shape, *rest = spec
+            spec = Spec(architecture, tuple(shape), *map(int, rest))
+            found: dict[str, list[Params]] = {
+                kind: [{} for _ in range(int(facts["count"]))] for kind in ("samples", "statistics")
+            }
+            for key in file.keys():  # noqa: SIM118  no mapping
+                kind, number, name = key.split("/", 2)
+                found[kind][int(number)][name] = file.get_tensor(key).clone()  # clone: out of the map
+    except FileNotFoundError:
+        raise UserError(f"there are no samples {path}: check the path") from None
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{path} holds no posterior samples ({str(error).splitlines()[0]}): make them again") from error
+    if ":" in spec.architecture and network != spec.architecture:
+        raise UserError(
+            f"{path} holds samples of {spec.architecture}, but a file alone imports no code: name that network too"
+        )
+    custom.search_current_folder()
+    ensemble = Ensemble(spec, found["samples"], found["statistics"], tuple(mean), tuple(std), tuple(classes), device)
+    for params, statistics in zip(ensemble.samples, ensemble.statistics, strict=True):
+        fits = {name: value.shape for name, value in params.items()} == ensemble.network.shapes
+        if not fits or statistics.keys() != ensemble.network.buffer_names:
+            raise UserError(f"{path} holds samples of another {spec.architecture}: give the network they are of")
+    return ensemble

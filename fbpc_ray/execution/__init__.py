@@ -1,0 +1,1 @@
+"""Where work runs: a session of one configuration, this process or Ray. Imports core to distillation."""

@@ -1,0 +1,1 @@
+"""Networks and their functional form, compiled passes. Imports core, inference and data."""

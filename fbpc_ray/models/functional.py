@@ -1,0 +1,96 @@
+"""Networks in the functional form that the mathematics uses.
+
+BatchNorm: distillation uses batch statistics throughout; a posterior sample that predicts on test data uses statistics
+re-estimated on the pseudocoreset, so that predictions don't depend on which test images share a batch.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import seeded_globally
+from fbpc_ray.core.types import Params
+from fbpc_ray.models.registry import ARCHITECTURES, Spec, build, canonical, specify
+
+__all__ = ["ARCHITECTURES", "Network", "Spec", "build", "canonical", "specify"]
+
+
+class Network:
+    """A network as pure functions of its parameters, on one device."""
+
+    def __init__(self, spec: Spec, device: str | torch.device = "cpu"):
+        self.spec = spec._replace(architecture=canonical(spec.architecture))
+        self.device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):  # its parameters are never used
+            self._predicting = build(spec).to(self.device).eval()
+        self._training = _with_batch_statistics(self._predicting)
+        self._estimating = _with_averaged_statistics(self._predicting)
+        self._buffers = dict(self._predicting.named_buffers())
+        self.shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
+        self.buffer_names = self._buffers.keys()
+
+    def init(self, source: torch.Generator) -> Params:
+        """A draw of the parameters from the prior pi_0: PyTorch's default initialisation."""
+        return {name: value.detach() for name, value in self.module(source).named_parameters()}
+
+    def module(self, source: torch.Generator) -> nn.Module:
+        """A freshly initialised nn.Module in training mode, on the device."""
+        with seeded_globally(source):
+            return build(self.spec).to(self.device).train()
+
+    def forward(self, params: Params, images: Tensor) -> Tensor:
+        """Logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of these images."""
+        return functional_call(self._training, params, (images,))
+
+    @torch.no_grad()
+    def statistics(self, params: Params, batches: Iterable[Tensor]) -> Params:
+        """Buffers for `predict`: BatchNorm's mean and variance over `batches` of images, averaged; else empty."""
+        buffers = {name: value.clone() for name, value in self._buffers.items()}
+        for images in batches if buffers else ():
+            functional_call(self._estimating, {**params, **buffers}, (images,))  # changes `buffers` in place
+        return buffers
+
+    @torch.no_grad()
+    def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
+        """Logits (b, d), each image on its own: BatchNorm uses `statistics`. Raises ValueError without them."""
+        if statistics.keys() != self._buffers.keys():
+            raise ValueError(f"{self.spec.architecture} predicts with the statistics that `statistics` returns")
+        return functional_call(self._predicting, {**params, **statistics}, (images,))
+
+    def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
+        """The parameters in a module's state (without its buffers), on the device. Raises UserError for another's."""
+        for name, shape in self.shapes.items():
+            if name not in snapshot or snapshot[name].shape != shape:
+                raise UserError(
+                    f"the experts of {self.spec.architecture} were made when it was another network ({name} differs): "
+                    "give another --experts folder, or the network another name"
+                )
+        return {name: snapshot[name].to(self.device) for name in self.shapes}
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(value.numel() for value in self._predicting.parameters())
+
+
+def _with_batch_statistics(module: nn.Module) -> nn.Module:
+    """A copy whose BatchNorm layers keep no statistics, so that they always use those of the batch."""
+    module = deepcopy(module)
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return module
+
+
+def _with_averaged_statistics(module: nn.Module) -> nn.Module:
+    """A copy in training mode whose BatchNorm layers average the statistics of the batches they see."""
+    module = deepcopy(module).train()
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = None
+    return module

@@ -1,0 +1,105 @@
+"""The passes of a network that the inner loops repeat thousands of times: eager, or compiled for each shape."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch, Params
+from fbpc_ray.inference.posterior import loss_gradient
+from fbpc_ray.models.compiler import CannotCompile, Function, compiled
+from fbpc_ray.models.functional import Network
+
+
+class Passes:
+    """The loss with its gradient, the logits and the predictions of one network on one device.
+
+    With a folder for what is compiled, each is compiled for each number of images at its first use. Compiled or not is
+    part of the bits: where it can't be, a UserError says so, for a worker that went on by itself would change them.
+    """
+
+    def __init__(self, network: Network, folder: Path | None = None):
+        self.network, self.folder = network, folder
+        self._compiled: dict[tuple[str, torch.Size], Function] = {}
+        self._eager_loss_gradient = loss_gradient(network.forward)
+
+    def loss_gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """() mean cross-entropy, nats an image, and its gradient by parameter. A `LossGradient`."""
+        arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
+        run = self._run("gradient", batch.images.shape, self._loss_and_gradients, arguments)
+        if run is None:
+            return self._eager_loss_gradient(params, batch)
+        loss, *gradients = run(*arguments)
+        return loss, dict(zip(self.network.shapes, gradients, strict=True))
+
+    @torch.no_grad()
+    def logits(self, params: Params, images: Tensor) -> Tensor:
+        """Logits (b, d), through which no gradient flows. A `Forward`."""
+        arguments = (*(params[name] for name in self.network.shapes), images)
+        run = self._run("logits", images.shape, self._logits, arguments)
+        return self.network.forward(params, images) if run is None else run(*arguments)[0]
+
+    @torch.no_grad()
+    def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
+        """Logits (b, d), each image on its own: BatchNorm uses `statistics`, those of `Network.statistics`."""
+        names, kept = self.network.shapes, self.network.buffer_names
+        arguments = (*(params[name] for name in names), *(statistics[name] for name in kept), images)
+        run = self._run("predict", images.shape, self._predict, arguments)
+        return self.network.predict(params, statistics, images) if run is None else run(*arguments)[0]
+
+    def _run(
+        self, kind: str, shape: torch.Size, function: Callable[..., list[Tensor]], arguments: tuple[Tensor, ...]
+    ) -> Function | None:
+        if self.folder is None:
+            return None
+        key = kind, shape
+        if key not in self._compiled:
+            try:
+                self._compiled[key] = compiled(function, arguments, self.folder)
+            except CannotCompile as error:
+                raise UserError(
+                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): mend it on "
+                    "every node, or start again with --compiled off --compiled-chains off",
+                    code=1,
+                ) from error
+        return self._compiled[key]
+
+    def _loss_and_gradients(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images, labels = arguments
+        loss, gradients = self._eager_loss_gradient(self._params(values), Batch(images, labels))
+        return [loss, *gradients.values()]
+
+    def _logits(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images = arguments
+        return [self.network.forward(self._params(values), images)]
+
+    def _predict(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images = arguments
+        count = len(self.network.shapes)
+        statistics = dict(zip(self.network.buffer_names, values[count:], strict=True))
+        return [self.network.predict(self._params(values[:count]), statistics, images)]
+
+    def _params(self, values: list[Tensor]) -> Params:
+        return dict(zip(self.network.shapes, values, strict=True))
+
+
+def multiplications(network: Network) -> int:
+    """Of one image's forward pass, in its convolutions and linear layers."""
+    total = 0
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module.weight, Tensor)
+        total += output[0].numel() * module.weight[0].numel()
+
+    module = network.module(generator(0, "count")).eval()
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d | nn.Linear):
+            each.register_forward_hook(count)
+    with torch.no_grad():
+        module(torch.zeros(1, *network.spec.image_shape, device=network.device))
+    return total

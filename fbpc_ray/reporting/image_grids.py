@@ -1,0 +1,221 @@
+"""Pictures of a pseudocoreset: a titled one for people, a bare tiled one for MLflow's slider.
+
+The only file that imports matplotlib, and of it only the objects (Figure, Agg): no pyplot, whose global state and
+backends have no place in a tool that runs without a screen.
+"""
+
+import bisect
+import functools
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from fbpc_ray.core import files
+from fbpc_ray.core.storage import Place
+
+DPI = 150
+# All lengths are whole pixels, so that every pixel of an image is a square of the same size.
+TILE = 100  # side of an image, about
+GAP = 9  # between images
+MARGIN = 18
+NAME = 8.0  # points: size of a class name
+NAME_LINE = 25  # height of a line of names
+WIDEST_NAME = 190
+TITLE = 11.0  # points
+TITLE_LINE = 46
+Text = tuple[float, float, str, float, str, str]  # x and y from the top left in pixels, text, points, two alignments
+
+
+def coreset_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    path: Place,
+    title: str = "",
+    max_per_class: int = 10,
+    max_classes: int = 20,
+) -> None:
+    """Write a PNG of the images, whole or not at all.
+
+    With one image a class, a compact grid with the name of the class over each; with more, one row a class with its
+    name at the left. Pixels are kept sharp, one channel is grey, long names are cut, and what doesn't fit in
+    `max_classes` (the first ones by label) and `max_per_class` is left out, with a line that says so.
+
+    Args:
+        images: (m, c, h, w) uint8 with c 1 or 3.
+        labels: (m,) integers, indices into `classes`.
+
+    Raises ValueError for other shapes, and OSError if `path` can't be written.
+    """
+    tiles, rows = _tiles(images, labels), _rows(labels, max_per_class, max_classes)
+    factor = max(1, round(TILE / max(images.shape[2:])))
+    height, width = factor * tiles.shape[1], factor * tiles.shape[2]
+    names = [_fit(classes[int(labels[row[0]])], WIDEST_NAME) for row in rows]
+    widest = max(_text_width(name, NAME) for name in names)
+    note = _note(labels, rows)
+    singles = int(np.bincount(labels).max()) == 1
+    if singles:  # names above the images, columns as wide as the widest name
+        columns = _columns(len(rows))
+        left, above, step = 0, NAME_LINE, (max(width, widest) + GAP, height + NAME_LINE + GAP)
+        places = [divmod(index, columns) for index in range(len(rows))]
+    else:
+        columns = max(len(row) for row in rows)
+        left, above, step = widest + GAP, 0, (width + GAP, height + GAP)
+        places = [(line, 0) for line in range(len(rows))]
+
+    # A title or a note may be wider than a few images: the sheet grows, the images stay in its middle.
+    inner = left + columns * step[0] - GAP
+    sheet_width = max(inner, _text_width(title, TITLE), _text_width(note, NAME)) + 2 * MARGIN
+    top = MARGIN + (TITLE_LINE if title else 0) + above
+    bottom = top - above + (places[-1][0] + 1) * step[1] - GAP
+    sheet = np.full((bottom + (GAP + NAME_LINE if note else 0) + MARGIN, sheet_width, 3), 255, np.uint8)
+    x0 = (sheet_width - inner) // 2 + left + (step[0] - GAP - width) // 2
+    texts: list[Text] = [(sheet_width / 2, MARGIN, title, TITLE, "center", "top")]
+    texts += [(sheet_width / 2, sheet.shape[0] - MARGIN, note, NAME, "center", "bottom")]
+    for (line, column), row, name in zip(places, rows, names, strict=True):
+        y, x = top + line * step[1], x0 + column * step[0]
+        for image in row:
+            sheet[y : y + height, x : x + width] = tiles[image].repeat(factor, axis=0).repeat(factor, axis=1)
+            x += step[0]
+        if singles:
+            texts.append((x - step[0] + width / 2, y - NAME_LINE / 2, name, NAME, "center", "center"))
+        else:
+            texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
+    files.write_bytes(path, _png(sheet, texts))
+
+
+def coreset_over_time(
+    history: Mapping[int, np.ndarray], names: Sequence[str], path: Place, title: str = "", max_steps: int = 8
+) -> None:
+    """Write a PNG of the same images after several steps, whole or not at all: a row for each image with its name at
+    the left, a column for each step with its number above; of more than `max_steps` the first, the last, and those
+    that lie evenly between.
+
+    Args:
+        history: {step: images (k, c, h, w) uint8 with c 1 or 3}, at least one.
+        names: of the k images.
+
+    Raises ValueError for other shapes, and OSError if `path` can't be written.
+    """
+    every = sorted(history)
+    steps = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, max_steps).round().astype(int))]
+    labels = np.arange(len(names))
+    tiles = [_tiles(history[step], labels) for step in steps]
+    factor = max(1, round(TILE / max(tiles[0].shape[1:3])))
+    height, width = (factor * side for side in tiles[0].shape[1:3])
+    shown = [_fit(name, WIDEST_NAME) for name in names]
+    left = max(_text_width(name, NAME) for name in shown) + GAP
+    heads = [f"step {steps[0]:,}", *(f"{step:,}" for step in steps[1:])]
+    across = max(width, *(_text_width(head, NAME) for head in heads)) + GAP
+    inner = left + len(steps) * across - GAP
+    sheet_width = max(inner, _text_width(title, TITLE)) + 2 * MARGIN
+    top = MARGIN + (TITLE_LINE if title else 0) + NAME_LINE
+    sheet = np.full((top + len(names) * (height + GAP) - GAP + MARGIN, sheet_width, 3), 255, np.uint8)
+    x0 = (sheet_width - inner) // 2 + left + (across - GAP - width) // 2
+    texts: list[Text] = [(sheet_width / 2, MARGIN, title, TITLE, "center", "top")]
+    for column, head in enumerate(heads):
+        texts.append((x0 + column * across + width / 2, top - NAME_LINE / 2, head, NAME, "center", "center"))
+    for row, name in enumerate(shown):
+        y = top + row * (height + GAP)
+        texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
+        for column, images in enumerate(tiles):
+            x = x0 + column * across
+            sheet[y : y + height, x : x + width] = images[row].repeat(factor, axis=0).repeat(factor, axis=1)
+    files.write_bytes(path, _png(sheet, texts))
+
+
+def coreset_array(
+    images: np.ndarray, labels: np.ndarray, max_per_class: int = 10, max_classes: int = 20, min_width: int = 256
+) -> np.ndarray:
+    """The same images, tiled in the same order, without text: (H, W, 3) uint8 with W >= `min_width` pixels.
+
+    Each image is enlarged by the same whole factor; a white line of that many pixels lies between two images.
+    Raises ValueError as `coreset_grid` does.
+    """
+    tiles = _tiles(images, labels)
+    rows = _rows(labels, max_per_class, max_classes)
+    if np.bincount(labels).max() == 1:
+        singles, columns = [row[0] for row in rows], _columns(len(rows))
+        rows = [singles[at : at + columns] for at in range(0, len(singles), columns)]
+    height, width = tiles.shape[1:3]
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
+    for line, row in enumerate(rows):
+        for column, image in enumerate(row):
+            y, x = line * (height + 1), column * (width + 1)
+            sheet[y : y + height, x : x + width] = tiles[image]
+    factor = max(1, math.ceil(min_width / sheet.shape[1]))
+    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _tiles(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(m, c, h, w) uint8 -> (m, h, w, 3) uint8."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (m, 1 or 3, h, w) uint8 with m > 0, not {images.shape} {images.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels must be ({len(images)},), one for each image, not {labels.shape}")
+    return np.broadcast_to(images, (len(images), 3, *images.shape[2:])).transpose(0, 2, 3, 1)
+
+
+def _rows(labels: np.ndarray, max_per_class: int, max_classes: int) -> list[list[int]]:
+    """Indices of the images to show, one list a class, classes by label, images as they come."""
+    return [
+        np.flatnonzero(labels == label)[:max_per_class].tolist() for label in np.unique(labels)[:max_classes].tolist()
+    ]
+
+
+def _columns(count: int) -> int:
+    """Columns of a grid of single images: one row up to 5, else wider than high, and full where that is possible."""
+    if count <= 5:
+        return count
+    start = math.ceil(math.sqrt(count))
+    return next((columns for columns in range(start, 2 * start + 1) if count % columns == 0), start + 1)
+
+
+def _note(labels: np.ndarray, rows: list[list[int]]) -> str:
+    """What of the coreset is not shown; empty if all of it is."""
+    counts = np.unique(labels, return_counts=True)[1]
+    most = max(len(row) for row in rows)
+    parts = [f"{len(rows)} of {len(counts)} classes"] if len(rows) < len(counts) else []
+    parts += [f"{most} of {counts.max()} images a class"] if most < counts.max() else []
+    return f"shown: {', '.join(parts)}" if parts else ""
+
+
+def _png(sheet: np.ndarray, texts: list[Text]) -> bytes:
+    """`sheet` (H, W, 3) as a PNG with `texts` on it."""
+    height, width = sheet.shape[:2]
+    figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)  # not a pixel less by rounding
+    canvas = FigureCanvasAgg(figure)
+    figure.figimage(sheet, resize=False)
+    for x, y, text, size, across, along in texts:
+        figure.text(x / width, 1 - y / height, text, size=size, ha=across, va=along, parse_math=False)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _renderer() -> RendererAgg:
+    """To measure texts with."""
+    return FigureCanvasAgg(Figure(figsize=(1, 1), dpi=DPI)).get_renderer()
+
+
+def _text_width(text: str, size: float) -> int:
+    """Width in pixels of one line at `size` points."""
+    if not text:
+        return 0
+    return math.ceil(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+
+
+def _fit(name: str, width: int) -> str:
+    """The first of several comma-separated names (as WordNet has them), cut to `width` pixels."""
+    name = " ".join(name.split(",")[0].split())
+    if _text_width(name, NAME) <= width:
+        return name
+    fitting = bisect.bisect_right(range(len(name)), width, key=lambda end: _text_width(f"{name[:end]}…", NAME)) - 1
+    return f"{name[: max(fitting, 0)].rstrip()}…"

@@ -1,0 +1,81 @@
+"""Pictures of a run, made from what it left: its images over the steps, and its course."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fbpc_ray.core.storage import Place
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.reporting import charts, image_grids
+
+FOLLOWED = 10
+"""Images that are shown over the steps, the first of each class."""
+
+
+def followed(images: np.ndarray, labels: Tensor) -> np.ndarray:
+    """(k, c, h, w) of (m, c, h, w): the first image of each class, of at most `FOLLOWED`."""
+    _, first = np.unique(labels.numpy(), return_index=True)
+    return images[first[:FOLLOWED]]
+
+
+def over_time(run: Run, labels: Tensor, classes: tuple[str, ...], title: str) -> bool:
+    """Draw the images over the steps; whether there was more than one step to draw."""
+    history = {step: images.numpy() for step, images in run.history().items()}
+    if len(history) < 2:
+        return False
+    shown = np.unique(labels.numpy())[:FOLLOWED].tolist()
+    names = [classes[label] for label in shown]
+    if any(len(images) != len(names) for images in history.values()):
+        return False
+    image_grids.coreset_over_time(history, names, run.over_time_path, title)
+    return True
+
+
+NATS, MAP, SCORE = "nats an image", "steps of the MAP solve", "validation accuracy"
+COURSES = (
+    ("loss", NATS, (("loss", False),)),
+    ("terms of the loss: E_x solid, E_u dashed", NATS, (("expected_x", False), ("expected_u", True))),
+    (MAP, "steps", (("map_steps", False),)),
+    ("norm of the gradient", "", (("gradient_norm", False),)),
+    ("validation NLL", "nats", (("val_nll", False),)),
+    (SCORE, "%", (("val_accuracy", False),)),
+)
+"""Panels: title, unit, columns of metrics.parquet with whether their line is dashed."""
+
+
+def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
+    """Draw the loss, its terms, the MAP solves and what was seen of the validation split over the steps; of several
+    draws the mean. Steps over which a line is smoothed; 0 where there is nothing to draw, and nothing is drawn."""
+    names = list(dict.fromkeys(row["architecture"] for row in rows))
+    courses = []
+    for title, unit, columns in COURSES:
+        lines = [
+            (name, *points, dashed)
+            for name in names
+            for column, dashed in columns
+            if (points := _points(rows, name, column, 100.0 if title == SCORE else 1.0))
+        ]
+        if lines:
+            shown = unit if unit != NATS or method.startswith("fbpc") else ""  # of weights: in units of their own
+            courses.append(charts.Course(title, shown, lines, title == MAP))
+    if not courses:
+        return 0
+    charts.over_steps(courses, path, f"{method} over the steps")
+    return charts.window_of(max(len(steps) for each in courses for _, steps, _, _ in each.lines))
+
+
+def _points(
+    rows: Sequence[Mapping[str, Any]], name: str, column: str, scale: float
+) -> tuple[list[int], list[float]] | None:
+    """(steps, means over draws) of a column for one network, where it has finite values."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        value = row.get(column)
+        if row["architecture"] == name and isinstance(value, int | float) and math.isfinite(value):
+            found.setdefault(row["step"], []).append(scale * float(value))
+    steps = sorted(found)
+    return (steps, [statistics.fmean(found[step]) for step in steps]) if steps else None

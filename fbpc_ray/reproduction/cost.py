@@ -1,0 +1,115 @@
+"""Peak memory and seconds of one step of a method (Tables 7-9), in a process of its own.
+
+`python -m fbpc_ray.reproduction.cost` reads {"config": ..., "device": ..., "steps": ...} on standard input and writes
+{"peak_gb", "seconds": [...], "parameters"} on standard output. The experts are one untrained trajectory: neither memory
+nor time depends on the values of an expert's weights. Seconds are those of each step after a first one that warms up.
+The peak is that of CUDA's allocator, or on a CPU what the process grew by above what it held between two steps
+(data, network, libraries).
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fbpc_ray.core import config as configs
+from fbpc_ray.core.allocator import give_back_freed_memory
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.worker import Worker, units_of
+from fbpc_ray.execution import session
+from fbpc_ray.models.functional import Network
+
+
+class Cost(NamedTuple):
+    """What a step costs."""
+
+    peak_gb: float
+    """1e9 bytes."""
+    seconds: list[float]
+    """One a timed step."""
+    parameters: int
+    """Of all networks."""
+
+
+def measure(config: Config, device: str, steps: int) -> Cost:
+    """The cost of `steps` steps, of all the configuration's architectures in turn, measured in a new process."""
+    words = json.dumps({"config": config.flat(), "device": device, "steps": steps})
+    program = [sys.executable, "-m", "fbpc_ray.reproduction.cost"]
+    done = subprocess.run(program, input=words, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"the measurement failed: {lines[-1].removeprefix('error: ')}")
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measured(config: Config, device: str, steps: int) -> Cost:
+    epochs = 3  # enough for every method to begin at 0
+    rule = {"start_epoch": 1, "start_rule": "before"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, x_cache=0.0, **rule)
+        dataset = session.load_data(config, lambda line: None)
+        specs = session.specs(config, dataset)
+        stores, networks = [session.store(config, dataset, spec) for spec in specs], [Network(spec) for spec in specs]
+        for store, network in zip(stores, networks, strict=True):
+            store.write(0, (network.module(generator(0, "cost", epoch)).state_dict() for epoch in range(epochs + 1)))
+        d = config.distillation
+        state, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
+        worker = Worker(**session.crew(config, dataset, labels, specs, stores).arguments, device=device)
+
+        def take(step: int) -> None:
+            for unit in units_of(len(specs), 1):
+                worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
+
+        take(0)  # warms up libraries and caches
+        before = _reset(device)
+        seconds = []
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            take(step)
+            seconds.append(time.perf_counter() - start)
+        return Cost((_peak(device) - before) / 1e9, seconds, sum(network.parameter_count for network in networks))
+
+
+def _reset(device: str) -> int:
+    """Begin to watch the peak; bytes in use now."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    give_back_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status, which gives kB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+def main() -> None:
+    asked: dict[str, Any] = json.load(sys.stdin)
+    try:
+        found = _measured(configs.Config().updated(**asked["config"]), asked["device"], asked["steps"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    print(json.dumps(found._asdict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Rows as the paper prints them: Markdown with the paper's value beside ours, and a picture."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fbpc_ray.core.config import Config
+from fbpc_ray.reporting.charts import Curve, bars, curves
+from fbpc_ray.reproduction.paper import PAPER, Value
+from fbpc_ray.reproduction.tables import TABLES, Request
+
+Row = dict[str, Any]
+
+
+class Quantity(NamedTuple):
+    """How a column of the rows is shown."""
+
+    label: str
+    scale: float
+    digits: int
+
+
+SHOWN = {
+    "accuracy": Quantity("accuracy %", 100, 1),
+    "nll": Quantity("NLL", 1, 2),
+    "degradation": Quantity("degradation %", 100, 1),
+    "peak_gb": Quantity("peak GB", 1, 3),
+    "seconds": Quantity("seconds", 1, 2),
+    "parameters": Quantity("parameters", 1, 0),
+    "logit": Quantity("logit", 1, 2),
+}
+
+
+class Summary(NamedTuple):
+    """What the seeds of one cell say of one quantity, in the unit that is shown."""
+
+    mean: float
+    evaluation: float | None
+    """Standard deviation over seeds of the evaluation, pooled over those of the distillation; None for one seed."""
+    distillation: float | None
+    """Standard deviation over seeds of the distillation, of their means; None for one."""
+    values: int
+    diverged: int
+
+
+def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
+    """Mean and spreads of `quantity` over the seeds of a cell; None where no seed has a value."""
+    shown = SHOWN[quantity]
+    by_distillation: dict[int, list[float]] = {}
+    diverged = 0
+    for row in rows:
+        if row[quantity] is None:
+            diverged += 1
+        else:
+            by_distillation.setdefault(row["distill_seed"], []).append(shown.scale * row[quantity])
+    groups = list(by_distillation.values())
+    if not groups:
+        return None
+    free = sum(len(group) - 1 for group in groups)
+    within = sum(statistics.variance(group) * (len(group) - 1) for group in groups if len(group) > 1)
+    return Summary(
+        statistics.mean(value for group in groups for value in group),
+        (within / free) ** 0.5 if free else None,
+        statistics.stdev(statistics.mean(group) for group in groups) if len(groups) > 1 else None,
+        sum(map(len, groups)),
+        diverged,
+    )
+
+
+def markdown(
+    table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], images: Sequence[str],
+    notes: tuple[str, ...],
+) -> str:  # fmt: skip
+    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells, `images` the names of
+    its pictures; `notes` come last."""
+    shape = TABLES[table]
+    lines = [
+        f"# {shape.title}",
+        "",
+        _what(scale, request, configs),
+        "",
+        *(f"![{table}]({image})" for image in images),
+        "",
+    ]
+    names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
+    for quantity in shape.quantities:
+        shown, paper = SHOWN[quantity], PAPER.get(table, {})
+        lines += [f"| {shown.label} | {' | '.join(column or '-' for column in columns)} |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        for name in names:
+            ours = [summary(_cell(rows, name, column), quantity) for column in columns]
+            lines.append(f"| {name} | {' | '.join(_text(one, shown) for one in ours)} |")
+            theirs = [paper.get((name, column), {}).get(quantity) for column in columns]
+            if any(theirs):
+                lines.append(f"| *paper* | {' | '.join(_paper(value, shown) for value in theirs)} |")
+        lines.append("")
+    return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
+
+
+def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
+    """{quantity/row/column: mean over seeds, as it is shown}."""
+    keys = dict.fromkeys((row["row"], row["column"]) for row in rows)
+    found = {
+        "/".join(part for part in (quantity, name, column) if part): summary(_cell(rows, name, column), quantity)
+        for name, column in keys
+        for quantity in TABLES[table].quantities
+    }
+    return {key: one.mean for key, one in found.items() if one}
+
+
+def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
+    """The table's first quantity as bars, the paper's values as marks."""
+    quantity = TABLES[table].quantities[0]
+    shown, paper = SHOWN[quantity], PAPER.get(table, {})
+    names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
+    found = {(name, c): summary(_cell(rows, name, c), quantity) for name in names for c in columns}
+    bars(
+        names,
+        columns,
+        {key: (one.mean, one.evaluation or 0.0) for key, one in found.items() if one},
+        {key: values[quantity][0] for key, values in paper.items() if quantity in values and key in found},
+        shown.label,
+        _title(table, scale),
+        path,
+    )
+
+
+def _title(table: str, scale: str) -> str:
+    """The scale stays in one piece where the title is broken."""
+    return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")
+
+
+BY_IPC = re.compile(r"(?:(.*) )?ipc (\d+)")
+"""The name of a row or a column that is one of several sizes."""
+
+
+def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
+    """Draw the table's scores, or its cost, against images a class; whether it has more than one size to draw."""
+    shape, paper, panels = TABLES[table], PAPER.get(table, {}), []
+    if shape.kind not in ("scores", "cost"):
+        return False
+    for quantity in shape.quantities:
+        lines: dict[str, list[tuple[int, Summary, float | None]]] = {}
+        for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
+            sized, other = (column, name) if BY_IPC.fullmatch(column) else (name, column)
+            match, one = BY_IPC.fullmatch(sized), summary(_cell(rows, name, column), quantity)
+            if match and one:
+                theirs = paper.get((name, column), {}).get(quantity)
+                label = f"{other}, {match[1]}" if match[1] else other
+                lines.setdefault(label, []).append((int(match[2]), one, theirs[0] if theirs else None))
+        found = [_curve(label, sorted(points)) for label, points in lines.items() if len(points) > 1]
+        if found:
+            panels.append((SHOWN[quantity].label, found))
+    if panels:
+        curves(panels, "images a class", path, _title(table, scale))
+    return bool(panels)
+
+
+def _curve(label: str, points: list[tuple[int, Summary, float | None]]) -> Curve:
+    ours = [(float(ipc), one.mean, one.evaluation or 0.0) for ipc, one, _ in points]
+    return Curve(label, ours, [(float(ipc), theirs) for ipc, _, theirs in points if theirs is not None])
+
+
+def _cell(rows: list[Row], name: str, column: str) -> list[Row]:
+    return [row for row in rows if row["row"] == name and row["column"] == column]
+
+
+def _order(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _text(one: Summary | None, shown: Quantity) -> str:
+    if one is None:
+        return "-"
+    spreads = "".join(f" ± {s:.{shown.digits}f}" for s in (one.evaluation, one.distillation) if s is not None)
+    diverged = f" ({one.diverged} diverged)" if one.diverged else ""
+    return f"{one.mean:,.{shown.digits}f}{spreads if shown.digits else ''}{diverged}"
+
+
+def _paper(value: Value | None, shown: Quantity) -> str:
+    if value is None:
+        return ""
+    mean, spread = value
+    return f"*{mean}" + (f" ± {spread}" if spread is not None else "") + "*"
+
+
+def _what(scale: str, request: Request, configs: list[Config]) -> str:
+    """One paragraph that says at which size this was made."""
+    settings = [config.flat() for config in configs]
+
+    def seen(flag: str) -> str:
+        values = sorted({each[flag] for each in settings if flag != "steps" or each["method"] != "random"})
+        return " or ".join(map(str, values)) or "-"
+
+    data = " or ".join(sorted({each["data"].rstrip("/").split("/")[-1] for each in settings}))
+    size = (
+        f"width {seen('width')}, {seen('expert_count')} experts of {seen('expert_epochs')} epochs, "
+        f"{seen('steps')} steps, "
+        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_steps')} epochs; data {data}"
+    )
+    kind = (
+        "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"
+    )
+    return f"{kind}: {size}."
+
+
+def _legend(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    distillations, evaluations = ({row[name] for row in rows} for name in ("distill_seed", "eval_seed"))
+    return [
+        f"Mean over {len(distillations)} seeds of the distillation x {len(evaluations)} of the evaluation; the first ± "
+        "is the standard deviation over seeds of the evaluation, the second over those of the distillation. "
+        "*Italics* are the paper's values.",
+        "",
+        "Commit " + ", ".join(_order(row["commit"] for row in rows))
+        + "".join(f"; coresets made at {made}" for made in _order(row["coreset_commit"] for row in rows) if made)
+        + "; " + ", ".join(_order(row["device"] for row in rows))
+        + "; " + ", ".join(f"{k} {v}" for k, v in json.loads(rows[-1]["versions"]).items()) + ".",
+    ]  # fmt: skip

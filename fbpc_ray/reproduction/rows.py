@@ -1,0 +1,98 @@
+"""What a reproduction found, as Parquet: one row for each (cell, seed), each with its full cause."""
+
+import hashlib
+import io
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fbpc_ray.core import files
+from fbpc_ray.core.config import ELSEWHERE, Config, Distillation, Evaluation
+from fbpc_ray.core.errors import UserError
+
+QUANTITIES = (
+    "accuracy", "nll", "ece", "brier", "nll_of_batches", "nll_of_samples", "degradation",
+    "peak_gb", "seconds", "parameters", "logit",
+)  # fmt: skip
+_TEXT = (
+    "table",
+    "key",
+    "row",
+    "column",
+    "scale",
+    "judged_on",
+    "config",
+    "commit",
+    "versions",
+    "device",
+    "coreset",
+    "coreset_commit",
+)
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in _TEXT]
+    + [(name, pa.int64()) for name in ("distill_seed", "eval_seed")]
+    + [(name, pa.float64()) for name in QUANTITIES]
+)
+"""Columns of a row; a quantity that a cell doesn't have, or that diverged, is null. Accuracies are shares of 1."""
+
+_ELSEWHERE = ELSEWHERE | {"eval_seeds"}
+_OF_POOL = {"map", "map_pool", "map_pool_uses"}
+_JUDGED = {f.name for f in fields(Evaluation)}
+_EXPERTS = {"width", "depth", "architectures"}
+
+
+def coreset_key(config: Config) -> str:
+    """Of all that a coreset depends on: equal for cells of any table that share it."""
+    flat = _settings(config)
+    left_out = _ELSEWHERE | _JUDGED
+    if flat["method"] == "random":  # real images: which ones depends on data, ipc and seed
+        left_out |= {f.name for f in fields(Distillation)} - {"method", "ipc", "seed"}
+        left_out |= _EXPERTS | {name for name in flat if name.startswith("expert_")} | {"augment"}
+    return _digest({name: value for name, value in flat.items() if name not in left_out})
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All flags, without those that came later and are not used: keys stay what they were."""
+    flat = config.flat()
+    return {name: value for name, value in flat.items() if flat["map"] == "pool" or name not in _OF_POOL}
+
+
+def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
+    """Of all that a cell's numbers depend on, but for the evaluation's seed."""
+    settings = {name: value for name, value in _settings(config).items() if name not in _ELSEWHERE}
+    return _digest({"table": table, "row": row, "column": column, "judged_on": judged_on, **settings})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Rows:
+    """The rows in one folder, a file for each chain or measurement, so that a crash loses none that is done."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """The rows of one cell and seed of its evaluation, all or none."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+        files.write_bytes(self.folder / f"{rows[0]['key']}-{rows[0]['eval_seed']}.parquet", buffer.getvalue())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows, in no order. Raises UserError for a file that is none of ours."""
+        found = []
+        for path in sorted(self.folder.glob("*.parquet")):
+            try:
+                rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+                if any(row["key"] is None for row in rows):
+                    raise ValueError("it has no rows of a table")
+                found += rows
+            except (pa.ArrowException, OSError, ValueError) as error:
+                line = str(error).splitlines()[0]
+                raise UserError(f"{path} can't be read ({line}): delete it, and its cell is made again") from None
+        return found

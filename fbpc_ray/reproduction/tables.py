@@ -1,0 +1,223 @@
+"""Every table and figure of the paper as a list of cells: which coreset, judged on which network, and how."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset, with_method
+
+METHODS = {
+    "Random": "random",
+    "BPC-rKL": "bpc-rkl",
+    "BPC-fKL": "bpc-fkl",
+    "BPC-W": "bpc-w",
+    "FBPC-isotropic": "fbpc-isotropic",
+    "FBPC": "fbpc",
+}
+"""The paper's names -> `--method`. BPC-W is in none of its tables; we add it to Table 1."""
+
+NORMS = {"IN": "convnet-in", "GN": "convnet-gn", "LN": "convnet-ln", "BN": "convnet-bn"}
+NETWORKS = {"ConvNet": "convnet-in", "ResNet18": "resnet18-in", "ResNet34": "resnet34-in", "VGG": "vgg11-in",
+            "AlexNet": "alexnet", "LeNet": "lenet"}  # fmt: skip
+DATA = {"CIFAR10": "cifar10", "CIFAR100": "cifar100", "Tiny-ImageNet": "tiny-imagenet"}
+CONVNET = ("convnet-in",)
+
+
+class Scale(NamedTuple):
+    """How large a reproduction is."""
+
+    changes: dict[str, Any]
+    """What differs from the paper's settings, by flag."""
+    most_steps: int | None
+    """Upper bound of --steps; with one, --start-epoch leaves at least two of the epochs that are."""
+    ipc: tuple[int, ...]
+    """Images a class, where a table goes over them."""
+    one_ipc: int
+    """Images a class, where a table has one."""
+    distill_seeds: int
+    eval_seeds: int
+
+
+SCALES = {
+    "paper": Scale({}, None, (1, 10, 50), 10, 1, 5),
+    "small": Scale(
+        {"width": 32, "expert_count": 5, "expert_epochs": 6, "real_batch_size": 64},
+        300, (1, 10), 1, 2, 3,
+    ),
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One cell of a table, for one seed of the distillation."""
+
+    row: str
+    column: str
+    config: Config
+    """How its coreset is made (method, data, networks it is distilled on, seed) and how it is judged."""
+    judged_on: str
+    """The network."""
+
+
+class Request(NamedTuple):
+    """What was asked for, beside the table."""
+
+    scale: Scale
+    sources: dict[str, str]
+    """{cifar10 | cifar100 | tiny-imagenet: what --data takes}."""
+    ipc: tuple[int, ...]
+    """Empty: those of the scale."""
+    overrides: dict[str, Any]
+    """Flags that change every cell, last."""
+    base: Config
+    """Where it runs and where its files are: workers, output, experts."""
+
+    @property
+    def all_ipc(self) -> tuple[int, ...]:
+        return self.ipc or self.scale.ipc
+
+    @property
+    def one_ipc(self) -> int:
+        return self.ipc[0] if self.ipc else self.scale.one_ipc
+
+
+class Table(NamedTuple):
+    """A table or figure of the paper."""
+
+    title: str
+    kind: str
+    """scores: SGHMC on the coreset | corruptions: the same on corrupted test images | cost: memory and time of a step |
+    logits: function values at one image | picture: the coreset itself."""
+    quantities: tuple[str, ...]
+    cells: Callable[[Request], list[Cell]]
+
+
+def _config(
+    request: Request, data: str, ipc: int, method: str, architectures: Sequence[str] = CONVNET, augment: str = "dsa"
+) -> Config:
+    """The paper's settings, then the scale's, then what was asked for."""
+    row = ipc if ipc in (1, 10, 50) else 1 if ipc < 10 else 10 if ipc < 50 else 50
+    config = with_method(preset(f"{data}-ipc{row}").updated(ipc=ipc), method, ipc)
+    changes = request.scale.changes | request.overrides
+    if request.scale.most_steps:
+        flat = config.flat() | changes
+        steps, last = min(flat["steps"], request.scale.most_steps), max(1, flat["expert_epochs"] - 1)
+        changes = {"steps": steps, "start_epoch": min(flat["start_epoch"], last)} | changes
+    base = request.base
+    config = config.updated(
+        **changes | {"data": request.sources[data], "architectures": tuple(architectures), "augment": augment}
+        | {"data_root": base.data.data_root, "download": base.data.download, "experts": base.experts.experts}
+    )  # fmt: skip
+    return replace(config, workers=base.workers)
+
+
+def _table1(request: Request) -> list[Cell]:
+    return [
+        Cell(name, f"ipc {ipc}", _config(request, "cifar10", ipc, method), CONVNET[0])
+        for ipc in request.all_ipc
+        for name, method in METHODS.items()
+    ]
+
+
+def _table2(request: Request) -> list[Cell]:
+    return [
+        Cell(name, f"{title} ipc {ipc}", _config(request, DATA[title], ipc, METHODS[name]), CONVNET[0])
+        for title in ("CIFAR100", "Tiny-ImageNet")
+        for ipc in request.all_ipc
+        for name in ("Random", "BPC-fKL", "FBPC")
+    ]
+
+
+def _table3(request: Request) -> list[Cell]:
+    return [
+        Cell(name, "", _config(request, "cifar10", request.one_ipc, METHODS[name]), CONVNET[0])
+        for name in ("BPC-fKL", "FBPC")
+    ]
+
+
+def _table5(request: Request) -> list[Cell]:
+    return [
+        Cell(f"ipc {ipc}", column, _config(request, "cifar10", ipc, "fbpc"), NETWORKS[column])
+        for ipc in request.all_ipc
+        for column in ("ConvNet", "ResNet18", "ResNet34", "VGG", "AlexNet")
+    ]
+
+
+def _table6(request: Request) -> list[Cell]:
+    rows = {"ResNet18": ("resnet18-in",), "ResNet18 + ConvNet": ("resnet18-in", "convnet-in")}
+    return [
+        Cell(row, f"on {column}", _config(request, "cifar10", request.one_ipc, "fbpc", networks), NETWORKS[column])
+        for row, networks in rows.items()
+        for column in ("ResNet18", "ConvNet")
+    ]
+
+
+def _table7(request: Request) -> list[Cell]:
+    return [
+        Cell(name, column, _config(request, "cifar10", request.one_ipc, METHODS[name], [network]), network)
+        for column, network in ((c, NETWORKS[c]) for c in ("LeNet", "ConvNet", "ResNet18"))
+        for name in ("FBPC", "BPC-fKL")
+    ]
+
+
+def _costs_by_ipc(request: Request) -> list[Cell]:
+    return [
+        Cell(name, f"ipc {ipc}", _config(request, "cifar10", ipc, METHODS[name]), CONVNET[0])
+        for ipc in request.all_ipc
+        for name in ("BPC-fKL", "FBPC")
+    ]
+
+
+def _table10(request: Request) -> list[Cell]:
+    rows = [("BPC-fKL (no DSA)", "BPC-fKL", "none"), ("FBPC (no DSA)", "FBPC", "none"), ("FBPC (DSA)", "FBPC", "dsa")]
+    return [
+        Cell(row, f"ipc {ipc}", _config(request, "cifar10", ipc, METHODS[name], augment=augment), CONVNET[0])
+        for ipc in request.all_ipc
+        for row, name, augment in rows
+    ]
+
+
+def _fig2a(request: Request) -> list[Cell]:
+    every = tuple(NORMS.values())
+    rows = {"WBPC-single": ("BPC-fKL", CONVNET), "FBPC-single": ("FBPC", CONVNET),
+            "WBPC-multi": ("BPC-fKL", every), "FBPC-multi": ("FBPC", every)}  # fmt: skip
+    return [
+        Cell(row, norm, _config(request, "cifar10", request.one_ipc, METHODS[name], networks), network)
+        for row, (name, networks) in rows.items()
+        for norm, network in NORMS.items()
+    ]
+
+
+def _fig2b(request: Request) -> list[Cell]:
+    config = _config(request, "cifar10", request.one_ipc, "fbpc", tuple(NORMS.values()))
+    return [Cell(norm, "", config, network) for norm, network in NORMS.items()]
+
+
+def _fig3(request: Request) -> list[Cell]:
+    return [Cell("FBPC", "", _config(request, "cifar10", request.ipc[0] if request.ipc else 1, "fbpc"), CONVNET[0])]
+
+
+SCORES = ("accuracy", "nll")
+TABLES: dict[str, Table] = {
+    "table1": Table("Table 1: test accuracy and NLL, CIFAR10", "scores", SCORES, _table1),
+    "table2": Table("Table 2: test accuracy and NLL, CIFAR100 and Tiny-ImageNet", "scores", SCORES, _table2),
+    "table3": Table("Table 3: corrupted test images", "corruptions", ("accuracy", "degradation"), _table3),
+    "table5": Table("Table 5: FBPC distilled on ConvNet, judged on other networks", "scores", SCORES, _table5),
+    "table6": Table("Table 6: FBPC distilled on ResNet18, alone and with ConvNet", "scores", SCORES, _table6),
+    "table7": Table("Table 7: peak memory of a step, over networks", "cost", ("peak_gb", "parameters"), _table7),
+    "table8": Table("Table 8: peak memory of a step, over ipc", "cost", ("peak_gb",), _costs_by_ipc),
+    "table9": Table("Table 9: seconds a step, over ipc", "cost", ("seconds",), _costs_by_ipc),
+    "table10": Table("Table 10: with and without DSA", "scores", SCORES, _table10),
+    "fig2a": Table("Fig. 2a: distilled on one or four norms, judged on each", "scores", SCORES, _fig2a),
+    "fig2b": Table("Fig. 2b: function values at one image, over networks", "logits", ("logit",), _fig2b),
+    "fig3": Table("Fig. 3: the pseudocoreset", "picture", (), _fig3),
+}
+
+
+def cells_of(name: str, request: Request) -> list[Cell]:
+    """The cells of a table for seed 0 of the distillation. Raises UserError where an override fits no flag."""
+    for flag in ("data", "architectures", "method", "ipc", "seed", "augment"):
+        if flag in request.overrides:
+            raise UserError(f"--override {flag}=...: the table decides it; leave it out")
+    return TABLES[name].cells(request)

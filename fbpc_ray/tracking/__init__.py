@@ -1,0 +1,1 @@
+"""MLflow: runs, models, addresses. Imports core to execution."""

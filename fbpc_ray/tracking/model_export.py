@@ -1,0 +1,118 @@
+"""Posterior samples as an MLflow model, which any of MLflow's tools load and serve: what goes into it."""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.provenance import Provenance
+from fbpc_ray.core.storage import local_folder
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.expert_store import slug
+from fbpc_ray.distillation.loop import Verdict
+from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation.ensemble import Ensemble
+from fbpc_ray.models import custom
+from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.tracking.uri import serve_command
+
+REQUIRED = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "torch")
+"""What the model needs where it is loaded, beside the code that it brings."""
+SCRIPT = Path(__file__).with_name("pyfunc_model.py")
+
+
+def target(path: str) -> Path:
+    """The folder that a model will go to. Raises UserError where none can."""
+    folder = local_folder(path, "--save-model").absolute()
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} is there already: choose another folder for the model")
+    _mlflow_model()
+    return folder
+
+
+def asked(path: str, specs: Sequence[Spec]) -> Path | None:
+    """What --save-model asks for, None where it isn't given. Raises UserError for several networks."""
+    if path and len(specs) > 1:
+        raise UserError("--save-model keeps the samples of one network: name it with --architectures")
+    return target(path) if path else None
+
+
+def kept(verdict: Verdict, found: Coreset, name: str, spec: Spec) -> Ensemble:
+    """The samples that an evaluation kept, of the coreset called `name`. Raises UserError for a chain that diverged."""
+    samples = verdict.samples.get((name, spec.architecture))
+    if samples is None:
+        raise UserError("no model was saved: its chain, that of seed 0, diverged; lower --chain-eta", code=1)
+    return ensemble.gathered(Network(spec), samples, found)
+
+
+def facts(config: Config, split: str, scored: dict[str, list[float | None]], made_by: Provenance) -> dict[str, Any]:
+    """What a model says of itself: what it was sampled on, and how the chain that it is scored on `split`."""
+    kind, colon, path = config.data.data.partition(":")
+    return {
+        "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
+        "ipc": config.distillation.ipc, "seed": 0, "split": split, "commit": made_by.commit,
+        "scores": {name: values[0] for name, values in scored.items()},
+    }  # fmt: skip
+
+
+def save(samples: Ensemble, folder: Path, facts: dict[str, Any], example: np.ndarray) -> str:
+    """Write an MLflow model to `folder`, which must not be there, and give the command that serves it. `facts` are
+    its metadata, `example` (n, c, h, w) uint8 is an input. Raises UserError."""
+    with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
+        _mlflow_model().save_model(folder, _parts(samples, Path(near), facts, example))
+    return serve_command(folder)
+
+
+def log_to_run(
+    samples: Ensemble, uri: str, run_id: str, facts: dict[str, Any], example: np.ndarray, log: Callable[[str], None]
+) -> str | None:
+    """Log the same model to an MLflow run and give its address there; None, said, where MLflow doesn't take it."""
+    name = f"posterior-{slug(samples.spec.architecture).replace('.', '-')}"
+    with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
+        return _mlflow_model().log_model(uri, run_id, name, _parts(samples, Path(near), facts, example), log)
+
+
+def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.ndarray) -> Any:
+    name, own_network = samples.spec.architecture, ":" in samples.spec.architecture
+    if own_network and not custom.importable(name):
+        raise UserError(f"{name} is known to this process alone: put it into a module, which the model then brings")
+    path = near / "samples.safetensors"
+    ensemble.save(samples, path)
+    shape = samples.spec.image_shape
+    return _mlflow_model().ModelParts(
+        script=SCRIPT,
+        artifacts={"samples": path},
+        config={"network": name} if own_network else {},
+        example=np.ascontiguousarray(example),
+        code=[SCRIPT.parent, *([_code_of(name)] if own_network else [])],
+        requirements=[f"{each}=={metadata.version(each).partition('+')[0]}" for each in REQUIRED],
+        metadata={
+            "architecture": name, "width": samples.spec.width, "samples": len(samples.samples),
+            "image_shape": list(shape), "classes": list(samples.classes), **facts,
+        },
+    )  # fmt: skip
+
+
+def _code_of(name: str) -> Path:
+    """The file, or the folder of the package, that the import path `name` begins with."""
+    custom.search_current_folder()
+    top = name.partition(":")[0].partition(".")[0]
+    found = importlib.util.find_spec(top)
+    where = found and ((found.submodule_search_locations or [None])[0] or found.origin)
+    if not where:
+        raise UserError(f"{name}: no file of {top} to put into the model")
+    return Path(where)
+
+
+def _mlflow_model() -> Any:
+    try:
+        from fbpc_ray.tracking import mlflow_model
+    except ImportError as error:
+        raise UserError(f"MLflow is not installed ({error}): pip install mlflow") from None
+    return mlflow_model

@@ -1,0 +1,178 @@
+"""What runs in MLflow are called and carry, so that any two compare at once, and how they begin and end."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fbpc_ray.core import files
+from fbpc_ray.core.config import ELSEWHERE, Config
+from fbpc_ray.core.errors import undamaged
+from fbpc_ray.core.presets import start_of
+from fbpc_ray.core.provenance import Provenance, home
+from fbpc_ray.core.signals import Interrupted
+from fbpc_ray.core.storage import Place
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.evaluation import results
+from fbpc_ray.execution.session import Log
+from fbpc_ray.tracking.uri import default_uri
+
+
+class Untracked:
+    """In the place of a Tracker where there is none."""
+
+    run_id = None
+    uri = ""
+
+    def metrics(self, values: dict[str, float], step: int) -> None: ...
+
+    def image(self, key: str, image: Any, step: int) -> None: ...
+
+    def artifact(self, path: Place, folder: str | None = None) -> None: ...
+
+    def tags(self, values: dict[str, str]) -> None: ...
+
+    def finish(self, status: str) -> None: ...
+
+
+def tracking_module(otherwise: str, log: Log) -> Any:
+    """The module `tracking`, or None, said, where there is no MLflow."""
+    try:
+        from fbpc_ray.tracking import tracker as tracking
+    except ImportError as error:
+        log(f"note: no MLflow ({error}); {otherwise}")
+        return None
+    return tracking
+
+
+def kind(config: Config, data: str) -> dict[str, str]:
+    """The tags by which runs are told apart and grouped; `data` is the name of the data set."""
+    d = config.distillation
+    architectures = " ".join(config.networks.architectures)
+    return {"method": d.method, "data": data, "ipc": str(d.ipc), "architectures": architectures}
+
+
+ALWAYS = (
+    "method", "data", "ipc", "architectures", "width", "steps", "alpha", "start_epoch", "start_rule", "seed",
+)  # fmt: skip
+
+
+def params(config: Config) -> dict[str, Any]:
+    """What MLflow shows as parameters: the preset, and the settings that are not its own, those that a method brings
+    among them. Not all: it writes them above every picture of its slider, and sixty would leave no room for it.
+    `config.json`, an artifact, has the others."""
+    row, start = start_of(config)
+    before = start.flat()
+    return {"preset": row or "none"} | {
+        name: " ".join(value) if isinstance(value, tuple) else value
+        for name, value in config.flat().items()
+        if name in ALWAYS or (value != before[name] and name not in ELSEWHERE)
+    }
+
+
+def origin(made_by: Provenance) -> dict[str, str]:
+    """The tags that say what made a run."""
+    versions = {f"version.{name}": version for name, version in made_by.versions.items()}
+    return {"commit": made_by.commit, "device": made_by.device, **versions}
+
+
+def note(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]:
+    """The tag that MLflow shows as the description of a run: what it is, and its scores."""
+    d = config.distillation
+    told = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"
+    return {"mlflow.note.content": f"{told}:\n\n```\n{results.table(scored)}\n```"}
+
+
+@contextmanager
+def distillation(config: Config, dataset: Dataset, run: Run, made_by: Provenance, log: Log) -> Iterator[Any]:
+    """The Tracker of a distillation's run, which a resume goes on with; ended as the block ends."""
+    tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    if not tracking:
+        yield Untracked()
+        return
+    uri = default_uri(home())
+    tracker = tracking.Tracker(
+        uri,
+        config.output.experiment,
+        run_name=run.folder.name,
+        run_id=_id_in(run, uri),
+        tags={**kind(config, dataset.name), **origin(made_by), "folder": str(run.folder)},
+        params=params(config),
+        log=log,
+    )
+    for part in ("train", "validation", "test"):
+        split = getattr(dataset, part)
+        if len(split.labels):
+            tracker.dataset(dataset.name, dataset.name, split.images, split.labels, part)
+    try:
+        with _ended(tracker):
+            yield tracker
+    finally:
+        remember(run, tracker)
+
+
+@contextmanager
+def evaluation(
+    config: Config, dataset: Dataset, run: Run, name: str, tags: dict[str, str], made_by: Provenance, log: Log
+) -> Iterator[Any]:
+    """The Tracker of an evaluation called `name`, whose run stands under that of the distillation, with the same names
+    of metrics; ended as the block ends."""
+    tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    if not tracking:
+        yield Untracked()
+        return
+    uri = default_uri(home())
+    parent = _id_in(run, uri)
+    tracker = tracking.Tracker(
+        uri,
+        config.output.experiment,
+        run_name=f"{run.folder.name}/{name}",
+        tags={
+            **({"mlflow.parentRunId": parent} if parent else {}),
+            **kind(config, dataset.name), **origin(made_by), **tags, "folder": str(run.folder),
+        },
+        params=params(config),
+        log=log,
+    )  # fmt: skip
+    with _ended(tracker):
+        yield tracker
+
+
+@contextmanager
+def _ended(tracker: Any) -> Iterator[None]:
+    """Finish it as the block ends, with the status that says how."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def remembered(run: Run) -> dict[str, str]:
+    """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
+    path = run.folder / "mlflow.json"
+    if not path.exists():
+        return {}
+    with undamaged(path, "delete it, and the run is logged as a new one"):
+        told = json.loads(path.read_text())
+        return {name: str(told[name]) for name in ("uri", "run_id")}
+
+
+def _id_in(run: Run, uri: str) -> str | None:
+    """The id of the run in the store `uri`; None where it isn't there."""
+    before = remembered(run)
+    return before.get("run_id") if before.get("uri") == uri else None
+
+
+def remember(run: Run, tracker: Any) -> None:
+    """Keep the id of the MLflow run, so that --resume goes on with it."""
+    path = run.folder / "mlflow.json"
+    if tracker.run_id:
+        text = json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}) + "\n"
+        if not path.exists() or path.read_text() != text:
+            files.write_text(path, text)
