@@ -5,7 +5,7 @@
 
 Every way takes the same steps with the same draws, in turn, on the same number of threads:
 
-    reference   tests/reference.py: Algorithm 1 with nn.Module, torch.optim and a loop over images, in its own process
+    reference   tests/support/reference.py: Algorithm 1 with nn.Module, torch.optim and a loop over images, in a process
     ours        what a worker does, all its x sides and machine code on disk already
     ours, cold  the same without x sides on disk
     floor       as many passes as ours took, back to back, compiled, and nothing else
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import reference
+from support import reference
 
 from fbpc_ray.commands.main import COMMANDS, main
 from fbpc_ray.core import files

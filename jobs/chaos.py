@@ -27,7 +27,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from processes import all_cpus_free, gradient_workers, soon
+from support.processes import all_cpus_free, gradient_workers, soon
 
 from fbpc_ray.commands.main import COMMANDS, main
 from fbpc_ray.core import files

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import flags
 from PIL import Image
+from support.runs import flags
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import tyro
-from conftest import train_experts
 from PIL import Image
 from safetensors import safe_open
+from support.runs import train_experts
 
 from fbpc_ray.commands import help, main
 from fbpc_ray.core import config
@@ -33,8 +33,7 @@ from fbpc_ray.core.config import Sweep
 from fbpc_ray.core.presets import preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset_formats, readers
-from fbpc_ray.distillation import loop
-from fbpc_ray.distillation import worker as distill
+from fbpc_ray.distillation import loop, worker
 from fbpc_ray.distillation.expert_store import Recipe
 from fbpc_ray.distillation.worker import Unit, Worker
 from fbpc_ray.execution import session
@@ -239,7 +238,7 @@ def at(desk: Path, place: Path, told: list[str]) -> Iterator[None]:
         if f"runs/{name}" not in made:
             shutil.copytree(desk / "runs" / "first", place / "runs" / name)
     shutil.copytree(desk / "experts", place / "experts")
-    registers: list[dict[str, Any]] = [distill.METHODS, readers.NAMED, registry.ARCHITECTURES]
+    registers: list[dict[str, Any]] = [worker.METHODS, readers.NAMED, registry.ARCHITECTURES]
     before, modules, paths = [dict(each) for each in registers], set(sys.modules), list(sys.path)
     try:
         with contextlib.chdir(place):
@@ -489,23 +488,23 @@ def test_formats_says_what_a_sweep_leaves(tmp_path):
 def test_the_method_of_extending_learns(small, digits, tmp_path):
     """Its block as it stands, as a worker of a run would call it: its images are what the experts are surer of."""
     (block,) = [text for language, text in fences((ROOT / "docs/extending.md").read_text())
-                if language == "python" and "distill.METHODS[" in text]  # fmt: skip
-    before = dict(distill.METHODS)
+                if language == "python" and "worker.METHODS[" in text]  # fmt: skip
+    before = dict(worker.METHODS)
     try:
         exec(compile(block, "extending", "exec"), {})
         settings = replace(small.distillation, method="confident")
         specs = session.specs(small, digits)
         stores = train_experts(small, digits, Serial("cpu", Interruption()))
         state, labels = loop.first_state(digits, 1, 0)
-        worker = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
+        gradients_of = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
         images, losses = state.images.clone(), []
         for _ in range(10):
-            value, stats, *_ = worker.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
-            again = worker.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
+            value, stats, *_ = gradients_of.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
+            again = gradients_of.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
             assert (again[0] == value).all()
             losses.append(stats["loss"])
             images = images - 0.1 * torch.from_numpy(value)
         assert losses[-1] < losses[0]
     finally:
-        distill.METHODS.clear()
-        distill.METHODS.update(before)
+        worker.METHODS.clear()
+        worker.METHODS.update(before)

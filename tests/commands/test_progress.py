@@ -1,0 +1,126 @@
+"""On a terminal a bar with rate and time left, and lines above it; elsewhere lines alone."""
+
+import io
+import os
+import pty
+import re
+import termios
+import threading
+from collections.abc import Callable
+
+import pytest
+from support.runs import flags
+
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Sweep
+from fbpc_ray.tracking import run_logging
+from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning import trial
+from fbpc_ray.tuning.trial import Look
+
+QUICK = {"backend": "serial", "steps": 4, "eval_seeds": 1, "chain_steps": 4, "chain_every": 2}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], str]:
+    """What somebody at a terminal sees of a call, on both streams."""
+
+    def watch(doing: Callable[[], object]) -> str:
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, 110))
+        parts: list[bytes] = []
+
+        def read() -> None:
+            while True:
+                try:
+                    data = os.read(ours, 65536)
+                except OSError:  # Linux's way to say that the other end is closed
+                    return
+                if not data:
+                    return
+                parts.append(data)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:  # noqa: PTH123  a number
+            patch.setattr("sys.stdout", terminal)
+            patch.setattr("sys.stderr", terminal)
+            doing()
+        reader.join(300)
+        os.close(ours)
+        return b"".join(parts).decode()
+
+    return watch
+
+
+def bars(text: str, what: str) -> list[str]:
+    return [each for each in re.split(r"[\r\n]", text) if re.match(rf"{what}: .*%\|", each)]
+
+
+def assert_says_rate_and_time_left(found: list[str]) -> None:
+    """1/4 [00:07<00:21, 7.20s/ trajectory]; until the first is done, 0/4 [00:00<?, ? trajectory/s]."""
+    assert found
+    assert all(re.search(r"\d+/\d+ \[\d\d:\d\d<(\?|\d\d:\d\d), +(\?|[\d.]+)( \w+/s|s/ \w+)", each) for each in found)
+
+
+def test_experts_distillation_and_evaluation_have_their_bars(small, tmp_path, seen):
+    words = flags(small, **QUICK, experts=str(tmp_path / "experts"), out=str(tmp_path / "run"))
+    text = seen(lambda: main.main(["distill", *words]))
+    for what in ("experts", "distil", "evaluate"):
+        assert_says_rate_and_time_left(bars(text, what))
+    again = seen(lambda: main.main(["experts", "--experts", str(tmp_path / "experts"), *flags_of_experts(small)]))
+    assert "experts: 4 of 4 trajectories are there" in again
+    assert not bars(again, "experts")  # nothing to wait for
+
+
+def flags_of_experts(small) -> list[str]:
+    e, n = small.experts, small.networks
+    return ["--backend", "serial", "--expert-count", "2", "--expert-epochs", str(e.expert_epochs), "--width",
+            str(n.width), "--architectures", *n.architectures]  # fmt: skip
+
+
+def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
+    words = ["table1", "--cifar10", "digits", "--ipc", "1", "--only", "Random", "--distill-seeds", "1", "--eval-seeds",
+             "2", "--override", "width=8", "chain_steps=4", "chain_every=2", "--out", str(tmp_path / "out"),
+             "--backend", "serial", "--no-tracking"]  # fmt: skip
+    text = seen(lambda: main.main(["reproduce", *words]))
+    for what in ("distil", "judge"):
+        assert_says_rate_and_time_left(bars(text, what))
+    assert [line for line in re.split(r"[\r\n]", text) if re.fullmatch(r"coreset random-ipc1-\w+", line)]
+
+
+def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
+    """A stopped trial's other steps count as done: nobody waits for them."""
+    base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
+    found = tuning._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    tuning._write_plan(found)
+
+    def look(number: int, step: int) -> Look:
+        return Look(step, 1.0, 0.5, 0.1, 0.2, [])
+
+    def act() -> None:
+        board = tuning._Board(found, run_logging.Untracked(), None)
+        board.tracked()
+        for number, step in ((0, 1), (1, 1), (0, 2)):
+            board.looked(number, look(number, step))
+        trial.write_record(tmp_path / "sweep" / "trials" / "00001", trial.Record([0], [look(1, 1)]))
+        board.ended(1, "")
+        board.looked(0, look(0, 3))
+        board._bar.refresh()
+        board.ran()
+
+    text = seen(act)
+    assert "trial 1 stopped: at step 1 of 4" in text
+    counts = [int(count) for each in bars(text, "sweep") for count in re.findall(r"(\d+)/8 \[", each)]
+    assert sorted(counts) == counts
+    assert counts[-1] == 7  # 3 of trial 0, all 4 of trial 1
+
+
+def test_where_there_is_no_terminal_lines_alone_are_written(small, tmp_path, monkeypatch):
+    said, aside = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stdout", said)
+    monkeypatch.setattr("sys.stderr", aside)
+    main.main(["distill", *flags(small, **QUICK, out=str(tmp_path / "run"))])
+    assert aside.getvalue() == ""
+    assert "distilled: step 4" in said.getvalue()
+    assert not re.search(r"[\r\x1b]", said.getvalue())

@@ -1,0 +1,132 @@
+"""Files that nobody sweeps as long as they are written, and a folder that one process at a time writes to."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from support.processes import raised_at_once
+
+from fbpc_ray.commands import main
+from fbpc_ray.core import files
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import place
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with files.alone(folder):
+        (folder / "kept").write_text("x")
+        with (
+            pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait until it ends"),
+            files.alone(folder),
+        ):
+            pass
+        code = (
+            "import sys; from pathlib import Path; from fbpc_ray import atomic\n"
+            "with atomic.alone(Path(sys.argv[1])): print('in')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+        assert "UserError: another process" in done.stderr
+        assert (folder / files.LOCK).exists()  # those that were refused have not removed it
+    assert [each.name for each in folder.iterdir()] == ["kept"]
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.stdout == "in\n"
+
+
+def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / files.LOCK).touch()
+    with files.alone(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_path, monkeypatch):
+    """Another process ends between our opening the file and our locking it: the lock is on the file that is there."""
+    path, lock = tmp_path / files.LOCK, files.fcntl.flock
+    calls = []
+
+    def late(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.alone(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(UserError, match="another process"), files.alone(tmp_path):
+            pass
+
+
+def test_a_folder_whose_last_user_takes_it_away_is_made_again(tmp_path):
+    """Eight threads, each with its turn in a folder that is empty in the end, and so goes: all get it, or are told."""
+    turns = []
+
+    def take():
+        for _ in range(200):
+            with contextlib.suppress(UserError), files.alone(tmp_path / "run"):
+                turns.append(1)
+
+    assert not raised_at_once(take, 8)
+    assert turns
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["file/run", "link"])
+@pytest.mark.parametrize("flag", ["--out", "--experts"])
+def test_a_file_in_the_place_of_a_folder_is_one_line(flag, place, tmp_path, monkeypatch, capsys):
+    """A file where a folder should be, and a link to nowhere; both are still there afterwards."""
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path / "home"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    words = [flag, str(tmp_path / place), "--backend", "serial", "--no-tracking", "--expert-count", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main.main(["distill", *words])
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(rf"error: .*{tmp_path / place.partition('/')[0]}.*: (choose|give|there is) ", line)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_is_not_swept_while_it_is_written_and_is_after_its_writer_was_killed(tmp_path):
+    path = tmp_path / ".a.tmp"
+    with files.begun(path) as file:
+        files.sweep(tmp_path, ".*.tmp")
+        file.write(b"all of it")
+        files.sweep(tmp_path, ".*.tmp")
+    assert path.read_bytes() == b"all of it"
+    files.sweep(tmp_path, ".*.tmp")
+    assert not path.exists()
+
+
+def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
+    """One thread sweeps without a pause: now and then it comes between the two, or has the lock that we want."""
+    over = threading.Event()
+
+    def sweep():
+        while not over.is_set():
+            files.sweep(tmp_path, ".*.tmp")
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for index in range(2000):
+            path = tmp_path / f".{index}.tmp"
+            with files.begun(path) as file:
+                file.write(b"x")
+                path.replace(tmp_path / "whole")
+    finally:
+        over.set()
+        sweeper.join()
+    assert (tmp_path / "whole").read_bytes() == b"x"
+    assert [each.name for each in tmp_path.iterdir()] == ["whole"]
+
+
+def test_an_object_store_keeps_nobody_out():
+    with files.alone(place("s3://bucket/run")), files.alone(place("s3://bucket/run")):
+        pass

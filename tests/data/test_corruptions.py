@@ -1,0 +1,841 @@
+"""Each corruption against its published definition, written out slowly on scipy, colorsys and Pillow; the files that
+hold them against every way in which they can be wrong. PUBLISHED is a second transcription of the constants."""
+
+import colorsys
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import corrupted_splits, corruptions
+from fbpc_ray.data.corrupted_splits import cached_at, corrupted_test, notes, official
+from fbpc_ray.data.corruptions import (
+    CORRUPTIONS,
+    FROST,
+    SEVERITIES,
+    corrupt,
+    disk,
+    frost_texture,
+    gaussian_line,
+    shared,
+)
+from fbpc_ray.data.datasets import Dataset, Split, load, tensors
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
+
+PUBLISHED: dict[str, list[Any]] = {
+    "brightness": [0.05, 0.1, 0.15, 0.2, 0.3],
+    "defocus_blur": [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)],
+    "elastic_transform": [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
+    "frost": [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
+    "gaussian_blur": [0.4, 0.6, 0.7, 0.8, 1],
+    "jpeg_compression": [80, 65, 58, 50, 40],
+    "motion_blur": [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
+    "pixelate": [0.95, 0.9, 0.85, 0.75, 0.65],
+    "snow": [
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    ],
+    "speckle_noise": [0.06, 0.1, 0.12, 0.16, 0.2],
+}  # fmt: skip
+RANDOM = ("elastic_transform", "frost", "motion_blur", "snow", "speckle_noise")
+SIZES = ((8, 8), (28, 28), (32, 32), (64, 64), (20, 44))
+
+
+def scenes(n: int, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """(n, c, h, w) uint8 whose spectra fall like those of photographs."""
+    noise = np.random.default_rng(seed).normal(size=(n, channels, height, width))
+    noise = 0.6 * noise + 0.8 * noise.mean(1, keepdims=True) * math.sqrt(channels)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    field = np.fft.ifft2(np.fft.fft2(noise) / np.maximum(frequency, 1 / max(height, width))).real
+    return np.clip(120 + 55 * field / field.std(), 0, 255).astype(np.uint8)
+
+
+def draws(name: str, severity: int, index: int, seed: int = 0) -> torch.Generator:
+    return generator(seed, "corruption", name, severity, index)
+
+
+def levels(pixels: np.ndarray) -> np.ndarray:
+    """[0, 1] -> uint8, cut off."""
+    return np.floor(np.clip(pixels, 0, 1) * 255 + 1e-3).astype(np.uint8)
+
+
+def agree(found: np.ndarray, expected: np.ndarray, share: float = 2e-3) -> None:
+    """Equal but for a few single levels, where float32 and float64 fall on two sides of a whole one."""
+    assert found.shape == expected.shape
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 1 and np.mean(difference > 0) <= share, (difference.max(), np.mean(difference > 0))
+
+
+# ---- the published definitions, slowly
+
+
+def slow_brightness(image: np.ndarray, add: float, source: torch.Generator) -> np.ndarray:
+    def brighter(rgb: np.ndarray) -> tuple[float, float, float]:
+        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+        return colorsys.hsv_to_rgb(hue, saturation, min(value + add, 1))
+
+    return levels(np.apply_along_axis(brighter, 0, image / 255))
+
+
+def slow_defocus_blur(image: np.ndarray, c: tuple[float, float], source: torch.Generator) -> np.ndarray:
+    grid = np.arange(-8, 9)
+    aliased = (grid[:, None] ** 2 + grid**2 <= c[0] ** 2).astype(float)
+    tap = np.exp(-np.array([1, 0, 1]) / (2 * c[1] ** 2))
+    tap /= tap.sum()
+    kernel = ndimage.correlate(aliased / aliased.sum(), tap[:, None] * tap)
+    return levels(np.stack([ndimage.correlate(channel / 255, kernel, mode="mirror") for channel in image]))
+
+
+def slow_elastic_transform(image: np.ndarray, c: tuple[float, ...], source: torch.Generator) -> np.ndarray:
+    size, smoothness, jitter = (32 * value for value in c)
+    moves = 2 * torch.rand((3, 2), generator=source, dtype=torch.float64).numpy() - 1
+    noise = 2 * torch.rand((2, 32, 32), generator=source).double().numpy() - 1
+    start = np.array([[26, 26], [26, 6], [6, 6]], float)
+    to_source = np.linalg.inv(np.column_stack([start + jitter * moves, np.ones(3)])) @ start  # (x', y', 1) -> (x, y)
+    y, x = np.mgrid[:32, :32].astype(float)
+    from_x, from_y = (to_source[0, k] * x + to_source[1, k] * y + to_source[2, k] for k in (0, 1))
+    image = np.stack([ndimage.map_coordinates(ch / 255, (from_y, from_x), order=1, mode="mirror") for ch in image])
+    if size:
+        dx, dy = (size * ndimage.gaussian_filter(n, smoothness, mode="reflect", truncate=3) for n in noise)
+        image = np.stack([ndimage.map_coordinates(ch, (y + dy, x + dx), order=1, mode="reflect") for ch in image])
+    return levels(image)
+
+
+def slow_gaussian_blur(image: np.ndarray, sigma: float, source: torch.Generator) -> np.ndarray:
+    return levels(
+        np.stack([ndimage.gaussian_filter(channel / 255, sigma, mode="nearest", truncate=4) for channel in image])
+    )
+
+
+def slow_jpeg_compression(image: np.ndarray, quality: int, source: torch.Generator) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file)).transpose(2, 0, 1)
+
+
+def slow_smear(image: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
+    """(h, w) float: ImageMagick's motion blur, pixel by pixel."""
+    height, width = image.shape
+    weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(2 * radius + 1)]
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    smeared = np.zeros((height, width))
+    for row, column in np.ndindex(height, width):
+        for i, weight in enumerate(weights):
+            down, right = math.ceil(i * sine - 0.5), math.ceil(i * cosine - 0.5)
+            at = min(max(row + down, 0), height - 1), min(max(column + right, 0), width - 1)
+            smeared[row, column] += weight / sum(weights) * image[at]
+    return smeared
+
+
+def slow_motion_blur(image: np.ndarray, c: tuple[int, float], source: torch.Generator) -> np.ndarray:
+    degrees = 90 * float(torch.rand((), generator=source, dtype=torch.float64)) - 45
+    return levels(np.stack([slow_smear(channel / 255, *c, degrees) for channel in image]))
+
+
+def slow_pixelate(image: np.ndarray, share: float, source: torch.Generator) -> np.ndarray:
+    small = Image.fromarray(image.transpose(1, 2, 0)).resize((int(32 * share), int(32 * share)), Image.Resampling.BOX)
+    place = ((np.arange(32) + 0.5) * int(32 * share) / 32).astype(int)  # each pixel shows the one that it lies in
+    return np.asarray(small)[place][:, place].transpose(2, 0, 1)
+
+
+def slow_snow(image: np.ndarray, c: tuple[float, ...], source: torch.Generator) -> np.ndarray:
+    mean, std, zoom, threshold, radius, sigma, keep = c
+    noise = torch.randn((1, 32, 32), generator=source)[0].double().numpy()
+    degrees = 90 * float(torch.rand((), generator=source, dtype=torch.float64)) - 135
+    side = math.ceil(32 / zoom)
+    top = (32 - side) // 2
+    flakes: Any = ndimage.zoom((mean + std * noise)[top : top + side, top : top + side], zoom, order=1, mode="nearest")
+    trim = (len(flakes) - 32) // 2
+    flakes = flakes[trim : trim + 32, trim : trim + 32]
+    flakes = levels(np.where(flakes < threshold, 0, flakes)) / 255
+    flakes = levels(slow_smear(flakes, int(radius), sigma, degrees)) / 255
+    pixels = image / 255
+    grey = 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
+    white = np.maximum(pixels, 1.5 * grey + 0.5)
+    return levels(keep * pixels + (1 - keep) * white + flakes + np.rot90(flakes, 2))
+
+
+def slow_speckle_noise(image: np.ndarray, std: float, source: torch.Generator) -> np.ndarray:
+    noise = torch.randn(image.shape, generator=source).double().numpy()
+    return levels(image / 255 + image / 255 * std * noise)
+
+
+SLOW: dict[str, Callable[..., np.ndarray]] = {
+    name.removeprefix("slow_"): function
+    for name, function in globals().items()
+    if name.startswith("slow_") and name != "slow_smear"
+}
+
+
+def test_the_ten_of_table_3():
+    assert [(name, c.abbreviation) for name, c in CORRUPTIONS.items()] == list(
+        zip(PUBLISHED, ("BN", "DB", "ET", "FT", "GB", "JPEG", "MB", "PIX", "SN", "SP"), strict=True)
+    )
+    assert SEVERITIES == (1, 2, 3, 4, 5)
+    assert {*SLOW, "frost"} == set(CORRUPTIONS)
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("name", SLOW)
+def test_the_published_definition(name, severity):
+    images = scenes(2)
+    constant = PUBLISHED[name][severity - 1]
+    expected = [SLOW[name](image, constant, draws(name, severity, i)) for i, image in enumerate(images)]
+    agree(corrupt(images, name, severity, 0), np.stack(expected))
+
+
+MAGICK: dict[tuple[int, float, float], list[list[int]]] = {
+    (6, 1.5, -30.0): [
+        [0, 0, 0, 0, 0, 14, 48, 115, 200], [0, 0, 0, 0, 0, 14, 48, 115, 115], [0, 0, 0, 0, 0, 2, 2, 2, 2],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 107, 0, 0, 0, 0], [0, 14, 44, 85, 0, 0, 0, 0, 0],
+        [0, 3, 0, 0, 0, 0, 0, 0, 0], [0, 37, 0, 0, 0, 0, 0, 0, 0], [30, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    (8, 3, -110.0): [
+        [0, 0, 0, 0, 0, 0, 0, 0, 91], [0, 0, 0, 0, 0, 0, 0, 0, 44], [0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 59, 0, 0, 0, 0], [0, 0, 0, 0, 56, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 47, 0, 0, 0], [0, 21, 0, 0, 0, 36, 0, 0, 0], [0, 19, 0, 0, 0, 24, 0, 0, 0],
+    ],
+}  # fmt: skip
+"""(radius, sigma, angle) -> what MagickMotionBlurImage of ImageMagick 6.9.11-60 Q16, which made CIFAR-10-C's motion
+and snow, gives for three bright pixels: 255 at (4, 4), 200 at (0, 8), 90 at (7, 1)."""
+
+
+@pytest.mark.parametrize("case", MAGICK)
+def test_motion_is_imagemagicks(case):
+    image = np.zeros((9, 9))
+    image[4, 4], image[0, 8], image[7, 1] = 255, 200, 90
+    assert levels(slow_smear(image / 255, *case)).tolist() == MAGICK[case]
+    pixels = (image / 255).astype(np.float32)[None, None]
+    smeared = corruptions._smeared(pixels, case[0], case[1], np.deg2rad([case[2]]))
+    assert levels(smeared)[0, 0].tolist() == MAGICK[case]
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_frost_blends_a_crop_of_a_texture(severity):
+    """Both shares are the published ones; the crop is the same whatever the image, and lies in a texture."""
+    keep, add = PUBLISHED["frost"][severity - 1]
+    images = scenes(40) // 2
+    black = corrupt(np.zeros_like(images), "frost", severity, 0)
+    found = corrupt(images, "frost", severity, 0)
+    unclipped = found < 255
+    difference = (found.astype(float) - black - keep * images)[unclipped]
+    assert np.abs(difference).max() <= 1 + 1e-3 and unclipped.mean() > 0.8
+    tiled = [np.tile(np.floor(add * frost_texture(which) * 255 + 1e-3), (1, 2, 2)) for which in range(5)]
+    found_in = []
+    for crop in black:
+        for which, whole in enumerate(tiled):
+            windows = np.lib.stride_tricks.sliding_window_view(whole, (3, 1, 8))[0, :128, :128, :, 0]
+            rows, columns = np.nonzero((np.abs(windows - crop[:, 0, :8]) <= 1).all((2, 3)))
+            places = zip(rows, columns, strict=True)
+            if any(np.abs(whole[:, r : r + 32, c : c + 32] - crop).max() <= 1 for r, c in places):
+                found_in.append(which)
+    assert len(found_in) == 40 and min(np.bincount(found_in, minlength=5)) >= 3
+    assert len({crop.tobytes() for crop in black}) == 40
+
+
+def test_frost_textures_are_like_the_photographs():
+    """Mean colour, contrast and spectrum: what was measured of the five."""
+    for which, (colour, spread) in enumerate(FROST):
+        texture = frost_texture(which) * 255
+        assert texture.shape == (3, 128, 128) and texture.dtype == np.float32
+        np.testing.assert_allclose(texture.mean((1, 2)), colour, atol=2)
+        assert texture.mean(0).std() == pytest.approx(spread, rel=0.1)
+        power = np.abs(np.fft.fft2(texture.mean(0) - texture.mean())) ** 2
+        radius = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(128)))
+        bands = [power[(radius > r / 128) & (radius <= 2 * r / 128)].mean() for r in (2, 4, 8, 16, 32)]
+        slope = np.polyfit(np.log([2, 4, 8, 16, 32]), np.log(bands), 1)[0]
+        assert -1.7 < slope < -0.7, slope
+    assert not np.array_equal(frost_texture(1), frost_texture(2))
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_speckle_grows_with_the_level(severity):
+    images = np.zeros((30, 3, 32, 32), np.uint8)
+    images[10:20], images[20:] = 60, 120
+    noisy = corrupt(images, "speckle_noise", severity, 0) + 0.5  # the mean of what was cut off
+    assert np.all(noisy[:10] == 0.5)
+    for part, level in ((noisy[10:20], 60), (noisy[20:], 120)):
+        std = PUBLISHED["speckle_noise"][severity - 1]
+        assert part.std() / level == pytest.approx(math.hypot(std, 0.29 / level), rel=0.02)
+        assert part.mean() == pytest.approx(level, abs=0.3)
+        assert abs(np.corrcoef(part[:, 0].ravel(), part[:, 1].ravel())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_angles_fill_their_range(severity):
+    """Motion to the right within 45 degrees; flakes fall."""
+    bright = np.zeros((200, 1, 32, 32), np.uint8)
+    bright[:, :, 16, 16] = 255
+    smeared = corrupt(bright, "motion_blur", severity, 0).astype(float)[:, 0]
+    rows, columns = np.mgrid[:32, :32] - 16
+    mass = smeared.sum((1, 2))
+    down, left = (smeared * rows).sum((1, 2)) / mass, -(smeared * columns).sum((1, 2)) / mass
+    assert (left > 0).all() and (np.abs(down) <= left + 0.5).all()
+    angles = np.rad2deg(np.arctan2(down, left))
+    assert angles.min() < -38 and angles.max() > 38 and abs(angles.mean()) < 6
+
+
+# ---- what holds for all
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_any_image_and_each_by_itself(name, size, channels, monkeypatch):
+    images = scenes(5, size[0], size[1], channels)
+    images.setflags(write=False)
+    for severity in (1, 5):
+        found = corrupt(images, name, severity, 3)
+        assert found.dtype == np.uint8 and found.shape == images.shape and found.flags.c_contiguous
+        assert found.flags.writeable and not np.array_equal(found, images)
+        for i in (0, 4):
+            alone = corrupt(images[i : i + 1], name, severity, 3, first=i)
+            assert np.array_equal(alone[0], found[i])
+        with monkeypatch.context() as patch:
+            patch.setattr(corruptions, "CHUNK", 2)
+            assert np.array_equal(corrupt(images, name, severity, 3), found)
+        assert np.array_equal(corrupt(images, name, severity, 4), found) == (name not in RANDOM)
+        assert np.array_equal(corrupt(images, name, severity, 3, first=1), found) == (name not in RANDOM)
+    assert corrupt(images[:0], name, 1, 0).shape == (0, channels, *size)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_the_smallest_images_pass(name):
+    for size in ((1, 1), (2, 2), (3, 5), (1, 40)):
+        images = scenes(3, *size)
+        for severity in SEVERITIES:
+            assert corrupt(images, name, severity, 0).shape == images.shape
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_draws_differ_between_images_and_severities(name):
+    same = np.repeat(scenes(1), 20, 0)
+    found = corrupt(same, name, 2, 0)
+    assert len({image.tobytes() for image in found}) > (8 if name == "motion_blur" else 19)  # near angles are alike
+    if name == "motion_blur":  # severities 3 and 4 differ in nothing but the draw
+        assert not np.array_equal(corrupt(same, name, 3, 0), corrupt(same, name, 4, 0))
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_one_channel_is_one_of_three_equal_ones(name):
+    """As the published code turns grey into RGB. Speckle draws once, frost is grey, JPEG rounds differently."""
+    grey = scenes(6, channels=1)
+    one = corrupt(grey, name, 3, 0)
+    three = corrupt(np.repeat(grey, 3, 1), name, 3, 0)
+    if name == "speckle_noise":
+        assert abs(one.astype(float).std() - three.std()) < 2
+    elif name == "frost":
+        luma = np.tensordot([0.299, 0.587, 0.114], three.astype(float), (0, 1))[:, None]
+        assert np.abs(one - luma)[(three < 255).all(1, keepdims=True)].max() < 2
+    else:
+        assert np.abs(one.astype(int) - three).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["defocus_blur", "gaussian_blur", "motion_blur", "elastic_transform", "pixelate"])
+def test_a_plain_image_stays(name):
+    """Kernels add to one, and edges bring nothing in."""
+    for size in SIZES:
+        images = np.repeat(np.array([0, 1, 127, 254, 255], np.uint8), 3 * math.prod(size)).reshape(5, 3, *size)
+        for severity in SEVERITIES:
+            assert np.array_equal(corrupt(images, name, severity, 0), images), (size, severity)
+
+
+def rises(name: str, images: np.ndarray) -> list[float]:
+    """Mean squared distance from the clean images, by severity."""
+    return [float(np.mean((corrupt(images, name, s, 0).astype(float) - images) ** 2)) for s in SEVERITIES]
+
+
+def check_rises(images: np.ndarray) -> None:
+    """Distance grows with severity, but where the published constants themselves say otherwise."""
+    for name in CORRUPTIONS:
+        distance = rises(name, images)
+        steps = np.diff(distance)
+        if name == "elastic_transform":  # an affine jitter of 0.08, 0.07, 0.06, 0.05, 0.03 is most of it
+            assert np.all(steps < 0), (name, distance)
+        elif name == "frost":  # 4 and 5 darken the image by 0.85, 0.75 under nearly the frost of 3
+            assert np.all(steps[:2] > 0), (name, distance)
+        elif name == "motion_blur":  # 3 and 4 have the same sigma, and differ in a tail of exp(-18)
+            assert np.all(steps[[0, 1, 3]] > 0) and abs(steps[2]) < 0.05 * distance[2], (name, distance)
+        else:
+            assert np.all(steps > 0), (name, distance)
+        assert distance[0] > 1
+
+
+def test_severity_on_synthetic_images():
+    check_rises(scenes(150))
+
+
+@needs_shared
+def test_severity_on_cifar10():
+    file = SHARED / "cifar10-jpeg" / "test-00000-of-00001.parquet"
+    column = pq.read_table(file, columns=["img"]).column("img").slice(0, 300).to_pylist()
+    images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))).transpose(2, 0, 1) for row in column])
+    check_rises(images)
+
+
+def test_frost_hides_more_with_severity():
+    """The share of frost to image, which does rise: .2, .3, .44, .47, .6."""
+    images = scenes(100)
+    likeness = []
+    for severity in SEVERITIES:
+        found = corrupt(images, "frost", severity, 0).astype(float)
+        likeness.append(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(found, images, strict=True)]))
+    assert np.all(np.diff(likeness) < 0), likeness
+
+
+def unevenness(severity: int, side: int) -> float:
+    """Standard deviation, in pixels, of the places that pixels come from about the best affine map; the middle half.
+
+    On a ramp a level says the place.
+    """
+    ramp = np.broadcast_to(np.arange(side, dtype=np.uint8) * (256 // side), (100, 1, side, side))
+    middle = slice(side // 4, side - side // 4)
+    rows, columns = np.mgrid[middle, middle].reshape(2, -1)
+    affine = np.column_stack([rows, columns, np.ones(len(rows))])
+    found = corrupt(ramp, "elastic_transform", severity, 0)[:, 0, middle, middle].reshape(100, -1).T / (256 // side)
+    return math.sqrt(np.linalg.lstsq(affine, found)[1].mean() / len(rows))
+
+
+def test_elastic_grows_uneven_with_severity_and_size():
+    uneven = [unevenness(severity, 32) for severity in SEVERITIES]
+    assert uneven[0] < 0.05  # rounding: an eighth of a pixel a level
+    assert np.all(np.diff(uneven[1:]) > 0.05), uneven
+    # a white field smoothed with sigma has the standard deviation 1 / (sqrt(3) 2 sqrt(pi) sigma); size x that:
+    assert uneven[4] == pytest.approx(3.2 / (math.sqrt(3) * 2 * math.sqrt(math.pi) * 0.96), rel=0.15)
+    assert unevenness(5, 64) == pytest.approx(2 * uneven[4], rel=0.2)
+    assert unevenness(4, 16) == pytest.approx(uneven[3] / 2, rel=0.2)
+
+
+# ---- other sizes
+
+
+def test_kernels_add_to_one_and_are_even():
+    for zoom, step in ((1, 1), (2, 1), (7, 1), (1, 0.25), (1, 0.875)):
+        disks = [disk(radius, softness, zoom, step) for radius, softness in PUBLISHED["defocus_blur"]]
+        for taps in (*disks, gaussian_line(0.7, 4, zoom, step)):
+            assert sum(taps.values()) == pytest.approx(1, abs=1e-12) and min(taps.values()) > 0
+            for (row, column), weight in taps.items():
+                assert taps[-row, -column] == pytest.approx(weight)
+
+
+def test_lengths_grow_with_the_image():
+    """Standard deviations on 64x64 are twice those on 32x32; a disk becomes one of twice the radius."""
+    for sigma in (1, 2.5):
+        line = gaussian_line(sigma, 4, 2)
+        assert math.sqrt(sum(w * c**2 for (_, c), w in line.items())) == pytest.approx(2 * sigma, rel=1e-2)
+    assert max(row for (row, _), weight in disk(1.5, 0.1, 2).items() if weight > 1e-6) == 3
+    assert sum(weight > 1e-6 for weight in disk(1.5, 0.01, 2).values()) == 29  # points within 3 of the centre
+    assert (
+        max(row for row, _ in disk(0.3, 0.4)) == 1 and max(row for row, _ in disk(0.3, 0.4, 2)) == 2
+    )  # the rim's reach
+    bright = np.zeros((40, 1, 64, 64), np.uint8)
+    bright[:, :, 32, 32] = 255
+    small = np.zeros((40, 1, 32, 32), np.uint8)
+    small[:, :, 16, 16] = 255
+
+    def spread(images: np.ndarray) -> float:
+        mass = corrupt(images, "motion_blur", 5, 0).astype(float)[:, 0]
+        rows, columns = np.mgrid[: images.shape[2], : images.shape[3]] - images.shape[2] // 2
+        return float((mass * np.hypot(rows, columns)).sum() / mass.sum())
+
+    assert spread(bright) == pytest.approx(2 * spread(small), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["gaussian_blur", "motion_blur"])
+def test_a_small_image_is_blurred_as_one_of_32x32(name, digits):
+    """8x8, each pixel repeated to 4x4, blurred, and averaged again: what sharing a sample between pixels comes to."""
+    images = digits.test.images[:30]
+    large = images.repeat(4, 2).repeat(4, 3)
+    for severity in SEVERITIES:
+        _, _, constants = CORRUPTIONS[name]
+        blurred = corruptions._unit(large)
+        if name == "gaussian_blur":
+            blurred = corruptions._gaussian(blurred, constants[severity - 1], 4, "edge")
+        else:
+            angles = corruptions._angles([draws(name, severity, i) for i in range(30)], -45, 45)
+            blurred = corruptions._smeared(blurred, *constants[severity - 1], angles)
+        expected = blurred.reshape(30, 1, 8, 4, 8, 4).mean((3, 5))
+        agree(corrupt(images, name, severity, 0), levels(expected))
+
+
+def test_a_shared_sample_keeps_its_place():
+    points = np.array([[0.25, -1.5], [2.0, 0.75], [-0.1, -0.1]])
+    weights = np.array([1.0, 2.0, 5.0])
+    taps = shared(points, weights)
+    mean = sum(weight * np.array(place) for place, weight in taps.items())
+    np.testing.assert_allclose(mean, weights @ points / 8)
+    assert shared(np.array([[1.0, -2.0]]), np.array([3.0])) == {(1, -2): 1.0}
+
+
+def test_frost_and_snow_keep_their_grain():
+    """On black images of 8x8 and 64x64 they are those on 32x32, reduced by areas or enlarged linearly."""
+    for name in ("frost", "snow"):
+        whole, small, large = (
+            corrupt(np.zeros((20, 3, side, side), np.uint8), name, 5, 0).astype(float) for side in (32, 8, 64)
+        )
+        pooled = whole.reshape(20, 3, 8, 4, 8, 4).mean((3, 5))
+        assert np.abs(small - pooled).max() <= (1 if name == "frost" else 40) and np.abs(small - pooled).mean() < 2
+        assert np.corrcoef(large.reshape(20, 3, 32, 2, 32, 2).mean((3, 5)).ravel(), whole.ravel())[0, 1] > 0.9
+
+
+# ---- refused
+
+
+def test_what_does_not_exist_is_refused():
+    images = scenes(1)
+    with pytest.raises(UserError, match=r"unknown corruption 'fog'.*frost"):
+        corrupt(images, "fog", 1, 0)
+    for severity in (0, 6, -1):
+        with pytest.raises(UserError, match=rf"severity {severity} does not exist; give 1 to 5"):
+            corrupt(images, "snow", severity, 0)
+    for wrong in (images.astype(np.float32), images[0], scenes(1, channels=2)):
+        with pytest.raises(TypeError, match="uint8 images"):
+            corrupt(wrong, "snow", 1, 0)
+
+
+# ---- official files
+
+
+def coloured(tmp_path: Path, n: int = 6) -> Dataset:
+    x = scenes(20, 8, 8).transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(20) % 3, x_test=x[:n], y_test=np.arange(n) % 3)
+    return load(f"npz:{tmp_path / 'a.npz'}")
+
+
+def folder_for(dataset: Dataset, at: Path, names: tuple[str, ...] = tuple(CORRUPTIONS)) -> Path:
+    """A folder in the layout of CIFAR-10-C: images and labels (uint8) of severity 1, then of severity 2, ..."""
+    at.mkdir()
+    for name in names:
+        made = [corrupt(dataset.test.images, name, severity, 11) for severity in SEVERITIES]
+        np.save(at / f"{name}.npy", np.ascontiguousarray(np.concatenate(made).transpose(0, 2, 3, 1)))
+    np.save(at / "labels.npy", np.tile(dataset.test.labels, 5).astype(np.uint8))
+    return at
+
+
+def test_official_files_are_mapped_and_split(tmp_path):
+    data = coloured(tmp_path)
+    folder = folder_for(data, tmp_path / "CIFAR-10-C")
+    opened = official(folder, data)
+    assert set(opened.arrays) == set(CORRUPTIONS)
+    for name in CORRUPTIONS:
+        assert isinstance(opened.arrays[name], np.memmap) and not opened.arrays[name].flags.writeable
+        for severity in SEVERITIES:
+            split = opened.split(name, severity)
+            assert np.array_equal(split.images, corrupt(data.test.images, name, severity, 11))
+            assert np.array_equal(split.labels, data.test.labels) and split.labels.dtype == np.int64
+            assert split.images.flags.c_contiguous and split.images.dtype == np.uint8
+            again = corrupted_test(data, name, severity, source=folder, seed=0, cache=tmp_path / "unused")
+            assert np.array_equal(again.images, split.images)
+    assert not (tmp_path / "unused").exists()
+    for severity in (0, 6):
+        with pytest.raises(UserError, match="does not exist"):
+            opened.split("snow", severity)
+    assert notes(folder, 0) == (f"corrupted images from {folder}",)
+
+
+def test_one_official_file_is_enough_for_one_corruption(tmp_path):
+    data = coloured(tmp_path)
+    folder = folder_for(data, tmp_path / "c", ("snow",))
+    assert len(corrupted_test(data, "snow", 2, source=folder, seed=0, cache=tmp_path).labels) == 6
+    with pytest.raises(UserError, match=r"c lacks brightness\.npy, defocus_blur\.npy.*CIFAR-10-C\.tar"):
+        official(folder, data)
+    with pytest.raises(UserError, match="unknown corruption 'fog'"):
+        official(folder, data, ("fog",))
+
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, at: Path):
+        self.at = at
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.at,)
+
+
+def replaced(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], object]:
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def cut(folder: Path) -> None:
+    data = (folder / "frost.npy").read_bytes()
+    (folder / "frost.npy").write_bytes(data[: len(data) // 2])
+
+
+def archived(folder: Path) -> None:
+    with (folder / "frost.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+BAD_OFFICIAL: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda f: (f / "frost.npy").unlink(), r"CIFAR-10-C lacks frost\.npy; name the folder"),
+    "no labels": (lambda f: (f / "labels.npy").unlink(), r"lacks labels\.npy; "),
+    "cut": (cut, r"frost\.npy: not a readable \.npy array"),
+    "empty": (lambda f: (f / "frost.npy").write_bytes(b""), r"frost\.npy: not a readable \.npy array"),
+    "text": (lambda f: (f / "frost.npy").write_text("<html>404"), r"frost\.npy: not a readable"),
+    "archive": (archived, r"frost\.npy: not a readable \.npy array \(the magic string"),
+    "half an archive": (lambda f: (f / "frost.npy").write_bytes(b"PK\x03\x04abc"), r"frost\.npy: not a readable"),
+    "pickle": (
+        lambda f: (f / "frost.npy").write_bytes(pickle.dumps(Trap(f / "sprung"))),
+        r"frost\.npy: not a readable",
+    ),
+    "objects": (
+        lambda f: np.save(f / "frost.npy", np.array([Trap(f / "sprung")], object), allow_pickle=True),
+        r"frost\.npy: not a readable",
+    ),
+    "floats": (replaced("frost.npy", lambda a: a / 255), r"frost\.npy holds float64 \(30, 8, 8, 3\), not uint8 \(30"),
+    "few": (
+        replaced("frost.npy", lambda a: a[:24]),
+        r"frost\.npy holds uint8 \(24, 8, 8, 3\), not uint8 \(30, 8, 8, 3\), five severities of the 6 test images",
+    ),
+    "channels first": (replaced("frost.npy", lambda a: a.transpose(0, 3, 1, 2)), r"uint8 \(30, 3, 8, 8\), not uint8"),
+    "size": (replaced("frost.npy", lambda a: a[:, :7]), r"uint8 \(30, 7, 8, 3\), not uint8"),
+    "grey": (replaced("frost.npy", lambda a: a[..., 0]), r"uint8 \(30, 8, 8\), not uint8"),
+    "few labels": (
+        replaced("labels.npy", lambda a: a[:6]),
+        r"labels\.npy holds uint8 \(6,\), not 30 integers, five times the 6 test labels",
+    ),
+    "float labels": (replaced("labels.npy", lambda a: a * 1.0), r"labels\.npy holds float64"),
+    "other labels": (
+        replaced("labels.npy", lambda a: np.where(np.arange(30) == 13, 0, a)),
+        r"labels\.npy, row 13: label 0, where test image 1 of npz:.* has 1 \(1 of 30 differ\).*--data cifar10",
+    ),
+    "other order": (replaced("labels.npy", np.sort), r"labels\.npy, row 1: label 0, where test image 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OFFICIAL)
+def test_a_bad_official_folder_is_one_clear_line(case, tmp_path):
+    data = coloured(tmp_path)
+    folder = folder_for(data, tmp_path / "CIFAR-10-C", ("frost", "snow"))
+    spoil, pattern = BAD_OFFICIAL[case]
+    spoil(folder)
+    with pytest.raises(UserError, match=pattern) as caught:
+        official(folder, data, ("frost", "snow"))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not (folder / "sprung").exists()
+
+
+def test_a_damaged_header_is_one_clear_line(tmp_path):
+    """Every byte of a .npy header, changed in two ways: the array is refused, or is the same."""
+    data = coloured(tmp_path)
+    folder = folder_for(data, tmp_path / "c", ("snow",))
+    whole = (folder / "snow.npy").read_bytes()
+    assert len(whole) == 128 + 30 * 8 * 8 * 3
+    for place in range(128):
+        for change in (1, 128):
+            (folder / "snow.npy").write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            try:
+                assert official(folder, data, ("snow",)).arrays["snow"].shape == (30, 8, 8, 3)
+            except UserError as error:
+                assert "snow.npy" in str(error) and "\n" not in str(error)
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a folder; name the one that CIFAR-10-C\.tar"):
+        official(tmp_path / "nowhere", coloured(tmp_path))
+
+
+# ---- generated files
+
+
+@pytest.fixture
+def small(digits: Dataset) -> Dataset:
+    """Twelve test digits."""
+    return digits._replace(test=Split(digits.test.images[:12], digits.test.labels[:12]))
+
+
+def make(data: Dataset, cache: Path, name: str = "snow", severity: int = 3, seed: int = 0) -> Split:
+    return corrupted_test(data, name, severity, source=None, seed=seed, cache=cache)
+
+
+def files_in(cache: Path) -> list[str]:
+    return sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_generated_once_and_read_again(name, small, tmp_path, monkeypatch):
+    first = make(small, tmp_path, name)
+    assert np.array_equal(first.images, corrupt(small.test.images, name, 3, 0))
+    folder = cached_at(tmp_path, small, 0)
+    assert files_in(tmp_path) == [f"{folder.name}/{name}-3.parquet"] and folder.name.startswith("digits-")
+    before = (folder / f"{name}-3.parquet").stat()
+    monkeypatch.setattr(corrupted_splits, "corrupt", lambda *a, **k: pytest.fail("it was cached"))
+    second = make(small, tmp_path, name)
+    for split in (first, second):
+        assert split.images.dtype == np.uint8 and split.images.flags.c_contiguous
+        assert np.array_equal(split.labels, small.test.labels) and split.labels.dtype == np.int64
+        images, labels = tensors(split, "cpu")
+        assert images.shape == (12, 1, 8, 8) and labels.dtype == torch.int64
+    assert np.array_equal(first.images, second.images)
+    assert (folder / f"{name}-3.parquet").stat().st_ino == before.st_ino
+
+
+def test_colour_images_of_a_path(tmp_path):
+    data = coloured(tmp_path)
+    for severity in SEVERITIES:
+        assert np.array_equal(
+            make(data, tmp_path / "c", "frost", severity).images, make(data, tmp_path / "c", "frost", severity).images
+        )
+    assert files_in(tmp_path / "c") == [f"{cached_at(tmp_path, data, 0).name}/frost-{s}.parquet" for s in SEVERITIES]
+    assert cached_at(tmp_path, data, 0).name.startswith("a.npz-")
+
+
+def test_a_cached_file_says_what_it_holds(small, tmp_path):
+    make(small, tmp_path, "frost")
+    schema = pq.read_schema(cached_at(tmp_path, small, 0) / "frost-3.parquet")
+    about = json.loads((schema.metadata or {})[corrupted_splits.KEY])
+    assert about["corruption"] == "frost" and about["severity"] == 3 and about["constants"] == [0.9, 0.4]
+    assert any("not comparable" in note for note in about["notes"])
+    assert schema.field("image").type == pa.binary(64) and schema.field("label").type == pa.int64()
+    assert any("not comparable" in note for note in notes(None, 0)) and "seed 5" in notes(None, 5)[0]
+    assert not any("frost" in note for note in notes(None, 0, ("snow",)))
+
+
+def test_another_seed_or_test_split_has_files_of_its_own(small, digits, tmp_path):
+    swapped = Split(small.test.images[::-1], small.test.labels)
+    relabelled = Split(small.test.images, small.test.labels[::-1].copy())
+    others = [small, small._replace(test=swapped), small._replace(test=relabelled), digits]
+    places = {cached_at(tmp_path, data, seed) for data in others for seed in (0, 1)}
+    assert len(places) == 8
+    assert not np.array_equal(make(small, tmp_path, seed=0).images, make(small, tmp_path, seed=1).images)
+    found = make(others[1], tmp_path)
+    assert np.array_equal(found.images, corrupt(np.ascontiguousarray(swapped.images), "snow", 3, 0))
+    assert len(files_in(tmp_path)) == 3
+
+
+def test_a_damaged_file_is_made_again(small, tmp_path):
+    """Wherever a byte is wrong, and however much is missing, the images are right and the file is the same again."""
+    expected = make(small, tmp_path).images
+    path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
+    whole = path.read_bytes()
+    damaged = [whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :] for place in range(0, len(whole), 17)]
+    damaged += [b"", whole[:-1], whole[: len(whole) // 2], whole + b"x", b"PAR1", b"not a file of ours"]
+    again = 0
+    for data in damaged:
+        path.write_bytes(data)
+        assert np.array_equal(make(small, tmp_path).images, expected)
+        again += path.read_bytes() == whole
+    assert again > 0.8 * len(damaged)  # the rest is damage that changes nothing, such as a name nobody reads
+    assert files_in(tmp_path) == [f"{path.parent.name}/snow-3.parquet"]
+
+
+def test_a_file_of_something_else_is_made_again(small, tmp_path, monkeypatch):
+    expected = make(small, tmp_path).images
+    path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
+    whole = path.read_bytes()
+    about = corrupted_splits._about(small.test, "snow", 3, 0)
+    wrong = [
+        (Split(expected, small.test.labels), about | {"severity": 4}),
+        (Split(expected, small.test.labels), about | {"recipe": 0}),
+        (Split(expected, small.test.labels), about | {"constants": [1]}),
+        (Split(expected, small.test.labels[::-1]), about),
+        (Split(expected[:11], small.test.labels[:11]), about),
+        (Split(expected[:, :, :4], small.test.labels), about),
+    ]
+    for split, says in wrong:
+        corrupted_splits._write(path, split, says)
+        assert path.read_bytes() != whole
+        assert np.array_equal(make(small, tmp_path).images, expected) and path.read_bytes() == whole
+    images = pa.array([None] + [row.tobytes() for row in expected[1:]], pa.binary(64))
+    table = pa.table({"image": images, "label": small.test.labels})
+    pq.write_table(table.replace_schema_metadata({corrupted_splits.KEY: json.dumps(about)}), path)
+    assert np.array_equal(make(small, tmp_path).images, expected) and path.read_bytes() == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(corrupted_splits, "RECIPE", 2)
+        assert cached_at(tmp_path, small, 0) != path.parent
+
+
+def test_several_row_groups_are_read(small, tmp_path):
+    """Parquet from elsewhere may be cut in pieces."""
+    expected = make(small, tmp_path).images
+    path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table, path, row_group_size=5)
+    found = corrupted_splits._read(path, small.test, corrupted_splits._about(small.test, "snow", 3, 0))
+    assert found is not None and np.array_equal(found, expected)
+
+
+def test_many_at_once(small, tmp_path):
+    """Threads that make the same files together all get the right images, and leave whole files alone."""
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(make, small, tmp_path, "frost", severity) for _ in range(8) for severity in (1, 2)]
+        for number, job in enumerate(jobs):
+            assert np.array_equal(job.result().images, corrupt(small.test.images, "frost", 1 + number % 2, 0))
+    assert [name.split("/")[1] for name in files_in(tmp_path)] == ["frost-1.parquet", "frost-2.parquet"]
+
+
+def test_processes_at_once(tmp_path):
+    """Two fresh processes, unlike in threads and hashes, share one cache: each finds what this one computes."""
+    code = (
+        "import hashlib, sys; from pathlib import Path\n"
+        "from fbpc_ray.data.corrupted_splits import corrupted_test\n"
+        "from fbpc_ray.data.corruptions import CORRUPTIONS\n"
+        "from fbpc_ray.data.datasets import load\n"
+        "data, cache = load(sys.argv[1]), Path(sys.argv[2])\n"
+        "for name in CORRUPTIONS:\n"
+        "    images = corrupted_test(data, name, 4, source=None, seed=7, cache=cache).images\n"
+        "    print(hashlib.sha256(images.tobytes()).hexdigest())\n"
+    )
+    data, cache = coloured(tmp_path), tmp_path / "cache"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, data.name, str(cache)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": number, "OMP_NUM_THREADS": number},
+        )
+        for number in ("1", "2")
+    ]
+    expected = [hashlib.sha256(corrupt(data.test.images, n, 4, 7).tobytes()).hexdigest() for n in CORRUPTIONS]
+    for run in runs:
+        assert run.communicate(timeout=300)[0].split() == expected and run.returncode == 0
+    assert [name.split("/")[1] for name in files_in(cache)] == sorted(f"{name}-4.parquet" for name in CORRUPTIONS)
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot keep corrupted images in .*file.*; free space there, or") as caught:
+        make(small, tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_write_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
+    """A disk that is full when the data are to be made safe: the old file, or none, and no part of a new one."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            make(small, tmp_path)
+        assert files_in(tmp_path) == []
+    assert np.array_equal(make(small, tmp_path).images, corrupt(small.test.images, "snow", 3, 0))
+
+
+def test_unknown_names_leave_no_file(small, tmp_path):
+    for name, severity in (("fog", 1), ("snow", 6), ("../snow", 1)):
+        with pytest.raises(UserError):
+            make(small, tmp_path, name, severity)
+    assert files_in(tmp_path) == []

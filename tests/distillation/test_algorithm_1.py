@@ -1,0 +1,359 @@
+"""The gradient of Algorithm 1 against its plain reference, the update by hand, and who sees which draw."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from support import reference
+from support.runs import flags
+
+from fbpc_ray.commands import main
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.data.datasets import tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.methods import fbpc
+from fbpc_ray.distillation.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.distillation.worker import (
+    METHODS,
+    X_SIDES,
+    State,
+    Unit,
+    Worker,
+    check_finite,
+    check_updated,
+    combine,
+    units_of,
+    update,
+)
+from fbpc_ray.execution import session
+from fbpc_ray.inference.divergence import forward_kl
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import Passes
+
+STATS = {"map_ending": "converged", "map_loss": 0.01}
+
+
+@pytest.fixture
+def setting(small, digits):
+    config = small.updated(posterior_steps=6, gamma=0.5)
+    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    state, labels = loop.first_state(digits, 2, 0)
+    return config, digits, real, state, labels
+
+
+def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
+    spec = session.specs(config, digits)[architecture]
+    settings = replace(config.distillation, **{"batch_size": 100} | changes)
+    problem = Problem(Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1)
+    return METHODS[settings.method](problem, step, images, settings.inner_lr)
+
+
+@pytest.mark.parametrize("architecture", [0, 1])
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_gradient_equals_the_plain_reference(setting, architecture, step):
+    """Same draws, obvious code: every sign, reduction, stop-gradient and stream of Eqs. 16-17 and the MAP solve."""
+    config, digits, real, state, labels = setting
+    spec = session.specs(config, digits)[architecture]
+    store = session.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    settings = replace(config.distillation, batch_size=100)
+    expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
+    found = compute(config, digits, real, state.images, labels, architecture, step)
+    assert expected.norm() > 1e-4
+    assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+    torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl", "bpc-w"])
+@pytest.mark.parametrize("architecture", [0, 1])
+def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method):
+    """Same draws, obvious code: where theta_0, mu_x and mu_u come from, and Eq. 7, the covariance, the distance."""
+    config, digits, real, state, labels = setting
+    spec = session.specs(config, digits)[architecture]
+    store = session.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
+    settings = replace(config.distillation, batch_size=100, **changes)
+    problem = Problem(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
+    for step in (0, 3):
+        expected = reference.weight_space(problem, snapshots, state.images, step)
+        found = compute(config, digits, real, state.images, labels, architecture, step, **changes)
+        assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+        torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert (found.inner_lr != 0) == (method == "bpc-w")
+
+
+@pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl"])
+def test_weight_space_minibatches_touch_their_images_only(setting, method):
+    """B < m: mu_u walks over all of u, the divergence is taken on one batch of B."""
+    config, digits, real, state, labels = setting
+    changes = {"method": method, "start_rule": "before", "syn_steps": 4, "batch_size": 6}
+    touched = compute(config, digits, real, state.images, labels, **changes).value.flatten(1).any(1)
+    assert touched.sum() == 6
+
+
+def test_the_learned_inner_rate_follows_its_gradient():
+    """By hand: rate 0.1, gradients 2 + 3, learning rate 0.01, momentum 0.5: 0.1 - 0.05 = 0.05, then -0.025."""
+    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.1)
+    parts = [Gradient(torch.zeros(1, 1, 1, 1), {}, value) for value in (2.0, 3.0)]
+    state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
+    assert (state.inner_lr, state.inner_velocity) == (pytest.approx(0.05), 5.0)
+    check_updated(state)
+    state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
+    assert (state.inner_lr, state.inner_velocity) == (pytest.approx(-0.025), 7.5)
+    with pytest.raises(UserError, match="--inner-alpha"):
+        check_updated(state)
+
+
+def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
+    """Asked twice it gives the same bits; another step, seed or architecture draws anew."""
+    config, digits, real, state, labels = setting
+    first = compute(config, digits, real, state.images, labels)
+    torch.rand(5)  # torch's global generator has no part in it
+    assert torch.equal(compute(config, digits, real, state.images, labels).value, first.value)
+    for other in (
+        compute(config, digits, real, state.images, labels, step=4),
+        compute(config, digits, real, state.images, labels, seed=1),
+        compute(config, digits, real, state.images, labels, architecture=1),
+    ):
+        assert not torch.equal(other.value, first.value)
+
+
+def test_statistics_are_what_they_say(setting):
+    config, digits, real, state, labels = setting
+    stats = compute(config, digits, real, state.images, labels).stats
+    assert stats["map_ending"] == "converged"
+    assert 0 < stats["map_loss"] <= 0.5
+    assert stats["map_steps"] > 0
+    assert stats["psi_x"] > 0 < stats["psi_u"]
+    assert 1 <= stats["expert_epoch"] <= 3
+    assert min(stats["seconds_x"], stats["seconds_map"], stats["seconds_u"], stats["seconds_gradient"]) > 0
+
+
+def test_isotropic_takes_no_k_steps(setting):
+    """FBPC-isotropic: Psi = I, whatever K and the learning rates of the K steps are."""
+    config, digits, real, state, labels = setting
+    one = compute(config, digits, real, state.images, labels, method="fbpc-isotropic")
+    other = compute(
+        config, digits, real, state.images, labels, method="fbpc-isotropic", posterior_steps=9, lambda_x=1e3
+    )
+    assert (one.stats["psi_x"], one.stats["psi_u"]) == (1.0, 1.0)
+    assert torch.equal(one.value, other.value)
+    assert not torch.equal(one.value, compute(config, digits, real, state.images, labels).value)
+
+
+def test_a_batch_smaller_than_m_touches_its_images_only(setting):
+    """B < m: one batch of B has a gradient, the same images for every architecture, and other images next step."""
+    config, digits, real, state, labels = setting
+    touched = [
+        compute(config, digits, real, state.images, labels, architecture, step, batch_size=6).value.flatten(1).any(1)
+        for architecture, step in ((0, 1), (1, 1), (0, 2))
+    ]
+    assert touched[0].sum() == touched[2].sum() == 6
+    assert torch.equal(touched[0], touched[1])
+    assert not torch.equal(touched[0], touched[2])
+
+
+def test_a_batch_smaller_than_m_goes_with_its_own_labels(setting, monkeypatch):
+    """What Eq. 17 is given, looked at on its way: the labels of the images that get a gradient."""
+    config, digits, real, state, labels = setting
+    seen = []
+
+    def watched(posterior_x, posterior_u, of_batch, *rest):
+        seen.append(of_batch)
+        return forward_kl(posterior_x, posterior_u, of_batch, *rest)
+
+    monkeypatch.setattr(fbpc, "forward_kl", watched)
+    touched = compute(config, digits, real, state.images, labels, batch_size=6).value.flatten(1).any(1)
+    assert torch.equal(seen[0], labels[touched])
+    assert not torch.equal(seen[0], labels[:6])
+
+
+def test_map_minibatches_walk_over_all_of_u():
+    labels = torch.arange(10)
+    images = labels.float().view(10, 1, 1, 1).expand(10, 1, 4, 4)
+    walk = coreset_batches(images, labels, 4, "none", torch.Generator())
+    seen = [next(walk) for _ in range(6)]
+    assert [len(batch.labels) for batch in seen] == [4, 4, 2, 4, 4, 2]
+    assert torch.equal(torch.cat([batch.labels for batch in seen[:3]]), labels)
+    assert all(torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels) for batch in seen)
+
+
+def test_epochs_of_theta_x_are_those_the_rule_names():
+    """App. C.2's 'T epoch onwards' is T..E; the other reading is 0..T-1; none is a clear error."""
+    assert list(expert_epochs(2, "from", 4)) == [2, 3, 4]
+    assert list(expert_epochs(2, "before", 4)) == [0, 1]
+    assert list(expert_epochs(9, "before", 4)) == [0, 1, 2, 3, 4]
+    for start, rule in ((5, "from"), (0, "before"), (-1, "from")):
+        with pytest.raises(UserError, match="--start-epoch"):
+            expert_epochs(start, rule, 4)
+    assert list(expert_epochs(9, "before", 4, ahead=2)) == [0, 1, 2]
+    assert list(expert_epochs(1, "from", 4, ahead=1)) == [1, 2, 3]
+    with pytest.raises(UserError, match="raise --start-epoch or --expert-epochs"):
+        expert_epochs(2, "before", 1, ahead=2)
+
+
+def test_theta_x_is_drawn_uniformly_from_experts_and_epochs():
+    """Of 3,000 draws from two experts and epochs 2..4, each of the six snapshots gets 500, give or take 4 sigma."""
+    drawn = Counter(draw_expert(2, range(2, 5), generator(0, "step", step)) for step in range(3000))
+    assert set(drawn) == {(expert, epoch) for expert in (0, 1) for epoch in (2, 3, 4)}
+    assert max(abs(count - 500) for count in drawn.values()) < 4 * math.sqrt(500)
+
+
+def test_update_is_momentum_sgd_on_the_sum_in_order():
+    """By hand: v1 = g, u1 = u0 - alpha g; v2 = mu v1 + g, u2 = u1 - alpha v2, with g = g_a + g_b."""
+    a, b, u = torch.full((2, 1, 1, 1), 0.25), torch.full((2, 1, 1, 1), 1.0), torch.zeros(2, 1, 1, 1)
+    state = State(0, u, torch.zeros_like(u), 0.01)
+    gradients = [Gradient(a, STATS), Gradient(b, STATS)]
+    state = update(state, gradients, alpha=2.0, momentum=0.5, inner_alpha=0.0)
+    assert (state.step, state.images[0].item(), state.velocity[0].item()) == (1, -2.5, 1.25)
+    state = update(state, gradients, alpha=2.0, momentum=0.5, inner_alpha=0.0)
+    assert (state.step, state.images[0].item(), state.velocity[0].item()) == (2, -6.25, 1.875)
+    assert u.abs().sum() == 0
+
+
+def test_units_are_the_draws_of_each_architecture_in_turn():
+    assert units_of(2, 3) == [Unit(0, 0), Unit(0, 1), Unit(0, 2), Unit(1, 0), Unit(1, 1), Unit(1, 2)]
+
+
+def combined(*values: float | None, architectures: int, draws: int = 1) -> list[tuple[float, float]]:
+    """(gradient, that of the inner learning rate: ten times as large) of each architecture that is left."""
+    gradients = [None if v is None else Gradient(torch.full((1, 1, 1, 1), v), STATS, 10 * v) for v in values]
+    return [(each.value.item(), each.inner_lr) for each in combine(units_of(architectures, draws), gradients)]
+
+
+def test_draws_are_averaged_and_architectures_kept_apart():
+    """By hand: (1 + 2 + 6) / 3 and (10 + 20 + 0) / 3; one that is skipped leaves the mean of the other two."""
+    assert combined(1, 2, 6, 10, 20, 0, architectures=2, draws=3) == [(3.0, 30.0), (10.0, 100.0)]
+    assert combined(1, None, 6, 10, 20, 0, architectures=2, draws=3) == [(3.5, 35.0), (10.0, 100.0)]
+
+
+def test_the_others_stand_in_for_an_architecture_that_is_skipped():
+    """By hand: of three architectures two are there, so each counts 3 / 2: the sum still estimates the sum of three."""
+    assert combined(2, None, 4, architectures=3) == [(3.0, 30.0), (6.0, 60.0)]
+    with pytest.raises(ValueError, match="at least one"):
+        combined(None, None, architectures=2)
+
+
+def test_a_single_draw_of_each_architecture_keeps_its_bits():
+    value = torch.randn(3, 1, 2, 2, generator=generator(0, "bits")) * 1e-30  # scaling would round the subnormal ones
+    (found,) = combine(units_of(1, 1), [Gradient(value, STATS)])
+    assert torch.equal(found.value, value)
+
+
+def worker_of(config, digits, labels) -> Worker:
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    return Worker(**session.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+
+
+@pytest.mark.parametrize("architecture", [0, 1])
+@pytest.mark.parametrize("draw", [0, 2])
+def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
+    """theta_x and its K steps by one worker, the gradient by another: the bits of the gradient that does it all."""
+    config, digits, _, state, labels = setting
+    unit, images = Unit(architecture, draw), state.images.numpy()
+    _, ahead = worker_of(config, digits, labels).x_side(unit, 3)
+    specs = session.specs(config, digits)
+    assert ahead.shape == (1 + config.distillation.posterior_steps, Network(specs[architecture]).parameter_count)
+    alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
+    helped = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead)
+    assert (helped[0] == alone[0]).all()
+    assert {k: v for k, v in helped[1].items() if "seconds" not in k} == {
+        k: v for k, v in alone[1].items() if "seconds" not in k
+    }
+    # Another x side would give another gradient: it is used, not computed again.
+    assert (worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead * 1.1)[0] != alone[0]).any()
+
+
+def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
+    """FBPC-isotropic takes no K steps: there is nothing to gain, and its crew says so."""
+    config, digits, _, _, labels = setting
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    largest = max(Network(spec).parameter_count for spec in specs)
+    assert set(X_SIDES) == {"fbpc"}
+    assert session.crew(config, digits, labels, specs, stores).x_side_bytes == 4 * largest * 7  # K = 6
+    isotropic = config.updated(method="fbpc-isotropic")
+    assert session.crew(isotropic, digits, labels, specs, stores).x_side_bytes == 0
+
+
+def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
+    """M draws are independent: each has its own expert, prior, augmentation and noise; the first is that of M = 1."""
+    config, digits, real, state, labels = setting
+    spec = session.specs(config, digits)[0]
+    settings = replace(config.distillation, batch_size=6)
+
+    def draw(number):
+        problem = Problem(
+            Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1, number
+        )
+        drawn = [problem.rng(3, purpose).initial_seed() for purpose in ("expert", "prior", "augment", "monte-carlo")]
+        return drawn, problem.batch(3), METHODS["fbpc"](problem, 3, state.images, 0.0).value
+
+    seeds, batches, values = zip(*(draw(number) for number in range(3)), strict=True)
+    assert len({seed for each in seeds for seed in each}) == 12
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+    assert torch.equal(values[0], compute(config, digits, real, state.images, labels, batch_size=6).value)
+    assert not torch.equal(values[0], values[1])
+    assert not torch.equal(values[1], values[2])
+
+
+def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():
+    """By hand: losses 1 and 3 of one architecture, 10 of the other, one draw skipped: 2 + 10."""
+    stats = [
+        {"loss": loss, "map_steps": steps, "map_ending": ending}
+        for loss, steps, ending in ((1.0, 4, "converged"), (3.0, 6, "max_steps"), (10.0, 7, "converged"))
+    ]
+    values = loop.metrics_of(["a", "a", "b"], stats, 0.5, skipped=1)
+    assert values == {
+        "loss/a": 2.0, "loss/b": 10.0, "map_steps/a": 5.0, "map_steps/b": 7.0, "map_converged/a": 0.5,
+        "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5, "skipped": 1.0,
+    }  # fmt: skip
+    assert "skipped" not in loop.metrics_of(["a"], stats[:1], 0.5)
+
+
+def test_sum_follows_the_order_of_the_architectures():
+    """Float addition is not associative: (1e8 + 1) - 1e8 = 0 in float32, while (1e8 - 1e8) + 1 = 1."""
+    one = [torch.full((1, 1, 1, 1), value) for value in (1e8, 1.0, -1e8)]
+    state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.01)
+
+    def moved(order):
+        return update(
+            state, [Gradient(one[i], STATS) for i in order], alpha=1.0, momentum=0.0, inner_alpha=0.0
+        ).images.item()
+
+    assert (moved([0, 1, 2]), moved([0, 2, 1])) == (0.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    "ending, value", [("nonfinite", 0.0), ("converged", float("nan")), ("converged", float("inf"))]
+)
+def test_what_is_not_finite_is_refused_by_name(ending, value):
+    bad = Gradient(torch.full((1, 1, 1, 1), value), STATS | {"map_ending": ending})
+    good = Gradient(torch.zeros(1, 1, 1, 1), STATS)
+    check_finite(["a"], [good], 0)
+    with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):
+        check_finite(["a", "b"], [good, bad], 6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_augmentation_nothing_is_augmented(method, small, tmp_path, monkeypatch):
+    """Table 10: --augment none reaches experts, MAP solve, K steps, Eq. 17, inner steps and chains: DSA would raise."""
+
+    def refuse(count, source):
+        raise AssertionError("DSA was drawn")
+
+    monkeypatch.setitem(AUGMENTATIONS, "dsa", refuse)
+    config = small.updated(
+        method=method, augment="none", experts=str(tmp_path / "experts"), steps=1, expert_count=1, syn_steps=2,
+        start_rule="before", backend="serial", architectures=("convnet-in",), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    main.main(["distill", *flags(config)])
+    with pytest.raises(AssertionError, match="DSA was drawn"):
+        main.main(["distill", *flags(config, augment="dsa", out=str(tmp_path / "with"))])

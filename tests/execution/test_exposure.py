@@ -1,0 +1,33 @@
+"""Nothing listens beyond this machine unless asked; by the kernel's own list of sockets, during real runs."""
+
+import shutil
+import signal
+import tempfile
+
+import pytest
+from support.processes import descendants, listening
+from support.runs import flags, start, wait_for
+
+from fbpc_ray.distillation.run_directory import Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monkeypatch):
+    """--address empty and no cluster about: of the driver, Ray's own processes, and the workers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    folder, ray = tmp_path / "run", tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    words = flags(small, backend="ray", address="", steps=2000, out=str(folder), checkpoint_every=1)
+    process = start("distill", *words, RAY_TMPDIR=ray)
+    try:
+        wait_for(Run(folder).state_path, process)
+        titles = {process.pid: "driver", **descendants(process.pid)}
+        found = listening(titles)
+        who = {titles[pid] for pid, _, _ in found}
+        for part in ("driver", "gcs_server", "raylet", "ray::Worker"):
+            assert any(part in title for title in who), f"{part} listens nowhere: is this still how Ray works?"
+        assert not [(titles[pid][:60], str(ip), port) for pid, ip, port in found if not ip.is_loopback]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=300)
+        shutil.rmtree(ray, ignore_errors=True)

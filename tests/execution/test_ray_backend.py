@@ -1,0 +1,203 @@
+"""Ray is plumbing: the same bits as without it, whatever becomes of its processes. Real clusters on this machine."""
+
+import errno
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import all_cpus_free, gradient_workers, kill, soon
+from support.runs import assert_same, flags, images_of, run_on, start, train_experts, wait_for
+
+from fbpc_ray.core.config import Workers
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data import coreset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.evaluation.chains import Chain, judge, run_chain
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ray_folder():
+    """A short path: Ray puts sockets under it, whose names have a limit of 107 characters."""
+    folder = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_folder):
+    """A backend on a cluster of two CPUs, started here."""
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
+
+    lines: list[str] = []
+    backend = RayBackend(
+        Workers(address="local", device="cpu"), Interruption(), lines.append,
+        num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, object_store_memory=200_000_000,
+    )  # fmt: skip
+    backend.lines = lines  # type: ignore[attr-defined]
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def expected(small, digits, tmp_path_factory):
+    """What the serial backend gives."""
+    return run_on(Serial("cpu", Interruption()), small, digits, tmp_path_factory.mktemp("serial"))
+
+
+def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected):
+    assert_same(run_on(cluster, small, digits, tmp_path), expected)
+    assert soon(all_cpus_free)
+
+
+def test_ray_gives_the_bits_of_serial_with_a_pool_of_solutions(cluster, small, digits, tmp_path):
+    """`--map pool`: the solutions travel to whichever worker goes on from them."""
+    config = small.updated(map="pool", map_pool=2)
+    serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
+    assert_same(run_on(cluster, config, digits, tmp_path / "ray"), serial)
+
+
+def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, tmp_path, expected):
+    """The first worker between two steps, so that its gradient comes last; then kill -9 of both amid a step."""
+    import ray
+
+    killed: list[int] = []
+
+    def kill_both() -> None:
+        killed.extend(pid for pid in gradient_workers() if kill(pid))
+
+    timer = threading.Timer(0.05, kill_both)
+
+    def on_step(values, step):
+        if step == 1:
+            ray.kill(cluster.pool.members[0].actor)
+        if step == 2:
+            timer.start()
+        if step == 3:  # the last step but one: it may have been over sooner
+            timer.join()
+
+    cluster.lines.clear()
+    assert_same(run_on(cluster, small, digits, tmp_path, on_step), expected)
+    assert killed
+    assert any("it is asked for again" in line for line in cluster.lines)
+    assert soon(all_cpus_free)
+    assert soon(lambda: not gradient_workers())
+
+
+def test_tasks_return_what_serial_returns(cluster, small, digits):
+    """Chains as tasks: the scores are those of the serial backend, to the last digit."""
+    specs = session.specs(small, digits)[:1]
+    state, labels = loop.first_state(digits, 1, 0)
+    candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
+    one, other = (
+        loop.evaluate(candidates, specs, digits, "test", small, backend, print).table
+        for backend in (cluster, Serial("cpu", Interruption()))
+    )
+    assert one == other
+
+
+def test_experts_trained_on_ray_are_those_of_serial(cluster, small, digits, tmp_path):
+    config = small.updated(experts=str(tmp_path / "on-ray"), architectures=("convnet-bn",), expert_epochs=1)
+    stores = []
+    for name, backend in (("ray", cluster), ("serial", Serial("cpu", Interruption()))):
+        own = config.updated(experts=str(tmp_path / name))
+        stores += train_experts(own, digits, backend)
+    for index in range(2):
+        one, other = (store.read(index, 1) for store in stores)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
+    spec = session.specs(small, digits)[0]._replace(architecture="convnet-im")
+    state, labels = loop.first_state(digits, 1, 0)
+    chain = Chain("random", state.images.numpy(), labels.numpy(), spec, 0)
+    with pytest.raises(UserError, match="did you mean convnet-in"):
+        list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
+
+
+def test_what_a_disk_says_to_a_worker_arrives_as_itself(cluster, small, digits, tmp_path):
+    """With its number, which the command line turns into one line: full, read-only, a dead link."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError) as error:
+        train_experts(small.updated(experts=str(tmp_path / "link")), digits, cluster)
+    assert error.value.errno == errno.EEXIST
+    assert error.value.filename == str(tmp_path / "link")
+    assert soon(all_cpus_free)
+
+
+def test_a_gpu_that_no_node_has_is_refused(cluster):
+    """On the cluster that is there already: one line, and the cluster stays."""
+    from fbpc_ray.execution.ray.ray_backend import RayBackend
+
+    with pytest.raises(UserError, match="the Ray cluster has no GPU: use --device cpu"):
+        RayBackend(Workers(device="cuda"), Interruption())
+    assert soon(all_cpus_free)
+
+
+def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path):
+    began, before = time.monotonic(), cluster.settings
+    cluster.settings = replace(before, cpus_per_actor=4.0)
+    try:
+        with pytest.raises(UserError, match="needs 4 CPU on one node, the nodes of the Ray cluster have 2 CPU"):
+            run_on(cluster, small, digits, tmp_path)
+    finally:
+        cluster.settings = before
+    assert time.monotonic() - began < cluster.settings.placement_timeout / 3
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """An undisturbed serial run of 16 steps by the command line."""
+    folder = tmp_path_factory.mktemp("cluster") / "whole"
+    process = start("distill", *flags(small, backend="serial", steps=16, out=str(folder)))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return folder
+
+
+def ray_processes(folder: str) -> list[int]:
+    """Processes whose command line names the Ray folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if folder.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_path, number):
+    """kill -9 and SIGTERM of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; nothing
+    of the cluster is left; resumed without Ray."""
+    folder, ray = tmp_path / "died", tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    words = flags(small, backend="ray", address="local", steps=16, out=str(folder), checkpoint_every=2)
+    process = start("distill", *words, RAY_TMPDIR=ray)
+    wait_for(Run(folder).state_path, process)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output = process.communicate(timeout=300)[0]
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, output
+        assert f"fbpc distill --out {folder} --resume" in output
+    assert not Run(folder).result_path.exists()
+    assert soon(lambda: not ray_processes(ray)), ray_processes(ray)
+    shutil.rmtree(ray, ignore_errors=True)
+    resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")
+    output = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, output
+    assert torch.equal(images_of(folder), images_of(whole))

@@ -1,0 +1,204 @@
+"""Eqs. 5-7 on a conjugate model, where the exact gradient of the divergence is known, and W by finite differences."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import oracles
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fbpc_ray.core.types import Batch
+from fbpc_ray.inference.weight_space import forward_kl, perturbed, reverse_kl, unrolled_sgd, wasserstein
+
+DRAWS = 4000
+
+
+def gaussian_forward(params, inputs):
+    """A linear model whose one logit is its mean: (b, p) -> (b,)."""
+    return inputs @ params["theta"]
+
+
+def gaussian_loss(means, targets):
+    """Mean of -log N(y | mean, 1), without its constant."""
+    return 0.5 * (means - targets).square().mean()
+
+
+def same(images):
+    return images
+
+
+class Conjugate(NamedTuple):
+    """Two data sets of the model y ~ N(x . theta, 1), theta ~ N(0, I), with posteriors N(mu, s^2 I) of one s.
+
+    Columns are orthogonal with squared norm c, so that (I + X^T X)^-1 = I / (1 + c): the isotropic q of Eq. 6 is then
+    the exact posterior, and the estimators must give the exact gradient of the KL between the true posteriors.
+    """
+
+    u: Tensor
+    y: Tensor
+    x: Tensor
+    t: Tensor
+
+    @property
+    def scale(self):
+        return 1 / math.sqrt(1 + self.u[:, 0].square().sum().item())
+
+
+@pytest.fixture
+def conjugate():
+    source = torch.Generator().manual_seed(0)
+
+    def orthogonal(rows):
+        return 2 * torch.linalg.qr(torch.randn(rows, 2, generator=source, dtype=torch.float64)).Q
+
+    u, x = orthogonal(4), orthogonal(12)
+    return Conjugate(u, torch.randn(4, generator=source).double(), x, torch.randn(12, generator=source).double())
+
+
+def exact_gradient(c, direction):
+    """Gradient of KL(pi_x | pi_u) or of KL(pi_u | pi_x) in u, by autograd through the closed form, divided by m."""
+    u = c.u.clone().requires_grad_()
+    of_u, of_x = oracles.conjugate_posterior(u, c.y), oracles.conjugate_posterior(c.x, c.t)
+    value = oracles.gaussian_kl(of_x, of_u) if direction == "forward" else oracles.gaussian_kl(of_u, of_x)
+    return torch.autograd.grad(value, u)[0] / len(u)
+
+
+def means(c):
+    """mu_x and mu_u as parameters."""
+    return [{"theta": oracles.conjugate_posterior(*data).mean} for data in ((c.x, c.t), (c.u, c.y))]
+
+
+def agrees(estimates, exact):
+    """Each entry's mean over independent estimates lies within 4.5 standard errors of the exact value."""
+    stack = torch.stack(estimates)
+    error = stack.std(0) / math.sqrt(len(stack))
+    assert error.max() < 0.2 * exact.abs().max()  # or the test could not tell
+    assert ((stack.mean(0) - exact).abs() < 4.5 * error).all()
+
+
+def test_forward_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
+    """Eq. 7 estimates the gradient of KL(pi_x | pi_u), Eq. 5, without bias."""
+    c, (mu_x, mu_u) = conjugate, means(conjugate)
+    assert mu_x["theta"].sub(mu_u["theta"]).norm() > 0.1
+    found = [
+        forward_kl(
+            gaussian_forward, mu_x, mu_u, c.u, c.y, [same] * (DRAWS // 20), scale=c.scale,
+            source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
+        ).gradient
+        for seed in range(20)
+    ]  # fmt: skip
+    agrees(found, exact_gradient(c, "forward"))
+
+
+def test_reverse_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
+    """The centred covariance estimates the gradient of KL(pi_u | pi_x) without bias, even from few draws."""
+    c, (_, mu_u) = conjugate, means(conjugate)
+    found = [
+        reverse_kl(
+            gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), len(c.x), samples=4, scale=c.scale,
+            source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
+        ).gradient
+        for seed in range(DRAWS // 2)
+    ]  # fmt: skip
+    agrees(found, exact_gradient(c, "reverse"))
+
+
+def test_equal_posteriors_need_no_move(conjugate):
+    """With mu_x = mu_u and no weight noise both terms of Eq. 7 are the same function of u: exactly zero."""
+    c, (_, mu_u) = conjugate, means(conjugate)
+    found = forward_kl(
+        gaussian_forward, mu_u, mu_u, c.u, c.y, [same], scale=0.0, source=torch.Generator(), loss=gaussian_loss
+    )
+    assert found.gradient.abs().max() == 0
+    assert found.expected_x == found.expected_u
+
+
+def test_each_draw_has_its_view_and_its_own_noise(conjugate):
+    """A view is applied once and seen by both terms; a reverse KL looks through one view alone."""
+    c, (mu_x, mu_u) = conjugate, means(conjugate)
+    seen = []
+
+    def view(images):
+        seen.append(len(seen))
+        return images * (1 + len(seen))
+
+    source = torch.Generator().manual_seed(0)
+    forward_kl(gaussian_forward, mu_x, mu_u, c.u, c.y, [view] * 3, scale=0.1, source=source, loss=gaussian_loss)
+    assert len(seen) == 3
+    real = Batch(c.x, c.t)
+    reverse_kl(
+        gaussian_forward, mu_u, c.u, c.y, view, real, 12, samples=5, scale=0.1, source=source, loss=gaussian_loss
+    )
+    assert len(seen) == 4
+    with pytest.raises(ValueError, match="two draws"):
+        reverse_kl(gaussian_forward, mu_u, c.u, c.y, view, real, 12, samples=1, scale=0.1, source=source)
+
+
+def test_the_real_potential_counts_every_image(conjugate):
+    """U_x is n times the mean of a batch: the gradient is affine in n, and n matters."""
+    c, (_, mu_u) = conjugate, means(conjugate)
+    one, two, four = (
+        reverse_kl(
+            gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), n, samples=8, scale=0.3,
+            source=torch.Generator().manual_seed(0), loss=gaussian_loss,
+        ).gradient
+        for n in (100, 200, 400)
+    )  # fmt: skip
+    torch.testing.assert_close(four - two, 2 * (two - one))  # affine in n
+    assert (two - one).abs().max() > 1e-3
+
+
+def test_perturbed_parameters_have_the_scale():
+    params = {"a": torch.zeros(200, 100), "b": torch.full((3,), 7.0)}
+    drawn = perturbed(params, 0.01, torch.Generator().manual_seed(0))
+    assert drawn["a"].std().item() == pytest.approx(0.01, rel=0.02)  # 20,000 draws: 0.5 % standard error
+    assert (drawn["b"] - 7).abs().max() < 0.06
+
+
+class TestUnrolled:
+    """A small smooth network in float64, where central differences are good to nine digits."""
+
+    def forward(self, params, inputs):
+        return softplus(inputs @ params["first"]) @ params["second"]
+
+    @pytest.fixture
+    def problem(self):
+        source = torch.Generator().manual_seed(3)
+        shapes = {"first": (3, 5), "second": (5, 4)}
+
+        def draw(scale):
+            return {k: scale * torch.randn(s, generator=source, dtype=torch.float64) for k, s in shapes.items()}
+
+        theta_0 = draw(1.0)
+        mu_x = {name: value + 0.3 * draw(1.0)[name] for name, value in theta_0.items()}
+        images = torch.randn(6, 3, generator=source, dtype=torch.float64)
+        labels = torch.tensor([0, 1, 2, 3, 0, 1])
+        return theta_0, mu_x, images, labels
+
+    def loss(self, problem, images, rate):
+        theta_0, mu_x, _, labels = problem
+        halves = [Batch(images[:4], labels[:4]), Batch(images[2:], labels[2:])] * 3
+        return wasserstein(unrolled_sgd(self.forward, theta_0, halves, rate), mu_x, theta_0)
+
+    def test_gradient_is_that_of_finite_differences(self, problem):
+        """W against central differences in every pixel and in the learning rate, through six unrolled steps."""
+        images = problem[2].clone().requires_grad_()
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        found = torch.autograd.grad(self.loss(problem, images, rate), (images, rate))
+        h = 1e-5
+        for index in range(images.numel()):
+            step = torch.zeros_like(images).flatten().index_fill(0, torch.tensor(index), h).view_as(images)
+            up, down = (self.loss(problem, problem[2] + sign * step, rate).item() for sign in (1, -1))
+            assert found[0].flatten()[index].item() == pytest.approx((up - down) / (2 * h), rel=1e-6, abs=1e-9)
+        up, down = (self.loss(problem, problem[2], rate.detach() + sign * h).item() for sign in (1, -1))
+        assert found[1].item() == pytest.approx((up - down) / (2 * h), rel=1e-6)
+        assert found[0].abs().max() > 1e-3 < found[1].abs()
+
+    def test_the_distance_is_one_where_nothing_was_learned(self, problem):
+        """|theta_0 - mu_x|^2 / |theta_0 - mu_x|^2 = 1, and 0 at the target; 1/4 half way."""
+        theta_0, mu_x, _, _ = problem
+        half = {name: (theta_0[name] + mu_x[name]) / 2 for name in mu_x}
+        values = [wasserstein(at, mu_x, theta_0).item() for at in (theta_0, mu_x, half)]
+        assert values == [1.0, 0.0, pytest.approx(0.25)]

@@ -1,0 +1,298 @@
+"""Compiled passes against eager ones, and what is kept on disk: x sides and machine code."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import reference
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fbpc_ray.core import cache
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Batch
+from fbpc_ray.data.datasets import tensors
+from fbpc_ray.data.loader import RealData
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.methods.common import Problem
+from fbpc_ray.distillation.trajectory_cache import XCache
+from fbpc_ray.distillation.worker import METHODS, Unit, Worker
+from fbpc_ray.execution import session
+from fbpc_ray.models import compiler as compiling
+from fbpc_ray.models.compiler import CannotCompile, compiled
+from fbpc_ray.models.functional import Network, specify
+from fbpc_ray.models.passes import Passes, multiplications
+
+with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+SIZE = 20
+"""Images of a batch: each other number would be compiled for itself."""
+
+
+def network(name: str) -> Network:
+    return Network(specify(name, (1, 8, 8), 10, 8, 0))
+
+
+def batch(count: int, seed: int = 0) -> Batch:
+    source = generator(seed, "batch")
+    return Batch(torch.randn(count, 1, 8, 8, generator=source), torch.arange(count) % 10)
+
+
+@with_compiler
+@pytest.mark.slow
+def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
+    """All of Algorithm 1 for one architecture through machine code: MAP solve, both K steps, Psi. The batches are all
+    of one size, so it takes two compiled passes, which the tests below meet again."""
+    config = small.updated(gamma=0.5, posterior_steps=6, real_batch_size=SIZE, start_epoch=1)
+    state, labels = loop.first_state(digits, SIZE // 10, 0)
+    spec = session.specs(config, digits)[1]
+    assert spec == network("convnet-bn").spec
+    store = session.store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    settings = replace(config.distillation, batch_size=SIZE)
+    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    expected = reference.gradient(spec, snapshots, real, state.images, labels, 3, settings)
+    problem = Problem(Passes(Network(spec), folder), store, real, labels, settings, "dsa", 1)
+    found = METHODS["fbpc"](problem, 3, state.images, 0.0)
+    torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert len(list(folder.glob("*.pt2"))) == 2
+    eager = METHODS["fbpc"](problem._replace(passes=Passes(Network(spec))), 3, state.images, 0.0)
+    assert found.stats["map_steps"] == eager.stats["map_steps"]
+    assert not torch.equal(found.value, eager.value)  # machine code did it, in another order of sums
+
+
+@with_compiler
+@pytest.mark.slow
+def test_compiled_passes_equal_eager_ones_to_rounding(folder):
+    net = network("convnet-bn")
+    eager, fast = Passes(net), Passes(net, folder)
+    for seed in (0, 1):  # other values than those that were compiled with
+        params, some = net.init(generator(seed, "params")), batch(SIZE, seed)
+        loss, gradients = fast.loss_gradient(params, some)
+        expected, wanted = eager.loss_gradient(params, some)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        assert gradients.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(
+                gradients[name], value, rtol=1e-4, atol=1e-5 * float(wanted["head.weight"].norm())
+            )
+        torch.testing.assert_close(
+            fast.logits(params, some.images), eager.logits(params, some.images), rtol=1e-4, atol=1e-4
+        )
+    assert not loss.requires_grad
+    assert {path.suffix for path in folder.iterdir()} == {".pt2", ".lock"}
+    # Asked again, it is the same to the bit; and machine code did it: one file for the gradient, one for the logits.
+    assert torch.equal(fast.loss_gradient(params, some)[0], loss)
+    assert not any(torch.equal(gradients[name], value) for name, value in wanted.items() if value.ndim == 4)
+
+
+@with_compiler
+@pytest.mark.slow
+def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
+    """A second Passes loads what is there; another width is another network, and gets machine code of its own."""
+    net, some = network("convnet-bn"), batch(SIZE)
+    Passes(net, folder).loss_gradient(net.init(generator(0, "params")), some)
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")}
+    code = (
+        "import sys, torch; torch.set_num_threads(1); sys.path[:0] = sys.argv[1:3]; from test_passes import *\n"
+        "net = network('convnet-bn'); fast = Passes(net, Path(sys.argv[3]))\n"
+        "fast.loss_gradient(net.init(generator(0, 'params')), batch(SIZE)); print('done')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parents[1]), str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "done", said.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")} == files
+    wider = Network(specify("convnet-bn", (1, 8, 8), 10, 12, 0))
+    Passes(wider, folder).logits(wider.init(generator(0, "params")), some.images)
+    assert len(list(folder.glob("*.pt2"))) == len(files) + 1
+
+
+@with_compiler
+def test_where_it_cannot_be_compiled_one_line_says_so(tmp_path, monkeypatch):
+    """A worker that went on by itself would change the bits. Nothing half-made is left."""
+    net, some = network("convnet-in"), batch(3)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *a, **k: 1 / 0)
+    with pytest.raises(UserError, match=r"convnet-in cannot be compiled here \(division by zero\).*--compiled"):
+        Passes(net, tmp_path).loss_gradient(net.init(generator(0, "params")), some)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+@with_compiler
+def test_machine_code_in_a_folder_of_others_is_not_loaded(tmp_path, monkeypatch):
+    """Neither where others can write to it, nor where they can put another in its place; what is there already too."""
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: 1 / 0)
+    monkeypatch.setattr(compiling, "_name", lambda graph, arguments: "planted")
+    for mode, above in ((0o777, 0o700), (0o700, 0o777)):
+        folder = tmp_path / f"{mode}" / "compiled"
+        folder.mkdir(parents=True)
+        (folder / "planted.pt2").write_bytes(b"machine code")
+        folder.chmod(mode)
+        folder.parent.chmod(above)
+        with pytest.raises(CannotCompile, match="can be written to by others"):
+            compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
+    with pytest.raises(CannotCompile, match="division by zero"):  # in a folder of one's own it would be loaded
+        folder.parent.chmod(0o700)
+        compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
+
+
+@with_compiler
+def test_a_changed_network_or_thread_count_has_another_name(folder):
+    def name_of(function):
+        return compiling._name(make_fx(function)(torch.zeros(3)), [torch.zeros(3)])
+
+    names = {name_of(lambda x: [x + 1]), name_of(lambda x: [x + 2]), name_of(lambda x: [x * torch.ones(3)])}
+    torch.set_num_threads(2)
+    names.add(name_of(lambda x: [x + 1]))
+    torch.set_num_threads(1)
+    assert len(names) == 4
+    assert name_of(lambda x: [x + 1]) in names
+
+
+def test_multiplications_by_hand():
+    """8x8 digits, width 8, depth 2: 64 x 8 x 9 x 1, 16 x 8 x 9 x 8, and 32 x 10 in the head."""
+    assert multiplications(network("convnet-in")) == 64 * 8 * 9 + 16 * 8 * 9 * 8 + 32 * 10
+
+
+def test_only_long_runs_are_compiled(small, digits, monkeypatch):
+    """By what they compute: a hundred thousand steps are, four of them aren't. What can't be compiled is said."""
+    lines: list[str] = []
+    why = ""
+    monkeypatch.setattr(compiling, "complaint", lambda folder: why)
+    small = small.updated(device="cpu")
+    specs = session.specs(small, digits)
+    assert not session.compiled(small, digits, specs, lines.append)
+    assert session.compiled(small.updated(compiled="on"), digits, specs, lines.append)
+    large = small.updated(steps=100_000, posterior_steps=30, real_batch_size=256)
+    assert session.compiled(large, digits, specs, lines.append)
+    assert not session.compiled(large.updated(compiled="off"), digits, specs, lines.append)
+    assert not session.compiled(large.updated(device="cuda"), digits, specs, lines.append)
+    assert not lines
+    why = "no g++"
+    assert not session.compiled(large, digits, specs, lines.append)
+    assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
+
+
+def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
+    """Each run has 2 experts x 3 epochs of 5 rows: with room for a quarter of that it is used, with less it isn't."""
+    specs = session.specs(small, digits)
+    each = sum(4 * Network(spec).parameter_count * 5 for spec in specs)
+    long = small.updated(steps=1000)
+    assert session.x_cache_bytes(long.updated(x_cache=1.6 * each / 1e9), specs) == pytest.approx(1.6 * each)
+    assert session.x_cache_bytes(long.updated(x_cache=1.4 * each / 1e9), specs) == 0
+    assert session.x_cache_bytes(small.updated(steps=1, x_cache=0.3 * each / 1e9), specs) > 0
+    assert session.x_cache_bytes(long.updated(x_cache=10.0, method="fbpc-isotropic"), specs) == 0
+    assert session.x_cache_bytes(long.updated(x_cache=0.0), specs) == 0
+
+
+def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
+    specs = session.specs(small, digits)
+    stores = [session.store(small, digits, spec) for spec in specs]
+    state, labels = loop.first_state(digits, 1, 0)
+    found = []
+    for gigabytes in (0.0, 1.0, 1.0):
+        arguments = session.crew(small.updated(x_cache=gigabytes), digits, labels, specs, stores).arguments
+        found.append(Worker(**arguments, device="cpu").gradient(Unit(1, 0), 2, state.images.numpy(), 0.0)[0])
+    assert list((cache.folder() / "x-sides").glob("*.npy"))
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+def rows(values):
+    """The block's rows, and how often they were asked for."""
+    asked = []
+
+    def make():
+        asked.append(1)
+        return (torch.full((3,), float(value)) for value in values)
+
+    return make, asked
+
+
+def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
+    make, asked = rows([0.1, 1 / 3])
+    kept = XCache(tmp_path, 1e6)
+    first, again = kept.block("a", (2, 3), make), XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    assert first is not None
+    assert (first == np.array([[0.1] * 3, [1 / 3] * 3], np.float32)).all()
+    assert again is not None
+    assert (again == first).all()
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        again[0] = 1
+
+
+def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
+    kept, (make, _) = XCache(tmp_path, 500), rows([1, 2])
+    for name, age in (("a", 10), ("b", 20), ("c", 30)):
+        kept.block(name, (2, 3), make)
+        os.utime(tmp_path / f"{name}.npy", (age, age))
+    kept.block("a", (2, 3), make)  # used now
+    kept.block("d", (2, 3), make)
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"a", "c", "d"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 500
+    assert XCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_block_is_made_again(content, tmp_path):
+    (tmp_path / "a.npy").write_bytes(content)
+    make, asked = rows([5, 6])
+    found = XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    assert found is not None
+    assert found[1, 0] == 6
+    assert asked
+
+
+def test_a_block_of_another_shape_is_made_again(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 4), np.float32))
+    found = XCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+    assert found is not None
+    assert found.shape == (2, 3)
+
+
+def test_a_cache_that_cannot_be_written_is_one_that_is_not_there(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert XCache(tmp_path / "file" / "below", 1e6).block("a", (2, 3), rows([1, 2])[0]) is None
+
+
+def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
+    def broken():
+        yield torch.zeros(3)
+        raise RuntimeError("amid")
+
+    with pytest.raises(RuntimeError, match="amid"):
+        XCache(tmp_path, 1e6).block("a", (2, 3), broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
+    found: list[np.ndarray | None] = [None] * 8
+
+    def want(place):
+        found[place] = XCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
+
+    threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]

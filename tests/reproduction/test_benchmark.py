@@ -1,0 +1,108 @@
+"""The programs that measure: they run, say what they compared, and compare like with like."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import ENVIRONMENT
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(JOBS / program), *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
+    """Two networks one after the other; where neither Ray nor MLflow can be imported."""
+    report = tmp_path / "found.json"
+    ways = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
+    words = [
+        "--data", "digits", "--networks", "convnet-in+convnet-bn", "--widths", "16", "--ipcs", "1", "--steps", "1",
+        "--repeats", "1", "--no-compiled", "--map-pool", "1", "--first-run", "1", "--json", str(report),
+        "--ways", *ways,
+    ]  # fmt: skip
+    code = (
+        "import runpy, sys; sys.modules['ray'] = sys.modules['mlflow'] = None;"
+        f"sys.argv[0] = {str(JOBS / 'benchmark.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    (case,) = found["cases"]
+    assert (case["networks"], case["width"], case["m"]) == (["convnet-in", "convnet-bn"], 16, 10)
+    assert case["map_steps"] > case["map_steps_pool"]  # it begins at a solution of images that have hardly moved
+    assert set(case["seconds"]) == set(ways)
+    assert all(len(each["all"]) == 1 and min(each["all"]) > 0 for each in case["seconds"].values())
+    assert case["ratios"]["ours / floor"]["all"][0] == pytest.approx(
+        case["seconds"]["ours"]["all"][0] / case["seconds"]["floor"]["all"][0]
+    )
+    assert min(case["peak_gb"].values()) > 0
+    assert case["training"]["ratio"]["median"] == pytest.approx(
+        case["training"]["ours"]["median"] / case["training"]["bare loop"]["median"]
+    )
+    first = case["first_run"]
+    assert (first["steps"], first["compiled"]) == (1, False)
+    assert first["reference / ours"] == pytest.approx(first["seconds"]["reference"] / first["seconds"]["ours"])
+    assert str(tmp_path) not in report.read_text()  # no path of a machine
+    assert "ours / floor" in done.stdout
+    rows = report.with_suffix(".md").read_text().splitlines()
+    assert sum(row.startswith("| convnet-in + convnet-bn, width 16, ipc 1 |") for row in rows) == 2
+
+
+def test_cost_is_drawn_against_what_the_cases_differ_in(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(JOBS)
+    import benchmark
+
+    def case(ipc: int, *networks: str) -> dict:
+        seconds = {way: {"median": ipc * len(networks) * share} for way, share in (("ours", 1.0), ("floor", 0.9))}
+        return {"networks": list(networks), "width": 32, "ipc": ipc, "seconds": seconds}
+
+    benchmark.draw([case(1, "a"), case(10, "a")], tmp_path / "by-ipc.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["by-ipc.ipc.png"]
+    benchmark.draw([case(1, "a"), case(10, "a"), case(1, "a", "b", "c", "d")], tmp_path / "both.json")
+    assert {path.name for path in tmp_path.glob("both*")} == {"both.ipc.png", "both.networks.png"}
+    benchmark.draw([case(1, "a")], tmp_path / "one.json")
+    assert not list(tmp_path.glob("one*"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_is_timed_beside_serial_and_gives_its_bits(tmp_path):
+    """That the ways agree to the bit is checked by the program itself."""
+    report = tmp_path / "found.json"
+    done = run("scaling.py", "--width", "8", "--steps", "1", "--repeats", "1", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    seconds = {way: each["median"] for way, each in found["seconds_a_step"].items()}
+    assert set(seconds) == {"serial", "one worker", "two workers"}
+    assert found["overhead"]["median"] == pytest.approx(seconds["one worker"] / seconds["serial"] - 1)
+    assert found["scaling"]["median"] == pytest.approx(seconds["one worker"] / seconds["two workers"])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--ways", "theirs"], "unknown way 'theirs': choose from reference, ours, ours, cold, floor, bpc-fkl"),
+        (["--data", "parquet:nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(words, said):
+    done = run("benchmark.py", "--data", "digits", "--widths", "8", "--ipcs", "1", *words)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said():
+    done = run("benchmark.py", "--device", "cuda")
+    assert (done.returncode, done.stderr.strip()) == (
+        2, "error: --device cuda, but torch finds no CUDA device here: use --device cpu",
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Runs as the tests make them: small settings, in this process by a backend or by the command line, and in others."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Backend
+
+SMALL = {
+    "architectures": ("convnet-in", "convnet-bn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
+    "start_epoch": 1, "steps": 4, "gamma": 0.5, "map_lr": 0.02, "posterior_steps": 4, "real_batch_size": 32,
+    "checkpoint_every": 2, "mc_samples": 5, "eval_seeds": 2, "chain_steps": 20, "chain_every": 10,
+    "tracking": False, "threads": 1, "x_cache": 0.0,
+}  # fmt: skip
+"""Settings with which a run on digits takes seconds and leaves nothing out."""
+
+
+def train_experts(config: Config, digits: Dataset, backend: Backend) -> list[ExpertStore]:
+    """The stores of the configuration, filled."""
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    count = config.experts.expert_count
+    loop.train_experts(stores, specs, count, digits, backend, lambda line: None)
+    return stores
+
+
+def run_on(
+    backend: Backend, config: Config, digits: Dataset, folder: Path, on_step=lambda values, step: None, state=None,
+    rows=None,
+):  # fmt: skip
+    """Distil with `backend`: the images after the last step, and what each step and architecture reported of itself."""
+    specs = session.specs(config, digits)
+    stores = [session.store(config, digits, spec) for spec in specs]
+    first, labels = loop.first_state(digits, config.distillation.ipc, config.distillation.seed)
+    state, rows = state or first, rows or []
+    backend.start_workers(session.crew(config, digits, labels, specs, stores))
+    try:
+        state = loop.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
+    finally:
+        backend.stop_workers()
+    return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0])
+    assert one[1] == other[1]
+
+
+def flags(config: Config, **changes: object) -> list[str]:
+    """The configuration as command-line flags."""
+    words: list[str] = []
+    for name, value in config.updated(**changes).flat().items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        elif value != "":
+            words += [flag, str(value)]
+    return words
+
+
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+
+
+def distil(*words: str) -> None:
+    main.main(["distill", *words])
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fbpc_ray", *words], env={**ENVIRONMENT, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def images_of(folder: Path) -> torch.Tensor:
+    return coreset.load(Run(folder).coreset_path).images
+
+
+def refused(capsys, *words: str, command: str = "distill", code: int = 2) -> str:
+    with pytest.raises(SystemExit) as left:
+        main.main([command, *words])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == code
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]

@@ -1,0 +1,481 @@
+"""Against a real MLflow: a SQLite database, and a server that is killed, absent or mute. Nothing is mocked."""
+
+import collections
+import contextlib
+import http.server
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.processes import free_port
+
+from fbpc_ray.tracking import tracker as tracking
+from fbpc_ray.tracking import uri as mlflow_uri
+from fbpc_ray.tracking.tracker import Metric, MlflowClient, Tracker
+
+PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+
+
+def silent(line: str) -> None:
+    raise AssertionError(f"nothing to say, but: {line}")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a SQLite store in a folder whose name needs quoting, first used by the tests."""
+    return f"sqlite:///{tmp_path_factory.mktemp('a b')}/per%25cent/mlflow.db"
+
+
+def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+
+
+def images(client: MlflowClient, run_id: str) -> list[str]:
+    """Names of the full pictures, up to the time stamp, in order."""
+    return sorted(
+        Path(file.path).name.split("+timestamp")[0]
+        for file in client.list_artifacts(run_id, "images")
+        if file.path.endswith(".png")
+    )
+
+
+def test_run_with_everything(store: str, tmp_path: Path):
+    file = tmp_path / "note.txt"
+    file.write_text("first")
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    start = time.monotonic()
+    tracker = Tracker(
+        store,
+        "every thing",
+        run_name="one",
+        tags={"method": "map", "long": "t" * 9000},
+        params={"steps": 3, "archs": ("conv", "mlp"), "long": "p" * 7000},
+        log=silent,
+        finish_seconds=300,
+    )
+    for step in range(3):
+        tracker.metrics({"acc/conv": step / 4, "odd@name,here//x": 1.0, "f32": float(np.float32(0.5))}, step)
+        tracker.image("core@set/all", PICTURE, step)
+    tracker.metrics({"nan": math.nan, "inf": math.inf, "minus": -math.inf}, 7)
+    tracker.artifact(file)
+    tracker.artifact(folder, "deep")
+    rng = np.random.default_rng(0)
+    train, labels = rng.integers(0, 255, (50_000, 3, 8, 8), dtype=np.uint8), np.zeros(50_000, np.int64)
+    tracker.dataset("cifar", "/data/cifar", train, labels, "training")
+    tracker.dataset("cifar", "https://example.org/cifar", train[:100], labels[:100], "test")
+    tracker.tags({"method": "fbpc"})
+    queued = time.monotonic() - start
+    tracker.finish("FINISHED")
+    tracker.finish("FAILED")  # does nothing any more
+
+    assert queued < max(1, (time.monotonic() - start) / 2)  # the first use of the database was left to the worker
+    assert tracker.pending == 0
+    client = MlflowClient(store)
+    assert tracker.run_id and tracker.url
+    assert tracker.url.endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "one")
+    assert run.info.end_time and run.info.end_time >= run.info.start_time
+    assert run.data.params["steps"] == "3"
+    assert run.data.params["archs"] == "('conv', 'mlp')"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("[cut, 7000 characters]")
+    assert run.data.tags["long"].endswith("[cut, 9000 characters]")
+    assert run.data.tags["method"] == "fbpc"
+    assert {"mlflow.user", "mlflow.source.name"} <= run.data.tags.keys()
+    assert history(client, tracker.run_id, "acc/conv") == [(0, 0.0), (1, 0.25), (2, 0.5)]
+    assert history(client, tracker.run_id, "odd_name_here/x") == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert history(client, tracker.run_id, "f32") == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    assert math.isnan(history(client, tracker.run_id, "nan")[0][1])
+    assert history(client, tracker.run_id, "inf") == [(7, sys.float_info.max)]
+    assert history(client, tracker.run_id, "minus") == [(7, -sys.float_info.max)]
+    assert images(client, tracker.run_id) == [f"core_set~all+step+{step}" for step in range(3)]
+    assert run.data.tags["mlflow.loggedImages"] == "True"  # what makes the UI look for pictures
+    assert Path(client.download_artifacts(tracker.run_id, "note.txt")).read_text() == "first"
+    assert Path(client.download_artifacts(tracker.run_id, "deep/figures/a.txt")).read_text() == "a"
+    assert run.inputs is not None
+    inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert inputs["training"].name == "cifar"
+    assert "50000, 3, 8, 8" in str(inputs["training"].profile)
+    assert "/data/cifar" in inputs["training"].source
+    assert inputs["test"].source_type == "http"
+    assert inputs["training"].digest != inputs["test"].digest
+    home = Path(store.removeprefix("sqlite:///").replace("%25", "%")).parent
+    assert any((home / "mlartifacts" / tracker.run_id / "artifacts").iterdir())
+
+
+def test_resume_continues_the_same_run(store: str):
+    first = Tracker(store, "resume", run_name="r", params={"steps": 2, "seed": 0}, log=silent)
+    for step in range(4):
+        first.metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
+    first.image("u", PICTURE, 0)
+    first.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+    first.finish("KILLED")
+    assert first.run_id
+
+    second = Tracker(
+        store, "resume", run_name="r", run_id=first.run_id, params={"steps": 9, "seed": 0, "new": 1}, log=silent
+    )
+    assert second.run_id == first.run_id  # known at once, so that a checkpoint can keep it
+    for step in range(2, 6):  # steps 2 and 3 are done again after the checkpoint, with the same result
+        second.metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
+    second.metrics({"loss": 7.0}, 3)  # not the same result: kept
+    second.image("u", PICTURE, 0)
+    second.image("u", PICTURE, 4)
+    second.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+    client = MlflowClient(store)
+    wait_for(lambda: second.pending == 0)
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    second.finish("FINISHED")
+
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"steps": "2", "seed": "0", "new": "1"}
+    assert run.data.tags["resumed/steps"] == "9"
+    assert "resumed/seed" not in run.data.tags
+    expected = [(step, 1 / (step + 1)) for step in range(6)]
+    assert history(client, first.run_id, "loss") == sorted([*expected, (3, 7.0)])
+    assert [step for step, _ in history(client, first.run_id, "worst")] == list(range(6))
+    assert sorted(point.step for point in client.get_metric_history(first.run_id, "none")) == list(range(6))
+    assert images(client, first.run_id) == ["u+step+0", "u+step+4"]
+    assert run.inputs is not None
+    assert len(run.inputs.dataset_inputs) == 1
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_lost_run_and_deleted_experiment_are_replaced(store: str):
+    first = Tracker(store, "lost", run_name="r", log=silent)
+    first.finish("FINISHED")
+    client = MlflowClient(store)
+    assert first.run_id and first.experiment_id
+    client.delete_run(first.run_id)
+    client.delete_experiment(first.experiment_id)
+    lines: list[str] = []
+    for gone in (first.run_id, "0" * 32):
+        second = Tracker(store, "lost", run_name="r", run_id=gone, log=lines.append)
+        second.metrics({"a": 1.0}, 0)
+        second.finish("FINISHED")
+        assert second.run_id not in (None, gone)
+        assert second.pending == 0
+        assert history(client, str(second.run_id), "a") == [(0, 1.0)]
+    assert len(lines) == 3  # two lost runs, one experiment
+    assert sum("a new one is created" in line for line in lines) == 2
+    assert sum("is restored" in line for line in lines) == 1
+
+
+def test_a_record_that_is_not_taken_holds_nothing_up(store: str, tmp_path: Path):
+    lines: list[str] = []
+    tracker = Tracker(store, "refused", run_name="r", log=lines.append, retry_seconds=0.1)
+    tracker.artifact(tmp_path / "missing.txt")
+    tracker.artifact(tmp_path / "late.txt")
+    tracker.image("u", np.zeros((2, 2, 7), np.uint8), 0)
+    tracker.metrics({"a": 1.0}, 0)
+    wait_for(lambda: tracker.pending == 3)
+    client = MlflowClient(store)
+    assert history(client, str(tracker.run_id), "a") == [(0, 1.0)]
+    (tmp_path / "late.txt").write_text("here")
+    wait_for(lambda: tracker.pending == 2)
+    tracker.finish("FINISHED")
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert len(lines) == 2
+    assert "does not take a record" in lines[0]
+    assert "2 records not delivered" in lines[1]
+
+
+def test_run_deleted_meanwhile(store: str):
+    lines: list[str] = []
+    tracker = Tracker(store, "deleted", run_name="r", log=lines.append)
+    wait_for(lambda: tracker.run_id is not None)
+    MlflowClient(store).delete_run(str(tracker.run_id))
+    for step in range(3):
+        tracker.metrics({"a": 1.0}, step)
+    tracker.finish("FINISHED")
+    assert tracker.pending == 3
+    assert len(lines) == 2
+
+
+def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert mlflow_uri.default_uri(tmp_path / "a b") == f"sqlite:///{tmp_path}/a b/mlflow.db"
+    assert mlflow_uri.default_uri(tmp_path / "50%?") == f"sqlite:///{tmp_path}/50%25%3F/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert mlflow_uri.default_uri(Path("x")) == f"sqlite:///{tmp_path}/x/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///own.db")
+    assert mlflow_uri.default_uri(tmp_path) == f"sqlite:///{tmp_path}/own.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert mlflow_uri.default_uri(tmp_path) == "http://127.0.0.1:5000"
+    assert mlflow_uri.ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert mlflow_uri.ui_command("sqlite:////r/mlflow.db") == "fbpc ui --tracking-uri sqlite:////r/mlflow.db"
+    assert mlflow_uri.ui_command("sqlite:////a b/mlflow.db").endswith(" 'sqlite:////a b/mlflow.db'")
+    assert mlflow_uri.database("sqlite:////a b/50%25%3F.db") == Path("/a b/50%?.db")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert mlflow_uri.ui_command("sqlite:////r.db").startswith(f"{Path(sys.executable).with_name('fbpc')} ui ")
+    names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}
+    assert {name: tracking._name(name) for name in names} == names
+
+
+@pytest.mark.slow
+def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
+    """Two processes, one new database: MLflow, Alembic and git print nothing, and both runs are complete."""
+    code = (
+        "import pathlib, sys; from fbpc_ray import mlflow_uri, tracking\n"
+        "t = tracking.Tracker(mlflow_uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
+        "                     finish_seconds=250)\n"
+        "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in tracking.ENVIRONMENT}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300) for process in both] == [("pending 0\n", "")] * 2
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def server(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server` with its store under `root`, ready to answer; killed with its children at the end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root}/server.db", "--artifacts-destination", str(root / "served")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (root / "server.log").open("ab") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                break
+            assert process.poll() is None and time.monotonic() < deadline, (root / "server.log").read_text()
+            time.sleep(0.1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_an_experiment_that_another_run_makes_meanwhile_is_shared(store: str, monkeypatch: pytest.MonkeyPatch):
+    create = MlflowClient.create_experiment
+
+    def late(*arguments, **options):
+        create(*arguments, **options)
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", late)
+    tracker = Tracker(store, "made meanwhile", run_name="r", log=silent)
+    assert tracker.wait(60)
+    tracker.finish("FINISHED")
+    assert tracker.run_id
+
+
+def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every record arrives, none twice, though the server is frozen (what it was asked it does later), then killed."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # what no call may take; a busy machine takes some of it
+    port, lines, step, slowest = free_port(), [], 0, 0.0
+
+    def log_steps(tracker: Tracker, count: int) -> None:
+        nonlocal step, slowest
+        for _ in range(count):
+            start = time.monotonic()
+            tracker.metrics({"loss": 1 / (step + 1), "bad": math.nan, "inf": math.inf}, step)
+            if step % 10 == 0:
+                tracker.image("u", PICTURE, step)
+            slowest = max(slowest, time.monotonic() - start)
+            step += 1
+            time.sleep(0.01)
+
+    with server(tmp_path, port) as process:
+        os.killpg(process.pid, signal.SIGSTOP)
+        tracker = Tracker(f"http://127.0.0.1:{port}", "e", run_name="r", log=lines.append, retry_seconds=0.5,
+                          finish_seconds=300)  # fmt: skip
+        log_steps(tracker, 25)
+        assert tracker.run_id is None
+        os.killpg(process.pid, signal.SIGCONT)
+        wait_for(lambda: tracker.pending == 0)
+        os.killpg(process.pid, signal.SIGSTOP)
+        log_steps(tracker, 25)
+        time.sleep(6)  # longer than a request may take
+        os.killpg(process.pid, signal.SIGCONT)
+        wait_for(lambda: tracker.pending == 0)
+        log_steps(tracker, 25)
+    log_steps(tracker, 25)  # nobody listens
+    wait_for(lambda: tracker.pending > 0)
+    with server(tmp_path, port):
+        log_steps(tracker, 25)
+        tracker.finish("FINISHED")
+        assert tracker.pending == 0
+        client, run_id = MlflowClient(f"http://127.0.0.1:{port}"), str(tracker.run_id)
+        run = client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        assert len(client.search_runs([run.info.experiment_id])) == 1
+        assert history(client, run_id, "loss") == [(at, 1 / (at + 1)) for at in range(step)]
+        assert history(client, run_id, "inf") == [(at, sys.float_info.max) for at in range(step)]
+        assert sorted(point.step for point in client.get_metric_history(run_id, "bad")) == list(range(step))
+        complete = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")]
+        assert len(complete) == len(set(images(client, run_id))) == len(range(0, step, 10))
+    assert slowest < 4
+    assert len(lines) == 2
+    assert "does not answer" in lines[0]
+    assert "all records are delivered" in lines[1]
+
+
+@contextlib.contextmanager
+def lossy(port: int) -> Iterator[str]:
+    """A proxy before `port` that passes every request on, and loses the first and third answer of each kind."""
+    seen: collections.Counter[str] = collections.Counter()
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def handle_one(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{self.path}", body or None, method=self.command)
+            for name in ("Content-Type", "Accept"):
+                if name in self.headers:
+                    request.add_header(name, self.headers[name])
+            try:
+                with urllib.request.urlopen(request, timeout=300) as answer:
+                    status, data = answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    status, data = error.code, error.read()
+            kind = self.command if self.command == "PUT" else self.path.split("?")[0]
+            seen[kind] += 1
+            if seen[kind] not in (1, 3):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = do_PATCH = handle_one
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}"
+            assert seen["PUT"] > 3
+            assert seen["/api/2.0/mlflow/runs/create"] == seen["/api/2.0/mlflow/experiments/create"] == 1
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+@pytest.mark.slow
+def test_answers_lost(tmp_path: Path):
+    """The server does as asked, and the answer gets lost: for creating, logging and uploading alike, it's done once."""
+    file = tmp_path / "note.txt"
+    file.write_text("here")
+    port = free_port()
+    with server(tmp_path, port), lossy(port) as uri:
+        tracker = Tracker(uri, "e", run_name="r", params={"a": 1}, log=lambda line: None, retry_seconds=0.05)
+        for step in range(8):
+            tracker.metrics({"loss": 1 / (step + 1)}, step)
+            tracker.image("u", PICTURE, step)
+        tracker.artifact(file)
+        tracker.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+        wait_for(lambda: tracker.pending == 0)
+        tracker.finish("FINISHED")
+        client, run_id = MlflowClient(f"http://127.0.0.1:{port}"), str(tracker.run_id)
+        run = client.get_run(run_id)
+        assert [found.info.run_id for found in client.search_runs([run.info.experiment_id])] == [run_id]
+        assert run.info.status == "FINISHED"
+        assert run.data.params == {"a": "1"}
+        assert history(client, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(8)]
+        complete = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")]
+        assert len(complete) == len(set(images(client, run_id))) == 8
+        assert run.inputs is not None
+        assert len(run.inputs.dataset_inputs) == 1
+
+
+def test_nobody_listens():
+    lines: list[str] = []
+    start = time.monotonic()
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", "e", run_name="r", log=lines.append)
+    for step in range(50):
+        tracker.metrics({"a": 1.0}, step)
+        tracker.image("u", PICTURE, step)
+    assert time.monotonic() - start < 10
+    tracker.finish("FAILED")
+    assert time.monotonic() - start < 30
+    assert tracker.run_id is None and tracker.url is None
+    assert tracker.pending == 100
+    assert len(lines) == 2
+    assert "does not answer" in lines[0] and "refused" in lines[0]
+    assert "100 records not delivered" in lines[1]
+    assert all("\n" not in line and len(line) < 300 for line in lines)
+
+
+@pytest.mark.parametrize("timeout", ["1", "60"])
+def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch):
+    """A timeout ends it; one that the user has set higher than `finish_seconds` doesn't make `finish` wait longer."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", timeout)
+    lines: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        uri = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        start = time.monotonic()
+        tracker = Tracker(uri, "e", run_name="r", log=lines.append, finish_seconds=4)
+        for step in range(100):
+            tracker.metrics({"a": 1.0}, step)
+        assert time.monotonic() - start < 10  # a call that waited for an answer would take a timeout, each of them
+        tracker.finish("KILLED")
+        assert time.monotonic() - start < 30
+    assert tracker.pending == 100
+    assert "100 records not delivered" in lines[-1]
+
+
+def test_metric_points_are_stored_once(store: str):
+    """What repeating a delivery rests on: MLflow keeps one of two points that agree in all, NaN and inf included."""
+    tracker = Tracker(store, "twice", run_name="r", log=silent)
+    tracker.finish("FINISHED")
+    client, run = MlflowClient(store), str(tracker.run_id)
+    points = [Metric("a", value, 1000, 3) for value in (1.0, math.nan, math.inf)]
+    for _ in range(2):
+        client.log_batch(run, metrics=points)
+    assert len(client.get_metric_history(run, "a")) == 3
+
+
+def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
+    """What a sweep's trials rely on: a process that was killed and its successor are one run."""
+    for step, status in ((0, "KILLED"), (1, "FINISHED")):
+        tracker = Tracker(
+            store, "keyed", run_name="trial", key="sweep/3", tags={"sweep": "it's", "sweep_id": "s"}, log=silent
+        )
+        tracker.metrics({"nll": 2.0}, 0)
+        tracker.metrics({"nll": 1.0}, step)
+        assert tracker.wait(300)
+        tracker.finish(status)
+    other = Tracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
+    assert other.wait(300)
+    found = tracking.find_runs(store, "keyed", "sweep_id", "s")
+    assert found.keys() == {"sweep/3", "sweep/4"}
+    assert (found["sweep/3"].run_id, found["sweep/3"].running) == (tracker.run_id, False)
+    assert found["sweep/4"].running
+    other.finish("FINISHED")
+    points = MlflowClient(store).get_metric_history(str(tracker.run_id), "nll")
+    assert sorted((point.step, point.value) for point in points) == [(0, 1.0), (0, 2.0), (1, 1.0)]
+    page = mlflow_uri.compare_url("http://host:1/", "7", ["a", "b"])
+    runs = "runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+    assert page == f"http://host:1/#/compare-runs?{runs}&workflowType=machine_learning"
+    assert tracking.find_runs(store, "no such experiment", "sweep_id", "s") == {}
+    assert tracking.find_runs("http://127.0.0.1:9", "keyed", "sweep_id", "s") == {}
