@@ -50,11 +50,11 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset, Split, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.expert_training import teach
-from fbpc_ray.distillation.worker import Unit, Worker, threads, units_of
+from fbpc_ray.distillation.expert_training import train_expert
+from fbpc_ray.distillation.worker import GradientTask, Worker, gradient_tasks, threads
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial, device_name
 from fbpc_ray.models.functional import Network, Spec
@@ -136,7 +136,7 @@ def benchmark(argv: list[str], program: str) -> None:
     known = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
     if unknown := set(args.ways) - set(known):
         raise UserError(f"unknown way '{unknown.pop()}': choose from {', '.join(known)}")
-    cases, made_by = [], capture(device_name(args.device))  # before a file of results is another than that committed
+    cases, provenance = [], capture(device_name(args.device))  # before a file of results is another than that committed
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="fbpc-benchmark-") as folder,
@@ -150,7 +150,7 @@ def benchmark(argv: list[str], program: str) -> None:
                     cases.append(measured(case, args, Path(folder), elsewhere))
                     print(line(cases[-1]), flush=True)
                     if args.json:
-                        write(args, cases, made_by)
+                        write(args, cases, provenance)
 
 
 def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, folder: Path) -> Case:
@@ -182,11 +182,11 @@ def write_untrained(store: ExpertStore, spec: Spec, numbers: Sequence[int]) -> N
 
 def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
     """The seconds of every way and repeat, and what else is asked for."""
-    config, units = case.config, units_of(len(case.specs), 1)
+    config, units = case.config, gradient_tasks(len(case.specs), 1)
     ours, cold = worker(case, config), worker(case, config, x_cache_bytes=0.0)
     weights = with_method(config, "bpc-fkl", config.distillation.ipc).updated(start_rule="from", start_epoch=0)
     fkl = worker(case, weights)
-    taken: dict[tuple[Unit, int], int] = {}
+    taken: dict[tuple[GradientTask, int], int] = {}
 
     def our_step(step: int) -> None:
         for unit in units:
@@ -284,7 +284,7 @@ def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int]
     assert backend.worker is not None
     for number in range(before + d.map_pool * args.repeats):
         for unit in backend.units:
-            backend.worker.x_side(unit, number)
+            backend.worker.expert_side(unit, number)
 
     def go_on(_: int) -> None:
         nonlocal state
@@ -303,12 +303,12 @@ def training(case: Case, args: Arguments) -> dict[str, Any]:
     size, batches, network = 256, 4, Network(case.specs[0], args.device)
     split = case.dataset.train
     few = Split(split.images[: size * batches], split.labels[: size * batches])
-    data = RealData(*tensors(few, args.device), case.dataset.mean, case.dataset.std)
+    data = DeviceDataset(*tensors(few, args.device), case.dataset.mean, case.dataset.std)
     fixed, module = data.batch(torch.arange(min(size, len(data)))), network.module(generator(0, "benchmark"))
     optimiser = torch.optim.SGD(module.parameters(), lr=0.01)
 
     def teach_epoch(number: int) -> None:
-        for _ in teach(
+        for _ in train_expert(
             network, data, epochs=1, learning_rate=0.01, batch_size=size, augment="dsa", seed=0, index=number
         ):
             pass
@@ -344,7 +344,7 @@ def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) ->
             fresh = worker(case._replace(stores=stores), config)
             seconds["ours"] += time.perf_counter() - began
             for step in range(args.first_run):
-                for unit in units_of(len(case.specs), 1):
+                for unit in gradient_tasks(len(case.specs), 1):
                     began = time.perf_counter()
                     fresh.gradient(unit, step, case.images, 0.0)
                     seconds["ours"] += time.perf_counter() - began
@@ -369,7 +369,7 @@ def _reference_of(flat: str) -> tuple[Any, ...]:
         store = session.store(config, dataset, spec)
         each.append((spec, [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]))
     state, labels = loop.first_state(dataset, config.distillation.ipc, config.distillation.seed)
-    real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
+    real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     return each, real, state.images, labels, config.distillation
 
 
@@ -385,7 +385,7 @@ def reference_seconds(flat: str, threads: int, steps: list[int]) -> float:
 
 
 def floor_of(
-    ours: Worker, case: Case, unit: Unit, taken: dict[tuple[Unit, int], int], args: Arguments
+    ours: Worker, case: Case, unit: GradientTask, taken: dict[tuple[GradientTask, int], int], args: Arguments
 ) -> Callable[[int], None]:
     """The passes of a gradient whose x side is on disk: MAP steps and K steps with their backward pass, 2 K for Psi,
     and the two of Eq. 17."""
@@ -408,12 +408,12 @@ def floor_of(
     return step
 
 
-def write(args: Arguments, cases: list[dict[str, Any]], made_by: Provenance) -> None:
+def write(args: Arguments, cases: list[dict[str, Any]], provenance: Provenance) -> None:
     """The file that `--json` names, and the table beside it."""
     path = Path(args.json).absolute()
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
     settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
-    found = {"cases": cases, "settings": settings, **made_by._asdict()}
+    found = {"cases": cases, "settings": settings, **provenance._asdict()}
     files.write_text(path, json.dumps(found, indent=2) + "\n")
     files.write_text(path.with_suffix(".md"), table(cases))
     draw(cases, path)

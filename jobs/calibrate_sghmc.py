@@ -44,7 +44,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation import loop
 from fbpc_ray.evaluation import chains
-from fbpc_ray.evaluation.chains import Chain, ChainResult, Judge, feasible, judge, run_chain
+from fbpc_ray.evaluation.chains import Chain, ChainResult, EvaluationContext, feasible, judge, run_chain
 from fbpc_ray.execution import session
 
 
@@ -119,7 +119,7 @@ class Trial(NamedTuple):
     chain: Chain
 
 
-def run_trial(shared: Judge, trial: Trial, device: str) -> ChainResult:
+def run_trial(shared: EvaluationContext, trial: Trial, device: str) -> ChainResult:
     """One task: a chain under the settings of its trial."""
     return run_chain(shared._replace(settings=trial.settings), trial.chain, device)
 
@@ -140,10 +140,10 @@ def calibrate(argv: list[str], program: str) -> None:
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
         with session.backend(config, Interruption(), print) as workers:
-            made_by = capture(workers.describe())
+            provenance = capture(workers.describe())
             number = len(done["runs"])
             words = [word.replace(config.data.data, _name(config.data.data)) for word in argv]
-            done["runs"].append({**made_by._asdict(), "command": " ".join(["jobs/calibrate_sghmc.py", *words])})
+            done["runs"].append({**provenance._asdict(), "command": " ".join(["jobs/calibrate_sghmc.py", *words])})
             how = config.workers.compiled_chains
             shared = judge(dataset, "test", missing[0].settings, config.networks.augment, compiled=how)
             shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))

@@ -37,7 +37,7 @@ from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.worker import State
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Backend, Serial
@@ -150,7 +150,7 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
         made = Chaos(cluster, args.every, args.seed)
         made.fill(args.nodes)
         backend = RayBackend(config.workers, Interruption(), print)
-        made_by = capture(backend.describe())
+        provenance = capture(backend.describe())
         memory, store = [], []
 
         def after_step() -> None:
@@ -178,7 +178,7 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
             "no worker left": gone,
             "memory flat": max(growth.values()) <= MAY_GROW,
         },
-        **made_by._asdict(),
+        **provenance._asdict(),
     }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def distil(
     began = time.perf_counter()
     try:
         state: State = loop.distill(
-            config, Run(folder), first, [], backend, Interruption(),
+            config, RunDirectory(folder), first, [], backend, Interruption(),
             lambda values, step: after_step(), lambda state: None,
         )  # fmt: skip
     finally:

@@ -99,7 +99,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
                 print(f"repeat {repeat + 1}, {way}: {took:.3f} s a step", flush=True)
         if not all(torch.equal(each, images[1]) for each in images[1:]):
             raise UserError("the ways differ in their bits: this is a bug", code=1)
-        made_by = capture(two.describe())
+        provenance = capture(two.describe())
     finally:
         two.close()
     return {
@@ -109,7 +109,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "settings": vars(args),
         "architectures": ARCHITECTURES,
-        **made_by._asdict(),
+        **provenance._asdict(),
     }
 
 

@@ -22,7 +22,7 @@ from fbpc_ray.core.config import Data, Output
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 CHAIN: dict[str, Any] = {"width": 8, "chain_steps": 20, "chain_every": 10}
 
@@ -45,11 +45,11 @@ def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def run(small, tmp_path_factory) -> Run[Path]:
+def run(small, tmp_path_factory) -> RunDirectory[Path]:
     """What the command line makes."""
     folder = tmp_path_factory.mktemp("runs") / "cli"
     main.main(["distill", *flags(small, backend="serial", steps=2, out=str(folder))])
-    return Run(folder)
+    return RunDirectory(folder)
 
 
 @pytest.fixture(scope="module")

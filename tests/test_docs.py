@@ -35,7 +35,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset_formats, readers
 from fbpc_ray.distillation import loop, worker
 from fbpc_ray.distillation.expert_store import Recipe
-from fbpc_ray.distillation.worker import Unit, Worker
+from fbpc_ray.distillation.worker import GradientTask, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import registry
@@ -499,8 +499,8 @@ def test_the_method_of_extending_learns(small, digits, tmp_path):
         gradients_of = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
         images, losses = state.images.clone(), []
         for _ in range(10):
-            value, stats, *_ = gradients_of.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
-            again = gradients_of.gradient(Unit(0, 0), 0, images.numpy(), 0.0)
+            value, stats, *_ = gradients_of.gradient(GradientTask(0, 0), 0, images.numpy(), 0.0)
+            again = gradients_of.gradient(GradientTask(0, 0), 0, images.numpy(), 0.0)
             assert (again[0] == value).all()
             losses.append(stats["loss"])
             images = images - 0.1 * torch.from_numpy(value)

@@ -210,15 +210,15 @@ for name in "ray", "mlflow":
     except ModuleNotFoundError:
         print("no", name)
 
-from fbpc_ray import plan
-from fbpc_ray.config import Config
-from fbpc_ray.errors import UserError
-from fbpc_ray.signals import Interruption
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution import session
+from fbpc_ray.core.signals import Interruption
 settings = Config()
-with plan.backend(settings.updated(backend="serial", device="cpu"), Interruption(), print) as opened:
+with session.backend(settings.updated(backend="serial", device="cpu"), Interruption(), print) as opened:
     print(type(opened).__name__)
 try:
-    with plan.backend(settings, Interruption(), print):
+    with session.backend(settings, Interruption(), print):
         print("opened")
 except UserError as error:
     print("--backend" in str(error) and "ray" in str(error) and "\\n" not in str(error))

@@ -25,7 +25,7 @@ from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import ExpertStore, slug
-from fbpc_ray.distillation.run_directory import Run, check_resume
+from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.distillation.worker import State
 from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.chains import ood_split
@@ -96,7 +96,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
     if dry_run:
         describe(job)
         return
-    with files.alone(run.folder):
+    with files.exclusive_directory(run.folder):
         if not resume:
             run.refuse_if_taken()  # by one that began when this one did, and is through
         result, uri = _distil(job, run, resume)
@@ -108,7 +108,7 @@ def distill(settings: Config, *, resume: bool, dry_run: bool, json: str) -> None
         log(f"MLflow:  {ui_command(uri)}")
 
 
-def _distil(job: Prepared, run: Run, resume: bool) -> tuple[dict[str, Any], str]:
+def _distil(job: Prepared, run: RunDirectory, resume: bool) -> tuple[dict[str, Any], str]:
     """The result, and the store of MLflow that has the run, if any does."""
     settings, d = job.settings, job.settings.distillation
     first, labels = loop.first_state(job.dataset, d.ipc, d.seed, d.inner_lr)
@@ -125,21 +125,21 @@ def _distil(job: Prepared, run: Run, resume: bool) -> tuple[dict[str, Any], str]
     with says_how_to_resume(again), session.backend(settings, interruption, log) as workers:
         run.write_config(settings)
         log(f"run: {run.folder}")
-        made_by = capture(workers.describe())
-        log(f"data: {job.dataset.name}, {len(job.dataset.train.labels)} training images; on {made_by.device}")
+        provenance = capture(workers.describe())
+        log(f"data: {job.dataset.name}, {len(job.dataset.train.labels)} training images; on {provenance.device}")
         if compiled:
             log(
                 "passes are compiled at the first steps, tens of seconds each, and kept for later runs (--compiled off)"
             )
-        with run_logging.distillation(settings, job.dataset, run, made_by, log) as tracker:
+        with run_logging.distillation(settings, job.dataset, run, provenance, log) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
-            result = judge(job, run, first, state, labels, rows, workers, made_by, tracker)
+            result = judge(job, run, first, state, labels, rows, workers, provenance, tracker)
     return result, tracker.uri
 
 
 def _learn(
     job: Prepared,
-    run: Run,
+    run: RunDirectory,
     state: State,
     labels: Tensor,
     rows: list[dict[str, Any]],
@@ -190,13 +190,13 @@ def _learn(
 
 def judge(
     job: Prepared,
-    run: Run,
+    run: RunDirectory,
     first: State,
     state: State,
     labels: Tensor,
     rows: list[dict[str, Any]],
     workers: Backend,
-    made_by: Provenance,
+    provenance: Provenance,
     tracker: Any,
 ) -> dict[str, Any]:
     """Write the coresets and the picture, evaluate both coresets, write the result; all of it to MLflow too."""
@@ -205,7 +205,7 @@ def judge(
         name: Coreset(each.images, labels, dataset.mean, dataset.std, dataset.classes)
         for name, each in (("random", first), (d.method, state))
     }
-    facts = {"method": d.method, "data": dataset.name, "step": str(state.step), "commit": made_by.commit}
+    facts = {"method": d.method, "data": dataset.name, "step": str(state.step), "commit": provenance.commit}
     coreset.save(made[d.method], run.coreset_path, facts)
     coreset.save(made["random"], run.random_path, {**facts, "method": "random", "step": "0"})
     title = f"{d.method}, {dataset.name}, {d.ipc} a class, step {state.step}"
@@ -220,7 +220,7 @@ def judge(
     verdict = loop.evaluate(made, job.specs, dataset, "test", job.settings, workers, log)
     scored = verdict.table
     _draw_reliability(verdict, run.reliability_path)
-    result = results.result_of(job.settings, dataset, rows, scored, "test", made_by)
+    result = results.result_of(job.settings, dataset, rows, scored, "test", provenance)
     run.write_result(result)
     means = {f"test/{name}": value for name, value in results.means(scored[d.method]).items()}
     tracker.metrics(means | results.metrics(scored), state.step)
@@ -248,7 +248,7 @@ def evaluate(
     """SGHMC on the coreset of the run in `folder` and on its Random coreset, on the networks of `settings`; with `ood`,
     a data set, also how well their uncertainty tells its test images from those of the run; with `save_model`, a
     folder, what its first chain sampled as an MLflow model."""
-    run, method = Run(folder), settings.distillation.method
+    run, method = RunDirectory(folder), settings.distillation.method
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
     settings = session.canonical(settings)
@@ -270,16 +270,16 @@ def evaluate(
         describe(Prepared(settings, dataset, specs, []))
         return
     with session.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
-        made_by = capture(workers.describe())
+        provenance = capture(workers.describe())
         path = _next_evaluation(run, split, specs)
         tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
         keep = method if target else ""
         with run_logging.evaluation(
-            settings, dataset, run, path.name.removesuffix(".json"), tags, made_by, log
+            settings, dataset, run, path.name.removesuffix(".json"), tags, provenance, log
         ) as tracker:
             log(loop.judging(found, specs, split, settings.evaluation))
             verdict = loop.evaluate(found, specs, dataset, split, settings, workers, log, strange, keep)
-            result = results.result_of(settings, dataset, [], verdict.table, split, made_by)
+            result = results.result_of(settings, dataset, [], verdict.table, split, provenance)
             result |= {"ood": ood} if ood else {}
             if path.exists():  # of one that began when this one did
                 path = _next_evaluation(run, split, specs)
@@ -295,7 +295,7 @@ def evaluate(
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
     if target:
         samples = model_export.kept(verdict, found[method], method, specs[0])
-        facts = model_export.facts(settings, split, scored[method][specs[0].architecture], made_by)
+        facts = model_export.facts(settings, split, scored[method][specs[0].architecture], provenance)
         log(
             f"model:  {target}, which this serves: {model_export.save(samples, target, facts, dataset.test.images[:2])}"
         )
@@ -304,7 +304,7 @@ def evaluate(
             log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
 
 
-def _next_evaluation(run: Run, split: str, specs: list[Spec]) -> Place:
+def _next_evaluation(run: RunDirectory, split: str, specs: list[Spec]) -> Place:
     """A file for the result, its number above all that are there."""
     folder, about = run.folder / "evaluations", f"{split}-{'-'.join(spec.architecture for spec in specs)[:80]}"
     begins = [each.name.partition("-")[0] for each in folder.glob("*.json")]
@@ -312,7 +312,7 @@ def _next_evaluation(run: Run, split: str, specs: list[Spec]) -> Place:
 
 
 def _write_evaluation(
-    path: Place, result: dict[str, Any], verdict: loop.Verdict, dataset: Dataset, ood: str
+    path: Place, result: dict[str, Any], verdict: loop.EvaluationResult, dataset: Dataset, ood: str
 ) -> list[Place]:
     """The result and its pictures beside it; where they are."""
     files.write_text(path, json_format.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -327,19 +327,19 @@ def _write_evaluation(
     return [each for each in written if each.exists()]
 
 
-def _draw_reliability(verdict: loop.Verdict, path: Place) -> None:
+def _draw_reliability(verdict: loop.EvaluationResult, path: Place) -> None:
     """Confidence against accuracy of every coreset and architecture, the chains taken together."""
     if verdict.stats:
         charts.reliability({f"{coreset} on {name}": stats for (coreset, name), stats in verdict.stats.items()}, path)
 
 
-def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
+def _open_run(settings: Config, resume: bool) -> tuple[RunDirectory, Config]:
     """The run's folder and the configuration to run with; Raises UserError where --resume does not fit it."""
     out = settings.output.out
     if resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
-        run, stored = Run(place(out)), read_config(place(out), config.NOT_STARTED)
+        run, stored = RunDirectory(place(out)), read_config(place(out), config.NOT_STARTED)
         if settings.workers.threads == 0:
             settings = settings.updated(threads=stored.workers.threads)
         if settings.workers.compiled == "auto":
@@ -349,7 +349,7 @@ def _open_run(settings: Config, resume: bool) -> tuple[Run, Config]:
     d = settings.distillation
     data = Path(settings.data.data.split(":")[-1]).name
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{d.method}-{data}-ipc{d.ipc}"
-    run = Run(place(out) if out else home() / "outputs" / name)
+    run = RunDirectory(place(out) if out else home() / "outputs" / name)
     run.refuse_if_taken()
     return run, settings.updated(threads=session.threads(settings), out=str(run.folder))
 

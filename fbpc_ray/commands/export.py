@@ -17,7 +17,7 @@ from fbpc_ray.data import coreset, coreset_formats
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import session
 
@@ -48,7 +48,7 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
 
 def export(folder: Place, kind: str, out: str) -> None:
     """Write the coreset of the run in `folder` in format `kind` to `out`. Raises UserError where something is there."""
-    run, settings = Run(folder), read_config(folder)
+    run, settings = RunDirectory(folder), read_config(folder)
     found = coreset.load(run.coreset_path)
     data = _short(settings.data.data)
     written = coreset.metadata(run.coreset_path)
@@ -170,10 +170,10 @@ def evaluate(
         describe(Prepared(settings, dataset, specs, []))
         return
     with session.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
-        made_by = capture(workers.describe())
+        provenance = capture(workers.describe())
         log(loop.judging(candidates, specs, split, settings.evaluation))
         scored = loop.evaluate(candidates, specs, dataset, split, settings, workers, log).table
-    result = results.result_of(settings, dataset, [], scored, split, made_by)
+    result = results.result_of(settings, dataset, [], scored, split, provenance)
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
     write_json(json, result | {"ipc": ipc, "images": len(given.labels), "coreset": source})

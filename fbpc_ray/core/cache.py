@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.files import begun, in_turn, sweep
+from fbpc_ray.core.files import file_lock, locked_temp_file, remove_stale_temp_files
 from fbpc_ray.core.storage import Remote
 
 TRIES = 3
@@ -59,12 +59,12 @@ def copy(source: Remote, size: int, checksum: str) -> Iterator[Path]:
     root = folder()
     path = root / f"{checksum}.arrow"
     for _ in range(TRIES):
-        with in_turn(root / ".lock", fcntl.LOCK_SH):
+        with file_lock(root / ".lock", fcntl.LOCK_SH):
             if _whole(path, size):
                 os.utime(path)  # used now
                 yield path
                 return
-        with in_turn(root / f".lock-{checksum[:2]}"):
+        with file_lock(root / f".lock-{checksum[:2]}"):
             if not _whole(path, size):
                 _download(source, size, checksum)
     raise UserError(f"{root} is too small for the experts that are in use: raise FBPC_CACHE_GB, or set FBPC_CACHE")
@@ -80,9 +80,9 @@ def scratch(size: int = 0) -> Iterator[BinaryIO]:
     path = root / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with begun(path) as file:
-            with in_turn(root / ".lock"):
-                sweep(root, ".*.tmp")
+        with locked_temp_file(path) as file:
+            with file_lock(root / ".lock"):
+                remove_stale_temp_files(root, ".*.tmp")
                 _make_room(size)
                 if size:
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -104,7 +104,7 @@ def keep(file: BinaryIO, checksum: str) -> None:
     file.flush()
     os.fsync(file.fileno())
     os.fchmod(file.fileno(), 0o444)
-    with in_turn(folder() / ".lock"), suppress(UserError):  # too large to be kept: it isn't
+    with file_lock(folder() / ".lock"), suppress(UserError):  # too large to be kept: it isn't
         _make_room(0)
         Path(file.name).replace(folder() / f"{checksum}.arrow")
 

@@ -58,7 +58,7 @@ def write_first(path: Place, text: str) -> None:
         mine.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, pattern: str) -> None:
+def remove_stale_temp_files(folder: Path, pattern: str) -> None:
     """Remove what killed writers left behind: a living one holds a lock on its file."""
     for leftover in folder.glob(pattern):
         with suppress(OSError), leftover.open("rb+") as file:
@@ -67,7 +67,7 @@ def sweep(folder: Path, pattern: str) -> None:
 
 
 @contextmanager
-def begun(path: Path) -> Iterator[BinaryIO]:
+def locked_temp_file(path: Path) -> Iterator[BinaryIO]:
     """A new file for the block, which no `sweep` takes from it. Raises OSError."""
     while True:
         with path.open("xb") as file:
@@ -79,7 +79,7 @@ def begun(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def in_turn(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+def file_lock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """The block has the lock of `path`, a file for this alone, among the processes of this machine; it is waited for.
     Where the file system has no locks, what is inside may happen twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def in_turn(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Place) -> Iterator[None]:
+def exclusive_directory(folder: Place) -> Iterator[None]:
     """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
     UserError where another one has it, and OSError for a folder that can't be made. A process that is killed has it no
     more.

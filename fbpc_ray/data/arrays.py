@@ -1,4 +1,4 @@
-"""Image data that is in memory already: arrays, tensors, or any map-style torch Dataset, as a reader's `Source`."""
+"""Image data that is in memory already: arrays, tensors, or any map-style torch Dataset, as a reader's `RawDataset`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.data.raw import Part, Source
+from fbpc_ray.data.raw import RawDataset, RawSplit
 from fbpc_ray.data.readers import arrays
 
 ORIGIN = "the data given"
 
 
-def read(train: Any, test: Any = None, validation: Any = None, classes: Sequence[str] | None = None) -> Source:
+def read(train: Any, test: Any = None, validation: Any = None, classes: Sequence[str] | None = None) -> RawDataset:
     """The data of up to three splits, each (images, labels) or a torch Dataset of (image, label). Raises UserError.
 
     images are a tensor (n, c, h, w) or (n, h, w), or an array as in an npz file: NHWC, NCHW or NHW. An image of a
@@ -24,10 +24,10 @@ def read(train: Any, test: Any = None, validation: Any = None, classes: Sequence
     given = {"train": train, "validation": validation, "test": test}
     parts = {split: _part(split, each) for split, each in given.items() if each is not None}
     names = classes if classes is not None else getattr(train, "classes", None)
-    return Source(ORIGIN, tuple(map(str, names)) if names is not None else None, parts)
+    return RawDataset(ORIGIN, tuple(map(str, names)) if names is not None else None, parts)
 
 
-def _part(split: str, given: Any) -> Part:
+def _part(split: str, given: Any) -> RawSplit:
     keys = f"{split} images", f"{split} labels"
     if isinstance(given, tuple | list) and len(given) == 2:
         images, labels = given

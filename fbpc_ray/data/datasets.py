@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.raw import Part, Source, size
+from fbpc_ray.data.raw import RawDataset, RawSplit, size
 from fbpc_ray.data.readers import read
 
 KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -90,7 +90,7 @@ def load(
 
 
 def assembled(
-    source: Source, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
+    source: RawDataset, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
 ) -> Dataset:
     """What a reader found as a data set called `name`: checked, split and with its normalisation, by the rules in
     `load`. Raises UserError."""
@@ -145,7 +145,7 @@ def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None]
 
 
-def _check(source: Source) -> tuple[str, ...]:
+def _check(source: RawDataset) -> tuple[str, ...]:
     """The class names, once the parts are known to agree with them and with each other."""
     train = source.parts["train"]
     classes = source.classes
@@ -170,7 +170,7 @@ def _check(source: Source) -> tuple[str, ...]:
     return classes
 
 
-def _check_part(split: str, part: Part, train: Part, classes: tuple[str, ...]) -> None:
+def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str, ...]) -> None:
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
     if len(wrong):
         label, fits = part.labels[wrong[0]], f"the {len(classes)} classes have labels 0..{len(classes) - 1}"
@@ -185,7 +185,7 @@ def _check_part(split: str, part: Part, train: Part, classes: tuple[str, ...]) -
         )
 
 
-def _splits(source: Source, classes: int, share: float, seed: int) -> tuple[Split, Split, Split, tuple[str, ...]]:
+def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[Split, Split, Split, tuple[str, ...]]:
     """(train, validation, test, notes) by the rules in `load`."""
     found = {name: Split(part.images, part.labels) for name, part in source.parts.items()}
     train, held, test = found["train"], found.get("validation"), found.get("test")

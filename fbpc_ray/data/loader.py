@@ -11,7 +11,7 @@ from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.datasets import normalise
 
 
-class RealData:
+class DeviceDataset:
     """The training images as one uint8 tensor on the device, normalised batch by batch."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]):

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.data.raw import SPLITS, Part, Source, decode, line, listed
+from fbpc_ray.data.raw import SPLITS, RawDataset, RawSplit, decode, line, listed
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 
 
-def parquet(path: Path) -> Source:
+def parquet(path: Path) -> RawDataset:
     """Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
 
     Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label` or `fine_label`.
@@ -31,7 +31,7 @@ def parquet(path: Path) -> Source:
         if classes != named[0][1]:
             raise UserError(f"{named[0][0]} and {file} name different classes: their labels don't mean the same")
     parts = {split: _part(each) for split, each in heads.items()}
-    return Source(str(path), named[0][1] if named else None, parts, notes)
+    return RawDataset(str(path), named[0][1] if named else None, parts, notes)
 
 
 class _Head(NamedTuple):
@@ -123,7 +123,7 @@ def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
         raise UserError(f"{file}: its huggingface metadata is damaged ({line(error)}); write it again") from error
 
 
-def _part(heads: list[_Head]) -> Part:
+def _part(heads: list[_Head]) -> RawSplit:
     ends = list(accumulate(head.rows for head in heads))
     if not ends[-1]:
         raise UserError(f"no row in {heads[0].file}")
@@ -134,7 +134,7 @@ def _part(heads: list[_Head]) -> Part:
 
     labels = np.concatenate([_labels(head) for head in heads])
     images = decode((data for head in heads for data in _blobs(head)), ends[-1], place)
-    return Part(images, labels, place)
+    return RawSplit(images, labels, place)
 
 
 def _labels(head: _Head) -> np.ndarray:

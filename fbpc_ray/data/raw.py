@@ -1,4 +1,4 @@
-"""What every reader makes: a `Source`, whole arrays of decoded images and the place of each; and what readers share."""
+"""`RawDataset`, which every reader returns: decoded images as whole arrays; and the helpers that readers share."""
 
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -17,7 +17,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 """What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
 
 
-class Part(NamedTuple):
+class RawSplit(NamedTuple):
     """One split as it lies in the files."""
 
     images: np.ndarray
@@ -28,14 +28,14 @@ class Part(NamedTuple):
     """Index of an image -> where it comes from, for messages: 'train-0.parquet, row 7'."""
 
 
-class Source(NamedTuple):
+class RawDataset(NamedTuple):
     """All that a reader found."""
 
     origin: str
     """Path or name, for messages."""
     classes: tuple[str, ...] | None
     """Class names in label order; None when the source names none."""
-    parts: dict[str, Part]
+    parts: dict[str, RawSplit]
     """'train' always; 'validation' and 'test' where the source has them."""
     notes: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""One reader per kind of image data. A reader turns files into a `Source`: whole arrays, and the place of each image.
+"""One reader per kind of image data. A reader turns files into a `RawDataset`: whole arrays and a name for each image.
 
 Readers check what only they can see (bytes, columns, folders, files that belong together), naming the file and row.
 What holds for every source (label range, empty classes, sizes, missing splits) is in datasets.py.
@@ -20,7 +20,7 @@ import numpy as np
 from fbpc_ray.core import files as atomic
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.data.parquet import parquet
-from fbpc_ray.data.raw import SPLITS, Part, Source, decode, line, listed
+from fbpc_ray.data.raw import SPLITS, RawDataset, RawSplit, decode, line, listed
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 NPZ_KEYS = {
@@ -30,7 +30,7 @@ NPZ_KEYS = {
 }
 
 
-def read(name: str, root: Path, download: bool) -> Source:
+def read(name: str, root: Path, download: bool) -> RawDataset:
     """The data that `name` stands for, see NAMED and AT_PATH. Raises UserError for all that is wrong with the input."""
     kind, _, path = name.partition(":")
     try:
@@ -54,7 +54,7 @@ def read(name: str, root: Path, download: bool) -> Source:
 # ---- named data
 
 
-def digits(root: Path, download: bool) -> Source:
+def digits(root: Path, download: bool) -> RawDataset:
     """scikit-learn's 1,797 handwritten digits, (1, 8, 8), 0..16 scaled to 0..255; every fifth one is for the test."""
     del root, download  # they come with scikit-learn, whose import, with pandas and scipy, takes seconds
     package = find_spec("sklearn")
@@ -65,12 +65,12 @@ def digits(root: Path, download: bool) -> Source:
     labels = rows[:, -1].astype(np.int64)
     test = np.arange(len(labels)) % 5 == 0
     parts = {
-        name: Part(images[rows], labels[rows], "row {}".format) for name, rows in (("train", ~test), ("test", test))
+        name: RawSplit(images[rows], labels[rows], "row {}".format) for name, rows in (("train", ~test), ("test", test))
     }
-    return Source("digits", tuple(map(str, range(10))), parts)
+    return RawDataset("digits", tuple(map(str, range(10))), parts)
 
 
-def cifar(kind: str, root: Path, download: bool) -> Source:
+def cifar(kind: str, root: Path, download: bool) -> RawDataset:
     """`kind` CIFAR10 or CIFAR100 (fine labels) from torchvision's root, (3, 32, 32)."""
     import torchvision.datasets
 
@@ -88,20 +88,20 @@ def cifar(kind: str, root: Path, download: bool) -> Source:
                 f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
             ) from error
         try:
-            with atomic.in_turn(root / ".download.lock"):  # two at once would write to the same files
+            with atomic.file_lock(root / ".download.lock"):  # two at once would write to the same files
                 splits = read(True)
         except failures as error:
             raise UserError(
                 f"cannot download {kind.lower()} to {root} ({line(error)}); check the connection"
             ) from error
     parts = {
-        split: Part(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets), "row {}".format)
+        split: RawSplit(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), np.array(data.targets), "row {}".format)
         for split, data in splits.items()
     }
-    return Source(kind.lower(), tuple(splits["train"].classes), parts)
+    return RawDataset(kind.lower(), tuple(splits["train"].classes), parts)
 
 
-def tiny_imagenet(root: Path, download: bool) -> Source:
+def tiny_imagenet(root: Path, download: bool) -> RawDataset:
     """Tiny-ImageNet as its zip file unpacks, in root/tiny-imagenet-200 or root itself; its test split has no labels."""
     del download  # not offered: one UserError says where to get it
     base = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
@@ -128,13 +128,13 @@ def tiny_imagenet(root: Path, download: bool) -> Source:
         files.append(base / "val" / "images" / file)
         labels.append(wnids.index(wnid))
     parts["validation"] = _files(annotations.parent, files, labels)
-    return Source(str(base), tuple(wnids), parts)
+    return RawDataset(str(base), tuple(wnids), parts)
 
 
 # ---- data at a path
 
 
-def folder(path: Path) -> Source:
+def folder(path: Path) -> RawDataset:
     """Class folders of image files, in PATH/train and PATH/test (or val, valid, validation), or in PATH itself."""
     folders: dict[str, Path] = {}
     for child in _subfolders(path):
@@ -149,10 +149,10 @@ def folder(path: Path) -> Source:
     classes = [child.name for child in _subfolders(folders["train"])]
     if not classes:
         raise UserError(f"no class folders in {folders['train']}; put the images in one folder per class")
-    return Source(str(path), tuple(classes), {split: _class_folders(at, classes) for split, at in folders.items()})
+    return RawDataset(str(path), tuple(classes), {split: _class_folders(at, classes) for split, at in folders.items()})
 
 
-def npz(path: Path) -> Source:
+def npz(path: Path) -> RawDataset:
     """Arrays of one NumPy file, see NPZ_KEYS; images NHWC, NCHW or NHW, integers 0..255 or floats in [0, 1]."""
     try:
         with path.open("rb") as file:
@@ -169,10 +169,10 @@ def npz(path: Path) -> Source:
             found = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
     except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)})") from error
-    return Source(str(path), None, {split: arrays(str(path), *each) for split, each in found.items()})
+    return RawDataset(str(path), None, {split: arrays(str(path), *each) for split, each in found.items()})
 
 
-NAMED: dict[str, Callable[[Path, bool], Source]] = {
+NAMED: dict[str, Callable[[Path, bool], RawDataset]] = {
     "digits": digits,
     "cifar10": partial(cifar, "CIFAR10"),
     "cifar100": partial(cifar, "CIFAR100"),
@@ -180,7 +180,7 @@ NAMED: dict[str, Callable[[Path, bool], Source]] = {
 }
 """Name -> reader(root, download)."""
 
-AT_PATH: dict[str, Callable[[Path], Source]] = {"parquet": parquet, "folder": folder, "npz": npz}
+AT_PATH: dict[str, Callable[[Path], RawDataset]] = {"parquet": parquet, "folder": folder, "npz": npz}
 """Kind, as in kind:PATH -> reader(path)."""
 
 
@@ -193,7 +193,7 @@ def _subfolders(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _class_folders(path: Path, classes: list[str]) -> Part:
+def _class_folders(path: Path, classes: list[str]) -> RawSplit:
     """path/<class>/**/<image file>, sorted by path; the label is the class's index in `classes`."""
     unknown = [child.name for child in _subfolders(path) if child.name not in classes]
     if unknown:
@@ -211,7 +211,7 @@ def _class_folders(path: Path, classes: list[str]) -> Part:
     return _files(path, files, labels)
 
 
-def _files(path: Path, files: list[Path], labels: list[int]) -> Part:
+def _files(path: Path, files: list[Path], labels: list[int]) -> RawSplit:
     if not files:
         raise UserError(f"no image in {path}")
 
@@ -222,7 +222,7 @@ def _files(path: Path, files: list[Path], labels: list[int]) -> Part:
     if missing:
         raise UserError(f"{missing} is missing; restore it")
     images = decode((file.read_bytes() for file in files), len(files), place)
-    return Part(images, np.array(labels, np.int64), place)
+    return RawSplit(images, np.array(labels, np.int64), place)
 
 
 # ---- arrays
@@ -230,7 +230,7 @@ def _files(path: Path, files: list[Path], labels: list[int]) -> Part:
 
 def arrays(
     origin: str, keys: tuple[str, str], images: np.ndarray, labels: np.ndarray, channels_first: bool = False
-) -> Part:
+) -> RawSplit:
     """A split from arrays that `origin` calls by the names `keys`; images as for `npz`, or known to be NCHW or NHW."""
     if images.ndim not in (3, 4):
         raise UserError(f"{origin}: {keys[0]} has shape {images.shape}; it must be NHWC, NCHW or NHW")
@@ -243,7 +243,7 @@ def arrays(
             f"{origin}: {keys[0]} has {len(images)} images, {keys[1]} {len(labels)} labels; they must agree"
         )
     where = f"{origin}: {keys[0]}"
-    return Part(
+    return RawSplit(
         _channels_first(_bytes(images, where), where, channels_first),
         labels.astype(np.int64),
         lambda index: f"{origin}, {keys[1]}[{index}]",

@@ -110,9 +110,9 @@ class ExpertStore:
         if isinstance(self.folder, Remote):  # one request for all of them; an object that is there is whole
             names = {each.name for each in self.folder.iterdir()}
             return [n for n in range(count) if not {self._arrow(n).name, self._manifest(n).name} <= names]
-        return [index for index in range(count) if not self.whole(index)]
+        return [index for index in range(count) if not self.is_complete(index)]
 
-    def whole(self, index: int) -> bool:
+    def is_complete(self, index: int) -> bool:
         """Is there a manifest, and a file of the size it states?"""
         arrow, manifest = self._arrow(index), self._manifest(index)
         if isinstance(arrow, Remote):
@@ -138,17 +138,17 @@ class ExpertStore:
         if isinstance(arrow, Remote):
             self._send(index, snapshots, arrow)
             return
-        folder, before = arrow.parent, self.whole(index)
-        files.sweep(folder, f".{arrow.name}.*.tmp")
+        folder, before = arrow.parent, self.is_complete(index)
+        files.remove_stale_temp_files(folder, f".{arrow.name}.*.tmp")
         temporary = folder / f".{arrow.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            with files.begun(temporary) as file:
+            with files.locked_temp_file(temporary) as file:
                 sink = _Sink(file)
                 shapes = self._stream(index, snapshots, sink)
                 file.flush()
                 os.fsync(file.fileno())
                 self._claimed()  # whoever created the folder in the meantime may have had another recipe
-                if not before and self.whole(index):
+                if not before and self.is_complete(index):
                     temporary.unlink()
                     return
                 manifest.unlink(missing_ok=True)
@@ -170,7 +170,7 @@ class ExpertStore:
             shapes = self._stream(index, snapshots, sink)
             file.flush()
             self._claimed()
-            if not self.whole(index):
+            if not self.is_complete(index):
                 arrow.upload(Path(file.name))
                 self._list(index, sink, shapes)
             cache.keep(file, sink.digest.hexdigest())

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.models.functional import Network
 
 
-def teach(
+def train_expert(
     network: Network,
-    data: RealData,
+    data: DeviceDataset,
     *,
     epochs: int,
     learning_rate: float,

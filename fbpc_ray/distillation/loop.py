@@ -18,23 +18,23 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.data import coreset as coresets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
-from fbpc_ray.distillation.expert_training import teach
+from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.methods.common import Gradient, Stats
-from fbpc_ray.distillation.worker import State, check_finite, check_updated, combine, remember, units_of, update
+from fbpc_ray.distillation.worker import State, check_finite, check_updated, combine, gradient_tasks, remember, update
 from fbpc_ray.evaluation.chains import Chain, feasible, judge, quantities, run_chain, values
 from fbpc_ray.evaluation.results import Evaluated
 from fbpc_ray.execution.serial import Backend
 from fbpc_ray.execution.session import Log
-from fbpc_ray.inference.map_solve import Ending
+from fbpc_ray.inference.map_solve import SolverStatus
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import multiplications
+from fbpc_ray.models.passes import count_macs
 
 
-class _Lesson(NamedTuple):
+class ExpertTask(NamedTuple):
     spec: Spec
     store: ExpertStore
     number: int
@@ -46,13 +46,13 @@ LOOKED_AT = 1000
 """Training images, spread over all, on which it is said how much an expert learned."""
 
 
-def _teach(dataset: Dataset, lesson: _Lesson, device: str) -> float:
+def _teach(dataset: Dataset, lesson: ExpertTask, device: str) -> float:
     """One task: train a trajectory and write it, unless another run did so meanwhile, and give the share of training
     images that its last epoch gets right."""
     recipe, network = lesson.store.recipe, Network(lesson.spec, device)
-    data = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
-    if not lesson.store.whole(lesson.number):
-        snapshots = teach(
+    data = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
+    if not lesson.store.is_complete(lesson.number):
+        snapshots = train_expert(
             network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
             augment=recipe.augment, seed=recipe.seed, index=lesson.number,
         )  # fmt: skip
@@ -74,14 +74,18 @@ def train_experts(
         its.claim()
     # Trajectory by trajectory over the architectures, so that an interrupted training leaves a little of each.
     lessons = sorted(
-        (_Lesson(spec, its, index) for spec, its in zip(chosen, stores, strict=True) for index in its.missing(count)),
+        (
+            ExpertTask(spec, its, index)
+            for spec, its in zip(chosen, stores, strict=True)
+            for index in its.missing(count)
+        ),
         key=lambda lesson: lesson.number,
     )
     have = count * len(stores) - len(lessons)
     told = f"experts: {have} of {count * len(stores)} trajectories are there"
     if lessons:
         told += f", training {len(lessons)}"
-        work = sum(6.0 * multiplications(Network(its.spec)) * its.store.recipe.epochs for its in lessons)
+        work = sum(6.0 * count_macs(Network(its.spec)) * its.store.recipe.epochs for its in lessons)
         if workers.device == "cpu" and (hours := work * len(dataset.train.labels) / CPU_RATE / 3600) >= 1:
             told += f", which takes something like {hours:,.0f} hours of a CPU core (fewer: --expert-count, --width)"
     log(told)
@@ -116,7 +120,7 @@ def too_short(recipe: Recipe, count: int) -> str:
 
 def first_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, torch.Tensor]:
     """A class-balanced draw of real images as the pseudocoreset before step 1, and its labels."""
-    real = RealData(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
+    real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     images, labels = real.batch(coresets.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
     return State(0, images, torch.zeros_like(images), inner_lr), labels
 
@@ -130,7 +134,7 @@ def metrics_of(names: Sequence[str], stats: Sequence[Stats], seconds: float, ski
             if isinstance(value, int | float):
                 found.setdefault(f"{key}/{name}", []).append(float(value))
         if "map_ending" in s:
-            found.setdefault(f"map_converged/{name}", []).append(float(s["map_ending"] == Ending.CONVERGED))
+            found.setdefault(f"map_converged/{name}", []).append(float(s["map_ending"] == SolverStatus.CONVERGED))
     means = {key: statistics.fmean(each) for key, each in found.items()}
     # What is compared goes first: MLflow's plot of several runs begins with the first metric that they have.
     values = {"loss": sum(means[f"loss/{name}"] for name in dict.fromkeys(names)), "seconds/step": seconds, **means}
@@ -153,7 +157,7 @@ class Step(NamedTuple):
 def step(config: Config, state: State, workers: Backend) -> Step:
     """One step from `state`. Raises UserError for one that isn't finite, or where a cluster can't go on."""
     d, names = config.distillation, config.networks.architectures
-    units = units_of(len(names), d.draws_per_step)
+    units = gradient_tasks(len(names), d.draws_per_step)
     gradients = workers.gradients(state)
     there = [
         (names[unit.architecture], unit.draw, gradient)
@@ -168,15 +172,15 @@ def step(config: Config, state: State, workers: Backend) -> Step:
     return Step(after, there, len(units) - len(there))
 
 
-class Keeper(Protocol):
-    """Where checkpoints go: a `Run`, or nowhere."""
+class Checkpointer(Protocol):
+    """Where checkpoints go: a `RunDirectory`, or nowhere."""
 
     def save(self, state: State, rows: list[dict[str, Any]]) -> None: ...
 
 
 def distill(
     config: Config,
-    run: Keeper,
+    run: Checkpointer,
     state: State,
     rows: list[dict[str, Any]],
     workers: Backend,
@@ -226,7 +230,7 @@ def distill(
     return state
 
 
-class Verdict(NamedTuple):
+class EvaluationResult(NamedTuple):
     """What an evaluation found."""
 
     table: Evaluated
@@ -241,7 +245,7 @@ class Verdict(NamedTuple):
 def evaluate(
     candidates: dict[str, Coreset], chosen: Sequence[Spec], dataset: Dataset, split: str, config: Config,
     workers: Backend, log: Log, ood: Split | None = None, keep: str = "",
-) -> Verdict:  # fmt: skip
+) -> EvaluationResult:  # fmt: skip
     """SGHMC on every coreset and architecture, scored on `split` and, by its uncertainty, against `ood`. The samples of
     the first chain on the coreset called `keep` are kept.
 
@@ -265,7 +269,7 @@ def evaluate(
         name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
         for name in candidates
     }
-    verdict = Verdict(table, {}, {}, {})
+    verdict = EvaluationResult(table, {}, {}, {})
     with progress("evaluate", len(chains), "chain") as bar:
         for index, result in workers.map(run_chain, judged, chains):
             bar.update()

@@ -35,7 +35,7 @@ _SOLUTION = "solution/"
 """How the names of MAP solutions begin in a checkpoint."""
 
 
-class Run(Generic[Where]):
+class RunDirectory(Generic[Where]):
     """A run's folder, or its prefix in an object store. Opening one writes nothing."""
 
     def __init__(self, folder: Where):

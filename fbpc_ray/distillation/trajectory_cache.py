@@ -26,7 +26,7 @@ HEADER = 128
 """Bytes of a .npy file before its values."""
 
 
-class XCache(NamedTuple):
+class TrajectoryCache(NamedTuple):
     """A folder and the bytes that it may hold, half of what its disk has for it at most."""
 
     folder: Path
@@ -48,7 +48,7 @@ class XCache(NamedTuple):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with atomic.begun(temporary) as file:
+            with atomic.locked_temp_file(temporary) as file:
                 block = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not in a mapped page
                 for place, row in zip(block, rows(), strict=True):
@@ -64,7 +64,7 @@ class XCache(NamedTuple):
         return _read(path, shape)
 
     def _make_room(self, size: int) -> None:
-        atomic.sweep(self.folder, ".*.tmp")
+        atomic.remove_stale_temp_files(self.folder, ".*.tmp")
         files = cache.present(self.folder.glob("*.npy"))
         used, free = sum(status.st_size for _, status in files), shutil.disk_usage(self.folder).free
         cache.drop_oldest(files, used + size - min(self.limit, (used + free) / 2))

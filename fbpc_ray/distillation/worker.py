@@ -18,14 +18,14 @@ from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.config import Distillation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.datasets import Dataset, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import warm_start
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.methods import bpc, fbpc
-from fbpc_ray.distillation.methods.common import Gradient, Method, Problem, Stats, XSide
-from fbpc_ray.distillation.trajectory_cache import XCache
+from fbpc_ray.distillation.methods.common import ExpertSide, Gradient, GradientContext, Method, Stats
+from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.distillation.warm_start import Solutions
-from fbpc_ray.inference.map_solve import Ending
+from fbpc_ray.inference.map_solve import SolverStatus
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes
@@ -39,11 +39,11 @@ METHODS: dict[str, Method] = {
 }
 """What `--method` may be, beside `random`, which learns nothing."""
 
-X_SIDES: dict[str, XSide] = {"fbpc": fbpc.x_side}
+EXPERT_SIDES: dict[str, ExpertSide] = {"fbpc": fbpc.expert_side}
 """Methods whose gradient has a costly part that doesn't depend on u; it takes the result as its last argument."""
 
 
-class Unit(NamedTuple):
+class GradientTask(NamedTuple):
     """One gradient of a step."""
 
     architecture: int
@@ -52,9 +52,9 @@ class Unit(NamedTuple):
     """Which of the architecture's M independent draws."""
 
 
-def units_of(architectures: int, draws: int) -> list[Unit]:
+def gradient_tasks(architectures: int, draws: int) -> list[GradientTask]:
     """The gradients of a step in the order in which they are summed."""
-    return [Unit(architecture, draw) for architecture in range(architectures) for draw in range(draws)]
+    return [GradientTask(architecture, draw) for architecture in range(architectures) for draw in range(draws)]
 
 
 class State(NamedTuple):
@@ -74,7 +74,7 @@ class State(NamedTuple):
     """MAP solutions that later ones begin at (`--map pool`)."""
 
 
-def combine(units: Sequence[Unit], gradients: Sequence[Gradient | None]) -> list[Gradient]:
+def combine(units: Sequence[GradientTask], gradients: Sequence[Gradient | None]) -> list[Gradient]:
     """One gradient for each architecture that has any, in order: the mean over its draws that are there.
 
     Where an architecture has none (its workers were too slow, and skipping was asked for), the others stand in for it:
@@ -115,7 +115,7 @@ def update(state: State, gradients: Sequence[Gradient], *, alpha: float, momentu
     )  # fmt: skip
 
 
-def map_start(state: State, unit: Unit, settings: Distillation) -> np.ndarray | None:
+def map_start(state: State, unit: GradientTask, settings: Distillation) -> np.ndarray | None:
     """Where the unit's MAP solve begins in the next step; None for the prior."""
     if settings.map == "fresh":
         return None
@@ -124,7 +124,7 @@ def map_start(state: State, unit: Unit, settings: Distillation) -> np.ndarray | 
 
 
 def remember(
-    state: State, step: int, units: Sequence[Unit], gradients: Sequence[Gradient | None], settings: Distillation
+    state: State, step: int, units: Sequence[GradientTask], gradients: Sequence[Gradient | None], settings: Distillation
 ) -> State:
     """`state` with the MAP solutions that the gradients of `step` found, where later solves begin at them."""
     if settings.map == "fresh":
@@ -140,7 +140,7 @@ def check_finite(architectures: Sequence[str], gradients: Sequence[Gradient], st
     """Raise UserError where a gradient can't be used."""
     for name, part in zip(architectures, gradients, strict=True):
         ending = part.stats.get("map_ending")
-        if ending == Ending.NONFINITE or not torch.isfinite(part.value).all() or not math.isfinite(part.inner_lr):
+        if ending == SolverStatus.NONFINITE or not torch.isfinite(part.value).all() or not math.isfinite(part.inner_lr):
             how = f" (MAP {ending}, loss {part.stats['map_loss']:g})" if ending else ""
             mend = "--alpha, --lambda-x or --lambda-u" if ending else "--alpha or --inner-lr"
             raise UserError(
@@ -184,47 +184,47 @@ class Worker:
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
         self.device, self.threads = device, threads
-        self.real = RealData(*tensors(dataset.train, device), dataset.mean, dataset.std)
+        self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
         self.compiled = compiling.folder() if compiled and device == "cpu" else None
-        self.x_cache = XCache(cache.folder() / "x-sides", x_cache_bytes) if x_cache_bytes else None
+        self.x_cache = TrajectoryCache(cache.folder() / "x-sides", x_cache_bytes) if x_cache_bytes else None
         self.passes: dict[int, Passes] = {}
 
     def gradient(
         self,
-        unit: Unit,
+        unit: GradientTask,
         step: int,
         images: np.ndarray,
         inner_lr: float,
-        x_side: np.ndarray | None = None,
+        expert_side: np.ndarray | None = None,
         start: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Stats, float, np.ndarray | None]:
-        """A `Gradient`'s parts, in numpy, which travels between processes without a copy. `x_side`: from the method of
-        that name, where it was computed ahead; `start`: from `map_start`."""
-        given = {"x_side": x_side, "start": start}
+        """Return the parts of a `Gradient` as numpy arrays, which travel between processes without a copy.
+        `expert_side`: from the method of that name, where it was computed ahead; `start`: from `map_start`."""
+        given = {"expert_side": expert_side, "start": start}
         with threads(self.threads):
-            value, stats, of_inner_lr, solution = METHODS[self.settings.method](
+            value, stats, inner_lr_gradient, solution = METHODS[self.settings.method](
                 self._problem(unit), step, torch.tensor(images, device=self.device), inner_lr,
                 **{name: each for name, each in given.items() if each is not None},
             )  # fmt: skip
-        return value.numpy(), stats, of_inner_lr, None if solution is None else solution.numpy()
+        return value.numpy(), stats, inner_lr_gradient, None if solution is None else solution.numpy()
 
-    def x_side(self, unit: Unit, step: int) -> tuple[None, np.ndarray]:
+    def expert_side(self, unit: GradientTask, step: int) -> tuple[None, np.ndarray]:
         """What `gradient` will need for `unit` at `step` whatever the images are then. Comes second, so that a caller
         can ask for the first, which costs nothing to fetch, to know that it is there."""
         with threads(self.threads):
-            return None, X_SIDES[self.settings.method](self._problem(unit), step)
+            return None, EXPERT_SIDES[self.settings.method](self._problem(unit), step)
 
     def call(self, function: Callable[[Any, Any, str], Any], shared: Any, item: Any) -> Any:
         """Another task, on this worker's device and one CPU thread."""
         with threads(1):
             return function(shared, item, self.device)
 
-    def _problem(self, unit: Unit) -> Problem:
+    def _problem(self, unit: GradientTask) -> GradientContext:
         index = unit.architecture
         if index not in self.passes:
             self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled)
-        return Problem(
+        return GradientContext(
             self.passes[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
             self.expert_count, unit.draw, self.x_cache,
         )  # fmt: skip

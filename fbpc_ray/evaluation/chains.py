@@ -15,7 +15,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.datasets import Dataset, Split, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
 from fbpc_ray.inference.metrics import (
@@ -31,7 +31,7 @@ from fbpc_ray.inference.sghmc import noise_variance, potential_gradient, sghmc
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import Passes, multiplications
+from fbpc_ray.models.passes import Passes, count_macs
 
 TEST_BATCH = ensemble.BATCH
 LINEAGE_BATCH = 256
@@ -112,7 +112,7 @@ class Scored(NamedTuple):
     uncertainty: Uncertainty
 
 
-def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: RealData) -> Scored:
+def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
     """The predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
     network = passes.network
     statistics = statistics_of(network, samples, coreset)
@@ -129,7 +129,7 @@ def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: Rea
     return Scored(stats, torch.cat([part.losses for part in parts], 1), unsure)
 
 
-class Judge(NamedTuple):
+class EvaluationContext(NamedTuple):
     """What all chains of an evaluation share: plain data, sent once."""
 
     split: Split
@@ -144,7 +144,7 @@ class Judge(NamedTuple):
     """`--compiled-chains`: auto | on | off."""
 
 
-def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
+def run_chain(judge: EvaluationContext, chain: Chain, device: str) -> ChainResult:
     """One task: sample a chain, score its model average."""
     start = time.perf_counter()
     passes = passes_of(judge, chain, device)
@@ -152,11 +152,11 @@ def run_chain(judge: Judge, chain: Chain, device: str) -> ChainResult:
     samples = posterior_samples(passes, images, labels, judge.settings, judge.augment, chain.seed)
     if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
-    test = RealData(*tensors(judge.split, device), judge.mean, judge.std)
+    test = DeviceDataset(*tensors(judge.split, device), judge.mean, judge.std)
     found = predictive(passes, samples, images, test)
     familiar = strange = None
     if judge.ood is not None:
-        others = RealData(*tensors(judge.ood, device), judge.mean, judge.std)
+        others = DeviceDataset(*tensors(judge.ood, device), judge.mean, judge.std)
         familiar, strange = found.uncertainty, predictive(passes, samples, images, others).uncertainty
     return ChainResult(
         found.stats,
@@ -174,17 +174,15 @@ COMPILE_FROM = 5e11
 compiled: each takes half a minute once, and is then there for the chains of all seeds, runs and machines alike."""
 
 
-def compiles(judge: Judge, chain: Chain, network: Network) -> bool:
+def compiles(judge: EvaluationContext, chain: Chain, network: Network) -> bool:
     """Whether the passes of a chain on its `network` are compiled, on a CPU. It depends on the chain and its split
     alone, not on what runs beside it, for it is part of the bits."""
     e, count = judge.settings, len(judge.split.labels)
     images = 3 * e.chain_steps * len(chain.labels) + e.chain_steps // e.chain_every * count  # a backward counts two
-    return judge.compiled == "on" or (
-        judge.compiled == "auto" and 2 * multiplications(network) * images >= COMPILE_FROM
-    )
+    return judge.compiled == "on" or (judge.compiled == "auto" and 2 * count_macs(network) * images >= COMPILE_FROM)
 
 
-def passes_of(judge: Judge, chain: Chain, device: str) -> Passes:
+def passes_of(judge: EvaluationContext, chain: Chain, device: str) -> Passes:
     """Those of the chain's network."""
     network = Network(chain.spec, device)
     on = network.device.type == "cpu" and compiles(judge, chain, network)
@@ -193,12 +191,14 @@ def passes_of(judge: Judge, chain: Chain, device: str) -> Passes:
 
 def judge(
     dataset: Dataset, split: str, settings: Evaluation, augment: str, ood: Split | None = None, compiled: str = "off"
-) -> Judge:
+) -> EvaluationContext:
     """A Judge on the split named test or validation; `ood` from `ood_split`."""
-    return Judge(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood, compiled)
+    return EvaluationContext(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood, compiled)
 
 
-def feasible(judge: Judge, chains: Sequence[Chain], device: str, log: Callable[[str], None]) -> Judge:
+def feasible(
+    judge: EvaluationContext, chains: Sequence[Chain], device: str, log: Callable[[str], None]
+) -> EvaluationContext:
     """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
     kinds = {(chain.spec, len(chain.labels)): chain for chain in chains} if device == "cpu" else {}
     wanted = any(compiles(judge, chain, Network(chain.spec)) for chain in kinds.values())
@@ -231,7 +231,7 @@ def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split
     return Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
 
 
-def quantities(judge: Judge) -> tuple[str, ...]:
+def quantities(judge: EvaluationContext) -> tuple[str, ...]:
     """The names that `values` gives for a chain of `judge`, in order."""
     ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if judge.ood is not None else ()
     return (*Scores._fields, "nll_of_batches", "nll_of_samples", *ood)

@@ -17,7 +17,12 @@ AUROC = {"ood_auroc_entropy": "OOD entropy", "ood_auroc_mutual_information": "OO
 
 
 def result_of(
-    config: Config, dataset: Dataset, rows: list[dict[str, Any]], evaluation: Evaluated, split: str, made_by: Provenance
+    config: Config,
+    dataset: Dataset,
+    rows: list[dict[str, Any]],
+    evaluation: Evaluated,
+    split: str,
+    provenance: Provenance,
 ) -> dict[str, Any]:
     """result.json: what was done, by what, and every value."""
     d = config.distillation
@@ -30,7 +35,7 @@ def result_of(
         "map_endings": endings,
         "split": split, "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.eval_seeds)), "coresets": evaluation,
-        **made_by._asdict(), "threads": threads(config),
+        **provenance._asdict(), "threads": threads(config),
     }  # fmt: skip
 
 

@@ -13,19 +13,19 @@ from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation.methods.common import Gradient, Stats
-from fbpc_ray.distillation.worker import State, Unit, Worker, map_start, threads
+from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start, threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Crew(NamedTuple):
+class WorkerGroupSpec(NamedTuple):
     """What the workers of a distillation are made of, and what each step asks of them."""
 
     arguments: dict[str, Any]
     """Of `distill.Worker`, but for the device."""
-    units: list[Unit]
-    x_side_bytes: int = 0
+    units: list[GradientTask]
+    expert_side_bytes: int = 0
     """Of the largest part of a gradient that can be computed ahead; 0 where there is none."""
 
 
@@ -47,7 +47,7 @@ class Backend(Protocol):
         """Yield (index, function(shared, item, device)) as they are done, each on one CPU thread."""
         ...
 
-    def start_workers(self, crew: Crew) -> None:
+    def start_workers(self, crew: WorkerGroupSpec) -> None:
         """Workers for the gradients of `crew`. From here on, `map` is their work too."""
         ...
 
@@ -76,7 +76,7 @@ class Serial:
         self.interruption = interruption
         keep_freed_memory()
         self.worker: Worker | None = None
-        self.units: list[Unit] = []
+        self.units: list[GradientTask] = []
 
     def map(self, function, shared, items):
         for index, item in enumerate(items):

@@ -19,12 +19,12 @@ from fbpc_ray.distillation import expert_store as expert_files
 from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
 from fbpc_ray.distillation.methods.bpc import AHEAD
 from fbpc_ray.distillation.methods.common import expert_epochs
-from fbpc_ray.distillation.worker import X_SIDES, units_of
-from fbpc_ray.execution.serial import Backend, Crew, Serial
+from fbpc_ray.distillation.worker import EXPERT_SIDES, gradient_tasks
+from fbpc_ray.execution.serial import Backend, Serial, WorkerGroupSpec
 from fbpc_ray.models import checks, functional
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import multiplications
+from fbpc_ray.models.passes import count_macs
 
 Log = Callable[[str], None]
 
@@ -139,9 +139,9 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
     if x.compiled == "auto":
         m = min(d.batch_size, d.ipc * len(dataset.classes))
         u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
-        x_side = 3 * d.real_batch_size * d.posterior_steps
-        most = max(2 * multiplications(Network(spec)) for spec in chosen)
-        if most * d.steps * d.draws_per_step * (u_side + x_side) < COMPILE_FROM:
+        expert_side = 3 * d.real_batch_size * d.posterior_steps
+        most = max(2 * count_macs(Network(spec)) for spec in chosen)
+        if most * d.steps * d.draws_per_step * (u_side + expert_side) < COMPILE_FROM:
             return False
     return compiling.possible("the passes of a step", log)
 
@@ -149,7 +149,7 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
 def x_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:
     """What a worker may keep of theta_x and its K steps; 0 where so little of them fits that it would be met rarely."""
     d, e = config.distillation, config.experts
-    if d.method not in X_SIDES:
+    if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
     each = sum(4 * Network(spec).parameter_count * (1 + d.posterior_steps) for spec in chosen)
@@ -159,17 +159,17 @@ def x_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:
 
 def crew(
     config: Config, dataset: Dataset, labels: Tensor, chosen: Sequence[Spec], stores: Sequence[ExpertStore]
-) -> Crew:
+) -> WorkerGroupSpec:
     """What a backend starts the workers of a distillation from."""
     d = config.distillation
-    largest = max(Network(spec).parameter_count for spec in chosen) if d.method in X_SIDES else 0
-    return Crew(
+    largest = max(Network(spec).parameter_count for spec in chosen) if d.method in EXPERT_SIDES else 0
+    return WorkerGroupSpec(
         {
             "specs": list(chosen), "stores": list(stores), "dataset": dataset, "labels": labels.numpy(), "settings": d,
             "augment": config.networks.augment, "expert_count": config.experts.expert_count, "threads": threads(config),
             "compiled": compiled(config, dataset, chosen), "x_cache_bytes": x_cache_bytes(config, chosen),
         },
-        units_of(len(chosen), d.draws_per_step),
+        gradient_tasks(len(chosen), d.draws_per_step),
         4 * largest * (1 + d.posterior_steps),
     )  # fmt: skip
 

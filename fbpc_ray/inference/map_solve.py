@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from fbpc_ray.core.types import Batch, LossGradient, Params
 
 
-class Ending(StrEnum):
+class SolverStatus(StrEnum):
     """How a solve ended."""
 
     CONVERGED = "converged"
@@ -28,7 +28,7 @@ class MapSolution(NamedTuple):
 
     params: Params
     """theta_u. No gradient flows."""
-    ending: Ending
+    ending: SolverStatus
     steps: int
     """Adam steps taken."""
     loss: float
@@ -57,15 +57,15 @@ def map_solve(
     first, second = ([torch.zeros_like(value) for value in values] for _ in range(2))
     counts = [torch.zeros((), dtype=torch.float32, device=value.device) for value in values]
     recent: deque[float] = deque(maxlen=batches_per_pass)
-    ending, steps = Ending.MAX_STEPS, 0
+    ending, steps = SolverStatus.MAX_STEPS, 0
     for batch in batches:
         loss, gradients = slope(solution, batch)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
-            ending = Ending.NONFINITE
+            ending = SolverStatus.NONFINITE
             break
         if len(recent) == batches_per_pass and sum(recent) / batches_per_pass <= threshold:
-            ending = Ending.CONVERGED
+            ending = SolverStatus.CONVERGED
             break
         if steps == max_steps:
             break

@@ -64,7 +64,7 @@ def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> F
 
 def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
     """Compile `graph` to `path`; of several processes that want the same, one does."""
-    with files.in_turn(path.with_suffix(".lock")):
+    with files.file_lock(path.with_suffix(".lock")):
         if path.exists():
             return
         temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pt2")

@@ -87,7 +87,7 @@ class Passes:
         return dict(zip(self.network.shapes, values, strict=True))
 
 
-def multiplications(network: Network) -> int:
+def count_macs(network: Network) -> int:
     """Of one image's forward pass, in its convolutions and linear layers."""
     total = 0
 

@@ -23,7 +23,7 @@ from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import denormalise
 from fbpc_ray.reporting import charts, html, image_grids, run_figures
 from fbpc_ray.reporting.html import Block, Code, Facts, Heading, Picture, Table, Text
-from fbpc_ray.reporting.run_reader import SHOWN, Found, Values, finite, image, read
+from fbpc_ray.reporting.run_reader import SHOWN, EndedRun, Values, finite, image, read
 
 METHODS = {
     "fbpc": "FBPC: divergence of function-space posteriors (Algorithm 1)",
@@ -65,7 +65,7 @@ def report(runs: Sequence[str], out: str, log: Callable[[str], None]) -> None:
     log(f"report:   {texts[0]}\nMarkdown: {texts[1]}, its pictures in {folder}")
 
 
-def document(found: Sequence[Found]) -> tuple[str, list[Block]]:
+def document(found: Sequence[EndedRun]) -> tuple[str, list[Block]]:
     """(title, the rest) of a report."""
     several = len(found) > 1
     first = found[0]
@@ -104,11 +104,11 @@ def _refuse_others(path: Place) -> None:
 # What was done
 
 
-def _named(found: Found) -> str:
+def _named(found: EndedRun) -> str:
     return METHODS[found.method].split(":")[0]
 
 
-def _facts(found: Found) -> list[tuple[str, str]]:
+def _facts(found: EndedRun) -> list[tuple[str, str]]:
     c, result = found.config, found.result
     d, images = c.distillation, found.coreset.images
     facts = [
@@ -134,7 +134,7 @@ def _shape(its: Coreset) -> str:
     return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _compared(found: Sequence[Found]) -> list[Block]:
+def _compared(found: Sequence[EndedRun]) -> list[Block]:
     """The runs, and where they differ."""
     heads = ["run", "method", "data", "images a class", "networks", "steps"]
     lines = [heads]
@@ -179,7 +179,7 @@ def command(config: Config) -> list[str]:
     return words
 
 
-def _repeat(found: Found) -> list[Block]:
+def _repeat(found: EndedRun) -> list[Block]:
     commit = found.result["commit"]
     note = f"It makes a new folder, at commit {commit}; what isn't named is the default there."
     return [Heading("To repeat it", 3), Code(_wrapped(command(found.config)), "sh"), Text(note)]
@@ -198,7 +198,7 @@ def _wrapped(words: Sequence[str], width: int = 88) -> str:
 # Scores
 
 
-def _series(found: Sequence[Found]) -> list[Series]:
+def _series(found: Sequence[EndedRun]) -> list[Series]:
     """Every coreset of every run; random ones that several runs share, once."""
     named: dict[str, tuple[str, list[str], dict[str, dict[str, Values]]]] = {}
     for each in found:
@@ -211,7 +211,7 @@ def _series(found: Sequence[Found]) -> list[Series]:
     ]
 
 
-def _how_scored(found: Sequence[Found]) -> str:
+def _how_scored(found: Sequence[EndedRun]) -> str:
     first = found[0]
     e, seeds = first.config.evaluation, len(next(iter(next(iter(first.scores.values())).values()))["accuracy"])
     said = (
@@ -313,7 +313,7 @@ def _bars(series: Sequence[Series]) -> list[Block]:
     return blocks
 
 
-def _curves(found: Sequence[Found]) -> list[Block]:
+def _curves(found: Sequence[EndedRun]) -> list[Block]:
     """Scores and cost against images a class, cost against the number of networks, where the runs differ in them."""
     several = len({one.result["data"] for one in found}) > 1
     scored: dict[str, list[Point]] = {"accuracy": [], "nll": []}
@@ -367,7 +367,7 @@ def _spread(by_architecture: dict[str, dict[str, Values]], quantity: str) -> tup
     return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
 
-def _pictures(found: Found, number: str) -> list[Block]:
+def _pictures(found: EndedRun, number: str) -> list[Block]:
     run, blocks = found.run, list[Block]()
     if found.method != "random" and run.random_path.exists():
         before = coreset.load(run.random_path)
@@ -395,7 +395,7 @@ def _pictures(found: Found, number: str) -> list[Block]:
     return blocks
 
 
-def _course(found: Found, number: str) -> list[Block]:
+def _course(found: EndedRun, number: str) -> list[Block]:
     """Loss, its terms, the MAP solves and the looks at the validation split over the steps."""
     windows: list[int] = []
     png = _drawn(lambda path: windows.append(run_figures.course(found.rows, found.method, path)))
@@ -405,7 +405,7 @@ def _course(found: Found, number: str) -> list[Block]:
     return [Picture(png, f"{number}-steps", f"The course of the distillation, a line for each network.{smooth}")]
 
 
-def _later(found: Found, number: str) -> list[Block]:
+def _later(found: EndedRun, number: str) -> list[Block]:
     """What `fbpc evaluate` found afterwards."""
     blocks: list[Block] = []
     for index, each in enumerate(found.later, 1):
@@ -429,15 +429,15 @@ with safe_open({path!r}, "pt") as file:
 mean, std, classes = (json.loads(facts[name]) for name in ("mean", "std", "classes"))
 # images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
 # labels: ({count},) int64, indices into classes"""
-REMOTE = """from fbpc_ray import coreset
-from fbpc_ray.storage import place
+REMOTE = """from fbpc_ray.core.storage import place
+from fbpc_ray.data import coreset
 
 images, labels, mean, std, classes = coreset.load(place({path!r}))
 # images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
 # labels: ({count},) int64, indices into classes"""
 
 
-def _taking_away(found: Sequence[Found]) -> list[Block]:
+def _taking_away(found: Sequence[EndedRun]) -> list[Block]:
     blocks: list[Block] = [Heading("To use the coreset" if len(found) == 1 else "To use the coresets")]
     for each in found:
         images, path = each.coreset.images, each.run.coreset_path
@@ -451,7 +451,7 @@ def _taking_away(found: Sequence[Found]) -> list[Block]:
     return [*blocks, Text("As a data set that `datasets` loads, and judged on another network:"), Code(lines, "sh")]
 
 
-def _provenance(found: Sequence[Found]) -> list[Block]:
+def _provenance(found: Sequence[EndedRun]) -> list[Block]:
     versions = [one.result["versions"] for one in found]
     names = _order(name for one in versions for name in one)
     lines = [["", *(one.label or "this run" for one in found)]]

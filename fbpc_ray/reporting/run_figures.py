@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fbpc_ray.core.storage import Place
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.reporting import charts, image_grids
 
 FOLLOWED = 10
@@ -22,7 +22,7 @@ def followed(images: np.ndarray, labels: Tensor) -> np.ndarray:
     return images[first[:FOLLOWED]]
 
 
-def over_time(run: Run, labels: Tensor, classes: tuple[str, ...], title: str) -> bool:
+def over_time(run: RunDirectory, labels: Tensor, classes: tuple[str, ...], title: str) -> bool:
     """Draw the images over the steps; whether there was more than one step to draw."""
     history = {step: images.numpy() for step, images in run.history().items()}
     if len(history) < 2:

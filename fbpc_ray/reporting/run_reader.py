@@ -14,7 +14,7 @@ from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.results import AUROC, judged
 from fbpc_ray.reporting import html
 
@@ -33,7 +33,7 @@ Scores = dict[str, dict[str, dict[str, Values]]]
 """{coreset: {architecture: {quantity: values}}}."""
 
 
-class Later(NamedTuple):
+class LaterEvaluation(NamedTuple):
     """What `fbpc evaluate` found after the run."""
 
     name: str
@@ -43,19 +43,19 @@ class Later(NamedTuple):
     pictures: list[tuple[str, bytes]]
 
 
-class Found(NamedTuple):
+class EndedRun(NamedTuple):
     """A run as its files tell of it."""
 
     label: str
     """A, B, ... of several; empty for one alone."""
-    run: Run
+    run: RunDirectory
     config: Config
     result: dict[str, Any]
     scores: Scores
     coreset: Coreset
     rows: list[dict[str, Any]]
     """Of metrics.parquet."""
-    later: list[Later]
+    later: list[LaterEvaluation]
 
     @property
     def method(self) -> str:
@@ -66,11 +66,11 @@ class Found(NamedTuple):
         return f"{self.label}: {self.run.folder.name}" if self.label else self.run.folder.name
 
 
-def read(folder: Place, label: str) -> Found:
+def read(folder: Place, label: str) -> EndedRun:
     """The run in `folder`. Raises UserError where there is none, where it has not ended, and for a damaged file."""
     if (folder / "sweep.json").is_file():
         raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
-    run, config = Run(folder), read_config(folder)
+    run, config = RunDirectory(folder), read_config(folder)
     result = run.read_result()
     if result is None and (folder / "trial.json").is_file():
         raise UserError(f"{folder} is a trial that was not judged on the test split: give the best one of its sweep")
@@ -82,7 +82,9 @@ def read(folder: Place, label: str) -> Found:
     if not judged(result, step):
         why = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
-    return Found(label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations"))
+    return EndedRun(
+        label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations")
+    )
 
 
 def _checked(result: dict[str, Any], source: str) -> Scores:
@@ -116,7 +118,7 @@ def finite(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _read_later(folder: Place) -> list[Later]:
+def _read_later(folder: Place) -> list[LaterEvaluation]:
     """The evaluations in `folder`, by their numbers."""
     found = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
@@ -128,7 +130,7 @@ def _read_later(folder: Place) -> list[Later]:
         )
         pictures = [(each.name[len(stem) + 1 : -4], image(each)) for each in beside]
         scores = _checked(result, str(path))
-        found.append(Later(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
+        found.append(LaterEvaluation(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
     return found
 
 

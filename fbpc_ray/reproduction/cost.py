@@ -24,7 +24,7 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.worker import Worker, units_of
+from fbpc_ray.distillation.worker import Worker, gradient_tasks
 from fbpc_ray.execution import session
 from fbpc_ray.models.functional import Network
 
@@ -66,7 +66,7 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
         worker = Worker(**session.crew(config, dataset, labels, specs, stores).arguments, device=device)
 
         def take(step: int) -> None:
-            for unit in units_of(len(specs), 1):
+            for unit in gradient_tasks(len(specs), 1):
                 worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
 
         take(0)  # warms up libraries and caches

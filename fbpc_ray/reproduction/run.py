@@ -77,13 +77,13 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     failed: dict[Path, str] = {}
     if missing or unmade:
         with session.backend(options.request.base, Interruption(), log) as workers:
-            made_by = capture(workers.describe())
+            provenance = capture(workers.describe())
             if table.kind == "cost":
-                _measure(options, {t.key: t for t, _ in missing}.values(), rows, workers, made_by)
+                _measure(options, {t.key: t for t, _ in missing}.values(), rows, workers, provenance)
             else:
-                failed = _make(unmade, workers, made_by.commit, log)
+                failed = _make(unmade, workers, provenance.commit, log)
                 _judge(
-                    options, [each for each in missing if each[0].coreset not in failed], rows, workers, made_by, log
+                    options, [each for each in missing if each[0].coreset not in failed], rows, workers, provenance, log
                 )
     order = {task.key: place for place, task in enumerate(tasks)}
     found = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
@@ -134,7 +134,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
 def _unmade(tasks: Iterable[Task]) -> list[Task]:
     """One task for each coreset that is not there."""
     first = {task.coreset: task for task in reversed(list(tasks))}
-    return [task for path, task in reversed(first.items()) if not work.Run(path).coreset_path.exists()]
+    return [task for path, task in reversed(first.items()) if not work.RunDirectory(path).coreset_path.exists()]
 
 
 def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
@@ -169,7 +169,7 @@ def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> dict[Pa
 
 
 def _judge(
-    options: Options, missing: list[tuple[Task, int]], rows: Rows, workers: Backend, made_by: Provenance, log: Log
+    options: Options, missing: list[tuple[Task, int]], rows: Rows, workers: Backend, provenance: Provenance, log: Log
 ) -> None:
     """A chain for each row that is missing; a row is written as its chain ends."""
     kind = TABLES[options.table].kind
@@ -184,39 +184,41 @@ def _judge(
             items = [_judging(task, seed, kind, options.corruptions) for task, seed in group]
             e, augment, how = config.evaluation, config.networks.augment, config.workers.compiled_chains
             judge = chains.judge(dataset, "test", e, augment, compiled=how)
-            court = work.Court(chains.feasible(judge, [item.chain for item in items], workers.device, log), dataset)
+            court = work.SharedContext(
+                chains.feasible(judge, [item.chain for item in items], workers.device, log), dataset
+            )
             for index, findings in workers.map(work.judge, court, items):
                 task, seed = group[index]
-                rows.write([_row(options, task, seed, finding, made_by) for finding in findings])
+                rows.write([_row(options, task, seed, finding, provenance) for finding in findings])
                 if not findings[0]:
                     log(f"warning: a chain diverged ({task.cell.row}, {task.cell.column}): its row is empty")
                 bar.update()
 
 
 def _judging(task: Task, seed: int, kind: str, corruptions: Path | None) -> work.Judging:
-    made, cell = coreset.load(work.Run(task.coreset).coreset_path), task.cell
+    made, cell = coreset.load(work.RunDirectory(task.coreset).coreset_path), task.cell
     n = cell.config.networks
     spec = specify(cell.judged_on, task.dataset.image_shape, len(task.dataset.classes), n.width, n.depth)
     chain = Chain(cell.row, made.images.numpy(), made.labels.numpy(), spec, seed)
     return work.Judging(chain, kind, corruptions, home() / "corruptions")
 
 
-def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: Backend, made_by: Provenance) -> None:
+def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: Backend, provenance: Provenance) -> None:
     """One after the other, so that no measurement disturbs another."""
     for task in tasks:
         item = work.Measuring(task.cell.config, options.cost_steps)
         for _, found in workers.map(work.cost, None, [item]):
             for number, seconds in enumerate(found.seconds):
                 finding = {"peak_gb": found.peak_gb, "seconds": seconds, "parameters": float(found.parameters)}
-                rows.write([_row(options, task, number, finding, made_by)])
+                rows.write([_row(options, task, number, finding, provenance)])
 
 
-def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by: Provenance) -> dict[str, Any]:
+def _row(options: Options, task: Task, seed: int, finding: work.Finding, provenance: Provenance) -> dict[str, Any]:
     made = None if TABLES[options.table].kind == "cost" else task.coreset  # a cost is that of any coreset
     return {
         "table": options.table, "key": task.key, "row": task.cell.row, "column": task.cell.column,
         "scale": options.scale, "judged_on": task.cell.judged_on, "config": json.dumps(task.cell.config.flat()),
-        "commit": made_by.commit, "versions": json.dumps(made_by.versions), "device": made_by.device,
+        "commit": provenance.commit, "versions": json.dumps(provenance.versions), "device": provenance.device,
         "coreset": made and made.name, "coreset_commit": made and _commit_of(made),
         "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
     }  # fmt: skip
@@ -224,7 +226,7 @@ def _row(options: Options, task: Task, seed: int, finding: work.Finding, made_by
 
 def _commit_of(folder: Path) -> str | None:
     """Of the code that made a coreset, which may be older than that which judges it."""
-    return coreset.metadata(work.Run(folder).coreset_path).get("commit")
+    return coreset.metadata(work.RunDirectory(folder).coreset_path).get("commit")
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
@@ -235,7 +237,7 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
     images = [image.name]
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
-        made = coreset.load(work.Run(task.coreset).coreset_path)
+        made = coreset.load(work.RunDirectory(task.coreset).coreset_path)
         pixels = denormalise(made.images, made.mean, made.std).numpy()
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} a class"
         image_grids.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)

@@ -14,11 +14,19 @@ from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Dataset, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.chains import Chain, Judge, passes_of, posterior_samples, predictive, run_chain, values
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    EvaluationContext,
+    passes_of,
+    posterior_samples,
+    predictive,
+    run_chain,
+    values,
+)
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.inference.metrics import scores
@@ -48,7 +56,7 @@ def make(dataset: Dataset, item: Making, device: str) -> str:
 
 def _make(dataset: Dataset, item: Making, device: str) -> None:
     """All the coreset's architectures in this process, from the last checkpoint."""
-    config, run, d = item.config, Run(item.folder), item.config.distillation
+    config, run, d = item.config, RunDirectory(item.folder), item.config.distillation
     first, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
     state = first
     if d.method != "random":
@@ -78,10 +86,10 @@ class Judging(NamedTuple):
     """Where generated corruptions are kept."""
 
 
-class Court(NamedTuple):
+class SharedContext(NamedTuple):
     """What the chains of one data set share."""
 
-    judge: Judge
+    judge: EvaluationContext
     dataset: Dataset
 
 
@@ -89,7 +97,7 @@ Finding = dict[str, Any]
 """Part of a row: its column, where a chain fills several, and its quantities."""
 
 
-def judge(court: Court, item: Judging, device: str) -> list[Finding]:
+def judge(court: SharedContext, item: Judging, device: str) -> list[Finding]:
     """One task: a chain, and the rows that it fills. A chain that diverged fills its rows with nothing."""
     if item.kind == "scores":
         return [values(run_chain(court.judge, item.chain, device))]
@@ -114,11 +122,13 @@ def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch
     return [{"column": name, "logit": float(value)} for name, value in zip(dataset.classes, means, strict=True)]
 
 
-def _corrupted(passes: Passes, samples: list, images: torch.Tensor, court: Court, item: Judging) -> list[Finding]:
+def _corrupted(
+    passes: Passes, samples: list, images: torch.Tensor, court: SharedContext, item: Judging
+) -> list[Finding]:
     """Table 3: accuracy under each corruption, averaged over severities; degradation = 1 - it / clean accuracy."""
 
     def accuracy(split: Any) -> float:
-        data = RealData(*tensors(split, passes.network.device), court.dataset.mean, court.dataset.std)
+        data = DeviceDataset(*tensors(split, passes.network.device), court.dataset.mean, court.dataset.std)
         return scores(predictive(passes, samples, images, data).stats).accuracy
 
     clean = accuracy(court.judge.split)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fbpc_ray.tracking.tracker import hush, reason
+from fbpc_ray.tracking.tracker import reason, silence_warnings
 from fbpc_ray.tracking.uri import absolute
 
 
@@ -33,7 +33,7 @@ def save_model(folder: Path, parts: ModelParts) -> None:
     """Write the model to `folder`, which must not be there: whole or not at all."""
     from mlflow import pyfunc  # not above: half a second that only models need
 
-    hush()
+    silence_warnings()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -52,7 +52,7 @@ def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    hush()
+    silence_warnings()
     try:
         with default_store(uri), warnings.catch_warnings(action="ignore"):
             made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))

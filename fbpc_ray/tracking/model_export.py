@@ -15,7 +15,7 @@ from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.expert_store import slug
-from fbpc_ray.distillation.loop import Verdict
+from fbpc_ray.distillation.loop import EvaluationResult
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.models import custom
@@ -43,7 +43,7 @@ def asked(path: str, specs: Sequence[Spec]) -> Path | None:
     return target(path) if path else None
 
 
-def kept(verdict: Verdict, found: Coreset, name: str, spec: Spec) -> Ensemble:
+def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec) -> Ensemble:
     """The samples that an evaluation kept, of the coreset called `name`. Raises UserError for a chain that diverged."""
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
@@ -51,12 +51,12 @@ def kept(verdict: Verdict, found: Coreset, name: str, spec: Spec) -> Ensemble:
     return ensemble.gathered(Network(spec), samples, found)
 
 
-def facts(config: Config, split: str, scored: dict[str, list[float | None]], made_by: Provenance) -> dict[str, Any]:
+def facts(config: Config, split: str, scored: dict[str, list[float | None]], provenance: Provenance) -> dict[str, Any]:
     """What a model says of itself: what it was sampled on, and how the chain that it is scored on `split`."""
     kind, colon, path = config.data.data.partition(":")
     return {
         "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
-        "ipc": config.distillation.ipc, "seed": 0, "split": split, "commit": made_by.commit,
+        "ipc": config.distillation.ipc, "seed": 0, "split": split, "commit": provenance.commit,
         "scores": {name: values[0] for name, values in scored.items()},
     }  # fmt: skip
 

@@ -13,13 +13,13 @@ from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import Place
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution.session import Log
 from fbpc_ray.tracking.uri import default_uri
 
 
-class Untracked:
+class NullTracker:
     """In the place of a Tracker where there is none."""
 
     run_id = None
@@ -71,10 +71,10 @@ def params(config: Config) -> dict[str, Any]:
     }
 
 
-def origin(made_by: Provenance) -> dict[str, str]:
+def origin(provenance: Provenance) -> dict[str, str]:
     """The tags that say what made a run."""
-    versions = {f"version.{name}": version for name, version in made_by.versions.items()}
-    return {"commit": made_by.commit, "device": made_by.device, **versions}
+    versions = {f"version.{name}": version for name, version in provenance.versions.items()}
+    return {"commit": provenance.commit, "device": provenance.device, **versions}
 
 
 def note(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]:
@@ -85,11 +85,13 @@ def note(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]
 
 
 @contextmanager
-def distillation(config: Config, dataset: Dataset, run: Run, made_by: Provenance, log: Log) -> Iterator[Any]:
+def distillation(
+    config: Config, dataset: Dataset, run: RunDirectory, provenance: Provenance, log: Log
+) -> Iterator[Any]:
     """The Tracker of a distillation's run, which a resume goes on with; ended as the block ends."""
     tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
     if not tracking:
-        yield Untracked()
+        yield NullTracker()
         return
     uri = default_uri(home())
     tracker = tracking.Tracker(
@@ -97,7 +99,7 @@ def distillation(config: Config, dataset: Dataset, run: Run, made_by: Provenance
         config.output.experiment,
         run_name=run.folder.name,
         run_id=_id_in(run, uri),
-        tags={**kind(config, dataset.name), **origin(made_by), "folder": str(run.folder)},
+        tags={**kind(config, dataset.name), **origin(provenance), "folder": str(run.folder)},
         params=params(config),
         log=log,
     )
@@ -114,13 +116,19 @@ def distillation(config: Config, dataset: Dataset, run: Run, made_by: Provenance
 
 @contextmanager
 def evaluation(
-    config: Config, dataset: Dataset, run: Run, name: str, tags: dict[str, str], made_by: Provenance, log: Log
+    config: Config,
+    dataset: Dataset,
+    run: RunDirectory,
+    name: str,
+    tags: dict[str, str],
+    provenance: Provenance,
+    log: Log,
 ) -> Iterator[Any]:
     """The Tracker of an evaluation called `name`, whose run stands under that of the distillation, with the same names
     of metrics; ended as the block ends."""
     tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
     if not tracking:
-        yield Untracked()
+        yield NullTracker()
         return
     uri = default_uri(home())
     parent = _id_in(run, uri)
@@ -130,7 +138,7 @@ def evaluation(
         run_name=f"{run.folder.name}/{name}",
         tags={
             **({"mlflow.parentRunId": parent} if parent else {}),
-            **kind(config, dataset.name), **origin(made_by), **tags, "folder": str(run.folder),
+            **kind(config, dataset.name), **origin(provenance), **tags, "folder": str(run.folder),
         },
         params=params(config),
         log=log,
@@ -153,7 +161,7 @@ def _ended(tracker: Any) -> Iterator[None]:
         tracker.finish(status)
 
 
-def remembered(run: Run) -> dict[str, str]:
+def remembered(run: RunDirectory) -> dict[str, str]:
     """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
     path = run.folder / "mlflow.json"
     if not path.exists():
@@ -163,13 +171,13 @@ def remembered(run: Run) -> dict[str, str]:
         return {name: str(told[name]) for name in ("uri", "run_id")}
 
 
-def _id_in(run: Run, uri: str) -> str | None:
+def _id_in(run: RunDirectory, uri: str) -> str | None:
     """The id of the run in the store `uri`; None where it isn't there."""
     before = remembered(run)
     return before.get("run_id") if before.get("uri") == uri else None
 
 
-def remember(run: Run, tracker: Any) -> None:
+def remember(run: RunDirectory, tracker: Any) -> None:
     """Keep the id of the MLflow run, so that --resume goes on with it."""
     path = run.folder / "mlflow.json"
     if tracker.run_id:

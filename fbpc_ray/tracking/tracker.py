@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fbpc_ray.core.files import in_turn
+from fbpc_ray.core.files import file_lock
 from fbpc_ray.core.storage import Place, local
 from fbpc_ray.tracking.uri import absolute, database, run_url
 
@@ -73,7 +73,7 @@ class Found(NamedTuple):
 def find_runs(uri: str, experiment: str, tag: str, value: str) -> dict[str, Found]:
     """{key of a `Tracker`: its run} of the runs that carry a tag. Empty where MLflow doesn't answer."""
     uri = absolute(uri)
-    hush()
+    silence_warnings()
     with contextlib.suppress(Exception):
         client, found, page = _open_store(uri, database(uri)), {}, None
         known = client.get_experiment_by_name(experiment)
@@ -124,7 +124,7 @@ class Tracker:
         retry_seconds: float = 30.0,
         finish_seconds: float = 30.0,
     ):
-        hush()  # here, because the worker's thread must not change the filters
+        silence_warnings()  # here, because the worker's thread must not change the filters
         self.uri = absolute(uri)
         self.run_id = run_id  # None while the store has not answered yet; when continuing, the given id from the start
         self.experiment_id: str | None = None
@@ -400,7 +400,7 @@ class Tracker:
             client.log_batch(run, metrics=points[start : start + MAX_METRICS], synchronous=True)
 
 
-def hush() -> None:
+def silence_warnings() -> None:
     """Keep back what MLflow's own tables make SQLAlchemy say when a database is opened."""
     warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
@@ -409,7 +409,7 @@ def _open_store(uri: str, file: Path | None) -> MlflowClient:
     """A client; for a database `file`, one process after another: two first uses at once break it."""
     if file is None:
         return MlflowClient(uri)
-    with in_turn(file.with_name(".mlflow.lock")):
+    with file_lock(file.with_name(".mlflow.lock")):
         return MlflowClient(uri)
 
 

@@ -22,10 +22,10 @@ from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place as located
-from fbpc_ray.distillation.worker import units_of
-from fbpc_ray.execution.ray.placement import Need, lacking, room, share
+from fbpc_ray.distillation.worker import gradient_tasks
+from fbpc_ray.execution.ray.placement import Resources, infeasible_message, room, share
 from fbpc_ray.execution.ray.ray_backend import RayBackend, free, nodes
-from fbpc_ray.tuning.trial import MODES, Look, Outcome, Task, run_trial, steps_of
+from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial, steps_of
 
 ATTEMPTS = 3
 """Times a trial is started before the loss of its machine is taken for an illness of the cluster."""
@@ -47,7 +47,7 @@ class Listener(Protocol):
 
     def started(self, number: int) -> None: ...
 
-    def looked(self, number: int, look: Look) -> None: ...
+    def looked(self, number: int, look: ValidationResult) -> None: ...
 
     def ended(self, number: int, lost: str) -> None:
         """`lost`: why its machine or its code couldn't go on; empty where it ended or was stopped."""
@@ -98,13 +98,13 @@ def run(
         tuner.fit()
 
 
-def place(task: Task, trials: int, backend: RayBackend) -> tuple[Need, int]:
+def place(task: Task, trials: int, backend: RayBackend) -> tuple[Resources, int]:
     """What each worker of a trial takes, and how many a trial has. Raises UserError where not one fits."""
-    units = max(len(units_of(len(c.networks.architectures), c.distillation.draws_per_step)) for c in task.configs)
+    units = max(len(gradient_tasks(len(c.networks.architectures), c.distillation.draws_per_step)) for c in task.configs)
     here, x = nodes(), backend.settings
     need = backend.need(units, x.threads)
     if not room(here, need) and not x.autoscale:
-        raise UserError(lacking(here, need))
+        raise UserError(infeasible_message(here, need))
     wanted = task.settings.workers_per_trial
     if wanted > room(here, need) and not x.autoscale:
         raise UserError(
@@ -125,7 +125,7 @@ def _trial(config: dict[str, Any], task: Task) -> None:
         said.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
         files.write_text(path, "".join(said))
 
-    def report(look: Look) -> None:
+    def report(look: ValidationResult) -> None:
         tune.report({"step": look.step, task.settings.metric: getattr(look, task.settings.metric), "look": look})
 
     backend = RayBackend(own.workers, Interruption(), log)
@@ -214,7 +214,7 @@ class _Ears(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._listener.looked(trial.config["number"], Look(*result["look"]))
+        self._listener.looked(trial.config["number"], ValidationResult(*result["look"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.ended(trial.config["number"], "")

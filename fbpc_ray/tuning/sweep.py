@@ -35,15 +35,15 @@ from fbpc_ray.core.signals import Interrupted, Interruption
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run, check_resume
+from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import session
 from fbpc_ray.models import custom
 from fbpc_ray.reporting import image_grids
-from fbpc_ray.tracking.run_logging import Untracked, kind, origin, params, tracking_module
+from fbpc_ray.tracking.run_logging import NullTracker, kind, origin, params, tracking_module
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
-from fbpc_ray.tuning.trial import Look, Outcome, Task
+from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every"}
 """Flags of a sweep that don't change what its trials find."""
@@ -90,9 +90,9 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     if dry_run:
         _describe(found)
         return
-    with files.alone(folder):
+    with files.exclusive_directory(folder):
         if not resume:
-            Run(folder).refuse_if_taken()  # by one that began when this one did, and is through
+            RunDirectory(folder).refuse_if_taken()  # by one that began when this one did, and is through
             _write_plan(found)
         result, board = _swept(found)
     write_json(json, result)
@@ -111,17 +111,17 @@ def _swept(found: _Sweep) -> tuple[dict[str, Any], "_Board"]:
     again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
     with says_how_to_resume(again), session.backend(found.base, interruption, log) as workers:
         log(f"sweep: {folder}")
-        made_by = capture(workers.describe())
+        provenance = capture(workers.describe())
         d = found.dataset
         log(f"data: {d.name}, {len(d.train.labels)} images to train, {len(d.validation.labels)} to validate")
-        with _board(found, made_by) as board:
+        with _board(found, provenance) as board:
             _train_shared_experts(found, workers)
             from fbpc_ray.tuning import ray_tune as trials  # plan.backend has said it where there is no Ray
 
             board.tracked()
             trials.run(found.task, board.outcomes, workers, interruption, board, log)  # type: ignore[arg-type]
             board.ran()
-            result = _conclude(found, board, workers, made_by)
+            result = _conclude(found, board, workers, provenance)
     return result, board
 
 
@@ -129,7 +129,7 @@ def _folder(base: Config, resume: bool) -> Place:
     out = base.output.out
     data = Path(base.data.data.split(":")[-1]).name
     name = f"{datetime.now():%Y%m%d-%H%M%S}-tune-{data}-ipc{base.distillation.ipc}"
-    run = Run(place(out) if out else home() / "outputs" / name)
+    run = RunDirectory(place(out) if out else home() / "outputs" / name)
     if not resume:
         run.refuse_if_taken()
     return run.folder
@@ -167,7 +167,7 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
 
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
     """What trials get: all but the test images."""
-    return Task(configs, trial.withheld(dataset), settings)
+    return Task(configs, trial.without_test_split(dataset), settings)
 
 
 def _check(base: Config, settings: Sweep) -> None:
@@ -240,7 +240,7 @@ def _train_shared_experts(found: _Sweep, workers: Any) -> None:
     loop.train_experts(stores, specs, settings.experts.expert_count, dataset, workers, log)
 
 
-def _conclude(found: _Sweep, board: "_Board", workers: Any, made_by: Provenance) -> dict[str, Any]:
+def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenance) -> dict[str, Any]:
     """The table, the best preset, its coreset judged on the test images, the result."""
     folder, metric = found.folder, found.plan.settings.metric
     outcomes = board.outcomes
@@ -259,7 +259,7 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, made_by: Provenance)
     given, every = found.base.experts.experts, found.base.distillation.checkpoint_every
     files.write_text(folder / "best.json", to_preset(config.updated(experts=given, checkpoint_every=every)))
     log(f"best: trial {best.number}, {metric} {getattr(best.look, metric):.4g} on the validation split; now on test")
-    tested = _on_test(config, found.dataset, workers, made_by, board.parent)
+    tested = _on_test(config, found.dataset, workers, provenance, board.parent)
     result = {
         "sweep": found.plan.name, "metric": metric, "scheduler": found.plan.settings.scheduler,
         "trials": dict(Counter(each.how for each in outcomes)),
@@ -275,13 +275,13 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, made_by: Provenance)
     return result
 
 
-def _on_test(config: Config, dataset: Dataset, workers: Any, made_by: Provenance, tracker: Any) -> dict[str, Any]:
+def _on_test(config: Config, dataset: Dataset, workers: Any, provenance: Provenance, tracker: Any) -> dict[str, Any]:
     """The coreset of a finished trial, as it is, beside random images: files in its folder as of any run."""
-    run, d = Run(place(config.output.out)), config.distillation
+    run, d = RunDirectory(place(config.output.out)), config.distillation
     first, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
     state, rows = run.restore(labels, dataset.image_shape) or (first, [])
     job = Prepared(config, dataset, session.specs(config, dataset), [])
-    return judge(job, run, first, state, labels, rows, workers, made_by, tracker)
+    return judge(job, run, first, state, labels, rows, workers, provenance, tracker)
 
 
 class _Board:
@@ -310,7 +310,7 @@ class _Board:
             before = f", goes on after step {record.looks[-1].step}" if record.looks else ""
             log(f"trial {number} runs{before}: {trial.told(self._found.plan.trials[number])}")
 
-    def looked(self, number: int, look: Look) -> None:
+    def looked(self, number: int, look: ValidationResult) -> None:
         log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
         self._steps[number] = look.step
         self._advance()
@@ -393,7 +393,7 @@ class _Board:
     def _child(self, number: int) -> Any:
         """The MLflow run of a trial, the same one after any resume, with all that the trial found so far."""
         if not self._tracking:
-            return Untracked()
+            return NullTracker()
         found, config = self._found, self._found.task.configs[number]
         parent = {"mlflow.parentRunId": self.parent.run_id} if self.parent.run_id else {}
         child = self._tracking.Tracker(
@@ -415,7 +415,7 @@ class _Board:
 
     def _finish(self, child: Any, outcome: Outcome) -> None:
         """End the run of a trial that is over, with a picture of its images."""
-        if isinstance(child, Untracked):
+        if isinstance(child, NullTracker):
             return
         child.tags({"ended": f"{outcome.how} {outcome.why}".strip()})
         if outcome.look:
@@ -424,7 +424,7 @@ class _Board:
 
     def _picture(self, outcome: Outcome) -> Place:
         config, dataset = self._found.task.configs[outcome.number], self._found.task.dataset
-        run, d = Run(place(config.output.out)), config.distillation
+        run, d = RunDirectory(place(config.output.out)), config.distillation
         first, labels = loop.first_state(dataset, d.ipc, d.seed)
         state, _ = run.restore(labels, dataset.image_shape) or (first, [])
         title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
@@ -444,11 +444,11 @@ class _Board:
 
 
 @contextmanager
-def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
+def _board(found: _Sweep, provenance: Provenance) -> Iterator[_Board]:
     """The board of a sweep, with its MLflow run, ended as the block ends."""
     output, settings = found.base.output, found.plan.settings
     tracking = tracking_module(f"everything is in {found.folder}", log) if output.tracking else None
-    parent: Any = Untracked()
+    parent: Any = NullTracker()
     if tracking:
         parent = tracking.Tracker(
             default_uri(home()),
@@ -457,7 +457,7 @@ def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
             key=found.plan.id,
             tags={
                 "sweep": found.plan.name, "sweep_id": found.plan.id, **kind(found.base, found.dataset.name),
-                **origin(made_by), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
+                **origin(provenance), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
             },
             params={**params(found.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
             log=log,
@@ -474,7 +474,7 @@ def _board(found: _Sweep, made_by: Provenance) -> Iterator[_Board]:
         board.close(status)
 
 
-def _send(child: Any, look: Look, metric: str) -> None:
+def _send(child: Any, look: ValidationResult, metric: str) -> None:
     """What is compared goes first: MLflow's plot of several runs begins with the first metric that they have."""
     scores = {f"val/{name}": getattr(look, name) for name in trial.SCORES}
     child.metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)

@@ -25,7 +25,7 @@ from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.worker import State
 from fbpc_ray.evaluation.results import Evaluated
 from fbpc_ray.execution import session
@@ -48,7 +48,7 @@ class Task(NamedTuple):
     settings: Sweep
 
 
-class Look(NamedTuple):
+class ValidationResult(NamedTuple):
     """What a trial found at one step on the validation split: means over architectures and chains."""
 
     step: int
@@ -66,7 +66,7 @@ class Record:
 
     starts: list[int] = field(default_factory=list)
     """The step from which each process that worked on it went on."""
-    looks: list[Look] = field(default_factory=list)
+    looks: list[ValidationResult] = field(default_factory=list)
     error: str = ""
     """Why it can't be finished, whoever runs it again."""
 
@@ -81,11 +81,11 @@ class Outcome(NamedTuple):
     record: Record
 
     @property
-    def look(self) -> Look | None:
+    def look(self) -> ValidationResult | None:
         return self.record.looks[-1] if self.record.looks else None
 
 
-def withheld(dataset: Dataset) -> Dataset:
+def without_test_split(dataset: Dataset) -> Dataset:
     """The data set without its test images: what trials see."""
     return dataset._replace(test=Split(dataset.test.images[:0].copy(), dataset.test.labels[:0].copy()))
 
@@ -152,13 +152,13 @@ def judge(
     return found.table
 
 
-def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Look], None], log: Log) -> None:
+def run_trial(task: Task, number: int, workers: Backend, report: Callable[[ValidationResult], None], log: Log) -> None:
     """Distil from where the trial stands to its last step, with a look at the validation split at each checkpoint.
 
     A configuration that can't work ends it with the reason in its record. Raises UserError for a machine that can't.
     """
     settings = task.configs[number]
-    run = Run(place(settings.output.out))
+    run = RunDirectory(place(settings.output.out))
     record = read_record(run.folder)
     run.write_config(settings)
     try:
@@ -171,7 +171,13 @@ def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Look]
 
 
 def _distil(
-    task: Task, settings: Config, run: Run, record: Record, workers: Backend, report: Callable[[Look], None], log: Log
+    task: Task,
+    settings: Config,
+    run: RunDirectory,
+    record: Record,
+    workers: Backend,
+    report: Callable[[ValidationResult], None],
+    log: Log,
 ) -> None:
     dataset, d, steps = task.dataset, settings.distillation, steps_of(settings)
     chosen = session.specs(settings, dataset)
@@ -202,7 +208,7 @@ def _distil(
     workers.stop_workers()
 
 
-def look_of(table: Evaluated, step: int, since: list[list[float]]) -> Look:
+def look_of(table: Evaluated, step: int, since: list[list[float]]) -> ValidationResult:
     """The mean over architectures and chains. Raises UserError where a chain diverged: it has no mean."""
     found: dict[str, list[float]] = {name: [] for name in SCORES}
     for name, by_quantity in next(iter(table.values())).items():
@@ -211,7 +217,7 @@ def look_of(table: Evaluated, step: int, since: list[list[float]]) -> Look:
             if None in values:
                 raise UserError(f"a chain of {name} on the coreset of step {step} diverged: lower chain_eta or alpha")
             found[quantity] += [value for value in values if value is not None]
-    return Look(step, **{name: statistics.fmean(values) for name, values in found.items()}, losses=since)
+    return ValidationResult(step, **{name: statistics.fmean(values) for name, values in found.items()}, losses=since)
 
 
 def losses(rows: Sequence[dict[str, Any]], after: int) -> list[list[float]]:
@@ -230,7 +236,7 @@ def read_record(folder: Place) -> Record:
         return Record()
     with undamaged(path, f"delete {folder}, its trial then starts again"):
         found = json.loads(path.read_text())
-        return Record(found["starts"], [Look(**each) for each in found["looks"]], found["error"])
+        return Record(found["starts"], [ValidationResult(**each) for each in found["looks"]], found["error"])
 
 
 def write_record(folder: Place, record: Record) -> None:

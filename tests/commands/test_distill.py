@@ -21,7 +21,7 @@ from fbpc_ray.commands import distill, main
 from fbpc_ray.core.config import to_json
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def whole(small, tmp_path_factory):
 
 
 def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
-    run = Run(whole)
+    run = RunDirectory(whole)
     found = coreset.load(run.coreset_path)
     assert found.images.shape == (10, 1, 8, 8)
     assert found.labels.tolist() == list(range(10))
@@ -79,14 +79,14 @@ def test_resume_in_two_parts_gives_the_same_bits(whole, small, tmp_path):
     distil("--out", str(folder), "--resume", "--steps", "12")
     assert torch.equal(images_of(folder), images_of(whole))
     columns = ["step", "architecture", "expected_x", "expected_u", "map_steps", "gradient_norm"]
-    parts, one = (pq.read_table(Run(f).metrics_path, columns=columns) for f in (folder, whole))
+    parts, one = (pq.read_table(RunDirectory(f).metrics_path, columns=columns) for f in (folder, whole))
     assert parts.equals(one)
 
 
 def test_a_crash_between_metrics_and_state_repeats_no_row(small, tmp_path):
     """The metrics of steps 1..4 beside the state of step 2, as a kill between the two writes leaves them."""
     folder = tmp_path / "between"
-    run = Run(folder)
+    run = RunDirectory(folder)
     distil(*flags(small, backend="serial", steps=2, out=str(folder)))
     early = run.state_path.read_bytes()
     distil("--out", str(folder), "--resume", "--steps", "4")
@@ -103,13 +103,13 @@ def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_p
     folder = tmp_path / "stopped"
     words = flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2)
     process = start("distill", *words)
-    wait_for(Run(folder).state_path, process)
+    wait_for(RunDirectory(folder).state_path, process)
     process.send_signal(number)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 128 + number, output
     assert f"fbpc distill --out {folder} --resume" in output
     assert "Traceback" not in output
-    assert not Run(folder).result_path.exists()
+    assert not RunDirectory(folder).result_path.exists()
     distil("--out", str(folder), "--resume")
     assert torch.equal(images_of(folder), images_of(whole))
 
@@ -117,10 +117,10 @@ def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_p
 def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
     folder = tmp_path / "killed"
     process = start("distill", *flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2))
-    wait_for(Run(folder).state_path, process)
+    wait_for(RunDirectory(folder).state_path, process)
     process.kill()
     process.communicate()
-    assert not Run(folder).result_path.exists()
+    assert not RunDirectory(folder).result_path.exists()
     distil("--out", str(folder), "--resume")
     assert torch.equal(images_of(folder), images_of(whole))
 
@@ -145,7 +145,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
         pictures = client.list_artifacts(run.info.run_id, "images")
     assert run.info.status == "FINISHED"
     assert steps == set(range(1, 13))
-    rows = pq.read_table(Run(folder).metrics_path).to_pylist()
+    rows = pq.read_table(RunDirectory(folder).metrics_path).to_pylist()
     assert run.data.metrics["psi_u/convnet-bn"] == rows[-1]["psi_u"]
     for name in ("expected_u", "psi_x", "gradient_norm", "map_steps", "seconds_x", "seconds_map", "seconds_u"):
         assert f"{name}/convnet-in" in run.data.metrics
@@ -156,7 +156,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
     assert run.data.tags["version.torch"] == torch.__version__.split("+")[0]
     pictures_there = {"coreset.png", "before.png", "over-time.png", "course.png", "reliability.png"}
     assert pictures_there | {"coreset.safetensors", "result.json", "metrics.parquet", "config.json"} <= artifacts
-    assert list(Run(folder).history()) == [0, 4, 5, 8, 12]
+    assert list(RunDirectory(folder).history()) == [0, 4, 5, 8, 12]
     shown = {int(found.group(1)) for entry in pictures if (found := re.search(r"step[+%](\d+)", entry.path))}
     assert shown == {0, 4, 5, 8, 12}
     assert run.inputs is not None
@@ -178,7 +178,10 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
             *words,
         ]
     )
-    result, before = json.loads((tmp_path / "r.json").read_text()), json.loads(Run(whole).result_path.read_text())
+    result, before = (
+        json.loads((tmp_path / "r.json").read_text()),
+        json.loads(RunDirectory(whole).result_path.read_text()),
+    )
     assert result["coresets"]["fbpc"]["convnet-in"] == before["coresets"]["fbpc"]["convnet-in"]
     assert result["coresets"]["random"]["convnet-in"] == before["coresets"]["random"]["convnet-in"]
     assert len(result["coresets"]["fbpc"]["convnet-none"]["nll"]) == 2
@@ -205,7 +208,7 @@ def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(sma
         f"error: {folder} is not empty: pass --resume to go on with it, or another --out\n"
     )
     assert before == {path: path.stat().st_ino for path in folder.rglob("*")}
-    assert Run(folder).result_path in before
+    assert RunDirectory(folder).result_path in before
 
 
 def test_a_folder_that_is_removed_as_one_looks_into_it_is_free(tmp_path, monkeypatch):
@@ -217,7 +220,7 @@ def test_a_folder_that_is_removed_as_one_looks_into_it_is_free(tmp_path, monkeyp
         return look(path)
 
     monkeypatch.setattr(Path, "iterdir", late)
-    Run(tmp_path).refuse_if_taken()
+    RunDirectory(tmp_path).refuse_if_taken()
     assert not tmp_path.exists()
 
 
@@ -272,8 +275,8 @@ def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
     folder = tmp_path / "random"
     distil(*flags(small, backend="serial", method="random", experts=str(tmp_path / "none"), out=str(folder)))
     assert not (tmp_path / "none").exists()
-    assert torch.equal(images_of(folder), coreset.load(Run(folder).random_path).images)
-    assert set(json.loads(Run(folder).result_path.read_text())["coresets"]) == {"random"}
+    assert torch.equal(images_of(folder), coreset.load(RunDirectory(folder).random_path).images)
+    assert set(json.loads(RunDirectory(folder).result_path.read_text())["coresets"]) == {"random"}
 
 
 def test_dry_run_writes_nothing(small, tmp_path, capsys):
@@ -355,7 +358,7 @@ def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_p
 def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path):
     folder = tmp_path / "damaged"
     distil(*flags(small, backend="serial", steps=2, out=str(folder)))
-    path = Run(folder).state_path
+    path = RunDirectory(folder).state_path
     broken = path.read_bytes()[:-100]
     path.write_bytes(broken)
     assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "4")
@@ -368,20 +371,20 @@ def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
     words = [*flags(small, backend="serial", steps=500, checkpoint_every=1, out=str(folder))]
     process = start("distill", *words)
     try:
-        wait_for(Run(folder).state_path, process)
+        wait_for(RunDirectory(folder).state_path, process)
         said = refused(capsys, "--out", str(folder), "--resume")
         assert f"another process is at work in {folder}: wait until it ends, or give another --out" in said
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        state = safetensors.torch.load_file(Run(folder).state_path)
+        state = safetensors.torch.load_file(RunDirectory(folder).state_path)
         assert torch.isfinite(state["images"]).all()
     finally:
         process.kill()
         process.communicate()
-    with safetensors.safe_open(Run(folder).state_path, "pt") as file:
+    with safetensors.safe_open(RunDirectory(folder).state_path, "pt") as file:
         done = int(file.metadata()["step"])
     distil("--out", str(folder), "--resume", "--steps", str(done + 1))
-    result = Run(folder).read_result()
+    result = RunDirectory(folder).read_result()
     assert result is not None
     assert result["steps"] == done + 1
     assert not (folder / ".lock").exists()
@@ -405,7 +408,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_checkpoint(capsys,
     said = refused(capsys, *flags(small, backend="serial", steps=12, alpha=1e30, checkpoint_every=1, out=str(folder)))
     assert "non-finite" in said
     assert "--alpha" in said
-    state = safetensors.torch.load_file(Run(folder).state_path)
+    state = safetensors.torch.load_file(RunDirectory(folder).state_path)
     assert torch.isfinite(state["images"]).all()
 
 

@@ -16,7 +16,7 @@ from fbpc_ray.core.config import Sweep
 from fbpc_ray.tracking import run_logging
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning import trial
-from fbpc_ray.tuning.trial import Look
+from fbpc_ray.tuning.trial import ValidationResult
 
 QUICK = {"backend": "serial", "steps": 4, "eval_seeds": 1, "chain_steps": 4, "chain_every": 2}
 
@@ -95,11 +95,11 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
     found = tuning._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
     tuning._write_plan(found)
 
-    def look(number: int, step: int) -> Look:
-        return Look(step, 1.0, 0.5, 0.1, 0.2, [])
+    def look(number: int, step: int) -> ValidationResult:
+        return ValidationResult(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = tuning._Board(found, run_logging.Untracked(), None)
+        board = tuning._Board(found, run_logging.NullTracker(), None)
         board.tracked()
         for number, step in ((0, 1), (1, 1), (0, 2)):
             board.looked(number, look(number, step))

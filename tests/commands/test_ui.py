@@ -18,7 +18,7 @@ from support.runs import ENVIRONMENT, flags
 
 from fbpc_ray.commands import main, ui
 from fbpc_ray.core.presets import with_method
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.tracking import uri as mlflow_uri
 
 pytestmark = [
@@ -119,7 +119,7 @@ def test_runs_compare_at_once(store):
         assert sorted(contexts) == ["test", "train", "validation"]
     assert store.history(NAMES[0], "val/nll")[0] == store.history(NAMES[1], "val/nll")[0]  # the same real images
     assert {"map_steps/convnet-in", "seconds_map/convnet-in"} <= store.runs[NAMES[0]].data.metrics.keys()
-    rows = Run(store.home / NAMES[0]).restore(*_shape(store))[1]  # type: ignore[index]
+    rows = RunDirectory(store.home / NAMES[0]).restore(*_shape(store))[1]  # type: ignore[index]
     assert [row["val_nll"] for row in rows][::2] == [None, None] and all(row["val_nll"] > 0 for row in rows[1::2])
     assert [row["val_nll"] for row in rows][1::2] == [value for _, value in store.history(NAMES[0], "val/nll")][1:]
 
@@ -127,7 +127,7 @@ def test_runs_compare_at_once(store):
 def _shape(store: Store) -> tuple[Any, tuple[int, int, int]]:
     from fbpc_ray.data import coreset
 
-    its = coreset.load(Run(store.home / NAMES[0]).coreset_path)
+    its = coreset.load(RunDirectory(store.home / NAMES[0]).coreset_path)
     return its.labels, tuple(its.images.shape[1:])  # type: ignore[return-value]
 
 

@@ -17,16 +17,16 @@ from fbpc_ray.core.storage import place
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     folder = tmp_path / "a" / "run"
-    with files.alone(folder):
+    with files.exclusive_directory(folder):
         (folder / "kept").write_text("x")
         with (
             pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait until it ends"),
-            files.alone(folder),
+            files.exclusive_directory(folder),
         ):
             pass
         code = (
-            "import sys; from pathlib import Path; from fbpc_ray import atomic\n"
-            "with atomic.alone(Path(sys.argv[1])): print('in')"
+            "import sys; from pathlib import Path; from fbpc_ray.core import files\n"
+            "with files.exclusive_directory(Path(sys.argv[1])): print('in')"
         )
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
         assert "UserError: another process" in done.stderr
@@ -39,7 +39,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / files.LOCK).touch()
-    with files.alone(tmp_path / "run"):
+    with files.exclusive_directory(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -56,9 +56,9 @@ def test_a_lock_file_that_was_removed_while_it_was_opened_is_opened_again(tmp_pa
         lock(file, how)
 
     monkeypatch.setattr(files.fcntl, "flock", late)
-    with files.alone(tmp_path):
+    with files.exclusive_directory(tmp_path):
         assert len(calls) == 2
-        with pytest.raises(UserError, match="another process"), files.alone(tmp_path):
+        with pytest.raises(UserError, match="another process"), files.exclusive_directory(tmp_path):
             pass
 
 
@@ -68,7 +68,7 @@ def test_a_folder_whose_last_user_takes_it_away_is_made_again(tmp_path):
 
     def take():
         for _ in range(200):
-            with contextlib.suppress(UserError), files.alone(tmp_path / "run"):
+            with contextlib.suppress(UserError), files.exclusive_directory(tmp_path / "run"):
                 turns.append(1)
 
     assert not raised_at_once(take, 8)
@@ -95,12 +95,12 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(flag, place, tmp_path, monk
 
 def test_a_file_is_not_swept_while_it_is_written_and_is_after_its_writer_was_killed(tmp_path):
     path = tmp_path / ".a.tmp"
-    with files.begun(path) as file:
-        files.sweep(tmp_path, ".*.tmp")
+    with files.locked_temp_file(path) as file:
+        files.remove_stale_temp_files(tmp_path, ".*.tmp")
         file.write(b"all of it")
-        files.sweep(tmp_path, ".*.tmp")
+        files.remove_stale_temp_files(tmp_path, ".*.tmp")
     assert path.read_bytes() == b"all of it"
-    files.sweep(tmp_path, ".*.tmp")
+    files.remove_stale_temp_files(tmp_path, ".*.tmp")
     assert not path.exists()
 
 
@@ -110,14 +110,14 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 
     def sweep():
         while not over.is_set():
-            files.sweep(tmp_path, ".*.tmp")
+            files.remove_stale_temp_files(tmp_path, ".*.tmp")
 
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
     try:
         for index in range(2000):
             path = tmp_path / f".{index}.tmp"
-            with files.begun(path) as file:
+            with files.locked_temp_file(path) as file:
                 file.write(b"x")
                 path.replace(tmp_path / "whole")
     finally:
@@ -128,5 +128,5 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 
 
 def test_an_object_store_keeps_nobody_out():
-    with files.alone(place("s3://bucket/run")), files.alone(place("s3://bucket/run")):
+    with files.exclusive_directory(place("s3://bucket/run")), files.exclusive_directory(place("s3://bucket/run")):
         pass

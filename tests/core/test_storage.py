@@ -28,7 +28,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Remote, place
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = storage.ATTEMPTS
@@ -178,7 +178,7 @@ def test_an_upload_that_is_cut_leaves_the_old_object(folder, servers, monkeypatc
 
 INTERRUPTED = """
 import sys
-from fbpc_ray import storage
+from fbpc_ray.core import storage
 storage.PART = 10 * 2**20
 storage.place(sys.argv[1]).write_bytes(b"n" * 30_000_000)
 """
@@ -201,7 +201,7 @@ def test_ctrl_c_in_an_upload_leaves_no_part_of_an_object(s3, wire):
 
 def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     """And a file alone is evaluated where it lies; a folder there is one line."""
-    run, source = Run(folder / "run"), torch.Generator().manual_seed(0)
+    run, source = RunDirectory(folder / "run"), torch.Generator().manual_seed(0)
     made = coreset.Coreset(
         torch.randn(10, 1, 8, 8, generator=source), torch.arange(10), (0.5,), (0.25,), tuple("0123456789")
     )
@@ -513,7 +513,7 @@ def local(small, tmp_path_factory):
 
 
 def remote_images(run: Remote) -> torch.Tensor:
-    return coreset.load(Run(run).coreset_path).images
+    return coreset.load(RunDirectory(run).coreset_path).images
 
 
 @pytest.mark.slow
@@ -524,17 +524,17 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     out = s3 / "run"
     words = flags(settings, experts=str(s3 / "experts"), out=str(out), backend="ray", device="cpu", address="local")
     process = start("distill", *words, **os.environ)
-    assert soon(lambda: process.poll() is not None or Run(out).state_path.exists())
+    assert soon(lambda: process.poll() is not None or RunDirectory(out).state_path.exists())
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 143, output
     assert f"fbpc distill --out {out} --resume" in output
-    assert not Run(out).result_path.exists()
+    assert not RunDirectory(out).result_path.exists()
 
     monkeypatch.setenv("FBPC_HOME", str(tmp_path / "home"))
     distil("--out", str(out), "--resume", "--backend", "serial", "--tracking")
     assert torch.equal(remote_images(out), images_of(folder))
-    mine, its = (json.loads(Run(each).result_path.read_text())["coresets"] for each in (out, folder))
+    mine, its = (json.loads(RunDirectory(each).result_path.read_text())["coresets"] for each in (out, folder))
     assert mine == its
     assert names(out) == sorted([*(each.name for each in folder.iterdir() if each.is_file()), "mlflow.json"])
     kept = {path.name for path in (tmp_path / "home" / "mlartifacts").rglob("*.*")}
@@ -565,7 +565,7 @@ def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
     """The second of six, on each attempt."""
     settings, folder = local
     out = s3 / "run"
-    state = Run(out).state_path
+    state = RunDirectory(out).state_path
     wire.cut_at, wire.spared = (b"PUT /" + state.key.encode(), 1500), 1
     process = start("distill", *flags(settings, out=str(out), backend="serial"), **os.environ)
     output = process.communicate(timeout=300)[0]

@@ -22,7 +22,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset, coreset_formats
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, denormalise, normalise
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 EXACT = ("hf", "safetensors", "pt", "npz")
 NAMES = ("cat", "Hündin / wild", 'a "b": c')
@@ -83,8 +83,8 @@ def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path,
     main.main(["export", str(run), "--format", kind, "--out", str(out)])
     assert capsys.readouterr().out == f"export: {out}\n"
     for source in (out, run):
-        assert same(coreset_formats.load(source, _digits()).coreset, coreset.load(Run(run).coreset_path))
-    before = json.loads(Run(run).result_path.read_text())["coresets"]
+        assert same(coreset_formats.load(source, _digits()).coreset, coreset.load(RunDirectory(run).coreset_path))
+    before = json.loads(RunDirectory(run).result_path.read_text())["coresets"]
     after = evaluated(out, small, tmp_path / "result.json")
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
     assert before["random"] != before["fbpc"]
@@ -102,7 +102,7 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
     folder, out = tmp_path / "run", tmp_path / "pair"
     distil(*flags(small, backend="serial", method="random", validation=0.3, seed=3, out=str(folder)))
     main.main(["export", str(folder), "--format", "pt", "--out", str(out)])
-    before = json.loads(Run(folder).result_path.read_text())["coresets"]["random"]
+    before = json.loads(RunDirectory(folder).result_path.read_text())["coresets"]["random"]
     assert evaluated(out, small, tmp_path / "own.json")["coresets"]["given"] == before
     (out / coreset_formats.SIDECAR).unlink()
     assert evaluated(out, small, tmp_path / "other.json")["coresets"]["given"] != before
@@ -179,8 +179,8 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
     head = yaml.safe_load(front)
     assert head["license"] == "cc-by-4.0"
     assert head["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
-    found = coreset.load(Run(run).coreset_path)
-    result = json.loads(Run(run).result_path.read_text())
+    found = coreset.load(RunDirectory(run).coreset_path)
+    result = json.loads(RunDirectory(run).result_path.read_text())
     for word in (str(list(found.mean)), str(list(found.std)), "`fbpc`, step 2", result["commit"], '"gamma": 0.5',
                  f"torch {result['versions']['torch']}", "UCI", "convnet-bn"):  # fmt: skip
         assert word in text
@@ -207,7 +207,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
     ],
 )
 def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data, licence, words):
-    card = exports.card(coreset.load(Run(run).coreset_path), "hf", read_config(run), {"data": data}, None)
+    card = exports.card(coreset.load(RunDirectory(run).coreset_path), "hf", read_config(run), {"data": data}, None)
     head = yaml.safe_load(card.split("---\n", 2)[1])
     assert {name: value for name, value in head.items() if name.startswith("license")} == licence
     assert words in card.split("## Licence of the source")[1]
@@ -367,7 +367,7 @@ def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, ca
 def test_a_coreset_without_its_data_set_is_one_line(run, capsys):
     for words, reason in (((), "--data is missing"), (("--data", "digits", "--split", "x"), "choose test")):
         with pytest.raises(SystemExit):
-            main.main(["evaluate", "--coreset", str(Run(run).coreset_path), *words])
+            main.main(["evaluate", "--coreset", str(RunDirectory(run).coreset_path), *words])
         assert reason in capsys.readouterr().err
 
 
@@ -378,10 +378,10 @@ class Missing:
         if name.split(".")[0] in ("ray", "mlflow", "datasets"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from fbpc_ray import cli
+from fbpc_ray.commands import main
 run, out = sys.argv[1:]
-cli.main(["export", run, "--format", "hf", "--out", out])
-cli.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
+main.main(["export", run, "--format", "hf", "--out", out])
+main.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
           "--chain-steps", "2", "--chain-every", "1"])
 """
 

@@ -219,7 +219,7 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "there.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "there" / "cifar-10-batches-py", "cifar-10-batches-py")
     content, asked, first_over = (tmp_path / "there.tar.gz").read_bytes(), [], threading.Event()
-    begun, second = threading.Event(), threading.Event()
+    locked_temp_file, second = threading.Event(), threading.Event()
 
     class Slow(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -231,7 +231,7 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
             half = len(content) // 2
             if asked[-1] == 0:
                 self.wfile.write(content[:half])
-                begun.set()
+                locked_temp_file.set()
                 second.wait(1)
                 time.sleep(0.2)  # the second one opens its file
                 self.wfile.write(content[half:])
@@ -251,7 +251,7 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(load, "cifar10", root=tmp_path / "new", download=True)
-        begun.wait(60)
+        locked_temp_file.wait(60)
         other = pool.submit(load, "cifar10", root=tmp_path / "new", download=True)
         one.add_done_callback(lambda _: first_over.set())
         for each in (one, other):

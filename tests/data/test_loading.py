@@ -26,7 +26,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import load
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import session
 from fbpc_ray.reproduction.rows import Rows
 
@@ -68,7 +68,7 @@ def network(sprung, tmp_path, monkeypatch):
 
 
 def rewrite(folder: Path, **values: object) -> None:
-    path = Run(folder).config_path
+    path = RunDirectory(folder).config_path
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -81,7 +81,7 @@ def rewrite(folder: Path, **values: object) -> None:
 def test_a_configuration_imports_no_network_unasked(run, network, sprung, capsys, command):
     """A config.json that names an own network: one line that repeats the flag, and no import."""
     rewrite(run, architectures=["convnet-in", network], steps=3)
-    Run(run).result_path.unlink()
+    RunDirectory(run).result_path.unlink()
     said = refused(capsys, *(str(run) if word == "RUN" else word for word in command[1:]), command=command[0])
     assert f"--architectures convnet-in {network}" in said
     assert not sprung.exists()
@@ -113,7 +113,7 @@ def test_a_run_of_an_own_network_says_how_it_is_resumed(small, network, tmp_path
     distil(*words)
     assert network in refused(capsys, "--out", str(folder), "--resume", "--steps", "3")
     distil("--out", str(folder), "--resume", "--steps", "3", "--architectures", network)
-    assert json.loads(Run(folder).result_path.read_text())["steps"] == 3
+    assert json.loads(RunDirectory(folder).result_path.read_text())["steps"] == 3
 
 
 @pytest.mark.parametrize("address", ["203.0.113.7:6379", "ray://203.0.113.7:10001", "auto"])
@@ -124,7 +124,7 @@ def test_a_configuration_connects_to_no_cluster_unasked(run, capsys, address):
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--again")
     main.main(["evaluate", str(run), *SERIAL])
     distil("--out", str(run), "--resume", "--address", address, "--backend", "serial")
-    assert json.loads(Run(run).result_path.read_text())["steps"] == 3
+    assert json.loads(RunDirectory(run).result_path.read_text())["steps"] == 3
 
 
 # ---- files of every kind in the place of ours
@@ -217,7 +217,7 @@ KINDS = (
 def loaders(small, digits, tmp_path_factory):
     """{what: (the file, who reads it)} for all that a run, its experts and a table consist of."""
     folder = tmp_path_factory.mktemp("loaders")
-    run, labels = Run(folder / "run"), torch.arange(10)
+    run, labels = RunDirectory(folder / "run"), torch.arange(10)
     config = small.updated(experts=str(folder / "experts"))
     (spec, *_) = session.specs(config, digits)
 
@@ -255,7 +255,7 @@ def good(small, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     distil(*flags(config, backend="serial", steps=2, eval_seeds=1, out=str(folder / "run")))
     (spec,) = session.specs(config, digits)
-    return Run(folder / "run"), session.store(config, digits, spec).folder
+    return RunDirectory(folder / "run"), session.store(config, digits, spec).folder
 
 
 LOADERS = (

@@ -14,20 +14,20 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.datasets import tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.methods import fbpc
-from fbpc_ray.distillation.methods.common import Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.distillation.methods.common import Gradient, GradientContext, coreset_batches, draw_expert, expert_epochs
 from fbpc_ray.distillation.worker import (
+    EXPERT_SIDES,
     METHODS,
-    X_SIDES,
+    GradientTask,
     State,
-    Unit,
     Worker,
     check_finite,
     check_updated,
     combine,
-    units_of,
+    gradient_tasks,
     update,
 )
 from fbpc_ray.execution import session
@@ -41,7 +41,7 @@ STATS = {"map_ending": "converged", "map_loss": 0.01}
 @pytest.fixture
 def setting(small, digits):
     config = small.updated(posterior_steps=6, gamma=0.5)
-    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
     state, labels = loop.first_state(digits, 2, 0)
     return config, digits, real, state, labels
 
@@ -49,7 +49,9 @@ def setting(small, digits):
 def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
     spec = session.specs(config, digits)[architecture]
     settings = replace(config.distillation, **{"batch_size": 100} | changes)
-    problem = Problem(Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1)
+    problem = GradientContext(
+        Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1
+    )
     return METHODS[settings.method](problem, step, images, settings.inner_lr)
 
 
@@ -79,7 +81,7 @@ def test_weight_space_gradients_equal_the_plain_reference(setting, architecture,
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
     settings = replace(config.distillation, batch_size=100, **changes)
-    problem = Problem(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
+    problem = GradientContext(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
     for step in (0, 3):
         expected = reference.weight_space(problem, snapshots, state.images, step)
         found = compute(config, digits, real, state.images, labels, architecture, step, **changes)
@@ -218,13 +220,20 @@ def test_update_is_momentum_sgd_on_the_sum_in_order():
 
 
 def test_units_are_the_draws_of_each_architecture_in_turn():
-    assert units_of(2, 3) == [Unit(0, 0), Unit(0, 1), Unit(0, 2), Unit(1, 0), Unit(1, 1), Unit(1, 2)]
+    assert gradient_tasks(2, 3) == [
+        GradientTask(0, 0),
+        GradientTask(0, 1),
+        GradientTask(0, 2),
+        GradientTask(1, 0),
+        GradientTask(1, 1),
+        GradientTask(1, 2),
+    ]
 
 
 def combined(*values: float | None, architectures: int, draws: int = 1) -> list[tuple[float, float]]:
     """(gradient, that of the inner learning rate: ten times as large) of each architecture that is left."""
     gradients = [None if v is None else Gradient(torch.full((1, 1, 1, 1), v), STATS, 10 * v) for v in values]
-    return [(each.value.item(), each.inner_lr) for each in combine(units_of(architectures, draws), gradients)]
+    return [(each.value.item(), each.inner_lr) for each in combine(gradient_tasks(architectures, draws), gradients)]
 
 
 def test_draws_are_averaged_and_architectures_kept_apart():
@@ -242,7 +251,7 @@ def test_the_others_stand_in_for_an_architecture_that_is_skipped():
 
 def test_a_single_draw_of_each_architecture_keeps_its_bits():
     value = torch.randn(3, 1, 2, 2, generator=generator(0, "bits")) * 1e-30  # scaling would round the subnormal ones
-    (found,) = combine(units_of(1, 1), [Gradient(value, STATS)])
+    (found,) = combine(gradient_tasks(1, 1), [Gradient(value, STATS)])
     assert torch.equal(found.value, value)
 
 
@@ -257,8 +266,8 @@ def worker_of(config, digits, labels) -> Worker:
 def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
     """theta_x and its K steps by one worker, the gradient by another: the bits of the gradient that does it all."""
     config, digits, _, state, labels = setting
-    unit, images = Unit(architecture, draw), state.images.numpy()
-    _, ahead = worker_of(config, digits, labels).x_side(unit, 3)
+    unit, images = GradientTask(architecture, draw), state.images.numpy()
+    _, ahead = worker_of(config, digits, labels).expert_side(unit, 3)
     specs = session.specs(config, digits)
     assert ahead.shape == (1 + config.distillation.posterior_steps, Network(specs[architecture]).parameter_count)
     alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
@@ -277,10 +286,10 @@ def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
     specs = session.specs(config, digits)
     stores = [session.store(config, digits, spec) for spec in specs]
     largest = max(Network(spec).parameter_count for spec in specs)
-    assert set(X_SIDES) == {"fbpc"}
-    assert session.crew(config, digits, labels, specs, stores).x_side_bytes == 4 * largest * 7  # K = 6
+    assert set(EXPERT_SIDES) == {"fbpc"}
+    assert session.crew(config, digits, labels, specs, stores).expert_side_bytes == 4 * largest * 7  # K = 6
     isotropic = config.updated(method="fbpc-isotropic")
-    assert session.crew(isotropic, digits, labels, specs, stores).x_side_bytes == 0
+    assert session.crew(isotropic, digits, labels, specs, stores).expert_side_bytes == 0
 
 
 def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
@@ -290,7 +299,7 @@ def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
     settings = replace(config.distillation, batch_size=6)
 
     def draw(number):
-        problem = Problem(
+        problem = GradientContext(
             Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1, number
         )
         drawn = [problem.rng(3, purpose).initial_seed() for purpose in ("expert", "prior", "augment", "monte-carlo")]

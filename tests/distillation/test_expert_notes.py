@@ -87,10 +87,10 @@ def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
 
 
 def test_hours_on_a_cpu_are_said_before_they_pass(small, digits, tmp_path, monkeypatch):
-    """A forward pass costs two operations for each of `multiplications`, a backward pass twice that; 3 epochs of 2
+    """A forward pass costs two operations for each of `count_macs`, a backward pass twice that; 3 epochs of 2
     experts of 2 networks at a rate at which they take 2.4 hours."""
     config = small.updated(experts=str(tmp_path), expert_epochs=3)
-    each = [6 * loop.multiplications(Network(spec)) * 1437 * 3 * 2 for spec in session.specs(config, digits)]
+    each = [6 * loop.count_macs(Network(spec)) * 1437 * 3 * 2 for spec in session.specs(config, digits)]
     monkeypatch.setattr(loop, "CPU_RATE", sum(each) / (2.4 * 3600))
     assert "training 4, which takes something like 2 hours of a CPU core" in trained(config, digits)[0][0]
 

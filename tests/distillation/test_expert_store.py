@@ -439,7 +439,7 @@ def test_a_whole_file_is_not_swept_before_it_has_its_name(tmp_path, monkeypatch)
     replace = Path.replace
 
     def late(path: Path, target: Path) -> Path:
-        files.sweep(tmp_path, ".00000.arrow.*.tmp")
+        files.remove_stale_temp_files(tmp_path, ".00000.arrow.*.tmp")
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", late)
@@ -652,7 +652,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_others(tmp_path):
         start(
             """
 import resource
-import fbpc_ray.coreset
+import fbpc_ray.data.coreset
 store = ExpertStore(Path(sys.argv[1]), RECIPE)
 store.write(0, trajectory(0))
 size = (store.folder / "00000.arrow").stat().st_size

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fbpc_ray.data import datasets
-from fbpc_ray.data.loader import RealData
-from fbpc_ray.distillation.expert_training import teach
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.models.functional import Network, Spec
 
 
@@ -17,10 +17,10 @@ from fbpc_ray.models.functional import Network, Spec
 def data(digits):
     """The first 150 real digits: 8x8, one channel, ten classes."""
     images, labels = datasets.tensors(digits.train, "cpu")
-    return RealData(images[:150], labels[:150], digits.mean, digits.std)
+    return DeviceDataset(images[:150], labels[:150], digits.mean, digits.std)
 
 
-class Recorder(RealData):
+class Recorder(DeviceDataset):
     """Real data that keeps what it was asked and what it gave."""
 
     def __init__(self, data):
@@ -39,11 +39,11 @@ def network(name="convnet-in", width=8):
 
 
 def snapshots(net, data, **changes):
-    """Copies of the states that `teach` yields."""
+    """Copies of the states that `train_expert` yields."""
     settings = {
         "epochs": 3, "learning_rate": 0.1, "batch_size": 32, "augment": "dsa", "seed": 0, "index": 0,
     } | changes  # fmt: skip
-    return [{name: value.clone() for name, value in state.items()} for state in teach(net, data, **settings)]
+    return [{name: value.clone() for name, value in state.items()} for state in train_expert(net, data, **settings)]
 
 
 def equal(one, other):
@@ -149,7 +149,7 @@ def test_batchnorm_buffers_are_part_of_every_state(data):
 
 def test_states_are_plain_tensors_on_the_cpu(data):
     """They are written to disk: no graph, no device."""
-    for state in teach(network("convnet-bn"), data, epochs=1, learning_rate=0.1, batch_size=64, augment="dsa",
+    for state in train_expert(network("convnet-bn"), data, epochs=1, learning_rate=0.1, batch_size=64, augment="dsa",
                        seed=0, index=0):  # fmt: skip
         assert not any(value.requires_grad for value in state.values())
         assert {value.device.type for value in state.values()} == {"cpu"}
@@ -157,7 +157,7 @@ def test_states_are_plain_tensors_on_the_cpu(data):
 
 def test_the_loss_on_real_digits_falls(digits):
     """Mean cross-entropy and accuracy on all training digits, not augmented, after five epochs with DSA."""
-    data = RealData(*datasets.tensors(digits.train, "cpu"), digits.mean, digits.std)
+    data = DeviceDataset(*datasets.tensors(digits.train, "cpu"), digits.mean, digits.std)
     net, everything = network(width=16), data.batch(torch.arange(len(data)))
     losses, hits = [], []
     for state in snapshots(net, data, epochs=5, batch_size=32):
@@ -178,7 +178,9 @@ def test_the_loss_on_real_digits_falls(digits):
 def counted():
     """n = 50 images, each of the one grey value that is its index, and its index as its label."""
     index = torch.arange(50)
-    return RealData(index.to(torch.uint8).view(-1, 1, 1, 1).expand(50, 1, 4, 4).contiguous(), index, (0.0,), (1.0,))
+    return DeviceDataset(
+        index.to(torch.uint8).view(-1, 1, 1, 1).expand(50, 1, 4, 4).contiguous(), index, (0.0,), (1.0,)
+    )
 
 
 def source(seed=0):
@@ -189,7 +191,7 @@ def test_batch_normalises_per_channel_and_keeps_pairs():
     """(x / 255 - mean) / std by hand, float32; image i goes with label i, in the order asked."""
     images = torch.randint(256, (6, 3, 2, 2), generator=source()).to(torch.uint8)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    data = RealData(images, torch.arange(6) * 10, mean, std)
+    data = DeviceDataset(images, torch.arange(6) * 10, mean, std)
     index = torch.tensor([4, 0, 4])
     batch = data.batch(index)
     assert batch.images.dtype == torch.float32
@@ -222,7 +224,7 @@ def test_an_epoch_augments_every_batch_with_a_draw_of_its_own(data):
     for batch in data.epoch(30, "dsa", source()):
         assert batch.images.shape == (30, 1, 8, 8)
         assert batch.labels.shape == (30,)
-    tall = RealData(before[:1].expand(3000, -1, -1, -1), torch.zeros(3000, dtype=torch.int64), data.mean, data.std)
+    tall = DeviceDataset(before[:1].expand(3000, -1, -1, -1), torch.zeros(3000, dtype=torch.int64), data.mean, data.std)
     plain = tall.batch(torch.arange(1)).images
     outs = [batch.images for batch in tall.epoch(10, "dsa", source())]
     assert len({tuple(out.flatten().tolist()) for out in outs}) > 290  # two batches of flips may agree

@@ -8,9 +8,9 @@ from support.runs import assert_same, run_on
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.methods.common import Gradient
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.warm_start import anew, begun_at, name, remembered
-from fbpc_ray.distillation.worker import State, Unit, Worker, map_start, remember
+from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start, remember
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.reproduction.rows import coreset_key
@@ -35,14 +35,17 @@ def test_a_solve_begins_at_what_its_slot_holds():
 
 def test_only_with_the_pool_are_solutions_kept(small):
     state = State(7, torch.zeros(1), torch.zeros(1), 0.0)
-    units, found = [Unit(0, 0), Unit(0, 1)], [Gradient(torch.zeros(1), {}, solution=torch.ones(2)), None]
+    units, found = (
+        [GradientTask(0, 0), GradientTask(0, 1)],
+        [Gradient(torch.zeros(1), {}, solution=torch.ones(2)), None],
+    )
     settings = small.updated(map="pool", map_pool=5, map_pool_uses=100).distillation
     after = remember(state, 7, units, found, settings)
     assert after.solutions.keys() == {"0/0/2"}
-    start = map_start(after._replace(step=12), Unit(0, 0), settings)
+    start = map_start(after._replace(step=12), GradientTask(0, 0), settings)
     assert start is not None
     assert start.tolist() == [1, 1]
-    assert map_start(after._replace(step=12), Unit(0, 0), small.distillation) is None
+    assert map_start(after._replace(step=12), GradientTask(0, 0), small.distillation) is None
     assert remember(state, 7, units, found, small.distillation) is state
 
 
@@ -59,15 +62,15 @@ def worker(small, digits):
 def test_the_solve_begins_where_it_is_told(worker):
     """At its own solution hardly a step is left, and the solution is the start; at the prior's draw, all as before."""
     worker, images = worker
-    value, stats, _, solution = worker.gradient(Unit(0, 0), 3, images, 0.0)
+    value, stats, _, solution = worker.gradient(GradientTask(0, 0), 3, images, 0.0)
     assert stats["map_steps"] > 5
-    _, again, _, moved = worker.gradient(Unit(0, 0), 3, images, 0.0, start=solution)
+    _, again, _, moved = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=solution)
     assert again["map_steps"] <= 2
     assert again["map_steps"] or (moved == solution).all()
     assert np.linalg.norm(moved - solution) < 0.1 * np.linalg.norm(solution)
-    prior = worker.passes[0].network.init(worker._problem(Unit(0, 0)).rng(3, "prior"))
+    prior = worker.passes[0].network.init(worker._problem(GradientTask(0, 0)).rng(3, "prior"))
     vector = torch.cat([each.flatten() for each in prior.values()]).numpy()
-    told = worker.gradient(Unit(0, 0), 3, images, 0.0, start=vector)
+    told = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=vector)
     assert (told[0] == value).all()
     assert told[1]["map_steps"] == stats["map_steps"]
 
@@ -82,7 +85,7 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     fresh = {1, 2, 6, 9}
     assert max(count for step, count in steps.items() if step not in fresh) < min(steps[step] for step in fresh)
     run_on(backend, config.updated(steps=5), digits, tmp_path / "part")
-    run = Run(tmp_path / "part")
+    run = RunDirectory(tmp_path / "part")
     _, labels = loop.first_state(digits, 1, 0)
     restored = run.restore(labels, digits.image_shape)
     assert restored is not None

@@ -13,7 +13,7 @@ from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.evaluation import chains
 from fbpc_ray.evaluation.chains import (
@@ -31,7 +31,7 @@ from fbpc_ray.inference.metrics import nll_of_batches, scores
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network
-from fbpc_ray.models.passes import Passes, multiplications
+from fbpc_ray.models.passes import Passes, count_macs
 
 Pair = tuple[Tensor, Tensor]
 SETTINGS = Evaluation(chain_steps=30, chain_every=10)
@@ -119,10 +119,10 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
     images that share a batch. 90 images, shuffled and sorted by class."""
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     images, labels = (each[:90] for each in tensors(digits.test, "cpu"))
-    whole = predictive(Passes(network), samples, coreset[0], RealData(images, labels, digits.mean, digits.std))
+    whole = predictive(Passes(network), samples, coreset[0], DeviceDataset(images, labels, digits.mean, digits.std))
     monkeypatch.setattr(chains, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
-        moved = RealData(images[order], labels[order], digits.mean, digits.std)
+        moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
         found = predictive(Passes(network), samples, coreset[0], moved)
         assert scores(found.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
         torch.testing.assert_close(found.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
@@ -134,7 +134,7 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
 def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
     """Its probabilities are the mean of the softmax of every sample: by hand for all three."""
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
-    test = RealData(*tensors(digits.test, "cpu"), digits.mean, digits.std)
+    test = DeviceDataset(*tensors(digits.test, "cpu"), digits.mean, digits.std)
     batch = test.batch(torch.arange(len(test)))
     p = torch.stack(
         [network.predict(s, network.statistics(s, [coreset[0]]), batch.images).double().softmax(1) for s in samples]
@@ -151,7 +151,9 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
     assert result.stats is not None
     assert result.stats.examples == 50
     samples = posterior_samples(Passes(network), *coreset, settings, "dsa", 0)
-    expected = predictive(Passes(network), samples, coreset[0], RealData(*tensors(few, "cpu"), digits.mean, digits.std))
+    expected = predictive(
+        Passes(network), samples, coreset[0], DeviceDataset(*tensors(few, "cpu"), digits.mean, digits.std)
+    )
     assert scores(result.stats) == scores(expected.stats)
     assert result.familiar is result.strange is None, "sent though nobody asked"
 
@@ -186,11 +188,11 @@ def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypa
 
 def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monkeypatch):
     """By hand for 20 images and a test set of 297: (3 x 20 x 1000 + 10 x 297) images forward, two operations for each
-    of `multiplications`; auto compiles from there on. What can't be compiled is said, and stays eager."""
+    of `count_macs`; auto compiles from there on. What can't be compiled is said, and stays eager."""
     spec = session.specs(small, digits)[0]
     chain = Chain("x", np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 10, spec, 0)
     auto = judge(digits, "test", Evaluation(), "dsa", compiled="auto")
-    work = 2 * multiplications(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
+    work = 2 * count_macs(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
     monkeypatch.setattr(chains, "COMPILE_FROM", work)
     assert chains.compiles(auto, chain, Network(spec))
     assert chains.passes_of(auto, chain, "cpu").folder == compiling.folder()
@@ -232,7 +234,7 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
 
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     inside, outside = (
-        predictive(Passes(network), samples, coreset[0], RealData(*tensors(split, "cpu"), digits.mean, digits.std))
+        predictive(Passes(network), samples, coreset[0], DeviceDataset(*tensors(split, "cpu"), digits.mean, digits.std))
         for split in (digits.test, strange)
     )
     assert len(inside.uncertainty.entropy) == len(digits.test.labels)

@@ -12,7 +12,7 @@ import yaml
 from support.runs import distil, flags, images_of, refused, start, wait_for
 
 from fbpc_ray.commands import main
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import session
 
 ROOT = Path(__file__).parents[2]
@@ -32,28 +32,28 @@ def test_the_same_command_starts_goes_on_and_is_done(whole, small, tmp_path, cap
     folder = tmp_path / "again"
     words = [*flags(small, backend="serial", steps=12, threads=0, out=str(folder), checkpoint_every=2), "--again"]
     process = start("distill", *words)
-    wait_for(Run(folder).state_path, process)
+    wait_for(RunDirectory(folder).state_path, process)
     process.kill()
     process.communicate()
-    assert not Run(folder).result_path.exists()
+    assert not RunDirectory(folder).result_path.exists()
     distil(*words)
     assert "resumed at step" in capsys.readouterr().out
     assert torch.equal(images_of(folder), images_of(whole))
-    before = Run(folder).result_path.stat().st_mtime_ns
+    before = RunDirectory(folder).result_path.stat().st_mtime_ns
     distil(*words)
     assert "this run is complete" in capsys.readouterr().out
-    assert Run(folder).result_path.stat().st_mtime_ns == before
+    assert RunDirectory(folder).result_path.stat().st_mtime_ns == before
 
 
 def test_again_goes_on_where_nothing_but_the_configuration_is(whole, small, tmp_path):
     """Killed before its first checkpoint; and while the configuration was written, of which a kill leaves a part."""
     folder = tmp_path / "early"
     words = flags(small, backend="serial", steps=12, threads=0, out=str(folder))
-    Run(folder).folder.mkdir()
+    RunDirectory(folder).folder.mkdir()
     (folder / ".config.json.0a1b2c3d.tmp").write_text("{")
     distil(*words, "--again")
     assert torch.equal(images_of(folder), images_of(whole))
-    for path in (Run(folder).state_path, Run(folder).metrics_path, Run(folder).result_path):
+    for path in (RunDirectory(folder).state_path, RunDirectory(folder).metrics_path, RunDirectory(folder).result_path):
         path.unlink()
     distil(*words, "--again")
     assert torch.equal(images_of(folder), images_of(whole))

@@ -8,7 +8,7 @@ import pytest
 from support.processes import descendants, listening
 from support.runs import flags, start, wait_for
 
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -20,7 +20,7 @@ def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monke
     words = flags(small, backend="ray", address="", steps=2000, out=str(folder), checkpoint_every=1)
     process = start("distill", *words, RAY_TMPDIR=ray)
     try:
-        wait_for(Run(folder).state_path, process)
+        wait_for(RunDirectory(folder).state_path, process)
         titles = {process.pid: "driver", **descendants(process.pid)}
         found = listening(titles)
         who = {titles[pid] for pid, _, _ in found}

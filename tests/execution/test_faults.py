@@ -17,7 +17,7 @@ from support.runs import assert_same, run_on
 from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution.serial import Serial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -239,7 +239,7 @@ def test_without_any_node_left_the_run_ends_with_a_checkpoint(cluster, add, conf
         run_on(backend, config, digits, tmp_path, killing_node(4, node, backend, lose_patience))
     assert any("no worker yet: waiting for 1 CPU" in line for line in lines)
     labels = np.arange(10)
-    restored = Run(tmp_path).restore(labels, (1, 8, 8))  # type: ignore[arg-type]
+    restored = RunDirectory(tmp_path).restore(labels, (1, 8, 8))  # type: ignore[arg-type]
     assert restored is not None
     state, rows = restored
     assert state.step >= 4
@@ -281,11 +281,11 @@ def test_a_worker_to_spare_computes_ahead_and_changes_no_bit(cluster, add, confi
 
             def watched(member, job):
                 if job.key[0] == "gradient":
-                    used.append(job.key[1:] in backend._x_sides)
+                    used.append(job.key[1:] in backend._expert_sides)
                 assign(member, job)
 
             pool_of(backend).assign = watched
-        kept.append(len(backend._x_sides))
+        kept.append(len(backend._expert_sides))
         if step == 5:
             threading.Timer(0.02, lambda: kill(gradient_workers()[-1])).start()
         time.sleep(0.3)  # time to compute ahead

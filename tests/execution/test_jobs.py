@@ -20,7 +20,7 @@ from support.processes import descendants, free_port, kill, listening, soon
 from support.runs import ENVIRONMENT, distil, flags, images_of
 
 from fbpc_ray.core.config import Config
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -135,7 +135,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head,
     logs = client.get_job_logs(job)
     assert f"fbpc distill --out {folder} --resume" in logs
     assert "Traceback" not in logs
-    assert not Run(folder).result_path.exists()
+    assert not RunDirectory(folder).result_path.exists()
     assert 0 < steps_of(folder) < 60
     database = tmp_path / "home" / "fbpc-ray" / "mlflow.db"
     assert [status for status, _ in mlflow_runs(database)] == ["KILLED"]
@@ -159,7 +159,7 @@ def amid_a_step(head: Head) -> bool:
 def steps_of(folder: Path) -> int:
     import safetensors
 
-    with safetensors.safe_open(Run(folder).state_path, "pt") as file:
+    with safetensors.safe_open(RunDirectory(folder).state_path, "pt") as file:
         return int(file.metadata()["step"])
 
 

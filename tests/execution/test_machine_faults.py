@@ -16,7 +16,7 @@ import torch
 from support.processes import descendants, free_port, gradient_workers, kill, soon
 from support.runs import ENVIRONMENT, distil, flags, images_of
 
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -46,7 +46,7 @@ class Driver:
     """`fbpc distill` in a process of its own, with what it says in a file."""
 
     def __init__(self, folder: Path, words: list[str], **environment: str):
-        self.output, self.run = folder / "output.txt", Run(folder / "run")
+        self.output, self.run = folder / "output.txt", RunDirectory(folder / "run")
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fbpc_ray", "distill", *words, "--out", str(self.run.folder)],

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fbpc_ray.execution.ray.placement import Need, Node, lacking, need_of, room, steps_ahead
+from fbpc_ray.execution.ray.placement import Node, Resources, infeasible_message, resources_of, room, steps_ahead
 
 
 def need(workers, nodes, **changes):
     defaults = {"gpu": False, "threads": 1, "cpus_per_actor": 0.0, "gpus_per_actor": 0.0}
-    return need_of(workers, nodes, **(defaults | changes))
+    return resources_of(workers, nodes, **(defaults | changes))
 
 
 LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
@@ -16,24 +16,30 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
 @pytest.mark.parametrize(
     "workers, nodes, changes, each, fit",
     [
-        (1, LAPTOP, {}, Need(1, 0), 2),
-        (4, LAPTOP, {}, Need(1, 0), 2),  # four architectures take turns on two CPUs
-        (4, [Node(16, 0)], {"threads": 2}, Need(2, 0), 8),
-        (2, [Node(1, 0), Node(1, 0)], {"threads": 4}, Need(1, 0), 2),  # a worker does not reach over two nodes
-        (2, LAPTOP, {"cpus_per_actor": 0.5}, Need(0.5, 0), 4),
-        (1, [Node(0.5, 0)], {}, Need(0.5, 0), 1),
-        (4, [Node(0, 0), Node(8, 4)], {"gpu": True}, Need(1, 1), 4),  # a GPU each
-        (1, GPU_BOX, {"gpu": True}, Need(1, 1), 1),
-        (2, GPU_BOX, {"gpu": True}, Need(1, 0.5), 2),
-        (3, GPU_BOX, {"gpu": True}, Need(1, 0.3333), 3),
-        (4, GPU_BOX, {"gpu": True}, Need(1, 0.25), 4),
-        (9, GPU_BOX, {"gpu": True}, Need(1, 0.25), 4),  # at most four on one: the others take turns
-        (4, [Node(8, 2)], {"gpu": True}, Need(1, 0.5), 4),
-        (3, [Node(8, 2)], {"gpu": True}, Need(1, 0.5), 4),
-        (4, [Node(2, 1)], {"gpu": True}, Need(0.5, 0.25), 4),  # two CPUs beside it: a half each
-        (3, [Node(16, 8)], {"gpu": True, "gpus_per_actor": 2.0}, Need(1, 2), 4),
-        (2, [Node(8, 1), Node(8, 1)], {"gpu": True, "gpus_per_actor": 0.6}, Need(1, 0.6), 2),  # .4 + .4 is no place
-        (2, [Node(2, 0)], {"gpu": True}, Need(1, 1), 0),  # a cluster that starts from no GPU
+        (1, LAPTOP, {}, Resources(1, 0), 2),
+        (4, LAPTOP, {}, Resources(1, 0), 2),  # four architectures take turns on two CPUs
+        (4, [Node(16, 0)], {"threads": 2}, Resources(2, 0), 8),
+        (2, [Node(1, 0), Node(1, 0)], {"threads": 4}, Resources(1, 0), 2),  # a worker does not reach over two nodes
+        (2, LAPTOP, {"cpus_per_actor": 0.5}, Resources(0.5, 0), 4),
+        (1, [Node(0.5, 0)], {}, Resources(0.5, 0), 1),
+        (4, [Node(0, 0), Node(8, 4)], {"gpu": True}, Resources(1, 1), 4),  # a GPU each
+        (1, GPU_BOX, {"gpu": True}, Resources(1, 1), 1),
+        (2, GPU_BOX, {"gpu": True}, Resources(1, 0.5), 2),
+        (3, GPU_BOX, {"gpu": True}, Resources(1, 0.3333), 3),
+        (4, GPU_BOX, {"gpu": True}, Resources(1, 0.25), 4),
+        (9, GPU_BOX, {"gpu": True}, Resources(1, 0.25), 4),  # at most four on one: the others take turns
+        (4, [Node(8, 2)], {"gpu": True}, Resources(1, 0.5), 4),
+        (3, [Node(8, 2)], {"gpu": True}, Resources(1, 0.5), 4),
+        (4, [Node(2, 1)], {"gpu": True}, Resources(0.5, 0.25), 4),  # two CPUs beside it: a half each
+        (3, [Node(16, 8)], {"gpu": True, "gpus_per_actor": 2.0}, Resources(1, 2), 4),
+        (
+            2,
+            [Node(8, 1), Node(8, 1)],
+            {"gpu": True, "gpus_per_actor": 0.6},
+            Resources(1, 0.6),
+            2,
+        ),  # .4 + .4 is no place
+        (2, [Node(2, 0)], {"gpu": True}, Resources(1, 1), 0),  # a cluster that starts from no GPU
     ],
 )
 def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, each, fit):
@@ -43,14 +49,14 @@ def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, each, fit
 
 
 def test_what_does_not_fit_is_said_with_need_and_have():
-    assert room(LAPTOP, Need(4, 0)) == 0
-    assert lacking(LAPTOP, Need(4, 0)) == (
+    assert room(LAPTOP, Resources(4, 0)) == 0
+    assert infeasible_message(LAPTOP, Resources(4, 0)) == (
         "one worker needs 4 CPU on one node, the nodes of the Ray cluster have 2 CPU and 0 GPU: "
         "lower --cpus-per-actor, or add nodes"
     )
-    assert "1 CPU and 2 GPU" in lacking(GPU_BOX, Need(1, 2))
-    assert "--gpus-per-actor" in lacking(GPU_BOX, Need(1, 2))
-    assert "have nothing" in lacking([], Need(1, 0))
+    assert "1 CPU and 2 GPU" in infeasible_message(GPU_BOX, Resources(1, 2))
+    assert "--gpus-per-actor" in infeasible_message(GPU_BOX, Resources(1, 2))
+    assert "have nothing" in infeasible_message([], Resources(1, 0))
 
 
 def test_what_is_computed_ahead_is_bounded_by_the_object_store():

@@ -20,7 +20,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, judge, run_chain
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
@@ -188,13 +188,13 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
     folder, ray = tmp_path / "died", tempfile.mkdtemp(prefix="fr", dir="/tmp")
     words = flags(small, backend="ray", address="local", steps=16, out=str(folder), checkpoint_every=2)
     process = start("distill", *words, RAY_TMPDIR=ray)
-    wait_for(Run(folder).state_path, process)
+    wait_for(RunDirectory(folder).state_path, process)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output = process.communicate(timeout=300)[0]
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number, output
         assert f"fbpc distill --out {folder} --resume" in output
-    assert not Run(folder).result_path.exists()
+    assert not RunDirectory(folder).result_path.exists()
     assert soon(lambda: not ray_processes(ray)), ray_processes(ray)
     shutil.rmtree(ray, ignore_errors=True)
     resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")

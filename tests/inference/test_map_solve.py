@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.map_solve import Ending, map_solve
+from fbpc_ray.inference.map_solve import SolverStatus, map_solve
 from fbpc_ray.inference.posterior import loss_gradient
 
 
@@ -28,12 +28,12 @@ def solve(batches=None, params=None, **settings):
 def test_it_stops_at_the_first_loss_at_or_below_the_threshold():
     """The returned parameters have that loss, and those of one step less have not: the current loss decides."""
     solution = solve()
-    assert solution.ending == Ending.CONVERGED
+    assert solution.ending == SolverStatus.CONVERGED
     loss = cross_entropy(linear(solution.params, SEPARABLE.images), SEPARABLE.labels).item()
     assert loss <= 0.05
     assert solution.loss == pytest.approx(loss, rel=1e-6)
     one_less = solve(max_steps=solution.steps - 1)
-    assert one_less.ending == Ending.MAX_STEPS
+    assert one_less.ending == SolverStatus.MAX_STEPS
     assert one_less.steps == solution.steps - 1
     assert cross_entropy(linear(one_less.params, SEPARABLE.images), SEPARABLE.labels).item() > 0.05
 
@@ -41,7 +41,7 @@ def test_it_stops_at_the_first_loss_at_or_below_the_threshold():
 def test_a_start_below_the_threshold_takes_no_step():
     good = {"w": 20.0 * torch.eye(3)[SEPARABLE.labels]}
     solution = solve(params=good)
-    assert (solution.ending, solution.steps) == (Ending.CONVERGED, 0)
+    assert (solution.ending, solution.steps) == (SolverStatus.CONVERGED, 0)
     assert torch.equal(solution.params["w"], good["w"])
 
 
@@ -69,7 +69,7 @@ def test_the_start_is_left_alone_and_no_gradient_flows_out():
 def test_a_loss_that_is_not_finite_ends_the_solve_and_says_so():
     bad = SEPARABLE._replace(images=SEPARABLE.images.index_fill(0, torch.tensor([1]), float("nan")))
     solution = solve(iter([SEPARABLE, SEPARABLE, bad, SEPARABLE]), threshold=0.0)
-    assert (solution.ending, solution.steps) == (Ending.NONFINITE, 2)
+    assert (solution.ending, solution.steps) == (SolverStatus.NONFINITE, 2)
 
 
 def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
@@ -87,7 +87,7 @@ def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
 
     settings = {"threshold": 0.25, "learning_rate": 0.01, "max_steps": 400, "batches_per_pass": 2}
     solution = map_solve(loss_gradient(forward), {"w": torch.zeros(4, 3)}, alternate(), **settings)
-    assert solution.ending == Ending.CONVERGED
+    assert solution.ending == SolverStatus.CONVERGED
     hard_loss = cross_entropy(forward(solution.params, hard.images), hard.labels).item()
     assert (
         0.4 < hard_loss < 0.51

@@ -24,7 +24,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import chains
 from fbpc_ray.execution import session
 from fbpc_ray.models import checks
@@ -431,7 +431,7 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
 
     def losses(size, chosen, given=coreset_images):
         monkeypatch.setattr(chains, "TEST_BATCH", size)
-        test = RealData(images[chosen], labels[chosen], digits.mean, digits.std)
+        test = DeviceDataset(images[chosen], labels[chosen], digits.mean, digits.std)
         return chains.predictive(Passes(net), samples, given, test)
 
     whole = losses(500, torch.arange(45))

@@ -19,16 +19,16 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import tensors
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.methods.common import Problem
-from fbpc_ray.distillation.trajectory_cache import XCache
-from fbpc_ray.distillation.worker import METHODS, Unit, Worker
+from fbpc_ray.distillation.methods.common import GradientContext
+from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
+from fbpc_ray.distillation.worker import METHODS, GradientTask, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.compiler import CannotCompile, compiled
 from fbpc_ray.models.functional import Network, specify
-from fbpc_ray.models.passes import Passes, multiplications
+from fbpc_ray.models.passes import Passes, count_macs
 
 with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 
@@ -63,9 +63,9 @@ def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
     store = session.store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=SIZE)
-    real = RealData(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
     expected = reference.gradient(spec, snapshots, real, state.images, labels, 3, settings)
-    problem = Problem(Passes(Network(spec), folder), store, real, labels, settings, "dsa", 1)
+    problem = GradientContext(Passes(Network(spec), folder), store, real, labels, settings, "dsa", 1)
     found = METHODS["fbpc"](problem, 3, state.images, 0.0)
     torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert len(list(folder.glob("*.pt2"))) == 2
@@ -167,7 +167,7 @@ def test_a_changed_network_or_thread_count_has_another_name(folder):
 
 def test_multiplications_by_hand():
     """8x8 digits, width 8, depth 2: 64 x 8 x 9 x 1, 16 x 8 x 9 x 8, and 32 x 10 in the head."""
-    assert multiplications(network("convnet-in")) == 64 * 8 * 9 + 16 * 8 * 9 * 8 + 32 * 10
+    assert count_macs(network("convnet-in")) == 64 * 8 * 9 + 16 * 8 * 9 * 8 + 32 * 10
 
 
 def test_only_long_runs_are_compiled(small, digits, monkeypatch):
@@ -208,7 +208,7 @@ def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_s
     found = []
     for gigabytes in (0.0, 1.0, 1.0):
         arguments = session.crew(small.updated(x_cache=gigabytes), digits, labels, specs, stores).arguments
-        found.append(Worker(**arguments, device="cpu").gradient(Unit(1, 0), 2, state.images.numpy(), 0.0)[0])
+        found.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
     assert list((cache.folder() / "x-sides").glob("*.npy"))
     assert (found[0] == found[1]).all()
     assert (found[0] == found[2]).all()
@@ -227,8 +227,8 @@ def rows(values):
 
 def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
     make, asked = rows([0.1, 1 / 3])
-    kept = XCache(tmp_path, 1e6)
-    first, again = kept.block("a", (2, 3), make), XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    kept = TrajectoryCache(tmp_path, 1e6)
+    first, again = kept.block("a", (2, 3), make), TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
     assert first is not None
     assert (first == np.array([[0.1] * 3, [1 / 3] * 3], np.float32)).all()
     assert again is not None
@@ -239,7 +239,7 @@ def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
 
 
 def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
-    kept, (make, _) = XCache(tmp_path, 500), rows([1, 2])
+    kept, (make, _) = TrajectoryCache(tmp_path, 500), rows([1, 2])
     for name, age in (("a", 10), ("b", 20), ("c", 30)):
         kept.block(name, (2, 3), make)
         os.utime(tmp_path / f"{name}.npy", (age, age))
@@ -248,14 +248,14 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {"a", "c", "d"}
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 500
-    assert XCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
+    assert TrajectoryCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
 
 
 @pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_block_is_made_again(content, tmp_path):
     (tmp_path / "a.npy").write_bytes(content)
     make, asked = rows([5, 6])
-    found = XCache(tmp_path, 1e6).block("a", (2, 3), make)
+    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
     assert found is not None
     assert found[1, 0] == 6
     assert asked
@@ -263,14 +263,14 @@ def test_a_damaged_block_is_made_again(content, tmp_path):
 
 def test_a_block_of_another_shape_is_made_again(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((2, 4), np.float32))
-    found = XCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
     assert found is not None
     assert found.shape == (2, 3)
 
 
 def test_a_cache_that_cannot_be_written_is_one_that_is_not_there(tmp_path):
     (tmp_path / "file").write_text("")
-    assert XCache(tmp_path / "file" / "below", 1e6).block("a", (2, 3), rows([1, 2])[0]) is None
+    assert TrajectoryCache(tmp_path / "file" / "below", 1e6).block("a", (2, 3), rows([1, 2])[0]) is None
 
 
 def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
@@ -279,7 +279,7 @@ def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
         raise RuntimeError("amid")
 
     with pytest.raises(RuntimeError, match="amid"):
-        XCache(tmp_path, 1e6).block("a", (2, 3), broken)
+        TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), broken)
     assert not list(tmp_path.iterdir())
 
 
@@ -287,7 +287,7 @@ def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
     found: list[np.ndarray | None] = [None] * 8
 
     def want(place):
-        found[place] = XCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
+        found[place] = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
 
     threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
     for each in threads:

@@ -23,7 +23,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.reporting import html, report
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
@@ -165,7 +165,7 @@ def test_the_code_of_the_page_loads_the_coreset(runs, tmp_path):
     code = next(code for code in found.codes if "safe_open" in code)
     names: dict = {}
     exec(code, names)
-    its = coreset.load(Run(runs["fbpc"]).coreset_path)
+    its = coreset.load(RunDirectory(runs["fbpc"]).coreset_path)
     assert torch.equal(names["images"], its.images) and torch.equal(names["labels"], its.labels)
     assert (tuple(names["mean"]), tuple(names["classes"])) == (its.mean, its.classes)
     assert str(tuple(its.images.shape)) in code
@@ -270,7 +270,7 @@ def test_what_files_say_is_text(runs, tmp_path):
     (folder / "result.json").write_text(json.dumps(result))
     config = read_config(folder).flat() | {"experts": f"{HOSTILE}\n```\n# heading", "data": f"npz:{HOSTILE}"}
     (folder / "config.json").write_text(json.dumps(config))
-    path = Run(folder).coreset_path
+    path = RunDirectory(folder).coreset_path
     coreset.save(coreset.load(path)._replace(classes=(HOSTILE, *"123456789")), path)
 
     found = made(tmp_path, folder)

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from fbpc_ray.core.config import Distillation
 from fbpc_ray.core.rng import generator, seeded_globally
 from fbpc_ray.data import augment as dsa
-from fbpc_ray.data.loader import RealData
-from fbpc_ray.distillation.methods.common import Problem, coreset_batches
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.distillation.methods.common import GradientContext, coreset_batches
 from fbpc_ray.models.functional import Spec, build
 
 
 def gradient(
     spec: Spec,
     snapshots: list[dict[str, Tensor]],
-    real: RealData,
+    real: DeviceDataset,
     images: Tensor,
     labels: Tensor,
     step: int,
@@ -90,7 +90,7 @@ def gradient(
     return u.grad
 
 
-def weight_space(problem: Problem, snapshots: list[dict[str, Tensor]], images: Tensor, step: int) -> Tensor:
+def weight_space(problem: GradientContext, snapshots: list[dict[str, Tensor]], images: Tensor, step: int) -> Tensor:
     """Eqs. 5-7 for one expert with `snapshots` (epochs 0..E), all of u in every batch, DSA on: fKL, rKL or W."""
     s, labels, m = problem.settings, problem.labels, len(problem.labels)
     shape = images.shape

@@ -16,7 +16,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Backend
 
@@ -49,7 +49,9 @@ def run_on(
     state, rows = state or first, rows or []
     backend.start_workers(session.crew(config, digits, labels, specs, stores))
     try:
-        state = loop.distill(config, Run(folder), state, rows, backend, Interruption(), on_step, lambda state: None)
+        state = loop.distill(
+            config, RunDirectory(folder), state, rows, backend, Interruption(), on_step, lambda state: None
+        )
     finally:
         backend.stop_workers()
     return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
@@ -98,7 +100,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 300) -
 
 
 def images_of(folder: Path) -> torch.Tensor:
-    return coreset.load(Run(folder).coreset_path).images
+    return coreset.load(RunDirectory(folder).coreset_path).images
 
 
 def refused(capsys, *words: str, command: str = "distill", code: int = 2) -> str:

@@ -21,7 +21,7 @@ from support.runs import flags
 from fbpc_ray import api
 from fbpc_ray.commands import main
 from fbpc_ray.core.rng import generator
-from fbpc_ray.distillation.run_directory import Run
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.inference.metrics import predictive_stats, scores
 from fbpc_ray.tracking.mlflow_model import default_store
 
@@ -48,13 +48,13 @@ def home(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def run(home, small) -> Run[Path]:
+def run(home, small) -> RunDirectory[Path]:
     words = flags(small, backend="serial", method="random", architectures=("convnet-bn",), tracking=True, eval_seeds=1)
     main.main(["distill", *words, "--out", "run"])
-    return Run(home / "run")
+    return RunDirectory(home / "run")
 
 
-def evaluated(run: Run, *words: str) -> dict:
+def evaluated(run: RunDirectory, *words: str) -> dict:
     main.main(["evaluate", str(run.folder), *CHAIN, "--json", "result.json", *words])
     return json.loads(Path("result.json").read_text())["coresets"]["random"]
 

@@ -232,8 +232,8 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
     """Two processes, one new database: MLflow, Alembic and git print nothing, and both runs are complete."""
     code = (
-        "import pathlib, sys; from fbpc_ray import mlflow_uri, tracking\n"
-        "t = tracking.Tracker(mlflow_uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
+        "import pathlib, sys; from fbpc_ray.tracking import tracker, uri\n"
+        "t = tracker.Tracker(uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
         "                     finish_seconds=250)\n"
         "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )

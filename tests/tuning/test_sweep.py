@@ -26,11 +26,11 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.execution import session
-from fbpc_ray.execution.ray.placement import Need, Node, need_of, room, share
+from fbpc_ray.execution.ray.placement import Node, Resources, resources_of, room, share
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning import trial as sweep
-from fbpc_ray.tuning.trial import Look, Outcome, Record, Task
+from fbpc_ray.tuning.trial import Outcome, Record, Task, ValidationResult
 
 SPACE = {"alpha": [1.0, 10.0]}
 
@@ -144,23 +144,25 @@ def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, cap
 def test_a_trial_gets_bundles_in_which_its_workers_fit(nodes, units, trials, gpu, workers, together):
     """Room for all trials at once before more than one worker for any; and inside its bundles a trial finds a place."""
     more = {"gpu": gpu, "threads": 1, "cpus_per_actor": 0.0, "gpus_per_actor": 0.0}
-    need = need_of(units, nodes, **more)
+    need = resources_of(units, nodes, **more)
     found = share(nodes, need, units, trials)
     assert (found, min(trials, room(nodes, need) // found)) == (workers, together)
     bundles = [Node(need.cpus, need.gpus)] * found
-    inside = need_of(units, bundles, **more)
+    inside = resources_of(units, bundles, **more)
     assert room(bundles, inside) >= found
 
 
 def test_half_a_gpu_is_no_place_for_more_than_a_half():
-    assert room([Node(1, 0.5)], Need(0.5, 0.25)) == 2
-    assert room([Node(1, 0.5)], Need(1, 0.6)) == 0
-    assert room([Node(4, 1.5)], Need(1, 0.5)) == 3
-    assert room([Node(4, 1.5)], Need(1, 1)) == 1
+    assert room([Node(1, 0.5)], Resources(0.5, 0.25)) == 2
+    assert room([Node(1, 0.5)], Resources(1, 0.6)) == 0
+    assert room([Node(4, 1.5)], Resources(1, 0.5)) == 3
+    assert room([Node(4, 1.5)], Resources(1, 1)) == 1
 
 
 def outcome(number, how, *scores):
-    looks = [Look(10 * (index + 1), nll, accuracy, 0.1, 0.2, []) for index, (nll, accuracy) in enumerate(scores)]
+    looks = [
+        ValidationResult(10 * (index + 1), nll, accuracy, 0.1, 0.2, []) for index, (nll, accuracy) in enumerate(scores)
+    ]
     return Outcome(number, how, "", Record([0], looks))
 
 
@@ -209,7 +211,7 @@ def task_of(small, digits, folder, *own, **settings):
     made = Sweep(evaluate_every=2, **settings)
     configs = [sweep.config_of(base, each, made, folder, number) for number, each in enumerate(own)]
     held = digits._replace(validation=digits.test)  # as many images as the experts' data set leaves
-    return Task(configs, sweep.withheld(held), made)
+    return Task(configs, sweep.without_test_split(held), made)
 
 
 def one_trial(task, number=0, until=None):

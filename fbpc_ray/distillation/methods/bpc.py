@@ -16,7 +16,7 @@ from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.distillation.methods.common import (
     Clock,
     Gradient,
-    Problem,
+    GradientContext,
     Stats,
     coreset_batches,
     draw_expert,
@@ -35,7 +35,7 @@ class _Start(NamedTuple):
     epoch: int
 
 
-def reverse(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def reverse(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-rKL: the covariance of the potentials under q_u."""
     settings, clock = problem.settings, Clock(problem.network.device)
     start = _start(problem, step)
@@ -56,7 +56,7 @@ def reverse(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gra
     return _scattered(divergence, chosen, images, start, {"seconds_u": seconds_u, "seconds_gradient": clock.lap()})
 
 
-def forward(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def forward(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-fKL: Eq. 7."""
     settings, clock = problem.settings, Clock(problem.network.device)
     start = _start(problem, step)
@@ -77,7 +77,7 @@ def forward(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gra
     return _scattered(divergence, chosen, images, start, {"seconds_u": seconds_u, "seconds_gradient": clock.lap()})
 
 
-def distance(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def distance(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-W: the distance of the means through the unrolled steps; their learning rate is learned with the images."""
     settings, clock = problem.settings, Clock(problem.network.device)
     start = _start(problem, step)
@@ -97,20 +97,20 @@ def distance(problem: Problem, step: int, images: Tensor, inner_lr: float) -> Gr
     return Gradient(value, stats, of_rate.item())
 
 
-def _start(problem: Problem, step: int) -> _Start:
+def _start(problem: GradientContext, step: int) -> _Start:
     s = problem.settings
     epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs, AHEAD[s.method])
     expert, epoch = draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
     return _Start(problem.network.parameters_of(problem.store.read(expert, epoch)), expert, epoch)
 
 
-def _target(problem: Problem, start: _Start) -> Params:
+def _target(problem: GradientContext, start: _Start) -> Params:
     """mu_x."""
     later = start.epoch + AHEAD[problem.settings.method]
     return problem.network.parameters_of(problem.store.read(start.expert, later))
 
 
-def _trained(problem: Problem, step: int, images: Tensor, theta_0: Params, inner_lr: float) -> Params:
+def _trained(problem: GradientContext, step: int, images: Tensor, theta_0: Params, inner_lr: float) -> Params:
     """mu_u, without a graph."""
     s = problem.settings
     batches = coreset_batches(images, problem.labels, s.batch_size, problem.augment, problem.rng(step, "coreset"))

@@ -13,9 +13,9 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.augment import AUGMENTATIONS
-from fbpc_ray.data.loader import RealData
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.trajectory_cache import XCache
+from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 
@@ -23,12 +23,12 @@ Stats = dict[str, Any]
 """What one gradient reports: int, float and str by name."""
 
 
-class Problem(NamedTuple):
+class GradientContext(NamedTuple):
     """What a worker holds between two steps: one architecture, its experts, the data and the settings."""
 
     passes: Passes
     store: ExpertStore
-    real: RealData
+    real: DeviceDataset
     labels: Tensor
     """(m,) int64: the pseudocoreset's, fixed."""
     settings: Distillation
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     expert_count: int
     draw: int = 0
     """Which of the step's independent draws of (theta_x, theta_u)."""
-    x_cache: XCache | None = None
+    x_cache: TrajectoryCache | None = None
     """Where theta_x and its K steps are kept."""
 
     @property
@@ -70,7 +70,7 @@ Method = Callable[..., Gradient]
 """(problem, step, images (m, c, h, w) on the device, inner learning rate, and what was made before) -> Gradient.
 Pure."""
 
-XSide = Callable[[Problem, int], np.ndarray]
+ExpertSide = Callable[[GradientContext, int], np.ndarray]
 """(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
 
 

@@ -12,16 +12,23 @@ from torch import Tensor
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.augment import AUGMENTATIONS
-from fbpc_ray.distillation.methods.common import Clock, Gradient, Problem, coreset_batches, draw_expert, expert_epochs
+from fbpc_ray.distillation.methods.common import (
+    Clock,
+    Gradient,
+    GradientContext,
+    coreset_batches,
+    draw_expert,
+    expert_epochs,
+)
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
 
-X_FORMAT = 1
+EXPERT_SIDE_FORMAT = 1
 """To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
 
 
-def x_side(problem: Problem, step: int) -> np.ndarray:
+def expert_side(problem: GradientContext, step: int) -> np.ndarray:
     """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
     expert, epoch = _expert(problem, step)
     found = _kept(problem, expert, epoch)
@@ -29,14 +36,14 @@ def x_side(problem: Problem, step: int) -> np.ndarray:
 
 
 def gradient(
-    problem: Problem,
+    problem: GradientContext,
     step: int,
     images: Tensor,
     inner_lr: float,
-    x_side: np.ndarray | None = None,
+    expert_side: np.ndarray | None = None,
     start: np.ndarray | None = None,
 ) -> Gradient:
-    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `x_side`, where it was
+    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `expert_side`, where it was
     computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map pool`); None: at the prior.
 
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
@@ -53,14 +60,14 @@ def gradient(
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
     expert, epoch = _expert(problem, step)
-    if x_side is None and not isotropic:
-        x_side = _kept(problem, expert, epoch)
+    if expert_side is None and not isotropic:
+        expert_side = _kept(problem, expert, epoch)
     samples_x: Iterable[Params]
-    if x_side is None:
+    if expert_side is None:
         theta_x = _theta_x(problem, expert, epoch)
         samples_x = _k_steps(problem, expert, epoch, theta_x)
     else:
-        theta_x, samples_x = _params(problem, x_side[0]), (_params(problem, row) for row in x_side[1:])
+        theta_x, samples_x = _params(problem, expert_side[0]), (_params(problem, row) for row in expert_side[1:])
     posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
     seconds_x = clock.lap()
 
@@ -108,18 +115,18 @@ def gradient(
     )
 
 
-def _expert(problem: Problem, step: int) -> tuple[int, int]:
+def _expert(problem: GradientContext, step: int) -> tuple[int, int]:
     """The step's trajectory and epoch."""
     s = problem.settings
     epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs)
     return draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
 
 
-def _theta_x(problem: Problem, expert: int, epoch: int) -> Params:
+def _theta_x(problem: GradientContext, expert: int, epoch: int) -> Params:
     return problem.network.parameters_of(problem.store.read(expert, epoch))
 
 
-def _k_steps(problem: Problem, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
+def _k_steps(problem: GradientContext, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
     """theta_x^(1..K), Eq. 16 on the x side. A snapshot has one such trajectory: its real images and their augmentation
     are drawn by the snapshot's name, so that every step, run and seed that meets it can share the work."""
     s, recipe = problem.settings, problem.store.recipe
@@ -128,20 +135,20 @@ def _k_steps(problem: Problem, expert: int, epoch: int, theta_x: Params) -> Iter
     return islice(sgd_trajectory(problem.passes.loss_gradient, theta_x, batches, s.lambda_x), s.posterior_steps)
 
 
-def _rows(problem: Problem, expert: int, epoch: int) -> Iterator[Tensor]:
+def _rows(problem: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]:
     theta_x = _theta_x(problem, expert, epoch)
     for params in chain([theta_x], _k_steps(problem, expert, epoch, theta_x)):
         yield _vector(params).cpu()
 
 
-def _kept(problem: Problem, expert: int, epoch: int) -> np.ndarray | None:
+def _kept(problem: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
     """The rows from the cache, made where they aren't there; None where there is no cache for them."""
     if problem.x_cache is None:
         return None
     s, passes = problem.settings, problem.passes
     device = problem.network.device
     about = (
-        X_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
+        EXPERT_SIDE_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
         s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
         torch.__version__, torch.get_num_threads(), passes.folder is not None, torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -155,7 +162,7 @@ def _vector(params: Params) -> Tensor:
     return torch.cat([value.flatten() for value in params.values()])
 
 
-def _params(problem: Problem, row: np.ndarray) -> Params:
+def _params(problem: GradientContext, row: np.ndarray) -> Params:
     """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
     where memory is aligned otherwise."""
     shapes = problem.network.shapes

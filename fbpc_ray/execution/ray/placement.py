@@ -19,7 +19,7 @@ class Node(NamedTuple):
     """Bytes of its object store."""
 
 
-class Need(NamedTuple):
+class Resources(NamedTuple):
     """What one worker takes. It must find it on one node."""
 
     cpus: float
@@ -29,35 +29,37 @@ class Need(NamedTuple):
         return f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
 
-def need_of(
+def resources_of(
     workers: int, nodes: Sequence[Node], *, gpu: bool, threads: int, cpus_per_actor: float, gpus_per_actor: float
-) -> Need:
+) -> Resources:
     """What each of `workers` takes; 0 for either setting means as much as makes sense.
 
     A GPU each where there are as many, else a fraction, such that at most `SHARING` work on one. A CPU for each
     thread, as far as the largest node has them; beside a GPU one CPU, or an equal part of fewer.
     """
     if not gpu:
-        return Need(cpus_per_actor or min(threads, max((node.cpus for node in nodes), default=threads)) or 1.0, 0.0)
+        return Resources(
+            cpus_per_actor or min(threads, max((node.cpus for node in nodes), default=threads)) or 1.0, 0.0
+        )
     total = sum(node.gpus for node in nodes)
     gpus = gpus_per_actor
     if not gpus:
         gpus = 1.0 if total >= workers or not total else _floor(1 / min(SHARING, math.ceil(workers / total)), 4)
     shares = [node.cpus / _slots(node.gpus, gpus) for node in nodes if _slots(node.gpus, gpus)]
-    return Need(cpus_per_actor or min(1.0, _floor(min(shares, default=1.0), 2)), gpus)
+    return Resources(cpus_per_actor or min(1.0, _floor(min(shares, default=1.0), 2)), gpus)
 
 
-def room(nodes: Sequence[Node], need: Need) -> int:
+def room(nodes: Sequence[Node], need: Resources) -> int:
     """How many workers fit."""
     return sum(_fits(node, need) for node in nodes)
 
 
-def share(nodes: Sequence[Node], need: Need, units: int, trials: int) -> int:
+def share(nodes: Sequence[Node], need: Resources, units: int, trials: int) -> int:
     """How many workers each of several trials gets: an equal part of the room, one at least, `units` at most."""
     return max(1, min(units, room(nodes, need) // trials))
 
 
-def lacking(nodes: Sequence[Node], need: Need) -> str:
+def infeasible_message(nodes: Sequence[Node], need: Resources) -> str:
     """Why not one worker fits: one line."""
     have = ", ".join(sorted({f"{node.cpus:g} CPU and {node.gpus:g} GPU" for node in nodes})) or "nothing"
     flags = "--gpus-per-actor or --cpus-per-actor" if need.gpus else "--cpus-per-actor"
@@ -72,7 +74,7 @@ def steps_ahead(wanted: int, units: int, bytes_each: int, nodes: Sequence[Node])
     return int(min(wanted, STORE_SHARE * store / (bytes_each * units)))
 
 
-def _fits(node: Node, need: Need) -> int:
+def _fits(node: Node, need: Resources) -> int:
     slots = [int(node.cpus / need.cpus + 1e-6)] if need.cpus else []
     if need.gpus:
         slots.append(_slots(node.gpus, need.gpus))

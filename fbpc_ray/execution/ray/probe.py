@@ -14,7 +14,7 @@ SECONDS = 10.0
 """A cluster that is there answers in milliseconds."""
 
 
-def knock(address: str) -> None:
+def probe(address: str) -> None:
     """Ask the cluster at `address` (host:port) for its id. Raises UserError where it doesn't answer or refuses us."""
     channel = init_grpc_channel(address)  # with the token, or TLS, that the environment asks for
     try:

@@ -24,10 +24,10 @@ from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation.methods.common import Gradient
-from fbpc_ray.distillation.worker import State, Unit, Worker, map_start
+from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start
 from fbpc_ray.distillation.worker import threads as torch_threads
-from fbpc_ray.execution.ray.placement import Need, Node, lacking, need_of, room, steps_ahead
-from fbpc_ray.execution.ray.probe import knock, refused
+from fbpc_ray.execution.ray.placement import Node, Resources, infeasible_message, resources_of, room, steps_ahead
+from fbpc_ray.execution.ray.probe import probe, refused
 from fbpc_ray.execution.ray.worker_pool import (
     ALONE_SAY_AFTER,
     SAY_AFTER,
@@ -37,7 +37,7 @@ from fbpc_ray.execution.ray.worker_pool import (
     first_line,
     raise_cause,
 )
-from fbpc_ray.execution.serial import Crew, device_name, gradient_of
+from fbpc_ray.execution.serial import WorkerGroupSpec, device_name, gradient_of
 
 ATTEMPTS = 5
 """Times a gradient is asked for before its loss of workers is taken for an illness of the machine."""
@@ -68,7 +68,7 @@ class RayBackend:
         """`init_options` go to ray.init where a cluster is started. Raises UserError."""
         self.settings, self.interruption, self.log = settings, interruption, log
         self.pool: Pool | None = None
-        self.crew = Crew({}, [])
+        self.crew = WorkerGroupSpec({}, [])
         self.owned = not ray.is_initialized()
         self.alone = self.owned and _connect(settings.address, init_options, log)
         """Whether the cluster is ours: then a worker that isn't there yet is starting, not waiting for a place."""
@@ -85,15 +85,17 @@ class RayBackend:
     def map(self, function, shared, items):
         return self._on_workers(function, shared, items) if self.pool else self._as_tasks(function, shared, items)
 
-    def start_workers(self, crew: Crew) -> None:
+    def start_workers(self, crew: WorkerGroupSpec) -> None:
         here = nodes()
         need = self.need(len(crew.units), crew.arguments["threads"])
         self._refuse_what_fits_nowhere(need)
         self.crew = crew
-        self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.x_side_bytes, here)
-        self._x_sides: dict[tuple[Unit, int], Any] = {}  # references; there once no worker has the job any more
-        self._seconds: dict[Unit, list[float]] = defaultdict(list)
-        self._attempts = Counter[Unit]()
+        self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.expert_side_bytes, here)
+        self._expert_sides: dict[
+            tuple[GradientTask, int], Any
+        ] = {}  # references; there once no worker has the job any more
+        self._seconds: dict[GradientTask, list[float]] = defaultdict(list)
+        self._attempts = Counter[GradientTask]()
         references = {name: _put(value) for name, value in crew.arguments.items()}
         make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
         wanted = len(crew.units) * (2 if self._ahead else 1)
@@ -115,18 +117,18 @@ class RayBackend:
     def gradients(self, state: State) -> list[Gradient | None]:
         assert self.pool is not None
         images = _put(state.images.numpy())
-        found: dict[Unit, Gradient | None] = {}
+        found: dict[GradientTask, Gradient | None] = {}
         self._attempts.clear()
-        self._x_sides = {key: value for key, value in self._x_sides.items() if key[1] >= state.step}
+        self._expert_sides = {key: value for key, value in self._expert_sides.items() if key[1] >= state.step}
         while len(found) < len(self.crew.units):
             self._hand_out(state, images, found)
             for outcome in self.pool.outcomes():
                 kind, unit, step = outcome.key
                 if kind == "x-side" and outcome.lost:
-                    self._x_sides[unit, step] = None  # the gradient computes it itself
+                    self._expert_sides[unit, step] = None  # the gradient computes it itself
                 elif kind == "gradient" and step == state.step and unit not in found:
                     if outcome.lost:
-                        self._x_sides.pop((unit, step), None)
+                        self._expert_sides.pop((unit, step), None)
                         self._say_lost(unit, step, outcome.lost)
                     else:
                         value, stats, inner_lr, solution = outcome.value
@@ -139,7 +141,7 @@ class RayBackend:
     def stop_workers(self) -> None:
         if self.pool:
             self.pool.close()
-        self.pool, self.crew, self._x_sides = None, Crew({}, []), {}
+        self.pool, self.crew, self._expert_sides = None, WorkerGroupSpec({}, []), {}
 
     def describe(self) -> str:
         need = self.need(1, 1)
@@ -169,19 +171,19 @@ class RayBackend:
             if self.owned:
                 ray.shutdown()
 
-    def need(self, workers: int, threads: int) -> Need:
+    def need(self, workers: int, threads: int) -> Resources:
         """What each of `workers` takes here."""
         x = self.settings
-        return need_of(
+        return resources_of(
             workers, nodes(), gpu=self.device == "cuda", threads=threads,
             cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor or (1.0 if x.autoscale else 0.0),
         )  # fmt: skip
 
-    def _refuse_what_fits_nowhere(self, need: Need) -> None:
+    def _refuse_what_fits_nowhere(self, need: Resources) -> None:
         if not room(here := nodes(), need) and not self.settings.autoscale:
-            raise UserError(lacking(here, need))
+            raise UserError(infeasible_message(here, need))
 
-    def _hand_out(self, state: State, images: Any, found: dict[Unit, Gradient | None]) -> None:
+    def _hand_out(self, state: State, images: Any, found: dict[GradientTask, Gradient | None]) -> None:
         """Gradients of this step to idle workers, what took longest first; x sides of later steps to those to spare."""
         pool, running, step = self.pool, self.pool.running() if self.pool else {}, state.step
         assert pool is not None
@@ -198,11 +200,11 @@ class RayBackend:
             known = [(m, unit) for m in idle for unit in todo if unit.architecture in m.skills]
             member, unit = known[0] if known else (idle[0], todo[0])
             todo.remove(unit)
-            x_side = self._x_sides.get((unit, step))
+            expert_side = self._expert_sides.get((unit, step))
             start = map_start(state, unit, self.crew.arguments["settings"])
 
-            def ask(actor: Any, unit: Unit = unit, x_side: Any = x_side, start: Any = start) -> Any:
-                return actor.gradient.remote(unit, step, images, state.inner_lr, x_side, start)
+            def ask(actor: Any, unit: GradientTask = unit, expert_side: Any = expert_side, start: Any = start) -> Any:
+                return actor.gradient.remote(unit, step, images, state.inner_lr, expert_side, start)
 
             pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
         if todo:
@@ -214,25 +216,25 @@ class RayBackend:
                 busy = sum(key[0] == "x-side" for key in pool.running())
                 if busy >= spare:
                     return
-                if (unit, later) not in self._x_sides and not pool.give(self._x_side_job(unit, later)):
+                if (unit, later) not in self._expert_sides and not pool.give(self._expert_side_job(unit, later)):
                     return
 
-    def _x_side_job(self, unit: Unit, step: int) -> Job:
+    def _expert_side_job(self, unit: GradientTask, step: int) -> Job:
         """The block stays where it was made: what is fetched is the first of two results, empty or an error."""
 
         def ask(actor: Any) -> Any:
-            done, self._x_sides[unit, step] = actor.x_side.options(num_returns=2).remote(unit, step)
+            done, self._expert_sides[unit, step] = actor.expert_side.options(num_returns=2).remote(unit, step)
             return done
 
         return Job(("x-side", unit, step), ask, self._deadline(unit), unit.architecture)
 
-    def _deadline(self, unit: Unit) -> float:
+    def _deadline(self, unit: GradientTask) -> float:
         """Twice as long with each loss in this step: a deadline that is too short ends no run."""
         taken = self._seconds[unit]
         usual = max(LEAST_DEADLINE, TIMES_USUAL * max(taken)) if taken else FIRST_DEADLINE
         return (self.settings.step_deadline or usual) * 2 ** self._attempts[unit]
 
-    def _say_lost(self, unit: Unit, step: int, why: str) -> None:
+    def _say_lost(self, unit: GradientTask, step: int, why: str) -> None:
         self._attempts[unit] += 1
         name = self.crew.arguments["specs"][unit.architecture].architecture
         if self._attempts[unit] == ATTEMPTS:
@@ -243,7 +245,7 @@ class RayBackend:
             )
         self.log(f"the gradient of {name} was lost in step {step + 1} ({why}); it is asked for again")
 
-    def _skip_stragglers(self, step: int, found: dict[Unit, Gradient | None]) -> None:
+    def _skip_stragglers(self, step: int, found: dict[GradientTask, Gradient | None]) -> None:
         """On request, leave out what takes many times its usual time; one gradient at least is waited for."""
         times = self.settings.skip_stragglers
         if not times or not any(found.values()):
@@ -352,7 +354,7 @@ def _connect(address: str, options: dict[str, Any], log: Callable[[str], None]) 
         if starts:
             given, options = "local", {"include_dashboard": False, **options}
         elif "://" not in asked:
-            knock(where)
+            probe(where)
         with on_loopback() if starts or here else nullcontext():
             ray.init(address=given, logging_level=logging.ERROR, log_to_driver=False, **options)
     except RayAuthenticationError as error:
