@@ -53,7 +53,7 @@ def main(architecture: str, steps: int, chains: int, experts: str, quick: bool) 
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         right = []
         for seed in range(chains):
-            short: dict[str, Any] = {"chain_steps": 20, "chain_every": 10} if quick else {}
+            short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
             samples = posterior(coreset, architecture, seed=seed, width=16, **short)
             familiar = samples.predict(data.test.images)
             right.append(familiar.scores(data.test.labels).accuracy)

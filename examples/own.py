@@ -64,7 +64,7 @@ def main(images: int, steps: int, experts: str, out: str, quick: bool) -> None:
     save(coreset, path)
     rivals = {"random": distill(data, network, ipc=1, method="random", **settings), "distilled": coreset}
     print(f"\n{'3 images':<11}accuracy %  NLL    (own network, {len(test)} test images, 3 chains as one ensemble)")
-    short: dict[str, Any] = {"chain_steps": 20, "chain_every": 10} if quick else {}
+    short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
     for name, each in rivals.items():
         samples = posterior(each, network, chains=3, **short)
         scores = samples.predict(data.test.images).scores(data.test.labels)

@@ -157,12 +157,12 @@ def posterior(
     **settings: Any,
 ) -> Ensemble:
     """Samples of a Bayesian network on `coreset`, by SGHMC: those that `fbpc evaluate` scores, of its chains `seed`,
-    `seed` + 1, ... A sample every `chain_every` of `chain_steps` epochs, for each chain.
+    `seed` + 1, ... A sample every `chain_every` of `chain_epochs` epochs, for each chain.
 
     Args:
         architecture: any network, not only those that it was distilled on.
         width, depth, augment, device: as for `distill`.
-        settings: those of the chains, chain_steps, chain_every, chain_eta ...
+        settings: those of the chains, chain_epochs, chain_every, chain_eta ...
 
     Raises UserError for a chain that left the finite numbers.
     """
@@ -176,7 +176,7 @@ def posterior(
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
     e, samples = chosen.evaluation, []
-    with loop.progress("sample", chains * (e.chain_steps // e.chain_every), "sample") as bar, threads(1):
+    with loop.progress("sample", chains * (e.chain_epochs // e.chain_every), "sample") as bar, threads(1):
         for number in range(seed, seed + chains):
             for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
@@ -232,6 +232,6 @@ def _check_names(settings: dict[str, Any], function: str, *others: type) -> None
     """Raise UserError for a setting that `function` has no use for."""
     others_names = {f.name for group in others for f in fields(group)}
     known = [name for name in Config().flat() if name not in others_names]
-    for name in settings:
+    for name in config.current_names(settings):
         if name not in known:
             raise UserError(f"{function} has no setting '{name}': {closest(name, known)}")

@@ -10,7 +10,7 @@ Every way takes the same steps with the same draws, in turn, on the same number 
     ours, cold  the same without x sides on disk
     floor       as many passes as ours took, back to back, compiled, and nothing else
     bpc-fkl     a step of the weight-space baseline with as many draws (S = 30), by our worker
-    ours, pool  a step of a distillation with `--map pool`, whose solves begin at earlier solutions
+    ours, pool  a step of a distillation with `--map-init warm`, whose solves begin at earlier solutions
 
 Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray nor MLflow.
 """
@@ -102,7 +102,7 @@ class Arguments:
     depend on what u becomes; empty: untrained ones, which cost as much otherwise."""
     expert_epochs: int = 2
     """Epochs of the experts."""
-    map_pool: int = 5
+    warm_pool_size: int = 5
     """Solutions of `ours, pool`."""
     threads: int = 1
     """CPU threads."""
@@ -183,7 +183,7 @@ def write_untrained(store: ExpertStore, spec: Spec, numbers: Sequence[int]) -> N
 def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
     """The seconds of every way and repeat, and what else is asked for."""
     config, units = case.config, gradient_tasks(len(case.specs), 1)
-    ours, cold = worker(case, config), worker(case, config, x_cache_bytes=0.0)
+    ours, cold = worker(case, config), worker(case, config, trajectory_cache_bytes=0.0)
     weights = with_method(config, "bpc-fkl", config.distillation.ipc).updated(start_rule="from", start_epoch=0)
     fkl = worker(case, weights)
     taken: dict[tuple[GradientTask, int], int] = {}
@@ -226,7 +226,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
                 seconds[way].append(elsewhere.submit(reference_seconds, flat, args.threads, numbers).result())
             else:
                 # A turn of the pool: now and then a solution is begun anew, which takes longer.
-                count = args.map_pool if way == "ours, pool" else args.steps
+                count = args.warm_pool_size if way == "ours, pool" else args.steps
                 seconds[way].append(timed(ways[way], range(count), args.device))
     phases = [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units]
     found: dict[str, Any] = {
@@ -275,14 +275,14 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int], None]:
-    """A distillation with `--map pool` that goes on for a step at each call, from when every solution was met twice."""
-    config = case.config.updated(map="pool", map_pool=args.map_pool)
+    """A distillation with `--map-init warm` that takes a step at each call, from when every solution was met twice."""
+    config = case.config.updated(map_init="warm", warm_pool_size=args.warm_pool_size)
     d, backend = config.distillation, Serial(args.device, Interruption())
     backend.start_workers(session.crew(config, case.dataset, case.labels, case.specs, case.stores))
     state, _ = loop.first_state(case.dataset, d.ipc, d.seed)
-    before = 2 * d.map_pool
+    before = 2 * d.warm_pool_size
     assert backend.worker is not None
-    for number in range(before + d.map_pool * args.repeats):
+    for number in range(before + d.warm_pool_size * args.repeats):
         for unit in backend.units:
             backend.worker.expert_side(unit, number)
 

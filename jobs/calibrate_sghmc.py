@@ -9,7 +9,7 @@ that between settings, and its accuracy and NLL are compared with the paper's:
 
 with the paper's coreset taken for one more draw. Relative NLL, because its spread grows with it; s is pooled, so that
 no setting gains by being noisy (with C = 1 it is 0.1 of the NLL and 0.01 of accuracy). The NLL is taken once per
-example and once as the lineage computes it (metrics.nll_of_batches, batches of 256), which says what the paper printed.
+example and once as the lineage computes it (metrics.batch_nll, batches of 256), which says what the paper printed.
 
 The prior is read twice from the same rows, too. `sum`: one --chain-weight-decay for every ipc, which is divided by m
 and so is one Gaussian prior, of one variance, beside the *summed* loss. `mean`: one weight decay on the mean loss for
@@ -33,9 +33,10 @@ import numpy as np
 import torch
 import tyro
 
+from fbpc_ray.commands.arguments import current_words
 from fbpc_ray.commands.main import COMMANDS, main
 from fbpc_ray.core import files
-from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers
+from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers, current_names
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
@@ -64,7 +65,7 @@ PAPER = {
 }
 """ipc -> CIFAR-10, ConvNet."""
 
-DEFINITIONS = ("nll", "nll_of_batches")
+DEFINITIONS = ("nll", "batch_nll")
 """What the paper's NLL may be."""
 
 Setting = tuple[str, str, float, str]
@@ -88,7 +89,7 @@ class Search:
     """Augmentation inside the chains."""
     coresets: int = 3
     """Random coresets, seeds 0, 1, ...; those of --seed."""
-    chain_steps: tuple[int, ...] = (1000,)
+    chain_epochs: tuple[int, ...] = (1000,)
     """Epochs of a chain, one value or one for each --ipc; 10 samples are taken [paper: 1000]."""
     test_images: int = 1000
     """Test images, drawn by class; 0 means all."""
@@ -125,6 +126,7 @@ def run_trial(shared: EvaluationContext, trial: Trial, device: str) -> ChainResu
 
 
 def calibrate(argv: list[str], program: str) -> None:
+    argv = current_words(argv, [Arguments])
     args = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], args=argv, prog=program, description=__doc__)
     search, config = args.search, Config(data=args.data, networks=args.networks, workers=args.workers)
     _check(search, config)
@@ -135,7 +137,7 @@ def calibrate(argv: list[str], program: str) -> None:
     if path.exists():
         with undamaged(path, "restore it, or give another --out"):
             found = json.loads(path.read_text())
-            done = {name: [dict(each) for each in found[name]] for name in done}
+            done = {name: [current_names(each) for each in found[name]] for name in done}
     missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in done["rows"])]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
@@ -162,20 +164,20 @@ def calibrate(argv: list[str], program: str) -> None:
 def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]:
     """Every chain of the search, coreset by coreset, so that an interrupted search compares all settings."""
     (spec,) = session.specs(config, dataset)
-    lengths = search.chain_steps * (len(search.ipc) if len(search.chain_steps) == 1 else 1)
+    lengths = search.chain_epochs * (len(search.ipc) if len(search.chain_epochs) == 1 else 1)
     trials = []
     for number, (ipc, steps) in product(range(search.coresets), zip(search.ipc, lengths, strict=True)):
         state, labels = loop.first_state(dataset, ipc, number)
         chain = Chain(f"random-{number}", state.images.numpy(), labels.numpy(), spec, number)
         for noise, decay, dsa in product(search.noise, search.weight_decay, search.dsa):
             settings = Evaluation(
-                chain_steps=steps, chain_every=max(1, steps // 10),
+                chain_epochs=steps, chain_every=max(1, steps // 10),
                 chain_noise=noise, chain_weight_decay=decay, chain_augment=dsa == "on",
             )  # fmt: skip
             key = {
                 "ipc": ipc, "noise": noise, "weight_decay": decay, "prior": "weight_decay / m", "dsa": dsa,
                 "coreset": number, "chain_seed": number,
-                "chain_steps": steps, "chain_every": settings.chain_every, "chain_eta": settings.chain_eta,
+                "chain_epochs": steps, "chain_every": settings.chain_every, "chain_eta": settings.chain_eta,
                 "chain_friction": settings.chain_friction, "chain_d": settings.chain_d,
                 "architecture": spec.architecture, "width": spec.width, "depth": spec.depth,
                 "augment": config.networks.augment, "data": _name(dataset.name), "fingerprint": dataset.fingerprint,
@@ -229,7 +231,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     head = ["prior", "noise", "weight decay x m at ipc 1", "DSA", "misfit by NLL", "misfit by NLL of batches"]
     for ipc in ipcs:
         p = PAPER[ipc]
-        steps = "/".join(str(each) for each in sorted({row["chain_steps"] for row in rows if row["ipc"] == ipc}))
+        steps = "/".join(str(each) for each in sorted({row["chain_epochs"] for row in rows if row["ipc"] == ipc}))
         head += [
             f"ipc {ipc}: n", f"accuracy % (paper {100 * p.accuracy:.2f}; {steps} epochs)", f"NLL (paper {p.nll:.2f})",
             f"NLL of batches (paper {p.nll:.2f})", "NLL of a sample",
@@ -242,7 +244,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             its = [row for row in by[setting, ipc] if row["nll"] is not None]
             cells += [f"{len(its)} of {len(by[setting, ipc])}" if len(its) < len(by[setting, ipc]) else str(len(its))]
             cells += [_mean([100 * row["accuracy"] for row in its], 1)]
-            cells += [_mean([row[name] for row in its], 2) for name in (*DEFINITIONS, "nll_of_samples")]
+            cells += [_mean([row[name] for row in its], 2) for name in (*DEFINITIONS, "mean_sample_nll")]
         lines.append(cells)
     prior, noise, decay, dsa = order[0]
     decays = [decay if prior == "sum" else decay * ipc for ipc in ipcs]
@@ -299,7 +301,7 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[Setting, int], list[d
 
 def _numbers(result: ChainResult) -> dict[str, float | None]:
     found = chains.values(result)
-    names = ("accuracy", "nll", "nll_of_batches", "nll_of_samples", "ece", "brier")
+    names = ("accuracy", "nll", "batch_nll", "mean_sample_nll", "ece", "brier")
     finite = all(math.isfinite(value) for value in found.values())
     return {**{name: found.get(name) if finite else None for name in names}, "seconds": round(result.seconds, 2)}
 
@@ -322,8 +324,8 @@ def _line(row: dict[str, Any]) -> str:
     if row["nll"] is None:
         return f"{said}diverged ({row['seconds']:.0f} s)"
     return (
-        f"{said}accuracy {100 * row['accuracy']:.1f} %, NLL {row['nll']:.2f}, of batches {row['nll_of_batches']:.2f}, "
-        f"of a sample {row['nll_of_samples']:.2f} ({row['seconds']:.0f} s)"
+        f"{said}accuracy {100 * row['accuracy']:.1f} %, NLL {row['nll']:.2f}, of batches {row['batch_nll']:.2f}, "
+        f"of a sample {row['mean_sample_nll']:.2f} ({row['seconds']:.0f} s)"
     )
 
 
@@ -337,9 +339,9 @@ def _check(search: Search, config: Config) -> None:
     session.check(config)
     if len(config.networks.architectures) != 1:
         raise UserError("the Random rows are of one network: give --architectures one name")
-    if len(search.chain_steps) not in (1, len(search.ipc)):
-        raise UserError(f"--chain-steps has {len(search.chain_steps)} values: give one, or one for each --ipc")
-    for name, values in (("ipc", search.ipc), ("chain-steps", search.chain_steps), ("coresets", [search.coresets])):
+    if len(search.chain_epochs) not in (1, len(search.ipc)):
+        raise UserError(f"--chain-epochs has {len(search.chain_epochs)} values: give one, or one for each --ipc")
+    for name, values in (("ipc", search.ipc), ("chain-epochs", search.chain_epochs), ("coresets", [search.coresets])):
         if min(values, default=0) < 1:
             raise UserError(f"--{name} is {' '.join(map(str, values))}: it must be 1 or more")
     for grid in ("noise", "weight_decay", "dsa"):

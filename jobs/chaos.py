@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
     "architectures": ("convnet-in", "convnet-bn", "convnet-gn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
     "start_epoch": 1, "gamma": 0.5, "map_lr": 0.02, "map_max_steps": 30, "alpha": 1.0, "posterior_steps": 4,
     "real_batch_size": 32, "mc_samples": 5, "checkpoint_every": 1000, "tracking": False, "threads": 1,
-    "step_deadline": 10.0, "x_cache": 0.0,
+    "step_deadline": 10.0, "trajectory_cache_gb": 0.0,
 }  # fmt: skip
 """Small steps, so that many are taken; nothing of a step is left out."""
 QUICK_TO_NOTICE = {

@@ -78,7 +78,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
     config = preset("digits").updated(
         data=args.data, architectures=ARCHITECTURES, width=args.width, ipc=args.ipc, experts=str(folder / "experts"),
         expert_count=1, expert_epochs=2, start_epoch=1, posterior_steps=args.posterior_steps, threads=1, prefetch=0,
-        batch_size=500, device="cpu", address="local", x_cache=0.0, compiled="off",
+        batch_size=500, device="cpu", address="local", trajectory_cache_gb=0.0, compiled="off",
     )  # fmt: skip
     dataset = session.load_data(config, print)
     serial = Serial("cpu", Interruption())

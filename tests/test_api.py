@@ -24,7 +24,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory
 
-CHAIN: dict[str, Any] = {"width": 8, "chain_steps": 20, "chain_every": 10}
+CHAIN: dict[str, Any] = {"width": 8, "chain_epochs": 20, "chain_every": 10}
 
 
 def silent(line: str) -> None:
@@ -196,9 +196,9 @@ def test_an_own_network_is_a_function_wherever_it_is_defined(made, digits):
     def inner(shape, classes):
         return build(shape, classes)
 
-    by_name = api.posterior(made, f"{__name__}:build", chain_steps=4, chain_every=2)
-    by_function = api.posterior(made, build, chain_steps=4, chain_every=2)
-    local = api.posterior(made, inner, chain_steps=4, chain_every=2)
+    by_name = api.posterior(made, f"{__name__}:build", chain_epochs=4, chain_every=2)
+    by_function = api.posterior(made, build, chain_epochs=4, chain_every=2)
+    local = api.posterior(made, inner, chain_epochs=4, chain_every=2)
     assert by_function.spec == by_name.spec
     assert local.spec.architecture.endswith("<locals>.inner")
     images = digits.test.images[:20]
@@ -232,7 +232,7 @@ def test_samples_and_coresets_are_read_back_to_the_bit(made, samples, digits, tm
 
 def test_a_file_of_samples_alone_imports_no_network(made, tmp_path, monkeypatch):
     path = tmp_path / "samples.safetensors"
-    api.save(api.posterior(made, build, chain_steps=2, chain_every=1), path)
+    api.save(api.posterior(made, build, chain_epochs=2, chain_every=1), path)
     with pytest.raises(UserError, match="imports no code"):
         api.load_posterior(path)
     assert len(api.load_posterior(path, build).samples) == 2
@@ -300,7 +300,7 @@ PROGRESS = """
 import sys, types
 sys.modules["ipykernel"] = types.ModuleType("ipykernel")  # that a kernel runs here is all that is asked
 from fbpc_ray import api
-api.posterior(api.distill("digits", method="random"), width=8, chain_steps=2, chain_every=1)
+api.posterior(api.distill("digits", method="random"), width=8, chain_epochs=2, chain_every=1)
 print(*{"ray", "mlflow", "matplotlib"} & set(sys.modules))
 """
 

@@ -47,10 +47,10 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 LANGUAGES = ("sh", "python", "text")
 
 EXPERTS = "--backend serial --width 8 --expert-count 1 --expert-epochs 2 --threads 1"
-CHAINS = "--eval-seeds 1 --chain-steps 4 --chain-every 2"
+CHAINS = "--num-chains 1 --chain-epochs 4 --chain-every 2"
 SMALL = (
     f"{EXPERTS} {CHAINS} --start-epoch 1 --steps 2 --gamma 0.5 --map-lr 0.02 --map-max-steps 40 --posterior-steps 2 "
-    "--real-batch-size 16 --mc-samples 2 --syn-steps 2 --x-cache 0 --no-tracking"
+    "--real-batch-size 16 --mc-samples 2 --syn-steps 2 --trajectory-cache-gb 0 --no-tracking"
 )
 RUN = {
     "distill": SMALL,
@@ -66,7 +66,7 @@ test_reproduce.py run real ones."""
 
 SMALLER = {
     '"width": 16, "steps": 20': '"width": 8, "steps": 2, "expert_count": 1, "expert_epochs": 6, "map_max_steps": 40',
-    '"convnet-ln", width=16': '"convnet-ln", width=8, chain_steps=20, chain_every=10',
+    '"convnet-ln", width=16': '"convnet-ln", width=8, chain_epochs=20, chain_every=10',
 }
 """The same for Python: what README's calls are given -> what they get here."""
 

@@ -63,7 +63,7 @@ PAGES = {
         "`fbpc evaluate --coreset PATH --help` explains.",
         (
             ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it never met"),
-            ("fbpc evaluate runs/first --eval-seeds 10", "more chains, a smaller error bar"),
+            ("fbpc evaluate runs/first --num-chains 10", "more chains, a smaller error bar"),
             ("fbpc evaluate runs/mine --ood digits --ood-resize", "can it tell strange images?"),
         ),
     ),
@@ -84,7 +84,7 @@ PAGES = {
     "tune": Page(
         "Trials never see a test image. `--out` then holds trials.md, best.json (a preset) and a run for each trial.",
         (
-            ("fbpc tune --preset cifar10-ipc1 --samples 16 --out sweeps/first", "16 draws around the preset"),
+            ("fbpc tune --preset cifar10-ipc1 --num-trials 16 --out sweeps/first", "16 draws around the preset"),
             ("fbpc tune --out sweeps/first --resume", "go on after Ctrl-C or a crash"),
             ("fbpc tune --grid alpha=10,100,1000 start-epoch=1,5 --scheduler none", "all six combinations"),
             ("fbpc distill --preset sweeps/first/best.json --validation 0", "the best, from all training images"),

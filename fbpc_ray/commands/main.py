@@ -13,6 +13,7 @@ import tyro
 
 from fbpc_ray import __version__
 from fbpc_ray.commands import help
+from fbpc_ray.commands.arguments import current_words
 from fbpc_ray.core.config import (
     NOT_STARTED,
     Config,
@@ -44,10 +45,9 @@ class Job:
     """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50), digits, or a JSON file, such as the best.json of a
     sweep; other flags change it. Empty: the row of --data and --ipc where there is one, and digits where --data is not
     given."""
-    resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
-    again: bool = False
-    """Start the run in --out, or go on with it where one is there: the same command for every try of a job."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """yes: go on with the run in --out from its last checkpoint; --resume alone means yes. auto: go on if --out holds a
+    run, else start one, so that every attempt of a job is the same command."""
     dry_run: bool = False
     """Say what would be done, and write nothing."""
     json: str = ""
@@ -168,7 +168,7 @@ class ReproduceArguments:
     """Images a class; empty means those of the table at this scale."""
     distill_seeds: int = 0
     """Coresets for each cell; 0 means those of the scale (1 | 2)."""
-    eval_seeds: int = 0
+    num_chains: int = 0
     """Chains for each coreset; 0 means those of the scale (5 | 3)."""
     only: tuple[str, ...] = ()
     """Only cells that have one of these in their ROW/COLUMN, e.g. FBPC/ or 'CIFAR100 ipc 1'."""
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command '{argv[0]}': {closest(argv[0], list(COMMANDS))}")
-        COMMANDS[argv[0]](argv[1:], f"fbpc {argv[0]}")
+        COMMANDS[argv[0]](current_words(argv[1:], KINDS.get(argv[0], ())), f"fbpc {argv[0]}")
     except UserError as error:
         _leave(str(error), error.code)
     except Interrupted as stop:
@@ -266,11 +266,11 @@ MENDABLE = {
 def distill(argv: list[str], program: str) -> None:
     args = _parse(DistillArguments, argv, program, DistillArguments(config=_base(argv)))
     job, out = args.job, args.config.output.out
-    if job.again and not out:
-        raise UserError("--again needs the folder of the run: add --out DIR")
+    if job.resume == "auto" and not out:
+        raise UserError("--resume auto needs the folder of the run: add --out DIR")
     from fbpc_ray.commands import distill as commands
 
-    resume = job.resume or (job.again and started(out))
+    resume = job.resume == "yes" or (job.resume == "auto" and started(out))
     commands.distill(args.config, resume=resume, dry_run=job.dry_run, json=job.json)
 
 
@@ -328,12 +328,13 @@ def tune(argv: list[str], program: str) -> None:
         base = base.updated(validation=VALIDATION)
     args = _parse(TuneArguments, argv, program, TuneArguments(config=base))
     job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
-    if (job.resume or job.again) and not out:
-        raise UserError("--resume and --again need the folder of the sweep: add --out DIR")
+    if job.resume != "no" and not out:
+        raise UserError("--resume needs the folder of the sweep: add --out DIR")
     from fbpc_ray.tuning import sweep as tuning
 
-    resume = job.resume or (job.again and started(out))
+    resume = job.resume == "yes" or (job.resume == "auto" and started(out))
     if resume:
+        base = base if job.preset else tuning.read_base(place(out))
         stored = tuning.read_plan(place(out)).settings
         args = _parse(TuneArguments, argv, program, TuneArguments(sweep=stored, config=base))
     tuning.tune(args.config, args.sweep, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
@@ -387,13 +388,16 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
 }
 
 
+KINDS: dict[str, tuple[type, ...]] = {
+    "distill": (DistillArguments,), "experts": (ExpertArguments,), "evaluate": (EvaluateArguments, GivenArguments),
+    "export": (ExportArguments,), "tune": (TuneArguments,), "reproduce": (ReproduceArguments,),
+    "report": (ReportArguments,), "ui": (UiArguments,), "doctor": (DoctorArguments,),
+}  # fmt: skip
+"""The arguments of each command."""
+
+
 def _usage() -> str:
-    kinds = {
-        "distill": DistillArguments, "experts": ExpertArguments, "evaluate": EvaluateArguments,
-        "export": ExportArguments, "tune": TuneArguments, "reproduce": ReproduceArguments,
-        "report": ReportArguments, "ui": UiArguments, "doctor": DoctorArguments,
-    }  # fmt: skip
-    lines = [f"  {name:<10}{(kinds[name].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:<10}{(KINDS[name][0].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     usage = "usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option, with examples)"
     return "\n".join([usage, "", *lines, "", "To begin", "", help.listed(help.FIRST), "", "Docs: README.md, docs/"])
 
@@ -404,14 +408,13 @@ def _base(argv: list[str]) -> Config:
     for flag in ("--preset", "--data", "--ipc", "--out", "--method", "--address"):
         early.add_argument(flag)
     early.add_argument("--architectures", nargs="*")
-    for flag in ("--resume", "--again"):
-        early.add_argument(flag, action="store_true")
+    early.add_argument("--resume", nargs="?", const="yes", default="no")
     try:
         known, _ = early.parse_known_args(argv)
     except argparse.ArgumentError:
         return Config()  # a flag without its value: the full parser says so
     given = {name for name, value in vars(known).items() if value is not None}
-    if known.out and not known.preset and (known.resume or (known.again and started(known.out))):
+    if known.out and not known.preset and (known.resume == "yes" or (known.resume == "auto" and started(known.out))):
         stored = read_config(place(known.out), NOT_STARTED)
         refuse_unasked(stored, given, known.out)
         return stored

@@ -25,7 +25,7 @@ def reproduce(
     scale: str,
     ipc: tuple[int, ...],
     distill_seeds: int,
-    eval_seeds: int,
+    num_chains: int,
     only: tuple[str, ...],
     override: tuple[str, ...],
     corruptions: str,
@@ -36,13 +36,13 @@ def reproduce(
     """Make a table or figure of the paper, or what is missing of it, and print it."""
     if table not in TABLES:
         raise UserError(f"unknown table '{table}': {closest(table, list(TABLES))}")
-    for name, value in (("--distill-seeds", distill_seeds), ("--eval-seeds", eval_seeds), ("--cost-steps", cost_steps)):
+    for name, value in (("--distill-seeds", distill_seeds), ("--num-chains", num_chains), ("--cost-steps", cost_steps)):
         if value < 0 or (value == 0 and name == "--cost-steps"):
             raise UserError(f"{name} is {value}: it must be 1 or more")
     if any(count < 1 for count in ipc):
         raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
     size, folder = SCALES[scale], local_folder(out, "--out").absolute()
-    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, eval_seeds=eval_seeds or size.eval_seeds)
+    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, num_chains=num_chains or size.num_chains)
     options = Options(
         table, scale, Request(size, sources, ipc, _overrides(override), base), folder, only,
         Path(corruptions) if corruptions else None, cost_steps, dry_run,

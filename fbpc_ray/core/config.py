@@ -5,7 +5,7 @@ Values marked [paper] are the paper's; [method] are readings of what the paper l
 """
 
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -97,13 +97,13 @@ class Distillation:
     """Adam learning rate of the MAP solve [App. C.2]."""
     map_max_steps: int = 2000
     """Adam steps after which an unfinished MAP solve is taken as it is, and reported [method]."""
-    map: Literal["fresh", "pool"] = "fresh"
-    """Where a MAP solve begins: fresh: at a draw of the prior [Algorithm 1]; pool: at one of --map-pool earlier
+    map_init: Literal["prior", "warm"] = "prior"
+    """Where a MAP solve begins: prior: at a draw of the prior [Algorithm 1]; warm: at one of --warm-pool-size earlier
     solutions, in turn: fewer steps, but not the paper's method."""
-    map_pool: int = 10
-    """With --map pool: solutions kept for each architecture and draw, in the checkpoint too."""
-    map_pool_uses: int = 3
-    """With --map pool: uses after which a solution is begun anew from the prior. More are faster, and worse."""
+    warm_pool_size: int = 10
+    """With --map-init warm: solutions kept for each architecture and draw, in the checkpoint too."""
+    warm_pool_uses: int = 3
+    """With --map-init warm: uses after which a solution is begun anew from the prior. More are faster, and worse."""
     posterior_steps: int = 30
     """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
     lambda_x: float = 0.05
@@ -133,9 +133,9 @@ class Distillation:
 class Evaluation:
     """SGHMC on a coreset (Eq. 27, App. C.2)."""
 
-    eval_seeds: int = 3
+    num_chains: int = 3
     """Chains for each architecture, one a seed; every seed's value is kept."""
-    chain_steps: int = 1000
+    chain_epochs: int = 1000
     """Epochs of a chain [paper: 1000]."""
     chain_every: int = 100
     """A posterior sample every so many epochs [paper: 100]."""
@@ -175,7 +175,7 @@ class Workers:
     is long enough to earn it back. Part of the bits."""
     compiled_chains: Literal["auto", "on", "off"] = "auto"
     """The same for the passes of the chains that judge a coreset, and for their predictions."""
-    x_cache: float = 20.0
+    trajectory_cache_gb: float = 20.0
     """Gigabytes of each node's disk, in the same place, that keep theta_x and its K steps for every run that shares the
     experts; 0: none."""
     address: str = ""
@@ -210,8 +210,8 @@ class Output:
     experiment: str = "fbpc"
     """MLflow experiment."""
     val_every: int = 0
-    """Steps between two looks at the validation split (val/nll and val/accuracy over the steps), by chains of a fifth
-    of --chain-steps, as in a sweep; 0: none. Needs --validation."""
+    """Steps between two evaluations on the validation split (val/nll and val/accuracy over the steps), by chains of a
+    fifth of --chain-epochs; 0 means none, or in a sweep a quarter of --steps. Needs --validation."""
 
 
 def _fitting(name: str, value: Any, kind: Any) -> Any:
@@ -239,20 +239,56 @@ class Sweep:
     lambda_x, lambda_u, N, alpha and B of Table 4, around the values of the preset and the flags."""
     grid: tuple[str, ...] = ()
     """FLAG=VALUE,VALUE ...: all combinations, instead of --space or on top of it; alone, each combination once."""
-    samples: int = 0
+    num_trials: int = 0
     """Configurations drawn (of each combination of a grid), by --seed; 0 means 8, or 1 with --grid alone."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha: a trial whose metric is worse than the median of those that came as far is stopped; none: all end."""
     metric: Literal["nll", "accuracy"] = "nll"
     """On the validation split, the mean over the architectures."""
-    evaluate_every: int = 0
-    """Steps between two looks at the validation split, each with a checkpoint; 0 means a quarter of --steps."""
-    judge_chain_steps: int = 0
-    """Epochs of the chains of these looks; 0 means a fifth of --chain-steps."""
-    judge_seeds: int = 1
-    """Chains of these looks for each architecture."""
+    val_chain_epochs: int = 0
+    """Epochs of a chain that scores a trial on the validation split; 0 means a fifth of --chain-epochs."""
+    val_chains: int = 1
+    """Chains for each architecture that score a trial on the validation split."""
     workers_per_trial: int = 0
     """Gradient workers of a trial; 0 means as many as leave room for all trials at once, and one at least."""
+
+
+RENAMED = {
+    "chain_steps": "chain_epochs", "eval_seeds": "num_chains", "x_cache": "trajectory_cache_gb", "map": "map_init",
+    "map_pool": "warm_pool_size", "map_pool_uses": "warm_pool_uses",
+    "samples": "num_trials", "evaluate_every": "val_every", "judge_chain_steps": "val_chain_epochs",
+    "judge_seeds": "val_chains",
+    "nll_of_samples": "mean_sample_nll", "nll_of_batches": "batch_nll",
+}  # fmt: skip
+"""{old: new} names of flags and metrics. Readers of files, and the command line, take both."""
+
+RENAMED_VALUES: dict[str, dict[str, str]] = {"map": {"fresh": "prior", "pool": "warm"}}
+"""{old name: {old: new} values}."""
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace names of earlier code, and their values, by those of `RENAMED`. Raises UserError."""
+    current = {}
+    for name, value in values.items():
+        new = RENAMED.get(name, name)
+        if new in current or (new != name and new in values):
+            raise UserError(f"'{name}' is the old name of '{new}', and both are given; leave out one")
+        renamed = RENAMED_VALUES.get(name, {})
+        current[new] = renamed.get(value, value) if isinstance(value, str) else value
+    return current
+
+
+def original_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Invert `current_names`. Keys of stored results are computed over these names, so that they never change."""
+    original = {}
+    for name, value in values.items():
+        old = OLD_NAMES.get(name, name)
+        values_of_old = {new: before for before, new in RENAMED_VALUES.get(old, {}).items()}
+        original[old] = values_of_old.get(value, value) if isinstance(value, str) else value
+    return original
+
+
+OLD_NAMES = {new: old for old, new in RENAMED.items()}
 
 
 GROUPS = (Data, Networks, Experts, Distillation, Evaluation, Workers, Output)
@@ -275,8 +311,8 @@ class Config:
         return {name: value for group in asdict(self).values() for name, value in group.items()}
 
     def updated(self, **values: Any) -> "Config":
-        """A copy with flags changed, whichever group they are in. Raises UserError for a flag that is not there."""
-        known = self.flat()
+        """Return a copy with flags changed, whichever group they are in; old names are taken too. Raises UserError."""
+        known, values = self.flat(), current_names(values)
         for name in values:
             if name not in known:
                 raise UserError(f"unknown setting '{name}': {closest(name, list(known))}")
@@ -309,10 +345,11 @@ ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
 def from_word(word: str, option: str) -> tuple[str, str]:
     """FLAG=TEXT as (field, text); `option` is where it was given. Raises UserError for an unknown flag."""
     name, equals, text = word.partition("=")
-    name, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
+    given, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
+    name, renamed = RENAMED.get(given, given), RENAMED_VALUES.get(given, {})
     if not equals or name not in known:
         raise UserError(f"{option} {word}: write FLAG=VALUE; {closest(name, known)}")
-    return name, text
+    return name, ",".join(renamed.get(part, part) for part in text.split(","))
 
 
 def from_text(name: str, text: str, said: str) -> Any:

@@ -262,11 +262,11 @@ def evaluate(
         Chain(name, c.images.numpy(), c.labels.numpy(), spec, seed, keep=name == keep and seed == 0)
         for name, c in candidates.items()
         for spec in chosen
-        for seed in range(settings.eval_seeds)
+        for seed in range(settings.num_chains)
     ]
     judged = feasible(judged, chains, workers.device, log)
     table: Evaluated = {
-        name: {s.architecture: {field: [None] * settings.eval_seeds for field in quantities(judged)} for s in chosen}
+        name: {s.architecture: {field: [None] * settings.num_chains for field in quantities(judged)} for s in chosen}
         for name in candidates
     }
     verdict = EvaluationResult(table, {}, {}, {})
@@ -291,10 +291,10 @@ def evaluate(
 
 def judging(candidates: Sized, chosen: Sized, split: str, settings: Evaluation) -> str:
     """What `evaluate` is about to do, in words: it may take longer than the distillation."""
-    parts = ((len(candidates), "coreset"), (len(chosen), "network"), (settings.eval_seeds, "seed"))
+    parts = ((len(candidates), "coreset"), (len(chosen), "network"), (settings.num_chains, "seed"))
     product = " x ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in parts)
-    count = len(candidates) * len(chosen) * settings.eval_seeds
-    return f"judging on the {split} split: {count} chains ({product}) of {settings.chain_steps:,} epochs"
+    count = len(candidates) * len(chosen) * settings.num_chains
+    return f"judging on the {split} split: {count} chains ({product}) of {settings.chain_epochs:,} epochs"
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> Any:

@@ -132,7 +132,11 @@ class RunDirectory(Generic[Where]):
             return None
         with undamaged(self.result_path, "delete it and run again"):
             result = json.loads(self.result_path.read_bytes())
-            return dict(result) | {"steps": int(result["steps"]), "coresets": dict(result["coresets"])}
+            coresets = {
+                coreset: {network: config.current_names(scores) for network, scores in by_network.items()}
+                for coreset, by_network in result["coresets"].items()
+            }
+            return dict(result) | {"steps": int(result["steps"]), "coresets": coresets}
 
 
 def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:

@@ -1,4 +1,4 @@
-"""`--map pool`: a MAP solve begins at an earlier solution instead of a draw of the prior. Faster, and not Algorithm 1.
+"""`--map-init warm`: a MAP solve begins at an earlier solution, not at a draw of the prior. Faster, not Algorithm 1.
 
 Each architecture and draw has `size` solutions, taken in turn; one that was used `uses` times is begun anew from the
 prior, a different one each time. Which one a step takes depends on the step alone, so a run that is resumed, or that

@@ -71,7 +71,7 @@ class State(NamedTuple):
     inner_velocity: float = 0.0
     """Its momentum."""
     solutions: Solutions = {}  # noqa: RUF012  a Mapping: nobody changes it
-    """MAP solutions that later ones begin at (`--map pool`)."""
+    """MAP solutions that later ones begin at (`--map-init warm`)."""
 
 
 def combine(units: Sequence[GradientTask], gradients: Sequence[Gradient | None]) -> list[Gradient]:
@@ -117,9 +117,9 @@ def update(state: State, gradients: Sequence[Gradient], *, alpha: float, momentu
 
 def map_start(state: State, unit: GradientTask, settings: Distillation) -> np.ndarray | None:
     """Where the unit's MAP solve begins in the next step; None for the prior."""
-    if settings.map == "fresh":
+    if settings.map_init == "prior":
         return None
-    found = warm_start.begun_at(state.solutions, *unit, state.step, settings.map_pool, settings.map_pool_uses)
+    found = warm_start.begun_at(state.solutions, *unit, state.step, settings.warm_pool_size, settings.warm_pool_uses)
     return None if found is None else found.numpy()
 
 
@@ -127,10 +127,10 @@ def remember(
     state: State, step: int, units: Sequence[GradientTask], gradients: Sequence[Gradient | None], settings: Distillation
 ) -> State:
     """`state` with the MAP solutions that the gradients of `step` found, where later solves begin at them."""
-    if settings.map == "fresh":
+    if settings.map_init == "prior":
         return state
     found = [
-        (warm_start.name(*unit, step, settings.map_pool), gradient.solution if gradient else None)
+        (warm_start.name(*unit, step, settings.warm_pool_size), gradient.solution if gradient else None)
         for unit, gradient in zip(units, gradients, strict=True)
     ]
     return state._replace(solutions=warm_start.remembered(state.solutions, found))
@@ -176,10 +176,10 @@ class Worker:
         device: str,
         threads: int,
         compiled: bool = False,
-        x_cache_bytes: float = 0.0,
+        trajectory_cache_bytes: float = 0.0,
     ):
-        """`compiled`: run compiled passes (passes.py). `x_cache_bytes`: of this node's disk for what
-        methods/x_cache.py keeps; 0 keeps nothing."""
+        """`compiled`: run compiled passes (passes.py). `trajectory_cache_bytes`: of this node's disk for what
+        trajectory_cache.py keeps; 0 keeps nothing."""
         keep_freed_memory()
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
@@ -187,7 +187,9 @@ class Worker:
         self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
         self.compiled = compiling.folder() if compiled and device == "cpu" else None
-        self.x_cache = TrajectoryCache(cache.folder() / "x-sides", x_cache_bytes) if x_cache_bytes else None
+        self.trajectory_cache = (
+            TrajectoryCache(cache.folder() / "x-sides", trajectory_cache_bytes) if trajectory_cache_bytes else None
+        )
         self.passes: dict[int, Passes] = {}
 
     def gradient(
@@ -226,7 +228,7 @@ class Worker:
             self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled)
         return GradientContext(
             self.passes[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
-            self.expert_count, unit.draw, self.x_cache,
+            self.expert_count, unit.draw, self.trajectory_cache,
         )  # fmt: skip
 
 

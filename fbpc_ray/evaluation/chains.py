@@ -21,8 +21,8 @@ from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
     Scores,
+    batch_nll,
     log_mean_probability,
-    nll_of_batches,
     predictive_stats,
     sample_losses,
     scores,
@@ -35,7 +35,7 @@ from fbpc_ray.models.passes import Passes, count_macs
 
 TEST_BATCH = ensemble.BATCH
 LINEAGE_BATCH = 256
-"""Images of a batch in `nll_of_batches`, which does depend on it: that of the code it is compared with."""
+"""Images of a batch in `batch_nll`, which does depend on it: that of the code it is compared with."""
 
 
 class Chain(NamedTuple):
@@ -57,9 +57,9 @@ class ChainResult(NamedTuple):
 
     stats: PredictiveStats | None
     seconds: float
-    nll_of_batches: float | None = None
-    """The lineage's NLL (`metrics.nll_of_batches`) of the same predictions, in the order of the split."""
-    nll_of_samples: float | None = None
+    batch_nll: float | None = None
+    """The lineage's NLL (`metrics.batch_nll`) of the same predictions, in the order of the split."""
+    mean_sample_nll: float | None = None
     """Mean NLL of a posterior sample by itself: what the model average gains is the difference."""
     familiar: Uncertainty | None = None
     """Of the images of the split, where `Judge.ood` is given; else not sent."""
@@ -97,7 +97,7 @@ def sampling(
         ),
         source=generator(seed, "chain", name, "noise"),
     )
-    last = settings.chain_steps * steps_per_epoch
+    last = settings.chain_epochs * steps_per_epoch
     for step, params in enumerate(islice(chain, last), 1):
         if step % (settings.chain_every * steps_per_epoch) == 0:
             yield params
@@ -161,7 +161,7 @@ def run_chain(judge: EvaluationContext, chain: Chain, device: str) -> ChainResul
     return ChainResult(
         found.stats,
         time.perf_counter() - start,
-        nll_of_batches(found.losses, LINEAGE_BATCH),
+        batch_nll(found.losses, LINEAGE_BATCH),
         float(found.losses.mean()),
         familiar,
         strange,
@@ -178,7 +178,7 @@ def compiles(judge: EvaluationContext, chain: Chain, network: Network) -> bool:
     """Whether the passes of a chain on its `network` are compiled, on a CPU. It depends on the chain and its split
     alone, not on what runs beside it, for it is part of the bits."""
     e, count = judge.settings, len(judge.split.labels)
-    images = 3 * e.chain_steps * len(chain.labels) + e.chain_steps // e.chain_every * count  # a backward counts two
+    images = 3 * e.chain_epochs * len(chain.labels) + e.chain_epochs // e.chain_every * count  # a backward counts two
     return judge.compiled == "on" or (judge.compiled == "auto" and 2 * count_macs(network) * images >= COMPILE_FROM)
 
 
@@ -234,7 +234,7 @@ def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split
 def quantities(judge: EvaluationContext) -> tuple[str, ...]:
     """The names that `values` gives for a chain of `judge`, in order."""
     ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if judge.ood is not None else ()
-    return (*Scores._fields, "nll_of_batches", "nll_of_samples", *ood)
+    return (*Scores._fields, "batch_nll", "mean_sample_nll", *ood)
 
 
 def values(result: ChainResult) -> dict[str, float]:
@@ -243,7 +243,7 @@ def values(result: ChainResult) -> dict[str, float]:
     if result.stats is None:
         return {}
     found: dict[str, float] = dict(scores(result.stats)._asdict())
-    for name in ("nll_of_batches", "nll_of_samples"):
+    for name in ("batch_nll", "mean_sample_nll"):
         if (value := getattr(result, name)) is not None:
             found[name] = value
     if result.familiar is not None and result.strange is not None:

@@ -34,7 +34,7 @@ def result_of(
         "seconds_per_step": statistics.median(durations.values()) if durations else None,
         "map_endings": endings,
         "split": split, "images_scored": len(getattr(dataset, split).labels),
-        "eval_seeds": list(range(config.evaluation.eval_seeds)), "coresets": evaluation,
+        "eval_seeds": list(range(config.evaluation.num_chains)), "coresets": evaluation,
         **provenance._asdict(), "threads": threads(config),
     }  # fmt: skip
 

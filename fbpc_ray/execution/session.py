@@ -36,14 +36,14 @@ _FRACTION = ("from 0 to below 1", lambda value: 0 <= value < 1)
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ipc": _COUNT, "steps": _COUNT, "batch_size": _COUNT, "posterior_steps": _COUNT, "mc_samples": _COUNT,
     "real_batch_size": _COUNT, "map_max_steps": _COUNT, "checkpoint_every": _COUNT, "width": _COUNT,
-    "expert_count": _COUNT, "expert_epochs": _COUNT, "expert_batch_size": _COUNT, "eval_seeds": _COUNT,
-    "map_pool": _COUNT, "map_pool_uses": _COUNT,
-    "chain_steps": _COUNT, "syn_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
+    "expert_count": _COUNT, "expert_epochs": _COUNT, "expert_batch_size": _COUNT, "num_chains": _COUNT,
+    "warm_pool_size": _COUNT, "warm_pool_uses": _COUNT,
+    "chain_epochs": _COUNT, "syn_steps": _COUNT, "chain_every": _COUNT, "chain_batch_size": _COUNT,
     "alpha": _POSITIVE, "gamma": _POSITIVE, "map_lr": _POSITIVE, "lambda_x": _POSITIVE, "lambda_u": _POSITIVE,
     "expert_lr": _POSITIVE, "inner_lr": _POSITIVE, "chain_eta": _POSITIVE,
     "threads": _NOT_NEGATIVE, "depth": _NOT_NEGATIVE, "cpus_per_actor": _NOT_NEGATIVE,
     "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
-    "x_cache": _NOT_NEGATIVE, "val_every": _NOT_NEGATIVE,
+    "trajectory_cache_gb": _NOT_NEGATIVE, "val_every": _NOT_NEGATIVE,
     "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
     "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
@@ -70,8 +70,8 @@ def check(config: Config) -> None:
     for name, (allowed, holds) in RANGES.items():
         if not holds(flat[name]):
             raise UserError(f"--{name.replace('_', '-')} is {flat[name]}: it must be {allowed}")
-    if flat["chain_every"] > flat["chain_steps"]:
-        raise UserError("--chain-every is above --chain-steps: no posterior sample would be taken; lower it")
+    if flat["chain_every"] > flat["chain_epochs"]:
+        raise UserError("--chain-every is above --chain-epochs: no posterior sample would be taken; lower it")
     if flat["val_every"] and not flat["validation"]:
         raise UserError(f"--val-every {flat['val_every']} looks at the validation split: add --validation 0.1")
     canonical(config)
@@ -146,14 +146,14 @@ def compiled(config: Config, dataset: Dataset, chosen: Sequence[Spec], log: Log 
     return compiling.possible("the passes of a step", log)
 
 
-def x_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:
+def trajectory_cache_bytes(config: Config, chosen: Sequence[Spec]) -> float:
     """What a worker may keep of theta_x and its K steps; 0 where so little of them fits that it would be met rarely."""
     d, e = config.distillation, config.experts
     if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
     each = sum(4 * Network(spec).parameter_count * (1 + d.posterior_steps) for spec in chosen)
-    limit = 1e9 * config.workers.x_cache
+    limit = 1e9 * config.workers.trajectory_cache_gb
     return limit if each * snapshots <= RARELY * limit else 0.0
 
 
@@ -167,7 +167,8 @@ def crew(
         {
             "specs": list(chosen), "stores": list(stores), "dataset": dataset, "labels": labels.numpy(), "settings": d,
             "augment": config.networks.augment, "expert_count": config.experts.expert_count, "threads": threads(config),
-            "compiled": compiled(config, dataset, chosen), "x_cache_bytes": x_cache_bytes(config, chosen),
+            "compiled": compiled(config, dataset, chosen),
+            "trajectory_cache_bytes": trajectory_cache_bytes(config, chosen),
         },
         gradient_tasks(len(chosen), d.draws_per_step),
         4 * largest * (1 + d.posterior_steps),

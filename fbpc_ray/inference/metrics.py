@@ -7,7 +7,7 @@ So neither the size, the order nor the placement of test batches can change a nu
     Brier    = mean_i sum_c (p(c | x_i) - [c = y_i])^2
     ECE      = sum_b n_b / n |accuracy_b - confidence_b| over equal-width confidence bins
 
-`nll_of_batches` is another number, kept to compare with published ones that were computed so.
+`batch_nll` is another number, kept to compare with published ones that were computed so.
 """
 
 import math
@@ -55,7 +55,7 @@ def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.gather(-1, labels.expand(len(losses), -1)[..., None])[..., 0].cpu()
 
 
-def nll_of_batches(losses: Tensor, size: int) -> float:
+def batch_nll(losses: Tensor, size: int) -> float:
     """What BPC's code reports as NLL: the losses (S, n) averaged over each batch of `size`, and only then mixed.
 
         sum_B n_B / n  -log mean_s exp(-mean_{i in B} loss_si)

@@ -215,7 +215,7 @@ def _how_scored(found: Sequence[EndedRun]) -> str:
     first = found[0]
     e, seeds = first.config.evaluation, len(next(iter(next(iter(first.scores.values())).values()))["accuracy"])
     said = (
-        f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_steps:,} epochs a chain, scored on "
+        f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain, scored on "
         f"{first.result['images_scored']:,} {first.result['split']} images: mean ± standard deviation over "
         f"{seeds} chain{'s' if seeds > 1 else ''}. Higher is better for accuracy, lower for the rest."
     )

@@ -55,7 +55,7 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
     epochs = 3  # enough for every method to begin at 0
     rule = {"start_epoch": 1, "start_rule": "before"}
     with tempfile.TemporaryDirectory() as folder:
-        config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, x_cache=0.0, **rule)
+        config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, trajectory_cache_gb=0.0, **rule)
         dataset = session.load_data(config, lambda line: None)
         specs = session.specs(config, dataset)
         stores, networks = [session.store(config, dataset, spec) for spec in specs], [Network(spec) for spec in specs]

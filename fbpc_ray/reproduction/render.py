@@ -199,7 +199,7 @@ def _what(scale: str, request: Request, configs: list[Config]) -> str:
     size = (
         f"width {seen('width')}, {seen('expert_count')} experts of {seen('expert_epochs')} epochs, "
         f"{seen('steps')} steps, "
-        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_steps')} epochs; data {data}"
+        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_epochs')} epochs; data {data}"
     )
     kind = (
         "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"

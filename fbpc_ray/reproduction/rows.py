@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core import files
-from fbpc_ray.core.config import ELSEWHERE, Config, Distillation, Evaluation
+from fbpc_ray.core.config import ELSEWHERE, OLD_NAMES, Config, Distillation, Evaluation, original_names
 from fbpc_ray.core.errors import UserError
 
 QUANTITIES = (
-    "accuracy", "nll", "ece", "brier", "nll_of_batches", "nll_of_samples", "degradation",
+    "accuracy", "nll", "ece", "brier", "batch_nll", "mean_sample_nll", "degradation",
     "peak_gb", "seconds", "parameters", "logit",
 )  # fmt: skip
 _TEXT = (
@@ -39,8 +39,8 @@ SCHEMA = pa.schema(
 )
 """Columns of a row; a quantity that a cell doesn't have, or that diverged, is null. Accuracies are shares of 1."""
 
-_ELSEWHERE = ELSEWHERE | {"eval_seeds"}
-_OF_POOL = {"map", "map_pool", "map_pool_uses"}
+_ELSEWHERE = ELSEWHERE | {"num_chains"}
+_OF_POOL = {"map_init", "warm_pool_size", "warm_pool_uses"}
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures"}
 
@@ -58,7 +58,7 @@ def coreset_key(config: Config) -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """All flags, without those that came later and are not used: keys stay what they were."""
     flat = config.flat()
-    return {name: value for name, value in flat.items() if flat["map"] == "pool" or name not in _OF_POOL}
+    return {name: value for name, value in flat.items() if flat["map_init"] == "warm" or name not in _OF_POOL}
 
 
 def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
@@ -68,7 +68,8 @@ def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) 
 
 
 def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    """Hash `values` under the names that the first rows were hashed under: a rename changes no key."""
+    return hashlib.sha256(json.dumps(original_names(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Rows:
@@ -88,7 +89,7 @@ class Rows:
         found = []
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+                rows = _read(path).to_pylist()
                 if any(row["key"] is None for row in rows):
                     raise ValueError("it has no rows of a table")
                 found += rows
@@ -96,3 +97,11 @@ class Rows:
                 line = str(error).splitlines()[0]
                 raise UserError(f"{path} can't be read ({line}): delete it, and its cell is made again") from None
         return found
+
+
+def _read(path: Path) -> pa.Table:
+    """Read the rows of one file, under today's names. Raises pa.ArrowException or OSError."""
+    old = {OLD_NAMES[name]: name for name in SCHEMA.names if name in OLD_NAMES}
+    names = {old.get(name, name): name for name in pq.read_schema(path).names}
+    schema = pa.schema([field.with_name(names.get(field.name, field.name)) for field in SCHEMA])
+    return pq.read_table(path, schema=schema).rename_columns(SCHEMA.names)

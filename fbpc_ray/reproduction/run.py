@@ -63,7 +63,7 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     table, rows = TABLES[options.table], Rows(options.out / "rows" / options.table)
     tasks = _tasks(options, log)
     there = {(row["key"], row["eval_seed"]) for row in rows.read()}
-    seeds = range(options.request.scale.eval_seeds)
+    seeds = range(options.request.scale.num_chains)
     if table.kind == "cost":
         seeds = range(options.cost_steps)
     elif table.kind == "picture":

@@ -37,7 +37,7 @@ class Scale(NamedTuple):
     one_ipc: int
     """Images a class, where a table has one."""
     distill_seeds: int
-    eval_seeds: int
+    num_chains: int
 
 
 SCALES = {

@@ -25,6 +25,7 @@ from fbpc_ray.core.config import (
     Experts,
     Networks,
     Sweep,
+    current_names,
     read_config,
     to_json,
 )
@@ -45,7 +46,7 @@ from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
 
-MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every"}
+MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every", "val_every"}
 """Flags of a sweep that don't change what its trials find."""
 COMPARED = 5
 """Runs that the printed MLflow page compares."""
@@ -144,7 +145,7 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
         kept = read_plan(folder)
         if replace(settings, workers_per_trial=0) != replace(kept.settings, workers_per_trial=0):
             raise UserError("--resume of another sweep than the stored one: leave its flags out, or take another --out")
-        stored = read_config(folder, NOT_STARTED)
+        stored = read_base(folder)
         if base.workers.threads == 0:
             base = base.updated(threads=stored.workers.threads)
         check_resume(stored, base, MAY_CHANGE)
@@ -175,11 +176,11 @@ def _check(base: Config, settings: Sweep) -> None:
         raise UserError("--backend serial runs no sweep: leave it out, Ray runs on one machine too")
     if not base.data.validation:
         raise UserError("--validation is 0: a sweep chooses on the validation split, never on test data; give 0.1")
-    for name in ("samples", "evaluate_every", "judge_chain_steps", "workers_per_trial"):
+    for name in ("num_trials", "val_chain_epochs", "workers_per_trial"):
         if getattr(settings, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be 0 or more")
-    if settings.judge_seeds < 1:
-        raise UserError(f"--judge-seeds is {settings.judge_seeds}: it must be 1 or more")
+    if settings.val_chains < 1:
+        raise UserError(f"--val-chains is {settings.val_chains}: it must be 1 or more")
 
 
 def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
@@ -195,8 +196,10 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
         space = {} if grid else spaces.default_space(base, classes)
     if grid:
         trial.checked(grid, "--grid")
-    samples = settings.samples or (8 if space else 1)
-    drawn = spaces.variants(spaces.gridded(space, grid), samples, base.distillation.seed)
+    number = settings.num_trials or (8 if space else 1)
+    drawn = [
+        current_names(each) for each in spaces.variants(spaces.gridded(space, grid), number, base.distillation.seed)
+    ]
     if not drawn:
         raise UserError("the space has no trial: give each flag a value to try")
     return drawn
@@ -214,9 +217,22 @@ def read_plan(folder: Place) -> Plan:
     if not path.is_file():
         raise UserError(f"{folder} holds no sweep (no sweep.json): check the path, or start one without --resume")
     with undamaged(path, "start the sweep again in another --out"):
-        told = json_format.loads(path.read_text())
-        settings = Sweep(**{**told["settings"], "grid": tuple(told["settings"]["grid"])})
-        return Plan(told["name"], told["id"], settings, [dict(each) for each in told["trials"]])
+        plan = json_format.loads(path.read_text())
+        settings = {**current_names(plan["settings"]), "grid": tuple(plan["settings"]["grid"])}
+        settings.pop("val_every", None)  # of earlier code, see `read_base`
+        return Plan(plan["name"], plan["id"], Sweep(**settings), [current_names(each) for each in plan["trials"]])
+
+
+def read_base(folder: Place) -> Config:
+    """Read what all trials of the sweep in `folder` share. Raises UserError.
+
+    Earlier code kept --val-every in sweep.json, as evaluate_every.
+    """
+    path = folder / "sweep.json"
+    base = read_config(folder, NOT_STARTED)
+    with undamaged(path, "start the sweep again in another --out"):
+        every = json_format.loads(path.read_text())["settings"].get("evaluate_every", 0)
+    return base.updated(val_every=every) if every else base
 
 
 def _describe(found: _Sweep) -> None:

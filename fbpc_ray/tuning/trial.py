@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fbpc_ray.core import files
-from fbpc_ray.core.config import Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word
+from fbpc_ray.core.config import RENAMED, Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest, undamaged
 from fbpc_ray.core.presets import with_method
 from fbpc_ray.core.signals import Interruption
@@ -104,7 +104,7 @@ def checked(space: Any, source: str) -> dict[str, Any]:
     if not isinstance(space, dict) or not space:
         raise UserError(f"{source} is {type(space).__name__}: it must be a dict of flags and what to try of each")
     known = [name for name in Config().flat() if name not in SHARED]
-    for name in space:
+    for name in (RENAMED.get(name, name) for name in space):
         if name in SHARED:
             raise UserError(f"{source} has '{name}': it is the same for all trials; give --{name.replace('_', '-')}")
         if name not in known:
@@ -118,7 +118,7 @@ def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Plac
         method = flags.get("method", base.distillation.method)
         config = base if method == base.distillation.method else with_method(base, method, base.distillation.ipc)
         found = session.canonical(config.updated(**flags))
-        every = settings.evaluate_every or max(1, base.distillation.steps // 4)
+        every = base.output.val_every or max(1, base.distillation.steps // 4)
         found = found.updated(checkpoint_every=every, out=str(trial_folder(folder, number)), tracking=False)
         session.check(found)
     except UserError as error:
@@ -136,9 +136,9 @@ def trial_folder(folder: Place, number: int) -> Place:
 
 def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
     """How trials are judged on the way: shorter chains with as many samples, where they have room for them."""
-    steps = min(settings.judge_chain_steps or max(1, evaluation.chain_steps // 5), evaluation.chain_steps)
-    every = max(1, steps * evaluation.chain_every // evaluation.chain_steps)
-    return replace(evaluation, eval_seeds=settings.judge_seeds, chain_steps=steps, chain_every=every)
+    steps = min(settings.val_chain_epochs or max(1, evaluation.chain_epochs // 5), evaluation.chain_epochs)
+    every = max(1, steps * evaluation.chain_every // evaluation.chain_epochs)
+    return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=every)
 
 
 def judge(

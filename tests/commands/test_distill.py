@@ -64,7 +64,7 @@ def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
     for by_architecture in result["coresets"].values():
         assert set(by_architecture) == {"convnet-in", "convnet-bn"}
         for scores in by_architecture.values():
-            assert set(scores) == {"accuracy", "nll", "ece", "brier", "nll_of_batches", "nll_of_samples"}
+            assert set(scores) == {"accuracy", "nll", "ece", "brier", "batch_nll", "mean_sample_nll"}
             assert all(len(values) == 2 and len(set(values)) == 2 for values in scores.values())  # one a seed
             assert all(0 < value < 1 for value in scores["accuracy"])
     assert run.picture_path.stat().st_size > 1000 < run.reliability_path.stat().st_size
@@ -165,7 +165,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
 
 def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
     """The same chains again on convnet-in give the numbers of the run; convnet-none was not in it."""
-    words = ["--backend", "serial", "--chain-steps", "20", "--chain-every", "10", "--eval-seeds", "2"]
+    words = ["--backend", "serial", "--chain-epochs", "20", "--chain-every", "10", "--num-chains", "2"]
     main.main(
         [
             "evaluate",
@@ -229,8 +229,8 @@ def test_no_evaluation_overwrites_another(whole, tmp_path, monkeypatch):
     file."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("evaluations"))
-    words = ["evaluate", str(folder), "--architectures", "convnet-in", "--backend", "serial", "--chain-steps", "2",
-             "--chain-every", "1", "--eval-seeds", "1"]  # fmt: skip
+    words = ["evaluate", str(folder), "--architectures", "convnet-in", "--backend", "serial", "--chain-epochs", "2",
+             "--chain-every", "1", "--num-chains", "1"]  # fmt: skip
     evaluate = loop.evaluate
 
     def files() -> dict[str, int]:
@@ -257,8 +257,8 @@ def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
     large = {f"x_{part}": getattr(digits, part).images[:50, 0].repeat(2, 1).repeat(2, 2) for part in ("train", "test")}
     labels = {f"y_{part}": getattr(digits, part).labels[:50] for part in ("train", "test")}
     np.savez(tmp_path / "large.npz", **large, **labels)
-    base = ["evaluate", str(whole), "--backend", "serial", "--chain-steps", "20", "--chain-every", "10",
-            "--eval-seeds", "1", "--json", str(tmp_path / "r.json"), "--ood"]  # fmt: skip
+    base = ["evaluate", str(whole), "--backend", "serial", "--chain-epochs", "20", "--chain-every", "10",
+            "--num-chains", "1", "--json", str(tmp_path / "r.json"), "--ood"]  # fmt: skip
     main.main([*base, "digits"])
     found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
     assert found["ood_auroc_entropy"] == found["ood_auroc_mutual_information"] == [0.5]

@@ -18,7 +18,7 @@ from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import ValidationResult
 
-QUICK = {"backend": "serial", "steps": 4, "eval_seeds": 1, "chain_steps": 4, "chain_every": 2}
+QUICK = {"backend": "serial", "steps": 4, "num_chains": 1, "chain_epochs": 4, "chain_every": 2}
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def flags_of_experts(small) -> list[str]:
 
 
 def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
-    words = ["table1", "--cifar10", "digits", "--ipc", "1", "--only", "Random", "--distill-seeds", "1", "--eval-seeds",
-             "2", "--override", "width=8", "chain_steps=4", "chain_every=2", "--out", str(tmp_path / "out"),
+    words = ["table1", "--cifar10", "digits", "--ipc", "1", "--only", "Random", "--distill-seeds", "1", "--num-chains",
+             "2", "--override", "width=8", "chain_epochs=4", "chain_every=2", "--out", str(tmp_path / "out"),
              "--backend", "serial", "--no-tracking"]  # fmt: skip
     text = seen(lambda: main.main(["reproduce", *words]))
     for what in ("distil", "judge"):

@@ -49,7 +49,7 @@ def store(small, tmp_path_factory) -> Store:
     """Two distillations of the same length, the first of them judged on a second network afterwards."""
     home = tmp_path_factory.mktemp("home")
     base = small.updated(
-        architectures=("convnet-in",), backend="serial", validation=0.1, val_every=2, eval_seeds=1, tracking=True,
+        architectures=("convnet-in",), backend="serial", validation=0.1, val_every=2, num_chains=1, tracking=True,
         experiment="methods", experts=str(home / "experts"),
     )  # fmt: skip
     other = with_method(base, "bpc-fkl", 1).updated(steps=4, syn_steps=3, start_epoch=1)

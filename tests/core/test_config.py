@@ -75,7 +75,7 @@ def test_defaults_are_the_papers_constants():
     paper = {
         "expert_count": 100, "expert_epochs": 50, "expert_lr": 0.01, "expert_batch_size": 256, "width": 128,
         "augment": "dsa", "map_lr": 0.001, "map_max_steps": 2000, "posterior_steps": 30, "real_batch_size": 256,
-        "mc_samples": 30, "momentum": 0.5, "start_rule": "from", "method": "fbpc", "chain_steps": 1000,
+        "mc_samples": 30, "momentum": 0.5, "start_rule": "from", "method": "fbpc", "chain_epochs": 1000,
         "chain_every": 100, "chain_eta": 0.03, "chain_friction": 0.1, "chain_d": 0.01, "chain_full_batch": 500,
         "chain_batch_size": 256, "chain_augment": True,
     }  # fmt: skip
@@ -119,7 +119,7 @@ def test_every_field_is_documented(group):
 def test_updated_changes_the_named_and_keeps_the_others():
     """One flag of each group at once; the original stays."""
     before = Config()
-    changes = {"data": "cifar10", "width": 64, "expert_lr": 0.5, "ipc": 10, "eval_seeds": 7, "device": "cpu"}
+    changes = {"data": "cifar10", "width": 64, "expert_lr": 0.5, "ipc": 10, "num_chains": 7, "device": "cpu"}
     after = before.updated(**changes)
     assert after.flat() == {**before.flat(), **changes}
     assert before == Config()
@@ -191,7 +191,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
-        "compiled", "map", "map_pool", "map_pool_uses",
+        "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 
@@ -221,7 +221,7 @@ def test_weight_space_baselines_bring_the_settings_of_their_own_paper():
 NAN, INF = float("nan"), float("inf")
 COUNTS = (
     "ipc", "steps", "batch_size", "map_max_steps", "posterior_steps", "real_batch_size", "mc_samples",
-    "checkpoint_every", "width", "expert_count", "expert_epochs", "expert_batch_size", "eval_seeds", "chain_steps",
+    "checkpoint_every", "width", "expert_count", "expert_epochs", "expert_batch_size", "num_chains", "chain_epochs",
     "chain_every", "chain_batch_size", "syn_steps", "draws_per_step",
 )  # fmt: skip
 POSITIVE = (
@@ -281,10 +281,10 @@ def test_zero_passes_where_it_means_something(name):
 
 def test_a_chain_without_a_sample_is_refused():
     """A sample every 101 steps of 100 would be none; every 100 of 100 is one."""
-    message = refused(chain_every=101, chain_steps=100)
+    message = refused(chain_every=101, chain_epochs=100)
     assert "--chain-every" in message
-    assert "--chain-steps" in message
-    check(Config().updated(chain_every=100, chain_steps=100))
+    assert "--chain-epochs" in message
+    check(Config().updated(chain_every=100, chain_epochs=100))
 
 
 @pytest.mark.parametrize("names", [(), ("convnet-in", "convnet-in"), ("convnet-in", "convnet-gn", "convnet-in")])

@@ -209,8 +209,8 @@ def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     coreset.save(made, run.coreset_path, {"method": "fbpc"})
     main.main(["export", str(run.folder), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
     assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, made.images)
-    evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
-                "--chain-steps", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
+    evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--num-chains", "1",
+                "--chain-epochs", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
     main.main([*evaluate, str(run.coreset_path)])
     assert "convnet-in    given" in capsys.readouterr().out
     with pytest.raises(SystemExit):

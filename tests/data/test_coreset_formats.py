@@ -68,8 +68,8 @@ def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dic
     e, n = config.evaluation, config.networks
     main.main([
         "evaluate", "--coreset", str(source), "--data", "digits", "--backend", "serial", "--architectures",
-        *n.architectures, "--width", str(n.width), "--eval-seeds", str(e.eval_seeds), "--chain-steps",
-        str(e.chain_steps), "--chain-every", str(e.chain_every), "--threads", "1", "--json", str(json_path), *words,
+        *n.architectures, "--width", str(n.width), "--num-chains", str(e.num_chains), "--chain-epochs",
+        str(e.chain_epochs), "--chain-every", str(e.chain_every), "--threads", "1", "--json", str(json_path), *words,
     ])  # fmt: skip
     return json.loads(json_path.read_text())
 
@@ -381,8 +381,8 @@ sys.meta_path.insert(0, Missing())
 from fbpc_ray.commands import main
 run, out = sys.argv[1:]
 main.main(["export", run, "--format", "hf", "--out", out])
-main.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--backend", "serial", "--eval-seeds", "1",
-          "--chain-steps", "2", "--chain-every", "1"])
+main.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--backend", "serial", "--num-chains", "1",
+          "--chain-epochs", "2", "--chain-every", "1"])
 """
 
 

@@ -36,7 +36,7 @@ Path({sprung!r}).touch()
 from torch import nn
 def build(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
 """
-SERIAL = ("--backend", "serial", "--eval-seeds", "1", "--chain-steps", "10", "--chain-every", "5")
+SERIAL = ("--backend", "serial", "--num-chains", "1", "--chain-epochs", "10", "--chain-every", "5")
 
 
 @pytest.fixture
@@ -74,8 +74,9 @@ def rewrite(folder: Path, **values: object) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("evaluate", "RUN", *SERIAL), ("distill", "--out", "RUN", "--resume"), ("distill", "--out", "RUN", "--again"),
-     ("distill", "--out", "RUN", "--again", "--dry-run")],
+    [("evaluate", "RUN", *SERIAL), ("distill", "--out", "RUN", "--resume"),
+     ("distill", "--out", "RUN", "--resume", "auto"),
+     ("distill", "--out", "RUN", "--resume", "auto", "--dry-run")],
     ids=lambda words: f"{words[0]} {words[2] if words[0] == 'evaluate' else words[3]}",
 )  # fmt: skip
 def test_a_configuration_imports_no_network_unasked(run, network, sprung, capsys, command):
@@ -121,7 +122,7 @@ def test_a_configuration_connects_to_no_cluster_unasked(run, capsys, address):
     """What a cluster answers is unpickled, so its address is asked for; `evaluate` takes its own."""
     rewrite(run, address=address, backend="ray", steps=3)
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--resume")
-    assert f"--address {address}" in refused(capsys, "--out", str(run), "--again")
+    assert f"--address {address}" in refused(capsys, "--out", str(run), "--resume", "auto")
     main.main(["evaluate", str(run), *SERIAL])
     distil("--out", str(run), "--resume", "--address", address, "--backend", "serial")
     assert json.loads(RunDirectory(run).result_path.read_text())["steps"] == 3
@@ -253,7 +254,7 @@ def good(small, digits, tmp_path_factory):
     """A state, a manifest and an expert that are whole, to stand beside the file in question."""
     config = small.updated(architectures=("convnet-in",))
     folder = tmp_path_factory.mktemp("good")
-    distil(*flags(config, backend="serial", steps=2, eval_seeds=1, out=str(folder / "run")))
+    distil(*flags(config, backend="serial", steps=2, num_chains=1, out=str(folder / "run")))
     (spec,) = session.specs(config, digits)
     return RunDirectory(folder / "run"), session.store(config, digits, spec).folder
 

@@ -107,6 +107,6 @@ def test_what_methods_bring_is_logged_for_both_that_are_compared():
 
 
 def test_it_is_said_how_many_chains_judge():
-    settings = preset("digits").updated(eval_seeds=3, chain_steps=1000).evaluation
+    settings = preset("digits").updated(num_chains=3, chain_epochs=1000).evaluation
     said = loop.judging({"random": 0, "fbpc": 1}, ["a"], "test", settings)
     assert said == "judging on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"

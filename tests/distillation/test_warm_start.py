@@ -1,4 +1,4 @@
-"""`--map pool`: which solutions begin where, that they are used and kept, and that nothing else changes."""
+"""`--map-init warm`: which solutions begin where, that they are used and kept, and that nothing else changes."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_only_with_the_pool_are_solutions_kept(small):
         [GradientTask(0, 0), GradientTask(0, 1)],
         [Gradient(torch.zeros(1), {}, solution=torch.ones(2)), None],
     )
-    settings = small.updated(map="pool", map_pool=5, map_pool_uses=100).distillation
+    settings = small.updated(map_init="warm", warm_pool_size=5, warm_pool_uses=100).distillation
     after = remember(state, 7, units, found, settings)
     assert after.solutions.keys() == {"0/0/2"}
     start = map_start(after._replace(step=12), GradientTask(0, 0), settings)
@@ -51,7 +51,7 @@ def test_only_with_the_pool_are_solutions_kept(small):
 
 @pytest.fixture
 def worker(small, digits):
-    config = small.updated(map="pool")
+    config = small.updated(map_init="warm")
     specs = session.specs(config, digits)
     stores = [session.store(config, digits, spec) for spec in specs]
     state, labels = loop.first_state(digits, 1, 0)
@@ -78,7 +78,7 @@ def test_the_solve_begins_where_it_is_told(worker):
 def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small, digits, tmp_path):
     """Two solutions, 12 steps: from the third step on warm; anew in step 9 (slot 0) and 6 (slot 1). Stopped and resumed
     in the middle, and through a checkpoint's file."""
-    config = small.updated(map="pool", map_pool=2, map_pool_uses=4, steps=12, checkpoint_every=5)
+    config = small.updated(map_init="warm", warm_pool_size=2, warm_pool_uses=4, steps=12, checkpoint_every=5)
     backend = Serial("cpu", Interruption())
     whole = run_on(backend, config, digits, tmp_path / "whole")
     steps = {row["step"]: row["map_steps"] for row in whole[1] if row["architecture"] == "convnet-in"}
@@ -93,12 +93,12 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     assert state.solutions.keys() == {f"{architecture}/0/{slot}" for architecture in (0, 1) for slot in (0, 1)}
     rows = [{k: v for k, v in row.items() if k != "seconds_step"} for row in rows]
     assert_same(run_on(backend, config, digits, tmp_path / "rest", state=state, rows=rows), whole)
-    other = run_on(backend, config.updated(map="fresh"), digits, tmp_path / "fresh")
+    other = run_on(backend, config.updated(map_init="prior"), digits, tmp_path / "fresh")
     assert not torch.equal(other[0], whole[0])
 
 
 def test_results_that_know_no_pool_keep_their_keys(small):
-    assert coreset_key(small.updated(map_pool=3, map_pool_uses=5)) == coreset_key(small)
-    pooled = small.updated(map="pool")
+    assert coreset_key(small.updated(warm_pool_size=3, warm_pool_uses=5)) == coreset_key(small)
+    pooled = small.updated(map_init="warm")
     assert coreset_key(pooled) != coreset_key(small)
-    assert coreset_key(pooled.updated(map_pool=3)) != coreset_key(pooled)
+    assert coreset_key(pooled.updated(warm_pool_size=3)) != coreset_key(pooled)

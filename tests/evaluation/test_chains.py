@@ -27,14 +27,14 @@ from fbpc_ray.evaluation.chains import (
     values,
 )
 from fbpc_ray.execution import session
-from fbpc_ray.inference.metrics import nll_of_batches, scores
+from fbpc_ray.inference.metrics import batch_nll, scores
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes, count_macs
 
 Pair = tuple[Tensor, Tensor]
-SETTINGS = Evaluation(chain_steps=30, chain_every=10)
+SETTINGS = Evaluation(chain_epochs=30, chain_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_samples_are_the_states_after_every_tenth_epoch(network, coreset: Pair):
     """30 epochs with one sample every 10 give 3; those of a longer chain begin with the same three."""
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", seed=0)
     assert len(samples) == 3
-    longer = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_steps=45), "dsa", seed=0)
+    longer = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_epochs=45), "dsa", seed=0)
     assert len(longer) == 4
     assert all(same(a, b) for a, b in zip(samples, longer, strict=False))
     often = posterior_samples(Passes(network), *coreset, replace(SETTINGS, chain_every=5), "dsa", seed=0)
@@ -72,7 +72,7 @@ def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, coreset
         chain_batch_size=7,
         chain_d=0.0,
         chain_weight_decay=0.0,
-        chain_steps=1,
+        chain_epochs=1,
         chain_every=1,
     )
     (sample,) = posterior_samples(Passes(network), *coreset, settings, "none", seed=3)
@@ -92,7 +92,7 @@ def test_noise_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
     """d = chain_d / m: twice the coreset with the same chain_d has half the noise variance. Seen on the first step."""
 
     def jump(images, labels):
-        settings = replace(SETTINGS, chain_steps=1, chain_every=1, chain_d=1e6, chain_weight_decay=0.0)
+        settings = replace(SETTINGS, chain_epochs=1, chain_every=1, chain_d=1e6, chain_weight_decay=0.0)
         (sample,) = posterior_samples(Passes(network), images, labels, settings, "none", seed=0)
         return torch.cat([value.flatten() for value in sample.values()]).std()
 
@@ -168,7 +168,7 @@ def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypa
     state, labels = loop.first_state(digits, 2, 0)
     few = Split(digits.test.images[:45], digits.test.labels[:45])
     chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0, keep=True)
-    settings = replace(SETTINGS, chain_steps=6, chain_every=3)
+    settings = replace(SETTINGS, chain_epochs=6, chain_every=3)
     eager, fast = (
         run_chain(judge(digits._replace(test=few), "test", settings, "dsa", compiled=how), chain, "cpu")
         for how in ("off", "on")
@@ -183,7 +183,7 @@ def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypa
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
     assert fast.stats.correct == eager.stats.correct
     assert fast.stats.nll == pytest.approx(eager.stats.nll, rel=1e-3)
-    assert fast.nll_of_samples == pytest.approx(eager.nll_of_samples, rel=1e-3)
+    assert fast.mean_sample_nll == pytest.approx(eager.mean_sample_nll, rel=1e-3)
 
 
 def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monkeypatch):
@@ -243,9 +243,9 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
         expected = auroc(getattr(inside.uncertainty, name), getattr(outside.uncertainty, name))
         assert found[f"ood_auroc_{name}"] == expected
         assert expected != 0.5
-    assert found["nll_of_batches"] == nll_of_batches(inside.losses, 256)
-    assert found["nll_of_samples"] == inside.losses.mean().item()
-    assert found["nll"] < found["nll_of_batches"] < found["nll_of_samples"]
+    assert found["batch_nll"] == batch_nll(inside.losses, 256)
+    assert found["mean_sample_nll"] == inside.losses.mean().item()
+    assert found["nll"] < found["batch_nll"] < found["mean_sample_nll"]
 
     without = judged._replace(ood=None)
     alone = values(run_chain(without, chain, "cpu"))
@@ -289,7 +289,7 @@ def test_training_on_more_real_images_scores_better(small, digits):
     for ipc in (1, 10):
         state, labels = loop.first_state(digits, ipc, 0)
         chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
-        settings = replace(SETTINGS, chain_steps=200, chain_every=100)
+        settings = replace(SETTINGS, chain_epochs=200, chain_every=100)
         result = run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu")
         assert result.stats is not None
         accuracy.append(scores(result.stats).accuracy)
@@ -301,7 +301,7 @@ def test_the_prior_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
     """One prior for every m: the first step's pull on theta is -eta chain_weight_decay / m theta, by hand."""
 
     def first(decay):
-        settings = replace(SETTINGS, chain_steps=1, chain_every=1, chain_d=0.0, chain_weight_decay=decay)
+        settings = replace(SETTINGS, chain_epochs=1, chain_every=1, chain_d=0.0, chain_weight_decay=decay)
         return posterior_samples(Passes(network), *coreset, settings, "none", seed=0)[0]
 
     start = network.init(generator(0, "chain", network.spec.architecture, "init"))

@@ -28,9 +28,13 @@ def whole(small, tmp_path_factory):
 
 
 def test_the_same_command_starts_goes_on_and_is_done(whole, small, tmp_path, capsys):
-    """--again, killed with -9 amid the run, then twice to the end: a job that is repeated needs no other command."""
+    """--resume auto, killed with -9 amid the run, then twice to the end: every attempt of a job is the same command."""
     folder = tmp_path / "again"
-    words = [*flags(small, backend="serial", steps=12, threads=0, out=str(folder), checkpoint_every=2), "--again"]
+    words = [
+        *flags(small, backend="serial", steps=12, threads=0, out=str(folder), checkpoint_every=2),
+        "--resume",
+        "auto",
+    ]
     process = start("distill", *words)
     wait_for(RunDirectory(folder).state_path, process)
     process.kill()
@@ -51,28 +55,28 @@ def test_again_goes_on_where_nothing_but_the_configuration_is(whole, small, tmp_
     words = flags(small, backend="serial", steps=12, threads=0, out=str(folder))
     RunDirectory(folder).folder.mkdir()
     (folder / ".config.json.0a1b2c3d.tmp").write_text("{")
-    distil(*words, "--again")
+    distil(*words, "--resume", "auto")
     assert torch.equal(images_of(folder), images_of(whole))
     for path in (RunDirectory(folder).state_path, RunDirectory(folder).metrics_path, RunDirectory(folder).result_path):
         path.unlink()
-    distil(*words, "--again")
+    distil(*words, "--resume", "auto")
     assert torch.equal(images_of(folder), images_of(whole))
 
 
 def test_again_is_refused_without_a_folder_or_with_another_configuration(whole, small, capsys):
-    assert "--out DIR" in refused(capsys, "--again", "--backend", "serial")
+    assert "--out DIR" in refused(capsys, "--resume", "auto", "--backend", "serial")
     words = flags(small, backend="serial", steps=12, out=str(whole), alpha=3.0)
-    assert "--alpha was 10.0, now 3.0" in refused(capsys, *words, "--again")
+    assert "--alpha was 10.0, now 3.0" in refused(capsys, *words, "--resume", "auto")
 
 
 def test_again_goes_on_with_a_preset_too(small, tmp_path, capsys):
     """What the preset and the flags say is compared with what the run began with."""
     folder = tmp_path / "preset"
     changed = flags(small, backend="serial", steps=2, out=str(folder))
-    distil("--preset", "digits", *changed, "--again")
-    distil("--preset", "digits", *changed, "--again")
+    distil("--preset", "digits", *changed, "--resume", "auto")
+    distil("--preset", "digits", *changed, "--resume", "auto")
     assert "this run is complete" in capsys.readouterr().out
-    assert "--data was" in refused(capsys, "--preset", "cifar10-ipc1", "--again", "--out", str(folder))
+    assert "--data was" in refused(capsys, "--preset", "cifar10-ipc1", "--resume", "auto", "--out", str(folder))
 
 
 # ---- the files for `ray up` and KubeRay

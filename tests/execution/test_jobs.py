@@ -105,7 +105,7 @@ def whole(small, tmp_path_factory):
 
 def command(config: Config, folder: Path) -> list[str]:
     settings = flags(config, backend="ray", steps=60, checkpoint_every=60, tracking=True, out=str(folder))
-    return ["jobs/distill_multi.py", *settings, "--again"]
+    return ["jobs/distill_multi.py", *settings, "--resume", "auto"]
 
 
 def mlflow_runs(database: Path) -> list[tuple[str, str]]:

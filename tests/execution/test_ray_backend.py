@@ -63,8 +63,8 @@ def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected
 
 
 def test_ray_gives_the_bits_of_serial_with_a_pool_of_solutions(cluster, small, digits, tmp_path):
-    """`--map pool`: the solutions travel to whichever worker goes on from them."""
-    config = small.updated(map="pool", map_pool=2)
+    """`--map-init warm`: the solutions travel to whichever worker goes on from them."""
+    config = small.updated(map_init="warm", warm_pool_size=2)
     serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
     assert_same(run_on(cluster, config, digits, tmp_path / "ray"), serial)
 

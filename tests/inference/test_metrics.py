@@ -8,8 +8,8 @@ from support import oracles
 
 from fbpc_ray.inference.metrics import (
     BINS,
+    batch_nll,
     log_mean_probability,
-    nll_of_batches,
     predictive_stats,
     sample_losses,
     scores,
@@ -111,16 +111,16 @@ def test_losses_of_samples_are_their_own_nll():
 def test_the_lineages_nll_equals_a_slow_loop(size):
     """Also where the last batch is smaller, and where one batch holds all."""
     losses = sample_losses(*some_predictions())
-    assert nll_of_batches(losses, size) == pytest.approx(oracles.nll_of_batches_slow(losses.tolist(), size), rel=1e-10)
+    assert batch_nll(losses, size) == pytest.approx(oracles.nll_of_batches_slow(losses.tolist(), size), rel=1e-10)
 
 
 def test_the_lineages_nll_is_the_nll_at_size_one_and_grows_with_the_batch():
     """Averaging before mixing only adds (log-mean-exp is convex), up to the mean loss of a sample."""
     logits, labels = some_predictions(n=64)
     losses = sample_losses(logits, labels)
-    found = [nll_of_batches(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
+    found = [batch_nll(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
     assert found[0] == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
     assert found == sorted(found)
     assert found[-1] > found[0] + 0.1
     assert found[-1] < losses.mean()
-    assert nll_of_batches(losses[:1], 16) == pytest.approx(losses[0].mean().item()), "one sample: nothing is mixed"
+    assert batch_nll(losses[:1], 16) == pytest.approx(losses[0].mean().item()), "one sample: nothing is mixed"

@@ -908,7 +908,7 @@ def test_a_run_has_the_one_name_of_its_network_and_goes_on_under_the_other(tmp_p
 def test_a_users_own_network_runs_on_ray_to_the_bits_of_serial(nets):
     """`python jobs/distill_multi.py` from the folder of nets.py, which Ray's workers import; and without Ray."""
     config = preset("digits").updated(**RUN).updated(
-        architectures=("nets:batchnorm2d",), steps=2, expert_count=1, expert_epochs=1, eval_seeds=1, chain_steps=4,
+        architectures=("nets:batchnorm2d",), steps=2, expert_count=1, expert_epochs=1, num_chains=1, chain_epochs=4,
         chain_every=4,
     )  # fmt: skip
     job, ray = Path(__file__).parents[2] / "jobs" / "distill_multi.py", tempfile.mkdtemp(prefix="fr", dir="/tmp")

@@ -194,11 +194,13 @@ def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
     specs = session.specs(small, digits)
     each = sum(4 * Network(spec).parameter_count * 5 for spec in specs)
     long = small.updated(steps=1000)
-    assert session.x_cache_bytes(long.updated(x_cache=1.6 * each / 1e9), specs) == pytest.approx(1.6 * each)
-    assert session.x_cache_bytes(long.updated(x_cache=1.4 * each / 1e9), specs) == 0
-    assert session.x_cache_bytes(small.updated(steps=1, x_cache=0.3 * each / 1e9), specs) > 0
-    assert session.x_cache_bytes(long.updated(x_cache=10.0, method="fbpc-isotropic"), specs) == 0
-    assert session.x_cache_bytes(long.updated(x_cache=0.0), specs) == 0
+    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.6 * each / 1e9), specs) == pytest.approx(
+        1.6 * each
+    )
+    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.4 * each / 1e9), specs) == 0
+    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.3 * each / 1e9), specs) > 0
+    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=10.0, method="fbpc-isotropic"), specs) == 0
+    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=0.0), specs) == 0
 
 
 def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
@@ -207,7 +209,7 @@ def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_s
     state, labels = loop.first_state(digits, 1, 0)
     found = []
     for gigabytes in (0.0, 1.0, 1.0):
-        arguments = session.crew(small.updated(x_cache=gigabytes), digits, labels, specs, stores).arguments
+        arguments = session.crew(small.updated(trajectory_cache_gb=gigabytes), digits, labels, specs, stores).arguments
         found.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
     assert list((cache.folder() / "x-sides").glob("*.npy"))
     assert (found[0] == found[1]).all()

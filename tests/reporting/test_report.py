@@ -185,7 +185,7 @@ def test_several_runs_stand_beside_each_other(runs, tmp_path):
     assert len(found.of("img")) == 3 + 5 + 5 + 2  # accuracy, NLL, both by ipc; those of each
 
     other = shutil.copytree(runs["bpc"], tmp_path / "other")
-    config = read_config(other).flat() | {"chain_steps": 10}
+    config = read_config(other).flat() | {"chain_epochs": 10}
     (other / "config.json").write_text(json.dumps(config))
     assert "not scored alike" in made(tmp_path, runs["fbpc"], other).text
 

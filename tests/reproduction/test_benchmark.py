@@ -25,7 +25,7 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     ways = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
     words = [
         "--data", "digits", "--networks", "convnet-in+convnet-bn", "--widths", "16", "--ipcs", "1", "--steps", "1",
-        "--repeats", "1", "--no-compiled", "--map-pool", "1", "--first-run", "1", "--json", str(report),
+        "--repeats", "1", "--no-compiled", "--warm-pool-size", "1", "--first-run", "1", "--json", str(report),
         "--ways", *ways,
     ]  # fmt: skip
     code = (

@@ -20,7 +20,7 @@ from fbpc_ray.evaluation.chains import judge
 
 FILE = Path(__file__).parents[2] / "jobs" / "calibrate_sghmc.py"
 FLAGS = {
-    "data": "digits", "width": "8", "backend": "serial", "device": "cpu", "ipc": "1 10", "chain-steps": "20 10",
+    "data": "digits", "width": "8", "backend": "serial", "device": "cpu", "ipc": "1 10", "chain-epochs": "20 10",
     "test-images": "50", "weight-decay": "0 0.1", "noise": "consistent", "dsa": "on off", "coresets": "1",
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
     rows = found["rows"]
     settings = {(row["ipc"], row["weight_decay"], row["dsa"]) for row in rows}
     assert settings == {(ipc, decay, dsa) for ipc in (1, 10) for decay in (0.0, 0.1) for dsa in ("on", "off")}
-    assert {(row["ipc"], row["chain_steps"], row["chain_every"]) for row in rows} == {(1, 20, 2), (10, 10, 1)}
+    assert {(row["ipc"], row["chain_epochs"], row["chain_every"]) for row in rows} == {(1, 20, 2), (10, 10, 1)}
     (run,) = found["runs"]
     assert run["versions"]["torch"]
     assert run["device"]
@@ -66,9 +66,9 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
 
     (row,) = (row for row in rows if (row["ipc"], row["weight_decay"], row["dsa"]) == (10, 0.1, "off"))
     config = job.Config().updated(data="digits", width=8, architectures=("convnet-in",))
-    (spec,) = job.plan.specs(config, digits)
+    (spec,) = job.session.specs(config, digits)
     state, labels = loop.first_state(digits, 10, 0)
-    own = job.Evaluation(chain_steps=10, chain_every=1, chain_weight_decay=0.1, chain_augment=False)
+    own = job.Evaluation(chain_epochs=10, chain_every=1, chain_weight_decay=0.1, chain_augment=False)
     shared = judge(digits, "test", own, "dsa")._replace(split=job.some(digits.test, 50, digits, 0))
     chain = chains.Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
     expected = chains.values(chains.run_chain(shared, chain, "cpu"))
@@ -94,7 +94,7 @@ def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
     job.calibrate([*words(path, coresets="2"), "--dry-run"], "calibrate")
     assert "8 of 16 chains" in capsys.readouterr().out
     assert path.read_bytes() == before
-    job.calibrate(words(path, chain_steps="10", ipc="1"), "calibrate")
+    job.calibrate(words(path, chain_epochs="10", ipc="1"), "calibrate")
     assert len(ran) == 3 + 4
     assert len(json.loads(path.read_text())["rows"]) == 12
 
@@ -124,7 +124,7 @@ def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
     }
     np.savez(tmp_path / "few.npz", **arrays)
     path = tmp_path / "out" / "rows.json"
-    few = words(path, data=f"npz:{tmp_path / 'few.npz'}", ipc="1", chain_steps="2", dsa="off")
+    few = words(path, data=f"npz:{tmp_path / 'few.npz'}", ipc="1", chain_epochs="2", dsa="off")
     job.calibrate(few, "calibrate")
     text = path.read_text().replace(str(path), "")
     assert str(tmp_path) not in text
@@ -135,8 +135,8 @@ def row(setting=("consistent", 0.0, "on"), ipc=1, coreset=0, **numbers: Any) -> 
     noise, decay, dsa = setting
     accuracy, nll = numbers.pop("accuracy", 0.163), numbers.pop("nll", 4.66)
     return {
-        "noise": noise, "weight_decay": decay, "dsa": dsa, "ipc": ipc, "coreset": coreset, "chain_steps": 1000,
-        "accuracy": accuracy, "nll": nll, "nll_of_batches": nll, "nll_of_samples": nll, **numbers,
+        "noise": noise, "weight_decay": decay, "dsa": dsa, "ipc": ipc, "coreset": coreset, "chain_epochs": 1000,
+        "accuracy": accuracy, "nll": nll, "batch_nll": nll, "mean_sample_nll": nll, **numbers,
     }  # fmt: skip
 
 
@@ -181,13 +181,13 @@ def test_the_definition_that_fits_wins_and_a_setting_needs_every_ipc(job):
     rows = []
     for ipc, paper in ((1, 4.66), (10, 2.98)):
         accuracy = job.PAPER[ipc].accuracy
-        rows += [row(a, ipc, accuracy=accuracy, nll=1.1 * paper, nll_of_batches=1.5 * paper)]
-        rows += [row(b, ipc, accuracy=accuracy, nll=0.5 * paper, nll_of_batches=paper)]
+        rows += [row(a, ipc, accuracy=accuracy, nll=1.1 * paper, batch_nll=1.5 * paper)]
+        rows += [row(b, ipc, accuracy=accuracy, nll=0.5 * paper, batch_nll=paper)]
     rows += [row(c, 1)]
     assert [fit.setting for fit in job.fits(rows, "nll")] == [("sum", *a), ("sum", *b)]
     text = job.report(rows)
     assert "winner: --chain-noise gradient --chain-weight-decay 0.005 --no-chain-augment" in text
-    assert "by nll_of_batches" in text
+    assert "by batch_nll" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| sum | gradient"))
     assert "| 32.5 |" in line
     assert "| 1.49 | 2.98 |" in line
@@ -198,7 +198,7 @@ def test_the_definition_that_fits_wins_and_a_setting_needs_every_ipc(job):
 
 def test_a_chain_that_diverged_is_last_and_said(job):
     rows = [row(), row(coreset=1), row(("literal", 0.0, "on")), row(("literal", 0.0, "on"), coreset=1)]
-    rows[3] |= {"accuracy": None, "nll": None, "nll_of_batches": None, "nll_of_samples": None}
+    rows[3] |= {"accuracy": None, "nll": None, "batch_nll": None, "mean_sample_nll": None}
     assert [fit.misfit for fit in job.fits(rows, "nll")] == [pytest.approx(0), math.inf]
     assert "| 1 of 2 |" in job.report(rows)
 
@@ -216,7 +216,7 @@ def test_the_images_are_drawn_by_class_and_keep_their_order(job, digits):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("chain_steps", "1 2 3", "--chain-steps has 3 values"),
+        ("chain_epochs", "1 2 3", "--chain-epochs has 3 values"),
         ("coresets", "0", "--coresets is 0"),
         ("architectures", "convnet-in convnet-bn", "one network"),
         ("weight_decay", "-1", "0 or more"),

@@ -26,7 +26,7 @@ from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
 TINY = [
     "steps=2", "width=8", "expert_count=1", "expert_epochs=2", "expert_batch_size=256", "syn_steps=2", "gamma=1.5",
-    "posterior_steps=2", "map_lr=0.02", "chain_steps=4", "chain_every=2", "alpha=1", "mc_samples=2", "threads=1",
+    "posterior_steps=2", "map_lr=0.02", "chain_epochs=4", "chain_every=2", "alpha=1", "mc_samples=2", "threads=1",
 ]  # fmt: skip
 SOURCES = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny-imagenet"}
 
@@ -35,7 +35,7 @@ def words(table, out, *more):
     data = f"npz:{out.parent / 'digits16.npz'}"
     return [
         table, "--backend", "serial", "--cifar10", data, "--cifar100", data, "--tiny-imagenet", data,
-        "--ipc", "1", "10", "--distill-seeds", "1", "--eval-seeds", "1", "--cost-steps", "1", "--out", str(out),
+        "--ipc", "1", "10", "--distill-seeds", "1", "--num-chains", "1", "--cost-steps", "1", "--out", str(out),
         "--no-tracking", *more, "--override", *TINY,
     ]  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_the_small_scale_bounds_what_it_says():
 def test_keys_hold_what_a_number_depends_on():
     """A coreset does not depend on how it is judged or where it is made; a random one only on data, ipc and seed."""
     fbpc, random = preset("cifar10-ipc1"), preset("cifar10-ipc1").updated(method="random")
-    for other in ({"chain_eta": 0.01}, {"device": "cpu"}, {"experts": "/x"}, {"out": "/y"}, {"eval_seeds": 9}):
+    for other in ({"chain_eta": 0.01}, {"device": "cpu"}, {"experts": "/x"}, {"out": "/y"}, {"num_chains": 9}):
         assert coreset_key(fbpc.updated(**other)) == coreset_key(fbpc)
     for other in ({"alpha": 1.0}, {"seed": 1}, {"steps": 5}, {"width": 8}, {"augment": "none"}, {"data": "digits"}):
         assert coreset_key(fbpc.updated(**other)) != coreset_key(fbpc)
@@ -243,7 +243,7 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
         (["table1", "--override", "steps=many"], "'many' is no int"),
         (["table1", "--override", "ipc=3"], "the table decides it"),
         (["table1", "--ipc", "0"], "at least 1 image"),
-        (["table1", "--eval-seeds", "-1"], "--eval-seeds is -1"),
+        (["table1", "--num-chains", "-1"], "--num-chains is -1"),
         (["table1", "--cifar10", "npz:/nowhere.npz"], "nowhere"),
         (["table3", "--corruptions", "/nowhere", "--cifar10", "digits"], "nowhere"),
     ],

@@ -23,8 +23,8 @@ from fbpc_ray.execution.serial import Backend
 SMALL = {
     "architectures": ("convnet-in", "convnet-bn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
     "start_epoch": 1, "steps": 4, "gamma": 0.5, "map_lr": 0.02, "posterior_steps": 4, "real_batch_size": 32,
-    "checkpoint_every": 2, "mc_samples": 5, "eval_seeds": 2, "chain_steps": 20, "chain_every": 10,
-    "tracking": False, "threads": 1, "x_cache": 0.0,
+    "checkpoint_every": 2, "mc_samples": 5, "num_chains": 2, "chain_epochs": 20, "chain_every": 10,
+    "tracking": False, "threads": 1, "trajectory_cache_gb": 0.0,
 }  # fmt: skip
 """Settings with which a run on digits takes seconds and leaves nothing out."""
 

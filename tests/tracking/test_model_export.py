@@ -33,7 +33,7 @@ def build(shape, classes):
     return nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes))
 """
 STORE = os.environ.get("MLFLOW_TRACKING_URI")
-CHAIN = ["--backend", "serial", "--eval-seeds", "2", "--chain-steps", "20", "--chain-every", "10"]
+CHAIN = ["--backend", "serial", "--num-chains", "2", "--chain-epochs", "20", "--chain-every", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def run(home, small) -> RunDirectory[Path]:
-    words = flags(small, backend="serial", method="random", architectures=("convnet-bn",), tracking=True, eval_seeds=1)
+    words = flags(small, backend="serial", method="random", architectures=("convnet-bn",), tracking=True, num_chains=1)
     main.main(["distill", *words, "--out", "run"])
     return RunDirectory(home / "run")
 
@@ -198,7 +198,7 @@ def test_from_python_with_a_network_of_this_process_it_is_refused(tmp_path):
 
     images = torch.randn(2, 1, 8, 8, generator=generator(0, "images"))
     made = api.Coreset(images, torch.arange(2), (0.0,), (1.0,), ("a", "b"))
-    samples = api.posterior(made, inner, chain_steps=2, chain_every=1)
+    samples = api.posterior(made, inner, chain_epochs=2, chain_every=1)
     with pytest.raises(api.UserError, match="put it into a module"):
         api.save_model(samples, tmp_path / "model", np.zeros((1, 1, 8, 8), np.uint8))
     assert not (tmp_path / "model").exists()

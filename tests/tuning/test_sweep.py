@@ -92,9 +92,9 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         (["--space", "spaces_of_tests:LIST"], "must be a dict"),
         (["--validation", "0"], "never on test data"),
         (["--backend", "serial"], "runs no sweep"),
-        (["--samples", "-1"], "--samples is -1"),
-        (["--judge-seeds", "0"], "--judge-seeds is 0"),
-        (["--again"], "add --out DIR"),
+        (["--num-trials", "-1"], "--num-trials is -1"),
+        (["--val-chains", "0"], "--val-chains is 0"),
+        (["--resume", "auto"], "add --out DIR"),
         (["--preset", "nowhere/best.json"], "no such file"),
     ],
 )
@@ -180,10 +180,10 @@ def test_the_best_is_the_finished_trial_whose_last_look_is_best():
 
 
 def test_looks_have_shorter_chains_with_as_many_samples():
-    whole = config.Evaluation(chain_steps=1000, chain_every=100, eval_seeds=5)
-    assert sweep.shorter(whole, Sweep()) == replace(whole, chain_steps=200, chain_every=20, eval_seeds=1)
-    assert sweep.shorter(whole, Sweep(judge_chain_steps=5000, judge_seeds=2)) == replace(whole, eval_seeds=2)
-    assert sweep.shorter(replace(whole, chain_steps=4, chain_every=4), Sweep()).chain_every == 1
+    whole = config.Evaluation(chain_epochs=1000, chain_every=100, num_chains=5)
+    assert sweep.shorter(whole, Sweep()) == replace(whole, chain_epochs=200, chain_every=20, num_chains=1)
+    assert sweep.shorter(whole, Sweep(val_chain_epochs=5000, val_chains=2)) == replace(whole, num_chains=2)
+    assert sweep.shorter(replace(whole, chain_epochs=4, chain_every=4), Sweep()).chain_every == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"how": "stopped"}', "[" * 100_000])
@@ -207,8 +207,8 @@ def test_losses_are_summed_over_architectures_and_averaged_over_draws():
 
 def task_of(small, digits, folder, *own, **settings):
     """Trials on the experts of the session, as `tuning` would give them out."""
-    base = small.updated(steps=4)
-    made = Sweep(evaluate_every=2, **settings)
+    base = small.updated(steps=4, val_every=2, validation=0.1)
+    made = Sweep(**settings)
     configs = [sweep.config_of(base, each, made, folder, number) for number, each in enumerate(own)]
     held = digits._replace(validation=digits.test)  # as many images as the experts' data set leaves
     return Task(configs, sweep.without_test_split(held), made)
@@ -377,10 +377,10 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
     base = small.updated(
         steps=STEPS, validation=0.1, tracking=True, experiment="sweeps", address="local", device="cpu",
         out=str(folder), experts=str(home / "experts"),
-        cpus_per_actor=float((get_num_cpus() + 1) // 2),
+        cpus_per_actor=float((get_num_cpus() + 1) // 2), val_every=2,
     )  # fmt: skip
     grid = f"alpha={','.join(map(str, GRID.values()))}"
-    words = [*flags(base), "--grid", grid, "--scheduler", "none", "--evaluate-every", "2"]
+    words = [*flags(base), "--grid", grid, "--scheduler", "none"]
     for number in (signal.SIGKILL, signal.SIGTERM, None):
         process = start("tune", *words, FBPC_HOME=str(home), MLFLOW_TRACKING_URI="")
         words, below = ["--out", str(folder), "--resume"], {}

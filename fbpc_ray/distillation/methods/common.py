@@ -36,7 +36,7 @@ class GradientContext(NamedTuple):
     expert_count: int
     draw: int = 0
     """Which of the step's independent draws of (theta_x, theta_u)."""
-    x_cache: TrajectoryCache | None = None
+    trajectory_cache: TrajectoryCache | None = None
     """Where theta_x and its K steps are kept."""
 
     @property
@@ -63,7 +63,7 @@ class Gradient(NamedTuple):
     inner_lr: float = 0.0
     """With respect to the inner learning rate, where the method learns it (bpc-w)."""
     solution: Tensor | None = None
-    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map pool`)."""
+    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map-init warm`)."""
 
 
 Method = Callable[..., Gradient]

@@ -44,7 +44,7 @@ def gradient(
     start: np.ndarray | None = None,
 ) -> Gradient:
     """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `expert_side`, where it was
-    computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map pool`); None: at the prior.
+    computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map-init warm`); None: at the prior.
 
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
@@ -111,7 +111,7 @@ def gradient(
             "seconds_u": seconds_u,
             "seconds_gradient": clock.lap(),
         },
-        solution=_vector(solution.params).cpu() if settings.map == "pool" else None,
+        solution=_vector(solution.params).cpu() if settings.map_init == "warm" else None,
     )
 
 
@@ -143,7 +143,7 @@ def _rows(problem: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]
 
 def _kept(problem: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
     """The rows from the cache, made where they aren't there; None where there is no cache for them."""
-    if problem.x_cache is None:
+    if problem.trajectory_cache is None:
         return None
     s, passes = problem.settings, problem.passes
     device = problem.network.device
@@ -155,7 +155,7 @@ def _kept(problem: GradientContext, expert: int, epoch: int) -> np.ndarray | Non
     )  # fmt: skip
     key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
     shape = 1 + s.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
-    return problem.x_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
+    return problem.trajectory_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
 
 
 def _vector(params: Params) -> Tensor:
