@@ -184,7 +184,7 @@ def test_the_commands_of_the_jobs_are_ours(tmp_path):
         arguments = main._parse(main.DistillArguments, words, "fbpc", main.DistillArguments(config=main._base(words)))
         session.check(session.canonical(arguments.config))
         if "--autoscale" in words:
-            assert arguments.job.again
+            assert arguments.job.resume == "auto"
             assert (arguments.config.workers.autoscale, arguments.config.workers.device) == (True, "cuda")
             assert arguments.config.output.out
             assert arguments.config.experts.experts
