@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_sample_images
 
-from fbpc_ray.api import auroc, dataset, distill, posterior
+from fbpc_ray import auroc, dataset, distill, posterior
 
 ROWS = "{:<11}{:<11}{:<19}{:<19}"
 

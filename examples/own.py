@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from fbpc_ray.api import dataset, distill, posterior, save
+from fbpc_ray import dataset, distill, posterior, save
 
 CLASSES = ("disc", "square", "cross")
 

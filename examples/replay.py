@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.api import Coreset, Dataset, dataset, distill
+from fbpc_ray import Coreset, Dataset, dataset, distill
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.augment import AUGMENTATIONS

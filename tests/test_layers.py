@@ -34,6 +34,10 @@ UPWARDS = {
 """Imports that still go up: to be cut."""
 
 
+REEXPORTS = {("__init__", "fbpc_ray.api")}
+"""`from fbpc_ray import distill`: imported in __getattr__, and for type checkers."""
+
+
 class Import(NamedTuple):
     module: str
     """Who imports, relative to the package: `vision.zoo`."""
@@ -79,11 +83,11 @@ def all_imports() -> tuple[Import, ...]:
 
 
 def inner() -> list[tuple[str, str, bool]]:
-    """(who, whom, lazy) inside the package."""
+    """(who, whom, lazy) inside the package, but for the names of `api` that `fbpc_ray` gives at their first use."""
     return [
         (i.module, i.target.removeprefix("fbpc_ray").removeprefix(".") or "__init__", i.lazy)
         for i in all_imports()
-        if i.target.split(".")[0] == "fbpc_ray"
+        if i.target.split(".")[0] == "fbpc_ray" and (i.module, i.target) not in REEXPORTS
     ]
 
 
@@ -174,6 +178,19 @@ def test_importing_the_package_imports_nothing_heavy():
     assert run(f"import sys, fbpc_ray; print(fbpc_ray.__version__, *({set(heavy)} & set(sys.modules)))") == [
         fbpc_ray.__version__
     ]
+
+
+def test_the_public_names_are_there_at_their_first_use():
+    """Those of api, as editors and `dir` see them; no other."""
+    code = (
+        "import sys, fbpc_ray; names = dir(fbpc_ray); before = 'torch' in sys.modules; from fbpc_ray import *;"
+        "from fbpc_ray import api, distill; assert distill is api.distill and set(api.__all__) <= set(names);"
+        "print(before, sorted(api.__all__) == sorted(fbpc_ray.__all__), 'torch' in sys.modules, Coreset.__name__)"
+    )
+    assert run(code) == ["False", "True", "True", "Coreset"]
+    with pytest.raises(AttributeError, match="module 'fbpc_ray' has no attribute 'distil'"):
+        fbpc_ray.distil  # type: ignore[attr-defined]  # noqa: B018
+    assert (ROOT / "py.typed").is_file()
 
 
 def test_importing_config_and_cli_takes_no_torch():

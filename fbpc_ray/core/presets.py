@@ -47,11 +47,14 @@ def preset(name: str) -> Config:
 
 
 def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
-    """The configuration that flags then change: the preset called `row`, else that of `data` (digits where None) and
-    `ipc`, else the paper's defaults; for `method`. Raises UserError."""
-    name = row or ("digits" if data is None else f"{data}-ipc{ipc or 1}")
+    """Return what flags then change: the preset `row`, or that of `data` and `ipc`, or the paper's defaults.
+
+    Naming a default changes nothing: `data` is digits where it is None, and a `method` that the preset has keeps the
+    preset's settings. Another `method` brings its own. Raises UserError.
+    """
+    name = row or ("digits" if data in (None, "digits") else f"{data}-ipc{ipc or 1}")
     base = preset(name) if row or name in PRESETS else Config()
-    if method is None:
+    if method in (None, base.distillation.method):
         return base
     return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() else base.distillation.ipc)
 
