@@ -398,7 +398,7 @@ def floor_of(
     def step(number: int) -> None:
         torch.set_num_threads(args.threads)
         for _ in range(taken[unit, number] + 1 + steps):
-            passes.loss_gradient(params, batch)
+            passes.loss_and_grad(params, batch)
         for _ in range(2 * steps):
             passes.logits(params, images)
         for _ in range(2):

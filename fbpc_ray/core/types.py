@@ -27,5 +27,5 @@ class Batch(NamedTuple):
     """(b,) int64."""
 
 
-LossGradient = Callable[[Params, Batch], tuple[Tensor, Params]]
+LossAndGrad = Callable[[Params, Batch], tuple[Tensor, Params]]
 """(parameters, batch) -> () mean cross-entropy, nats an image, and its gradient by parameter. No graph is left."""

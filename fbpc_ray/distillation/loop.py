@@ -27,8 +27,8 @@ from fbpc_ray.evaluation.chains import Chain, feasible, judge, quantities, run_c
 from fbpc_ray.evaluation.results import Evaluated
 from fbpc_ray.execution.serial import Backend
 from fbpc_ray.execution.session import Log
-from fbpc_ray.inference.map_solve import SolverStatus
 from fbpc_ray.inference.metrics import PredictiveStats
+from fbpc_ray.inference.solution import SolverStatus
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import count_macs

@@ -25,7 +25,7 @@ from fbpc_ray.distillation.methods import bpc, fbpc
 from fbpc_ray.distillation.methods.common import ExpertSide, Gradient, GradientContext, Method, Stats
 from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.distillation.warm_start import Solutions
-from fbpc_ray.inference.map_solve import SolverStatus
+from fbpc_ray.inference.solution import SolverStatus
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes

@@ -85,7 +85,7 @@ def sampling(
     steps_per_epoch = -(-m // size)
     name = passes.network.spec.architecture
     chain = sghmc(
-        potential_gradient(passes.loss_gradient, settings.chain_weight_decay / m),
+        potential_gradient(passes.loss_and_grad, settings.chain_weight_decay / m),
         passes.network.init(generator(seed, "chain", name, "init")),
         _batches(
             images, labels, size, augment if settings.chain_augment else "none", generator(seed, "chain", name, "batch")

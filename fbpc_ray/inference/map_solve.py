@@ -6,37 +6,26 @@ repeat  theta <- Adam(theta, (u, y))  until  the current augmented mean loss <= 
 import math
 from collections import deque
 from collections.abc import Iterable
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
 from torch.optim.adam import adam
 
-from fbpc_ray.core.types import Batch, LossGradient, Params
+from fbpc_ray.core.types import Batch, LossAndGrad, Params
+from fbpc_ray.inference.solution import Solution, SolverStatus
 
 
-class SolverStatus(StrEnum):
-    """How a solve ended."""
+class SolveStats(NamedTuple):
+    """What a solve cost, and how far it came."""
 
-    CONVERGED = "converged"
-    MAX_STEPS = "max_steps"
-    NONFINITE = "nonfinite"
-
-
-class MapSolution(NamedTuple):
-    """A MAP solution and how it was reached."""
-
-    params: Params
-    """theta_u. No gradient flows."""
-    ending: SolverStatus
     steps: int
     """Adam steps taken."""
     loss: float
-    """The last mean loss seen, nats an image."""
+    """Mean of the last `batches_per_pass` losses, nats an image; of fewer where the solve ended earlier."""
 
 
 def map_solve(
-    slope: LossGradient,
+    loss_and_grad: LossAndGrad,
     params: Params,
     batches: Iterable[Batch],
     *,
@@ -44,12 +33,20 @@ def map_solve(
     learning_rate: float,
     max_steps: int,
     batches_per_pass: int = 1,
-) -> MapSolution:
-    """Adam on the mean cross-entropy of each batch until the loss of one pass is `threshold` (gamma) or less.
+) -> Solution[Params, SolveStats]:
+    """Minimise the mean cross-entropy by Adam until its mean over one pass is at most gamma.
 
-    `slope` gives that loss and its gradient. `batches` is endless: the augmented pseudocoreset afresh each step, or its
-    minibatches in turn; the loss of a pass is the mean of the last `batches_per_pass` losses, each taken before its
-    step. `params` (the draw from the prior) is left as it is.
+    Args:
+        loss_and_grad: the mean cross-entropy of a batch and its gradient.
+        params: a draw from the prior; left unchanged.
+        batches: endless; the whole augmented pseudocoreset at each step, or its minibatches in turn.
+        threshold: gamma, nats an image.
+        max_steps: the solve ends after so many Adam steps.
+        batches_per_pass: B; the mean of the last B losses, each taken before its step, is compared with gamma. No solve
+            converges before B batches.
+
+    Returns:
+        theta_u; `converged`, `max_steps` or `nonfinite`; the steps and the last mean loss.
     """
     solution = {name: value.detach().clone() for name, value in params.items()}
     values = list(solution.values())
@@ -57,15 +54,15 @@ def map_solve(
     first, second = ([torch.zeros_like(value) for value in values] for _ in range(2))
     counts = [torch.zeros((), dtype=torch.float32, device=value.device) for value in values]
     recent: deque[float] = deque(maxlen=batches_per_pass)
-    ending, steps = SolverStatus.MAX_STEPS, 0
+    status, steps = SolverStatus.MAX_STEPS, 0
     for batch in batches:
-        loss, gradients = slope(solution, batch)
+        loss, gradients = loss_and_grad(solution, batch)
         recent.append(loss.item())
         if not math.isfinite(recent[-1]):
-            ending = SolverStatus.NONFINITE
+            status = SolverStatus.NONFINITE
             break
         if len(recent) == batches_per_pass and sum(recent) / batches_per_pass <= threshold:
-            ending = SolverStatus.CONVERGED
+            status = SolverStatus.CONVERGED
             break
         if steps == max_steps:
             break
@@ -74,4 +71,4 @@ def map_solve(
             beta1=0.9, beta2=0.999, lr=learning_rate, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
         steps += 1
-    return MapSolution(solution, ending, steps, sum(recent) / max(len(recent), 1))
+    return Solution(solution, status, SolveStats(steps, sum(recent) / max(len(recent), 1)))

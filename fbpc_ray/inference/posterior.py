@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.core.types import Batch, Forward, LossGradient, Params
+from fbpc_ray.core.types import Batch, Forward, LossAndGrad, Params
 
 
 class FunctionPosterior(NamedTuple):
@@ -26,7 +26,7 @@ class FunctionPosterior(NamedTuple):
     """(m, d) the diagonal of Psi in squared logits. No gradient flows."""
 
 
-def loss_gradient(forward: Forward) -> LossGradient:
+def loss_and_grad(forward: Forward) -> LossAndGrad:
     """The mean cross-entropy of a batch and its gradient, by autograd."""
 
     def of(params: Params, batch: Batch) -> tuple[Tensor, Params]:
@@ -40,14 +40,14 @@ def loss_gradient(forward: Forward) -> LossGradient:
 
 
 def sgd_trajectory(
-    slope: LossGradient, params: Params, batches: Iterable[Batch], learning_rate: float
+    loss_and_grad: LossAndGrad, params: Params, batches: Iterable[Batch], learning_rate: float
 ) -> Iterator[Params]:
     """Yield theta^(1), theta^(2), ...: one plain SGD step on the mean cross-entropy of each batch (Eq. 16's `opt`).
 
     `params` is left as it is; what is yielded carries no gradient and may be kept.
     """
     for batch in batches:
-        _, gradients = slope(params, batch)
+        _, gradients = loss_and_grad(params, batch)
         params = {name: value.detach() - learning_rate * gradients[name] for name, value in params.items()}
         yield params
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from fbpc_ray.core.types import Batch, LossGradient, Params
+from fbpc_ray.core.types import Batch, LossAndGrad, Params
 
 Gradient = Callable[[Params, Batch], Params]
 """(parameters, batch) -> the gradient of U(theta) by parameter."""
@@ -35,7 +35,7 @@ def noise_variance(reading: str, *, eta: float, alpha: float, d: float) -> float
     return NOISE_READINGS[reading](eta, alpha, d)
 
 
-def potential_gradient(slope: LossGradient, weight_decay: float) -> Gradient:
+def potential_gradient(slope: LossAndGrad, weight_decay: float) -> Gradient:
     """grad U(theta) of the module docstring, from that of the mean cross-entropy."""
 
     def of(params: Params, batch: Batch) -> Params:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
-from fbpc_ray.inference.posterior import loss_gradient
+from fbpc_ray.inference.posterior import loss_and_grad
 from fbpc_ray.models.compiler import CannotCompile, Function, compiled
 from fbpc_ray.models.functional import Network
 
@@ -25,14 +25,14 @@ class Passes:
     def __init__(self, network: Network, folder: Path | None = None):
         self.network, self.folder = network, folder
         self._compiled: dict[tuple[str, torch.Size], Function] = {}
-        self._eager_loss_gradient = loss_gradient(network.forward)
+        self._eager_loss_and_grad = loss_and_grad(network.forward)
 
-    def loss_gradient(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """() mean cross-entropy, nats an image, and its gradient by parameter. A `LossGradient`."""
+    def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """() mean cross-entropy, nats an image, and its gradient by parameter. A `LossAndGrad`."""
         arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
         run = self._run("gradient", batch.images.shape, self._loss_and_gradients, arguments)
         if run is None:
-            return self._eager_loss_gradient(params, batch)
+            return self._eager_loss_and_grad(params, batch)
         loss, *gradients = run(*arguments)
         return loss, dict(zip(self.network.shapes, gradients, strict=True))
 
@@ -70,7 +70,7 @@ class Passes:
 
     def _loss_and_gradients(self, *arguments: Tensor) -> list[Tensor]:
         *values, images, labels = arguments
-        loss, gradients = self._eager_loss_gradient(self._params(values), Batch(images, labels))
+        loss, gradients = self._eager_loss_and_grad(self._params(values), Batch(images, labels))
         return [loss, *gradients.values()]
 
     def _logits(self, *arguments: Tensor) -> list[Tensor]:

@@ -5,12 +5,12 @@ from itertools import islice, pairwise, repeat
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from support import hmc as module
 from support import oracles
+from support.hmc import accept_probability, acceptance, hmc, in_float64, kinetic, leapfrog, tempered
 
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference import hmc as module
-from fbpc_ray.inference.hmc import accept_probability, acceptance, hmc, in_float64, kinetic, leapfrog, tempered
 from fbpc_ray.inference.sghmc import noise_variance, sghmc
 from fbpc_ray.models.functional import Network, Spec
 

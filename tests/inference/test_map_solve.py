@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.map_solve import SolverStatus, map_solve
-from fbpc_ray.inference.posterior import loss_gradient
+from fbpc_ray.inference.map_solve import map_solve
+from fbpc_ray.inference.posterior import loss_and_grad
+from fbpc_ray.inference.solution import SolverStatus
 
 
 def linear(params, images):
@@ -21,35 +22,35 @@ SEPARABLE = Batch(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 1]))
 def solve(batches=None, params=None, **settings):
     defaults = {"threshold": 0.05, "learning_rate": 0.05, "max_steps": 2000}
     return map_solve(
-        loss_gradient(linear), params or {"w": torch.zeros(4, 3)}, batches or repeat(SEPARABLE), **(defaults | settings)
+        loss_and_grad(linear), params or {"w": torch.zeros(4, 3)}, batches or repeat(SEPARABLE), **(defaults | settings)
     )
 
 
 def test_it_stops_at_the_first_loss_at_or_below_the_threshold():
     """The returned parameters have that loss, and those of one step less have not: the current loss decides."""
     solution = solve()
-    assert solution.ending == SolverStatus.CONVERGED
-    loss = cross_entropy(linear(solution.params, SEPARABLE.images), SEPARABLE.labels).item()
+    assert solution.status == SolverStatus.CONVERGED
+    loss = cross_entropy(linear(solution.value, SEPARABLE.images), SEPARABLE.labels).item()
     assert loss <= 0.05
-    assert solution.loss == pytest.approx(loss, rel=1e-6)
-    one_less = solve(max_steps=solution.steps - 1)
-    assert one_less.ending == SolverStatus.MAX_STEPS
-    assert one_less.steps == solution.steps - 1
-    assert cross_entropy(linear(one_less.params, SEPARABLE.images), SEPARABLE.labels).item() > 0.05
+    assert solution.stats.loss == pytest.approx(loss, rel=1e-6)
+    one_less = solve(max_steps=solution.stats.steps - 1)
+    assert one_less.status == SolverStatus.MAX_STEPS
+    assert one_less.stats.steps == solution.stats.steps - 1
+    assert cross_entropy(linear(one_less.value, SEPARABLE.images), SEPARABLE.labels).item() > 0.05
 
 
 def test_a_start_below_the_threshold_takes_no_step():
     good = {"w": 20.0 * torch.eye(3)[SEPARABLE.labels]}
     solution = solve(params=good)
-    assert (solution.ending, solution.steps) == (SolverStatus.CONVERGED, 0)
-    assert torch.equal(solution.params["w"], good["w"])
+    assert (solution.status, solution.stats.steps) == (SolverStatus.CONVERGED, 0)
+    assert torch.equal(solution.value["w"], good["w"])
 
 
 def test_steps_are_those_of_adam():
     """Kingma and Ba, algorithm 1, by hand in float64: betas .9 and .999, eps 1e-8, bias-corrected, no weight decay."""
     w = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = Batch(SEPARABLE.images.double(), SEPARABLE.labels)
-    found = solve(repeat(batch), {"w": w}, threshold=0.0, max_steps=6, learning_rate=0.02).params["w"]
+    found = solve(repeat(batch), {"w": w}, threshold=0.0, max_steps=6, learning_rate=0.02).value["w"]
     first, second, x = torch.zeros_like(w), torch.zeros_like(w), batch.images.flatten(1)
     onehot = torch.eye(3, dtype=torch.float64)[batch.labels]
     for t in range(1, 7):
@@ -63,13 +64,13 @@ def test_the_start_is_left_alone_and_no_gradient_flows_out():
     start = {"w": torch.zeros(4, 3)}
     solution = solve(params=start, max_steps=3, threshold=0.0)
     assert torch.equal(start["w"], torch.zeros(4, 3))
-    assert not solution.params["w"].requires_grad
+    assert not solution.value["w"].requires_grad
 
 
 def test_a_loss_that_is_not_finite_ends_the_solve_and_says_so():
     bad = SEPARABLE._replace(images=SEPARABLE.images.index_fill(0, torch.tensor([1]), float("nan")))
     solution = solve(iter([SEPARABLE, SEPARABLE, bad, SEPARABLE]), threshold=0.0)
-    assert (solution.ending, solution.steps) == (SolverStatus.NONFINITE, 2)
+    assert (solution.status, solution.stats.steps) == (SolverStatus.NONFINITE, 2)
 
 
 def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
@@ -86,9 +87,9 @@ def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
             yield easy
 
     settings = {"threshold": 0.25, "learning_rate": 0.01, "max_steps": 400, "batches_per_pass": 2}
-    solution = map_solve(loss_gradient(forward), {"w": torch.zeros(4, 3)}, alternate(), **settings)
-    assert solution.ending == SolverStatus.CONVERGED
-    hard_loss = cross_entropy(forward(solution.params, hard.images), hard.labels).item()
+    solution = map_solve(loss_and_grad(forward), {"w": torch.zeros(4, 3)}, alternate(), **settings)
+    assert solution.status == SolverStatus.CONVERGED
+    hard_loss = cross_entropy(forward(solution.value, hard.images), hard.labels).item()
     assert (
         0.4 < hard_loss < 0.51
     )  # the mean of about .5 and 0 has reached .25; one batch alone would have stopped at once

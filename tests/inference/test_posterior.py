@@ -8,7 +8,7 @@ from support import oracles
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.posterior import empirical_variance, function_posterior, loss_gradient, sgd_trajectory
+from fbpc_ray.inference.posterior import empirical_variance, function_posterior, loss_and_grad, sgd_trajectory
 
 
 def linear(params, images):
@@ -34,7 +34,7 @@ def test_trajectory_is_plain_sgd_on_the_softmax_gradient():
     params, batch, lr = linear_params(), some_batch(), 0.3
     expected = {name: value.clone() for name, value in params.items()}
     x, onehot = batch.images.flatten(1), torch.eye(3, dtype=torch.float64)[batch.labels]
-    for sample in islice(sgd_trajectory(loss_gradient(linear), params, repeat(batch), lr), 5):
+    for sample in islice(sgd_trajectory(loss_and_grad(linear), params, repeat(batch), lr), 5):
         error = ((x @ expected["w"] + expected["b"]).softmax(1) - onehot) / len(x)
         expected = {"w": expected["w"] - lr * x.T @ error, "b": expected["b"] - lr * error.sum(0)}
         torch.testing.assert_close(sample["w"], expected["w"], rtol=1e-12, atol=1e-12)
@@ -45,10 +45,10 @@ def test_trajectory_starts_after_the_first_step_and_uses_each_batch_once():
     """Eq. 16's samples are k = 1..K: theta^(0) is not among them, and step k sees batch k."""
     params = linear_params()
     batches = [some_batch(seed) for seed in range(4)]
-    samples = list(sgd_trajectory(loss_gradient(linear), params, batches, 0.1))
+    samples = list(sgd_trajectory(loss_and_grad(linear), params, batches, 0.1))
     assert len(samples) == 4
     assert not torch.equal(samples[0]["w"], params["w"])
-    last = next(sgd_trajectory(loss_gradient(linear), samples[2], [batches[3]], 0.1))
+    last = next(sgd_trajectory(loss_and_grad(linear), samples[2], [batches[3]], 0.1))
     assert torch.equal(last["w"], samples[3]["w"])
 
 
@@ -56,7 +56,7 @@ def test_trajectory_leaves_its_start_alone_and_yields_values_that_stay():
     params, before = linear_params(), linear_params()
     kept = [
         (s, {n: v.clone() for n, v in s.items()})
-        for s in islice(sgd_trajectory(loss_gradient(linear), params, repeat(some_batch()), 0.5), 4)
+        for s in islice(sgd_trajectory(loss_and_grad(linear), params, repeat(some_batch()), 0.5), 4)
     ]
     for sample, copy in kept:
         assert all(torch.equal(sample[name], copy[name]) and not sample[name].requires_grad for name in sample)
@@ -110,7 +110,7 @@ def test_mean_is_at_theta_zero_and_carries_gradient_to_the_images_alone():
     params = {name: value.requires_grad_() for name, value in linear_params().items()}
     batch = some_batch()
     images = batch.images.clone().requires_grad_()
-    samples = islice(sgd_trajectory(loss_gradient(linear), params, repeat(batch), 0.5), 3)
+    samples = islice(sgd_trajectory(loss_and_grad(linear), params, repeat(batch), 0.5), 3)
     posterior = function_posterior(linear, params, samples, images)
     assert torch.equal(posterior.mean, linear(params, images))
     assert not posterior.variance.requires_grad
@@ -123,7 +123,7 @@ def test_mean_is_at_theta_zero_and_carries_gradient_to_the_images_alone():
 def test_variance_is_of_the_logits_at_the_images_given():
     """Psi by hand: K = 3 forward passes at `images`, not at the images of the SGD batches."""
     params, batch, images = linear_params(), some_batch(1), some_batch(2).images
-    samples = list(islice(sgd_trajectory(loss_gradient(linear), params, repeat(batch), 0.5), 3))
+    samples = list(islice(sgd_trajectory(loss_and_grad(linear), params, repeat(batch), 0.5), 3))
     logits = torch.stack([linear(sample, images) for sample in samples])
     posterior = function_posterior(linear, params, iter(samples), images)
     torch.testing.assert_close(posterior.variance, (logits - logits.mean(0)).square().mean(0))
@@ -139,11 +139,11 @@ def test_lazy_samples_are_trained_although_psi_takes_no_gradient():
     """The K steps need autograd inside, even while Psi is computed under stop-gradient."""
     params, batch = linear_params(), some_batch()
     lazy = function_posterior(
-        linear, params, islice(sgd_trajectory(loss_gradient(linear), params, repeat(batch), 0.5), 4), batch.images
+        linear, params, islice(sgd_trajectory(loss_and_grad(linear), params, repeat(batch), 0.5), 4), batch.images
     )
     loss = [
         cross_entropy(linear(s, batch.images), batch.labels)
-        for s in islice(sgd_trajectory(loss_gradient(linear), params, repeat(batch), 0.5), 4)
+        for s in islice(sgd_trajectory(loss_and_grad(linear), params, repeat(batch), 0.5), 4)
     ]
     assert loss[-1] < loss[0]
     assert (lazy.variance > 0).all()
@@ -152,7 +152,7 @@ def test_lazy_samples_are_trained_although_psi_takes_no_gradient():
 def test_empirical_variance_is_the_jacobian_gaussian_of_a_linear_model():
     """Eqs. 12-13: for logits linear in theta the linearised network is the network, and Eq. 16 is diag(J Sigma J^T)."""
     params, images = linear_params(), some_batch(seed=9).images
-    samples = list(sgd_trajectory(loss_gradient(linear), params, [some_batch(seed) for seed in range(6)], 0.3))
+    samples = list(sgd_trajectory(loss_and_grad(linear), params, [some_batch(seed) for seed in range(6)], 0.3))
     mean, variance = oracles.jacobian_gaussian(linear, params, samples, images)
     found = function_posterior(linear, params, samples, images)
     torch.testing.assert_close(found.mean, mean, rtol=1e-12, atol=1e-12)
@@ -175,7 +175,7 @@ def test_empirical_variance_approaches_the_jacobian_gaussian_of_a_network():
     images, batches = some_batch(seed=9).images, [some_batch(seed) for seed in range(10)]
 
     def difference(lr):
-        samples = list(sgd_trajectory(loss_gradient(forward), params, batches, lr))
+        samples = list(sgd_trajectory(loss_and_grad(forward), params, batches, lr))
         mean, variance = oracles.jacobian_gaussian(forward, params, samples, images)
         found = function_posterior(forward, params, samples, images)
         torch.testing.assert_close(found.mean, mean)

@@ -7,7 +7,7 @@ import torch
 from support import oracles
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.posterior import loss_gradient
+from fbpc_ray.inference.posterior import loss_and_grad
 from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, potential_gradient, sghmc
 
 NOTHING = Batch(torch.zeros(1), torch.zeros(1, dtype=torch.long))
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_mean_cross_entropy_plus_half_the_decay_times_th
     def forward(p, x):
         return (x @ p["v"]).tanh() @ p["w"]
 
-    found = potential_gradient(loss_gradient(forward), 0.1)(params, batch)
+    found = potential_gradient(loss_and_grad(forward), 0.1)(params, batch)
     expected = torch.func.grad(oracles.cross_entropy_potential(forward, 0.1))(params, batch)
     assert found.keys() == expected.keys()
     for name, value in found.items():

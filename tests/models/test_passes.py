@@ -81,8 +81,8 @@ def test_compiled_passes_equal_eager_ones_to_rounding(folder):
     eager, fast = Passes(net), Passes(net, folder)
     for seed in (0, 1):  # other values than those that were compiled with
         params, some = net.init(generator(seed, "params")), batch(SIZE, seed)
-        loss, gradients = fast.loss_gradient(params, some)
-        expected, wanted = eager.loss_gradient(params, some)
+        loss, gradients = fast.loss_and_grad(params, some)
+        expected, wanted = eager.loss_and_grad(params, some)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         assert gradients.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -95,7 +95,7 @@ def test_compiled_passes_equal_eager_ones_to_rounding(folder):
     assert not loss.requires_grad
     assert {path.suffix for path in folder.iterdir()} == {".pt2", ".lock"}
     # Asked again, it is the same to the bit; and machine code did it: one file for the gradient, one for the logits.
-    assert torch.equal(fast.loss_gradient(params, some)[0], loss)
+    assert torch.equal(fast.loss_and_grad(params, some)[0], loss)
     assert not any(torch.equal(gradients[name], value) for name, value in wanted.items() if value.ndim == 4)
 
 
@@ -104,12 +104,12 @@ def test_compiled_passes_equal_eager_ones_to_rounding(folder):
 def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
     """A second Passes loads what is there; another width is another network, and gets machine code of its own."""
     net, some = network("convnet-bn"), batch(SIZE)
-    Passes(net, folder).loss_gradient(net.init(generator(0, "params")), some)
+    Passes(net, folder).loss_and_grad(net.init(generator(0, "params")), some)
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")}
     code = (
         "import sys, torch; torch.set_num_threads(1); sys.path[:0] = sys.argv[1:3]; from test_passes import *\n"
         "net = network('convnet-bn'); fast = Passes(net, Path(sys.argv[3]))\n"
-        "fast.loss_gradient(net.init(generator(0, 'params')), batch(SIZE)); print('done')"
+        "fast.loss_and_grad(net.init(generator(0, 'params')), batch(SIZE)); print('done')"
     )
     said = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parents[1]), str(folder)],
@@ -130,7 +130,7 @@ def test_where_it_cannot_be_compiled_one_line_says_so(tmp_path, monkeypatch):
     net, some = network("convnet-in"), batch(3)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *a, **k: 1 / 0)
     with pytest.raises(UserError, match=r"convnet-in cannot be compiled here \(division by zero\).*--compiled"):
-        Passes(net, tmp_path).loss_gradient(net.init(generator(0, "params")), some)
+        Passes(net, tmp_path).loss_and_grad(net.init(generator(0, "params")), some)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 

@@ -114,7 +114,7 @@ def _trained(problem: GradientContext, step: int, images: Tensor, theta_0: Param
     """mu_u, without a graph."""
     s = problem.settings
     batches = coreset_batches(images, problem.labels, s.batch_size, problem.augment, problem.rng(step, "coreset"))
-    steps = islice(sgd_trajectory(problem.passes.loss_gradient, theta_0, batches, inner_lr), s.syn_steps)
+    steps = islice(sgd_trajectory(problem.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)
     return deque(steps, maxlen=1).pop()
 
 

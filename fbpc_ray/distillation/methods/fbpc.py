@@ -50,7 +50,7 @@ def gradient(
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
     network, labels, settings, augment = problem.network, problem.labels, problem.settings, problem.augment
-    forward, slope, logits = network.forward, problem.passes.loss_gradient, problem.passes.logits
+    forward, loss_and_grad, logits = network.forward, problem.passes.loss_and_grad, problem.passes.logits
     size, rng = settings.batch_size, problem.rng
     clock = Clock(network.device)
     u = images.detach().requires_grad_()
@@ -73,7 +73,7 @@ def gradient(
 
     # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
     solution = map_solve(
-        slope,
+        loss_and_grad,
         network.init(rng(step, "prior")) if start is None else _params(problem, start),
         coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
         threshold=settings.gamma,
@@ -85,8 +85,10 @@ def gradient(
 
     # Its K steps on the pseudocoreset.
     batches = coreset_batches(u.detach(), labels, size, augment, rng(step, "coreset"))
-    samples_u = islice(sgd_trajectory(slope, solution.params, batches, settings.lambda_u), settings.posterior_steps)
-    posterior_u = function_posterior(forward, solution.params, None if isotropic else samples_u, augmented, logits)
+    samples_u = islice(
+        sgd_trajectory(loss_and_grad, solution.value, batches, settings.lambda_u), settings.posterior_steps
+    )
+    posterior_u = function_posterior(forward, solution.value, None if isotropic else samples_u, augmented, logits)
     seconds_u = clock.lap()
 
     divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
@@ -101,9 +103,9 @@ def gradient(
             "psi_x": posterior_x.variance.mean().item(),
             "psi_u": posterior_u.variance.mean().item(),
             "gradient_norm": value.norm().item(),
-            "map_steps": solution.steps,
-            "map_ending": str(solution.ending),
-            "map_loss": solution.loss,
+            "map_steps": solution.stats.steps,
+            "map_ending": str(solution.status),
+            "map_loss": solution.stats.loss,
             "expert": expert,
             "expert_epoch": epoch,
             "seconds_x": seconds_x,
@@ -111,7 +113,7 @@ def gradient(
             "seconds_u": seconds_u,
             "seconds_gradient": clock.lap(),
         },
-        solution=_vector(solution.params).cpu() if settings.map_init == "warm" else None,
+        solution=_vector(solution.value).cpu() if settings.map_init == "warm" else None,
     )
 
 
@@ -132,7 +134,7 @@ def _k_steps(problem: GradientContext, expert: int, epoch: int, theta_x: Params)
     s, recipe = problem.settings, problem.store.recipe
     source = generator(recipe.seed, "x-side", problem.network.spec.architecture, expert, epoch)
     batches = problem.real.stream(s.real_batch_size, problem.augment, source)
-    return islice(sgd_trajectory(problem.passes.loss_gradient, theta_x, batches, s.lambda_x), s.posterior_steps)
+    return islice(sgd_trajectory(problem.passes.loss_and_grad, theta_x, batches, s.lambda_x), s.posterior_steps)
 
 
 def _rows(problem: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]:
