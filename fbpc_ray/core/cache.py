@@ -134,7 +134,7 @@ def _make_room(size: int) -> None:
     """Delete the copies used longest ago until `size` bytes more are within the limit and on the disk. The caller holds
     the lock. Raises UserError where they can't be."""
     root = folder()
-    files = present(path for path in root.iterdir() if path.suffix in (".arrow", ".tmp"))
+    files = stat_existing(path for path in root.iterdir() if path.suffix in (".arrow", ".tmp"))
     used, free = sum(status.st_size for _, status in files), shutil.disk_usage(root).free
     given = os.environ.get("FBPC_CACHE_GB")
     try:
@@ -150,7 +150,7 @@ def _make_room(size: int) -> None:
     drop_oldest([each for each in files if each[0].suffix == ".arrow"], max(used + size - limit, size - free))
 
 
-def present(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
+def stat_existing(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
     """Those of `paths` that nobody has removed meanwhile."""
     found = []
     for path in paths:

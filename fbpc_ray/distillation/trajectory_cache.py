@@ -1,10 +1,11 @@
-"""theta_x and its K steps on the disk of this node, computed once for every step, run and sweep that asks for them.
+"""Cache theta_x and its K steps on the disk of this node, once for all steps, runs and sweeps that need them.
 
-They depend on an expert's snapshot and on the settings of the K steps, not on the pseudocoreset: one file for each,
-under a checksum of all that it depends on. The folder holds a bounded number of bytes; what was used longest ago goes
-first. A cache that can't be written is one that isn't there.
+They depend on an expert's snapshot and on the settings of the K steps, not on the pseudocoreset. Each trajectory is one
+.npy file, named by a checksum of all that it depends on (`TrajectoryKey`). The folder holds a bounded number of bytes;
+the files used longest ago are deleted first. If the folder can't be written to, trajectories are computed again.
 """
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -16,43 +17,78 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fbpc_ray.core import cache
-from fbpc_ray.core import files as atomic
+from fbpc_ray.core import cache, files
+from fbpc_ray.distillation.expert_store import Recipe
 
-LARGEST = 256e6
-"""Bytes of a block that is kept. That of a ResNet18 (1.4 GB) costs more to read than to prefetch."""
+MAX_BLOCK = 256e6
+"""Bytes of the largest cached trajectory. That of a ResNet18 (1.4 GB) costs more to read than to prefetch."""
 
 HEADER = 128
 """Bytes of a .npy file before its values."""
 
 
+class TrajectoryKey(NamedTuple):
+    """All that the bits of theta_x and its K steps depend on. Order and values name the files on disk: keep them."""
+
+    format: int
+    """`EXPERT_SIDE_FORMAT`: what the K steps compute and draw."""
+    recipe: Recipe
+    """Data, network and training of the expert; its seed draws the real images."""
+    expert: int
+    checksum: str
+    """Of the expert's file."""
+    epoch: int
+    lambda_x: float
+    real_batch_size: int
+    posterior_steps: int
+    augment: str
+    torch_version: str
+    threads: int
+    compiled: bool
+    cpu_capability: str
+    device: str
+    """cpu, or the name of the GPU."""
+
+    def digest(self) -> str:
+        """Return the name of the trajectory's file, without its suffix."""
+        return hashlib.blake2b(repr(tuple(self)).encode(), digest_size=20).hexdigest()
+
+
 class TrajectoryCache(NamedTuple):
-    """A folder and the bytes that it may hold, half of what its disk has for it at most."""
+    """A folder and the bytes that it may hold, at most half of what its disk has for it."""
 
     folder: Path
     limit: float
 
     def block(self, key: str, shape: tuple[int, int], rows: Callable[[], Iterable[Tensor]]) -> np.ndarray | None:
-        """The float32 block of `shape` known as `key`, mapped read-only; made of `rows` where it isn't there. None
-        where it is too large to be kept, or the disk doesn't take it."""
+        """Map the trajectory `key` read-only, computing and storing it if missing.
+
+        Args:
+            key: a `TrajectoryKey.digest()`.
+            shape: (1 + K, P) of float32 values.
+            rows: computes the rows, each (P,).
+
+        Returns:
+            The rows, or None if they are too large for the cache or can't be written to the disk.
+        """
         size = HEADER + 4 * shape[0] * shape[1]
-        if size > min(LARGEST, self.limit):
+        if size > min(MAX_BLOCK, self.limit):
             return None
         path = self.folder / f"{key}.npy"
-        found = _read(path, shape)
-        if found is not None:
+        stored = _read(path, shape)
+        if stored is not None:
             with suppress(OSError):
                 os.utime(path)  # used now
-            return found
+            return stored
         temporary = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with atomic.locked_temp_file(temporary) as file:
+            with files.locked_temp_file(temporary) as file:
                 block = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is met here, not in a mapped page
-                for place, row in zip(block, rows(), strict=True):
-                    place[:] = row.numpy(force=True)
+                for target, row in zip(block, rows(), strict=True):
+                    target[:] = row.numpy(force=True)
                 block.flush()
                 del block
                 temporary.replace(path)
@@ -64,15 +100,17 @@ class TrajectoryCache(NamedTuple):
         return _read(path, shape)
 
     def _make_room(self, size: int) -> None:
-        atomic.remove_stale_temp_files(self.folder, ".*.tmp")
-        files = cache.present(self.folder.glob("*.npy"))
-        used, free = sum(status.st_size for _, status in files), shutil.disk_usage(self.folder).free
-        cache.drop_oldest(files, used + size - min(self.limit, (used + free) / 2))
+        """Delete the files used longest ago until `size` bytes more are within the limit."""
+        files.remove_stale_temp_files(self.folder, ".*.tmp")
+        entries = cache.stat_existing(self.folder.glob("*.npy"))
+        used, free = sum(status.st_size for _, status in entries), shutil.disk_usage(self.folder).free
+        cache.drop_oldest(entries, used + size - min(self.limit, (used + free) / 2))
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Map the array in `path`; None if it is missing, damaged or of another shape."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == shape and found.dtype == np.float32 else None
+    return array if array.shape == shape and array.dtype == np.float32 else None

@@ -4,11 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support import reference
@@ -22,7 +20,6 @@ from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.methods.common import GradientContext
-from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.distillation.worker import METHODS, GradientTask, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.models import compiler as compiling
@@ -214,87 +211,3 @@ def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_s
     assert list((cache.folder() / "x-sides").glob("*.npy"))
     assert (found[0] == found[1]).all()
     assert (found[0] == found[2]).all()
-
-
-def rows(values):
-    """The block's rows, and how often they were asked for."""
-    asked = []
-
-    def make():
-        asked.append(1)
-        return (torch.full((3,), float(value)) for value in values)
-
-    return make, asked
-
-
-def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
-    make, asked = rows([0.1, 1 / 3])
-    kept = TrajectoryCache(tmp_path, 1e6)
-    first, again = kept.block("a", (2, 3), make), TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
-    assert first is not None
-    assert (first == np.array([[0.1] * 3, [1 / 3] * 3], np.float32)).all()
-    assert again is not None
-    assert (again == first).all()
-    assert len(asked) == 1
-    with pytest.raises(ValueError, match="read-only"):
-        again[0] = 1
-
-
-def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
-    kept, (make, _) = TrajectoryCache(tmp_path, 500), rows([1, 2])
-    for name, age in (("a", 10), ("b", 20), ("c", 30)):
-        kept.block(name, (2, 3), make)
-        os.utime(tmp_path / f"{name}.npy", (age, age))
-    kept.block("a", (2, 3), make)  # used now
-    kept.block("d", (2, 3), make)
-    names = {path.stem for path in tmp_path.iterdir()}
-    assert names == {"a", "c", "d"}
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 500
-    assert TrajectoryCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
-
-
-@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
-def test_a_damaged_block_is_made_again(content, tmp_path):
-    (tmp_path / "a.npy").write_bytes(content)
-    make, asked = rows([5, 6])
-    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
-    assert found is not None
-    assert found[1, 0] == 6
-    assert asked
-
-
-def test_a_block_of_another_shape_is_made_again(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((2, 4), np.float32))
-    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
-    assert found is not None
-    assert found.shape == (2, 3)
-
-
-def test_a_cache_that_cannot_be_written_is_one_that_is_not_there(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert TrajectoryCache(tmp_path / "file" / "below", 1e6).block("a", (2, 3), rows([1, 2])[0]) is None
-
-
-def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
-    def broken():
-        yield torch.zeros(3)
-        raise RuntimeError("amid")
-
-    with pytest.raises(RuntimeError, match="amid"):
-        TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), broken)
-    assert not list(tmp_path.iterdir())
-
-
-def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
-    found: list[np.ndarray | None] = [None] * 8
-
-    def want(place):
-        found[place] = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
-
-    threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in found)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]

@@ -1,6 +1,5 @@
 """FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain, islice
@@ -20,6 +19,7 @@ from fbpc_ray.distillation.methods.common import (
     draw_expert,
     expert_epochs,
 )
+from fbpc_ray.distillation.trajectory_cache import TrajectoryKey
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
@@ -147,17 +147,21 @@ def _kept(problem: GradientContext, expert: int, epoch: int) -> np.ndarray | Non
     """The rows from the cache, made where they aren't there; None where there is no cache for them."""
     if problem.trajectory_cache is None:
         return None
-    s, passes = problem.settings, problem.passes
-    device = problem.network.device
-    about = (
+    shape = 1 + problem.settings.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
+    key = trajectory_key(problem, expert, epoch).digest()
+    return problem.trajectory_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
+
+
+def trajectory_key(problem: GradientContext, expert: int, epoch: int) -> TrajectoryKey:
+    """Name all that the bits of theta_x and its K steps depend on."""
+    s, device = problem.settings, problem.network.device
+    return TrajectoryKey(
         EXPERT_SIDE_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
         s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
-        torch.__version__, torch.get_num_threads(), passes.folder is not None, torch.backends.cpu.get_cpu_capability(),
+        torch.__version__, torch.get_num_threads(), problem.passes.folder is not None,
+        torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )  # fmt: skip
-    key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
-    shape = 1 + s.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
-    return problem.trajectory_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
 
 
 def _vector(params: Params) -> Tensor:
