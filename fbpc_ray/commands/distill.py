@@ -220,7 +220,7 @@ def judge(
     verdict = loop.evaluate(made, job.specs, dataset, "test", job.settings, workers, log)
     scored = verdict.table
     _draw_reliability(verdict, run.reliability_path)
-    result = results.result_of(job.settings, dataset, rows, scored, "test", provenance)
+    result = results.result_of(job.settings, dataset, rows, scored, "test", provenance, session.threads(job.settings))
     run.write_result(result)
     means = {f"test/{name}": value for name, value in results.means(scored[d.method]).items()}
     tracker.metrics(means | results.metrics(scored), state.step)
@@ -279,7 +279,9 @@ def evaluate(
         ) as tracker:
             log(loop.judging(found, specs, split, settings.evaluation))
             verdict = loop.evaluate(found, specs, dataset, split, settings, workers, log, strange, keep)
-            result = results.result_of(settings, dataset, [], verdict.table, split, provenance)
+            result = results.result_of(
+                settings, dataset, [], verdict.table, split, provenance, session.threads(settings)
+            )
             result |= {"ood": ood} if ood else {}
             if path.exists():  # of one that began when this one did
                 path = _next_evaluation(run, split, specs)

@@ -57,7 +57,7 @@ def export(folder: Place, kind: str, out: str) -> None:
         result = run.read_result()
     except UserError:  # an export needs none
         result = None
-    if result and not results.judged(result, facts.get("step")):
+    if result and not results.is_of_step(result, facts.get("step")):
         result = None
     name = (
         f"{run.folder.name}-{kind}"
@@ -173,7 +173,7 @@ def evaluate(
         provenance = capture(workers.describe())
         log(loop.judging(candidates, specs, split, settings.evaluation))
         scored = loop.evaluate(candidates, specs, dataset, split, settings, workers, log).table
-    result = results.result_of(settings, dataset, [], scored, split, provenance)
+    result = results.result_of(settings, dataset, [], scored, split, provenance, session.threads(settings))
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
     write_json(json, result | {"ipc": ipc, "images": len(given.labels), "coreset": source})

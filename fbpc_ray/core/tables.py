@@ -23,7 +23,7 @@ def markdown_table(
     """Format a Markdown table, without a newline at the end.
 
     Args:
-        escape: applied to every cell. The default keeps Markdown, so a cell that holds foreign text needs a stricter one.
+        escape: applied to every cell. The default keeps Markdown: text of foreign files needs a stricter function.
     """
     lines = [list(header), *map(list, rows)]
     if any(len(line) != len(header) for line in lines):

@@ -21,9 +21,10 @@ from fbpc_ray.core.storage import Place, Remote, place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import denormalise
+from fbpc_ray.evaluation.results import finite
 from fbpc_ray.reporting import charts, html, image_grids, run_figures
 from fbpc_ray.reporting.html import Block, Code, Facts, Heading, Picture, Table, Text
-from fbpc_ray.reporting.run_reader import SHOWN, EndedRun, Values, finite, image, read
+from fbpc_ray.reporting.run_reader import SHOWN, EndedRun, Values, image, read
 
 METHODS = {
     "fbpc": "FBPC: divergence of function-space posteriors (Algorithm 1)",

@@ -1,7 +1,6 @@
 """An ended run as its files tell of it, for a report. They may be somebody else's: what is shown is checked here."""
 
 import json
-import math
 import shlex
 from typing import Any, NamedTuple
 
@@ -15,16 +14,12 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.results import AUROC, judged
+from fbpc_ray.evaluation.results import MAIN_QUANTITIES, OOD_QUANTITIES, finite, is_of_step
 from fbpc_ray.reporting import html
 
-SHOWN = {
-    "accuracy": ("accuracy %", 100.0, 1),
-    "nll": ("NLL", 1.0, 3),
-    "ece": ("ECE", 1.0, 3),
-    "brier": ("Brier", 1.0, 3),
+SHOWN = MAIN_QUANTITIES | {
+    name: quantity._replace(label=f"AUROC {quantity.label}") for name, quantity in OOD_QUANTITIES.items()
 }
-SHOWN |= {name: (f"AUROC {label}", 1.0, 3) for name, label in AUROC.items()}
 """Quantity -> its name, the factor to its unit, digits of a mean."""
 
 Values = list[float | None]
@@ -79,7 +74,7 @@ def read(folder: Place, label: str) -> EndedRun:
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
     scores = _checked(result, str(run.result_path))
     its, step = coreset.load(run.coreset_path), coreset.metadata(run.coreset_path).get("step")
-    if not judged(result, step):
+    if not is_of_step(result, step):
         why = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
     return EndedRun(
@@ -104,18 +99,13 @@ def _checked(result: dict[str, Any], source: str) -> Scores:
             for name, by_architecture in result["coresets"].items()
         }
         every = [s for by_architecture in scores.values() for s in by_architecture.values()]
-        if not every or not all(set(list(SHOWN)[:4]) <= set(s) for s in every):
+        if not every or not all(set(MAIN_QUANTITIES) <= set(s) for s in every):
             raise ValueError("scores are missing")
         if any(len({len(values) for values in s.values()}) != 1 or not s["accuracy"] for s in every):
             raise ValueError("not one value for each seed")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} is not the result of a run ({error!r:.80}): restore it") from None
     return scores
-
-
-def finite(value: Any) -> float | None:
-    number = None if value is None else float(value)
-    return number if number is not None and math.isfinite(number) else None
 
 
 def _read_later(folder: Place) -> list[LaterEvaluation]:
