@@ -33,14 +33,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import reference
 
-from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -126,8 +126,8 @@ class Case(NamedTuple):
     labels: Tensor
 
 
-def benchmark(argv: list[str], program: str) -> None:
-    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
+def benchmark(argv: Sequence[str]) -> None:
+    args = parse(Arguments, argv, "jobs/benchmark.py", about=__doc__)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
     if args.device == "cuda" and "reference" in args.ways:
@@ -493,5 +493,4 @@ def line(case: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    COMMANDS["benchmark"] = benchmark
-    main(["benchmark", *sys.argv[1:]])
+    main.run(benchmark, sys.argv[1:])

@@ -31,10 +31,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
-from fbpc_ray.commands.arguments import current_words
-from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import current_words, parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers, current_names
 from fbpc_ray.core.errors import UserError, undamaged
@@ -125,9 +124,9 @@ def run_trial(shared: EvaluationContext, trial: Trial, device: str) -> ChainResu
     return run_chain(shared._replace(settings=trial.settings), trial.chain, device)
 
 
-def calibrate(argv: list[str], program: str) -> None:
+def calibrate(argv: Sequence[str]) -> None:
     argv = current_words(argv, [Arguments])
-    args = tyro.cli(tyro.conf.OmitArgPrefixes[Arguments], args=argv, prog=program, description=__doc__)
+    args = parse(Arguments, argv, "jobs/calibrate_sghmc.py", about=__doc__)
     search, config = args.search, Config(data=args.data, networks=args.networks, workers=args.workers)
     _check(search, config)
     dataset = session.load_data(config, print)
@@ -352,5 +351,4 @@ def _check(search: Search, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    COMMANDS["calibrate"] = calibrate
-    main(["calibrate", *sys.argv[1:]])
+    main.run(calibrate, sys.argv[1:])

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on loopback; read as Ray is imported
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.processes import all_cpus_free, gradient_workers, soon
 
-from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.presets import preset
@@ -110,8 +111,8 @@ class Chaos:
         self.hits[kind] += 1
 
 
-def chaos(argv: list[str], program: str) -> None:
-    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
+def chaos(argv: Sequence[str]) -> None:
+    args = parse(Arguments, argv, "jobs/chaos.py", about=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
     os.environ["RAY_TMPDIR"] = str(folder / "r")
     try:
@@ -232,5 +233,4 @@ def _alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    COMMANDS["chaos"] = chaos
-    main(["chaos", *sys.argv[1:]])
+    main.run(chaos, sys.argv[1:])

@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on loopback; read as Ray is imported
 
 import torch
-import tyro
 
-from fbpc_ray.commands.main import COMMANDS, main
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -57,8 +58,8 @@ class Arguments:
     """Also write what was measured to this file."""
 
 
-def scaling(argv: list[str], program: str) -> None:
-    args = tyro.cli(Arguments, args=argv, prog=program, description=__doc__)
+def scaling(argv: Sequence[str]) -> None:
+    args = parse(Arguments, argv, "jobs/scaling.py", about=__doc__)
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
         found = measure(args, Path(folder))
     s = found["seconds_a_step"]
@@ -138,5 +139,4 @@ def _range(summary: dict[str, Any], form: str) -> str:
 
 
 if __name__ == "__main__":
-    COMMANDS["scaling"] = scaling
-    main(["scaling", *sys.argv[1:]])
+    main.run(scaling, sys.argv[1:])

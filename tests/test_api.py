@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from fbpc_ray import api
 from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.core.config import Data, Output
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
@@ -95,7 +96,7 @@ def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeyp
          {"preset": "digits", "method": "bpc-rkl", "steps": 7}),
     ]  # fmt: skip
     for words, call in cases:
-        config = main._parse(main.DistillArguments, words, "", main.DistillArguments(config=main._base(words))).config
+        config = distill_arguments(words).config
         with pytest.raises(_Stopped):
             api.distill(digits, backend=config.workers.backend, **call)
         assert seen.pop() == config.updated(architectures=api.session.canonical(config).networks.architectures)

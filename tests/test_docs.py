@@ -28,8 +28,11 @@ from safetensors import safe_open
 from support.runs import train_experts
 
 from fbpc_ray.commands import help, main
+from fbpc_ray.commands.arguments import KINDS
+from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import config
 from fbpc_ray.core.config import Sweep
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset_formats, readers
@@ -165,14 +168,11 @@ def called(words: list[str]) -> None:
 def parsed(command: str, words: list[str]) -> Any:
     if command not in main.COMMANDS:
         raise AssertionError(f"no command {command}")
-    name = {"experts": "Expert", "evaluate": "Given" if "--coreset" in words else "Evaluate"}.get(command)
-    kind = getattr(main, f"{name or command.title()}Arguments")
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            return main._parse(kind, words, f"fbpc {command}")
-        except SystemExit:
-            raise AssertionError(said.getvalue()) from None
+    kind = KINDS[command]["--coreset" in words]
+    try:
+        return parse(kind, words, f"fbpc {command}")
+    except UserError as error:
+        raise AssertionError(str(error)) from None
 
 
 def parsed_by_job(words: list[str]) -> Any:

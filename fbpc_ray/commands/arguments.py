@@ -1,53 +1,201 @@
-"""The words of a command line, before they are parsed: old names of flags, and --resume without a value."""
+"""The arguments of each command: tyro makes the flags and their help from these classes and those of core/config.py."""
 
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
-from typing import get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from fbpc_ray.core.config import RENAMED, RENAMED_VALUES
+import tyro
 
-RESUME = ("no", "yes", "auto")
+from fbpc_ray.core.config import Config, Data, Evaluation, Experts, Networks, Sweep, Workers
 
 
-def current_words(words: Sequence[str], kinds: Iterable[type]) -> list[str]:
-    """Replace old names of the flags of `kinds` by those of `RENAMED`, with a note on stderr for each."""
-    known = {name for kind in kinds for name in flags_of(kind)}
-    current: list[str] = []
-    values: dict[str, str] = {}
-    for place, word in enumerate(words):
-        flag, equals, text = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        new = RENAMED.get(name, name)
-        if not flag.startswith("--"):
-            current.append(values.get(word, word))
-            values = {}
-        elif name in ("again", "no_again", "no_resume") and "resume" in known:
-            current += ["--resume", "auto" if name == "again" else "no"]
-            if name != "no_resume":
-                _note("--again", "--resume auto")
-        elif name == "resume" and not equals and "resume" in known:
-            value = words[place + 1] if place + 1 < len(words) else ""
-            current += [flag] if value in RESUME else [flag, "yes"]
-        elif new in known and name not in known:
-            values = RENAMED_VALUES.get(name, {})
-            option = f"--{new.replace('_', '-')}"
-            _note(flag, option)
-            current.append(f"{option}={values.get(text, text)}" if equals else option)
-        else:
-            values = {}
-            current.append(word)
-    return current
+@dataclass(frozen=True)
+class Job:
+    """This call, not the run."""
+
+    preset: str = ""
+    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50), digits, or a JSON file, such as the best.json of a
+    sweep; other flags change it. Empty: digits for --data digits, the row of --data and --ipc where the table has it,
+    else the paper's values."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """yes (or --resume alone): continue the run in --out from its last checkpoint. auto: continue the run if --out
+    holds one, else start it, so that every attempt of a job is the same command."""
+    dry_run: bool = False
+    """Print the settings and what they cost, and write nothing."""
+    json: str = ""
+    """Also write the result to this file."""
 
 
-def flags_of(kind: type) -> set[str]:
-    """Return the names of all flags of a class of arguments, whichever group they are in."""
-    names, hints = set(), get_type_hints(kind)
-    for field in fields(kind):
-        nested = [each for each in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(each)]
-        names |= flags_of(nested[0]) if nested else {field.name}  # type: ignore[arg-type]
-    return names
+@dataclass(frozen=True)
+class DistillArguments:
+    """Distil a pseudocoreset over several architectures (Algorithm 1), and evaluate it beside random real images."""
+
+    job: Job = field(default_factory=Job)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def _note(old: str, new: str) -> None:
-    print(f"note: {old} is now {new}; the next release drops the old name", file=sys.stderr)
+@dataclass(frozen=True)
+class ExpertArguments:
+    """Train the expert trajectories that are missing, as `distill` does before its first step."""
+
+    preset: str = ""
+    """As for `distill`."""
+    data: Data = field(default_factory=Data)
+    networks: Networks = field(default_factory=Networks)
+    experts: Experts = field(default_factory=Experts)
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Print the settings and how many experts are missing, and write nothing."""
+    json: str = ""
+    """Also write the folders of the experts to this file."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run directory of `distill`: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+    architectures: tuple[str, ...] = ()
+    """Networks to evaluate on; empty means those of the run."""
+    width: int = 0
+    """Channels of a convolution; 0 means that of the run."""
+    split: str = "test"
+    """test | validation."""
+    ood: str = ""
+    """A second data set, as --data takes it: also score how well entropy and mutual information separate its test
+    images from those of the run (AUROC)."""
+    ood_resize: bool = False
+    """Resize its images to the size of the run's."""
+    save_model: str = ""
+    """Also save the posterior samples of the first chain on the run's coreset as an MLflow model, in this new folder
+    (and in the run's MLflow run), for mlflow models serve and mlflow.pyfunc.load_model. Needs one network, see
+    --architectures."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Print the settings, and write nothing."""
+    json: str = ""
+    """Also write the result to this file."""
+
+
+@dataclass(frozen=True)
+class CoresetArguments:
+    """Evaluate any coreset with SGHMC, beside as many random real images; write nothing but --json."""
+
+    coreset: str
+    """A file (.safetensors, .npz, .pt, .parquet) or a folder: what `fbpc export` writes, a Hugging Face data set, MTT's
+    images_best.pt and labels_best.pt, or images in class folders."""
+    data: Data = field(default_factory=lambda: Data(data=""))
+    networks: Networks = field(default_factory=Networks)
+    pixels: Literal["auto", "normalised", "unit"] = "auto"
+    """Range of float pixels where the file doesn't tell: normalised as the data is (--normalisation) | unit: in 0..1 |
+    auto: unit if all pixels are in 0..1."""
+    split: str = "test"
+    """test | validation."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    workers: Workers = field(default_factory=Workers)
+    dry_run: bool = False
+    """Print the settings, and write nothing."""
+    json: str = ""
+    """Write the result to this file."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write the coreset of a run in a common format: Hugging Face, .pt as MTT's, safetensors, npz, PNG."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run directory of `distill`: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+    format: Literal["hf", "safetensors", "pt", "png", "npz"]
+    """hf: a folder for datasets.load_dataset, with a card | safetensors | pt: a folder with images_best.pt and
+    labels_best.pt | png: class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate
+    --coreset` reads all."""
+    out: str = ""
+    """A new local file or folder; empty means HOME/exports/RUN-FORMAT."""
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """Sweep hyperparameters with Ray Tune, choose on the validation split, score the best once on the test split."""
+
+    job: Job = field(default_factory=Job)
+    sweep: Sweep = field(default_factory=Sweep)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class ReproduceArguments:
+    """Make a table or figure of the paper from scratch; run the same command again to continue."""
+
+    table: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")]
+    """table1 | table2 | table3 | table5 | table6 | table7 | table8 | table9 | table10 | fig2a | fig2b | fig3."""
+    scale: Literal["paper", "small"] = "small"
+    """paper: its sizes, for a GPU; small: width 32, 5 experts of 6 epochs, at most 300 steps, for two CPU cores."""
+    cifar10: str = "cifar10"
+    """Data set in the place of CIFAR10, as --data takes it."""
+    cifar100: str = "cifar100"
+    """Data set in the place of CIFAR100."""
+    tiny_imagenet: str = "tiny-imagenet"
+    """Data set in the place of Tiny-ImageNet."""
+    ipc: tuple[int, ...] = ()
+    """Images a class; empty means those of the table at this scale."""
+    distill_seeds: int = 0
+    """Coresets for each cell; 0 means those of the scale (1 | 2)."""
+    num_chains: int = 0
+    """Chains for each coreset; 0 means those of the scale (5 | 3)."""
+    only: tuple[str, ...] = ()
+    """Only cells whose ROW/COLUMN contains one of these, e.g. FBPC/ or 'CIFAR100 ipc 1'."""
+    override: tuple[str, ...] = ()
+    """FLAG=VALUE for every cell, e.g. steps=100 width=64; the table's title names them."""
+    corruptions: str = ""
+    """Folder of the official CIFAR-10-C (table3); empty generates the corruptions."""
+    cost_steps: int = 5
+    """Timed steps of a cell (table7, table8, table9)."""
+    out: str = "reproduction"
+    """Folder of coresets, rows, tables and figures."""
+    data_root: str = "data"
+    """As for `distill`."""
+    download: bool = False
+    """As for `distill`."""
+    experts: str = ""
+    """As for `distill`."""
+    workers: Workers = field(default_factory=Workers)
+    tracking: bool = True
+    """Log the table to MLflow, as for `distill`."""
+    experiment: str = "fbpc"
+    """MLflow experiment."""
+    dry_run: bool = False
+    """Print how much is missing, and write nothing."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Write one HTML page about a run, or about several beside each other; and the same as Markdown."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories of `distill`: folders, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+    out: str = "report.html"
+    """The page; FILE.md and FILE-files/ lie beside it. An earlier report at this path is replaced, nothing else."""
+
+
+@dataclass(frozen=True)
+class UiArguments:
+    """Serve MLflow's pages of the runs, on this machine alone: compare runs, see the images step by step."""
+
+    port: int = 0
+    """Port on 127.0.0.1; 0 means 5000, or a free one if 5000 is taken."""
+    tracking_uri: str = ""
+    """MLflow store; empty means the one that runs are logged to: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Check the installation and print how to fix each problem."""
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "distill": (DistillArguments,), "experts": (ExpertArguments,), "evaluate": (EvaluateArguments, CoresetArguments),
+    "export": (ExportArguments,), "tune": (TuneArguments,), "reproduce": (ReproduceArguments,),
+    "report": (ReportArguments,), "ui": (UiArguments,), "doctor": (DoctorArguments,),
+}  # fmt: skip
+"""Command -> the classes of its arguments; `evaluate --coreset` has the second."""

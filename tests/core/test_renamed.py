@@ -5,8 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from fbpc_ray.commands.arguments import current_words
-from fbpc_ray.commands.main import KINDS
+from fbpc_ray.commands.arguments import KINDS
+from fbpc_ray.commands.parsing import current_words
 from fbpc_ray.core.config import Config, Evaluation, current_names, from_json, from_word, original_names
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset

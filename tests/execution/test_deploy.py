@@ -11,7 +11,7 @@ import torch
 import yaml
 from support.runs import distil, flags, images_of, refused, start, wait_for
 
-from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import session
 
@@ -181,7 +181,7 @@ def test_the_commands_of_the_jobs_are_ours(tmp_path):
         assert program == "python"
         assert (ROOT / "jobs" / Path(script).name).is_file()
         words = [word.replace("s3://BUCKET", str(tmp_path)) for word in words]
-        arguments = main._parse(main.DistillArguments, words, "fbpc", main.DistillArguments(config=main._base(words)))
+        arguments = distill_arguments(words)
         session.check(session.canonical(arguments.config))
         if "--autoscale" in words:
             assert arguments.job.resume == "auto"

@@ -18,6 +18,7 @@ from support.runs import flags
 from support.stores import BUCKET, s3_server
 
 from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
@@ -153,7 +154,7 @@ def test_the_command_makes_the_configuration_again(config):
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
     first, *words = said.split("\0")[:-1]
     assert first == "distill"
-    parsed = main._parse(main.DistillArguments, words, "fbpc", main.DistillArguments(config=main._base(words)))
+    parsed = distill_arguments(words)
     again, before = parsed.config.flat(), config.flat()
     assert {name: value for name, value in again.items() if name not in report.PLACES} == {
         name: value for name, value in before.items() if name not in report.PLACES

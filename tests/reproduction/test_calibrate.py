@@ -47,7 +47,7 @@ def job() -> Iterator[ModuleType]:
 def out(job, tmp_path_factory) -> Path:
     """The file of a search that is done."""
     path = tmp_path_factory.mktemp("calibration") / "rows.json"
-    job.calibrate(words(path), "calibrate")
+    job.calibrate(words(path))
     return path
 
 
@@ -82,7 +82,7 @@ def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.json"
     done = json.loads(out.read_text())
     path.write_text(json.dumps({**done, "rows": done["rows"][:5]}))
-    job.calibrate(words(path), "calibrate")
+    job.calibrate(words(path))
     assert len(ran) == 3
     again = json.loads(path.read_text())
     assert [row["run"] for row in again["rows"]] == [0] * 5 + [1] * 3
@@ -91,10 +91,10 @@ def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
         {k: v for k, v in row.items() if k not in forget} for row in done["rows"]
     ]
     before = path.read_bytes()
-    job.calibrate([*words(path, coresets="2"), "--dry-run"], "calibrate")
+    job.calibrate([*words(path, coresets="2"), "--dry-run"])
     assert "8 of 16 chains" in capsys.readouterr().out
     assert path.read_bytes() == before
-    job.calibrate(words(path, chain_epochs="10", ipc="1"), "calibrate")
+    job.calibrate(words(path, chain_epochs="10", ipc="1"))
     assert len(ran) == 3 + 4
     assert len(json.loads(path.read_text())["rows"]) == 12
 
@@ -111,7 +111,7 @@ def test_a_row_is_on_disk_as_soon_as_its_chain_ends(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "run_chain", failing)
     with pytest.raises(KeyboardInterrupt):
-        job.calibrate(words(tmp_path / "rows.json"), "calibrate")
+        job.calibrate(words(tmp_path / "rows.json"))
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
@@ -125,7 +125,7 @@ def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
     np.savez(tmp_path / "few.npz", **arrays)
     path = tmp_path / "out" / "rows.json"
     few = words(path, data=f"npz:{tmp_path / 'few.npz'}", ipc="1", chain_epochs="2", dsa="off")
-    job.calibrate(few, "calibrate")
+    job.calibrate(few)
     text = path.read_text().replace(str(path), "")
     assert str(tmp_path) not in text
     assert "npz:few.npz" in text
@@ -224,5 +224,5 @@ def test_the_images_are_drawn_by_class_and_keep_their_order(job, digits):
 )
 def test_bad_flags_are_one_line(job, tmp_path, flag, value, message):
     with pytest.raises(UserError, match=message) as error:
-        job.calibrate(words(tmp_path / "rows.json", **{flag: value}), "calibrate")
+        job.calibrate(words(tmp_path / "rows.json", **{flag: value}))
     assert "\n" not in str(error.value)

@@ -1,0 +1,95 @@
+"""Words of a command line: what is refused, in one line; naming a default changes no run; old names of flags."""
+
+import pytest
+from support.runs import flags
+
+from fbpc_ray.commands import main
+from fbpc_ray.commands.arguments import KINDS, ExpertArguments, TuneArguments
+from fbpc_ray.commands.parsing import base_config, distill_arguments, explanation, flags_of, parse
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.presets import PRESETS, preset, to_preset
+
+EARLY = ("data", "ipc", "method", "architectures", "address", "out")
+"""Flags that decide which defaults the others have."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("distill --stepz 3", "--stepz: fbpc distill has no such flag; did you mean --steps or --syn-steps or --seed?"),
+        ("distill --no-traking", "--no-traking: fbpc distill has no such flag"),
+        ("doctor --x", "--x: fbpc doctor has no such flag; see fbpc doctor --help"),
+        ("distill --steps x", "--steps: must be a whole number, got 'x'; see fbpc distill --help"),
+        ("distill --steps 1.5", "--steps: must be a whole number, got '1.5'"),
+        ("distill --alpha ten", "--alpha: must be a number, got 'ten'"),
+        ("distill --steps", "--steps: the value is missing"),
+        ("distill --ipc", "--ipc: the value is missing"),
+        ("distill --ipc 1 2", "2: unexpected, or one value too many for the flag before it"),
+        ("distill --tracking 3", "3: unexpected"),
+        ("distill --map-init warmer", "--map-init: must be one of 'prior', 'warm', got 'warmer'"),
+        ("distill --resume perhaps --out x", "--resume: must be one of 'no', 'yes', 'auto', got 'perhaps'"),
+        ("distill --method fbcp", "--method is 'fbcp': did you mean fbpc"),
+        ("distill --data", "--data: the value is missing"),
+        ("evaluate", "RUN: missing; see fbpc evaluate --help"),
+        ("export run", "--format: missing"),
+        ("export run --format gif", "--format: must be one of 'hf', 'safetensors'"),
+        ("reproduce table1 --ipc one", "--ipc: got the unexpected value 'one'"),
+        ("evaluate --coreset x", "--data: missing; name the data set"),
+        ("tunee", "unknown command 'tunee': did you mean tune?"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_words_that_do_not_parse_are_one_line(words, message, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as error:
+        main.main(words.split())
+    said = capsys.readouterr()
+    assert (error.value.code, said.out) == (2, "")
+    assert said.err.startswith(f"error: {message}")
+    assert len(said.err.splitlines()) == 1
+
+
+def test_an_error_that_we_have_no_words_for_is_one_line_too():
+    """With box characters, as a terminal in UTF-8 has them, and without."""
+    box = ["╭─ New ─╮", "│ It is │", "│ so.   │", "│ ───── │", "│ More  │", "╰───────╯"]
+    plain = [" New", " -----", "  It is", "  so. ", "  -----", "  More", " -----"]
+    assert explanation("\n".join(box)) == explanation("\n".join(plain)) == "It is so."
+    assert explanation("plain\n") == "plain"
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_naming_a_default_changes_no_run(name):
+    """Each flag that others' defaults depend on, alone, and all flags at once."""
+    row = [] if name is None else ["--preset", name]
+    config = distill_arguments(row).config
+    assert config == preset(name or "digits")
+    flat = config.flat()
+    for flag in EARLY:
+        values = flat[flag] if isinstance(flat[flag], tuple) else (str(flat[flag]),)
+        assert distill_arguments([*row, f"--{flag}", *values]).config == config, flag
+    assert distill_arguments([*row, *flags(config)]).config == config
+    assert distill_arguments(["--data", flat["data"], "--ipc", str(flat["ipc"])]).config == config
+
+
+def test_naming_a_default_changes_no_experts_and_no_sweep():
+    for words in ([], ["--data", "digits"]):
+        base = base_config(words)
+        default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts)
+        assert parse(ExpertArguments, words, "fbpc experts", default).experts == preset("digits").experts
+        assert parse(TuneArguments, words, "fbpc tune", TuneArguments(config=base)).config == preset("digits")
+
+
+def test_a_preset_file_keeps_its_values_when_its_method_is_named(tmp_path):
+    """--method brings a baseline's own settings only where it changes the method."""
+    path = tmp_path / "best.json"
+    path.write_text(to_preset(preset("digits").updated(method="bpc-w", alpha=3.5, steps=7)))
+    assert distill_arguments(["--preset", str(path), "--method", "bpc-w"]).config == preset(str(path))
+    assert distill_arguments(["--preset", str(path), "--method", "bpc-fkl"]).config.distillation.alpha == 1000
+
+
+def test_every_setting_is_a_flag():
+    """Of distill, of tune, and within a group of the commands that have it."""
+    settings = set(Config().flat())
+    assert settings | {"preset", "resume", "dry_run", "json"} == flags_of(KINDS["distill"][0])
+    assert settings < flags_of(TuneArguments)
+    assert {"num_chains", "chain_epochs", "threads"} < flags_of(KINDS["evaluate"][0]) & flags_of(KINDS["evaluate"][1])
