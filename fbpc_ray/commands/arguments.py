@@ -20,7 +20,7 @@ class Job:
     """yes (or --resume alone): continue the run in --out from its last checkpoint. auto: continue the run if --out
     holds one, else start it, so that every attempt of a job is the same command."""
     dry_run: bool = False
-    """Print the settings and what they cost, and write nothing."""
+    """Print the settings and what is missing, and write nothing."""
     json: str = ""
     """Also write the result to this file."""
 

@@ -1,7 +1,7 @@
-"""`fbpc doctor`: whether what is needed is here and works, a line for each thing, with its mend.
+"""`fbpc doctor`: check what a run needs, and print a line with its fix for each problem.
 
-Stands on the standard library alone, and tries each library in a process of its own: one that is missing, broken, or
-takes its process with it, is a line. `python -m fbpc_ray.commands.doctor` works where the command line's don't.
+This file imports the standard library and core alone, and tries each library in a process of its own, so that a library
+that is missing, broken, or aborts its process, is a line. `python -m fbpc_ray.commands.doctor` needs not even tyro.
 """
 
 import json
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -26,37 +26,37 @@ from fbpc_ray.core.provenance import home
 
 PYTHON = (3, 11)
 SECONDS = 180
-"""After which a library that is being tried is taken for broken."""
-ROOM, LITTLE = 5e9, 2e8
-"""Bytes of a disk below which there is a note, and below which nothing can be written."""
+"""Timeout of the process that tries a library or the compiler."""
+LOW_SPACE, NO_SPACE = 5e9, 2e8
+"""Free bytes of a disk below which doctor prints a note, and below which a run fails."""
 
 
-class Line(NamedTuple):
-    """What was found of one thing."""
+class Finding(NamedTuple):
+    """The result of one check."""
 
-    state: Literal["ok", "note", "mend"]
-    """note: works, but less well, or not in every case; mend: something that is needed doesn't work."""
-    what: str
-    how: str = ""
+    state: Literal["ok", "note", "fix"]
+    """note: works, but slower or not in every case; fix: something that a run needs doesn't work."""
+    message: str
+    fix: str = ""
     """What to do."""
 
     def __str__(self) -> str:
-        text = f"{self.what}: {self.how}" if self.how else self.what
+        text = f"{self.message}: {self.fix}" if self.fix else self.message
         return f"{self.state:<6}{' '.join(text.split())}"
 
 
 class Library(NamedTuple):
-    """A requirement, and how it is tried."""
+    """A requirement, and the code that tries it."""
 
     name: str
-    """Of its distribution."""
+    """Name of its distribution."""
     code: str
-    """Raises where it doesn't work; what it prints is added to the line."""
+    """Raises if the library doesn't work; doctor adds what the code prints to the line."""
     without: str = ""
-    """What happens without it, where that isn't the end."""
+    """What a run does without it; empty if it can't do without."""
 
 
-IMPORTANT = (
+LIBRARIES = (
     Library("numpy", "import numpy; numpy.zeros(2).sum()"),
     Library("torch", "import torch; assert float(torch.ones(2, 2).matmul(torch.ones(2, 1)).sum()) == 4"),
     Library(
@@ -79,109 +79,112 @@ IMPORTANT = (
 
 CUDA = """
 import json, torch
-found = {"built": torch.version.cuda, "torch": torch.__version__, "devices": [], "error": ""}
+report = {"built": torch.version.cuda, "torch": torch.__version__, "devices": [], "error": ""}
 try:
     if torch.version.cuda:
         torch.cuda.init()
         for number in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(number)
+            device = torch.cuda.get_device_properties(number)
             ones = torch.ones(1, 1, 8, 8, device=number)
             assert torch.nn.functional.conv2d(ones, ones).item() == 64
-            found["devices"].append(f"{about.name}, {about.total_memory / 1e9:.0f} GB")
+            report["devices"].append(f"{device.name}, {device.total_memory / 1e9:.0f} GB")
 except Exception as error:
-    found["error"] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-print(json.dumps(found))
+    report["error"] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+print(json.dumps(report))
 """
 
 
 def doctor(log: Callable[[str], None]) -> int:
-    """Say each line as it is known; the exit status: 1 where something is to be mended, else 0."""
-    lines = []
-    for line in examine():
-        log(str(line))
-        lines.append(line)
-    broken = sum(line.state == "mend" for line in lines)
-    things = "1 thing" if broken == 1 else f"{broken} things"
-    log(f"\n{things} to mend" if broken else "\nall that is needed is here")
-    return int(bool(broken))
+    """Print each finding as soon as it is known; return the exit status: 1 if something must be fixed, else 0."""
+    problems = 0
+    for finding in findings():
+        log(str(finding))
+        problems += finding.state == "fix"
+    log(f"\n{problems} problem{'' if problems == 1 else 's'} to fix" if problems else "\nno problem found")
+    return int(bool(problems))
 
 
-def examine() -> Iterator[Line]:
-    """Everything, in the order in which it is said."""
-    yield python_version(sys.version_info[:3])
-    bounds = requirements()
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(lambda library: tried(library, bounds.get(library.name, "")), IMPORTANT)
-    yield cuda()
-    yield compiler()
-    yield from folders()
-    yield token(os.environ)
+def findings() -> Iterator[Finding]:
+    """Run all checks, in order."""
+    for check in CHECKS:
+        yield from check()
 
 
-def python_version(found: tuple[int, ...]) -> Line:
-    said = f"Python {'.'.join(map(str, found))} ({sys.executable}), fbpc-ray {__version__}"
-    if found[:2] < PYTHON:
-        return Line("mend", said, f"make the environment with Python {'.'.join(map(str, PYTHON))} or newer")
-    return Line("ok", said)
+def python_version() -> Iterator[Finding]:
+    yield python_finding(sys.version_info[:3])
+
+
+def python_finding(version: tuple[int, ...]) -> Finding:
+    message = f"Python {'.'.join(map(str, version))} ({sys.executable}), fbpc-ray {__version__}"
+    if version[:2] < PYTHON:
+        return Finding("fix", message, f"make the environment with Python {'.'.join(map(str, PYTHON))} or newer")
+    return Finding("ok", message)
 
 
 # Libraries
 
 
+def libraries() -> Iterator[Finding]:
+    """Try each library in a process of its own, two at a time."""
+    lowest = requirements()
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(lambda library: try_library(library, lowest.get(library.name, "")), LIBRARIES)
+
+
 def requirements() -> dict[str, str]:
-    """{distribution: its lowest version}, out of pyproject.toml beside the code, else out of what was installed."""
+    """Return {distribution: lowest version}, from pyproject.toml beside the code, else from the installed package."""
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    wanted: list[str] = []
+    lines: list[str] = []
     try:
         project = tomllib.loads(path.read_text())["project"]
-        wanted = project["dependencies"] if project["name"] == "fbpc-ray" else []
+        lines = project["dependencies"] if project["name"] == "fbpc-ray" else []
     except (OSError, ValueError, KeyError):
         pass
-    if not wanted:
+    if not lines:
         try:
-            wanted = metadata.requires("fbpc-ray") or []
+            lines = metadata.requires("fbpc-ray") or []
         except metadata.PackageNotFoundError:
             return {}
-    found = (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)(?!.*extra\s*==)", each) for each in wanted)
-    return {match[1].lower(): match[2] for match in found if match}
+    matches = (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\d.]+)(?!.*extra\s*==)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in matches if match}
 
 
-def tried(library: Library, lowest: str) -> Line:
-    """A library in a process of its own: its version, and whether it works."""
+def try_library(library: Library, lowest: str) -> Finding:
+    """Check the version of a library, and run its code in a process of its own."""
     name = library.name
-    wanted = f"'{name}>={lowest}'" if lowest else name
-    install = f"{sys.executable} -m pip install {wanted}"
-    state = "note" if library.without else "mend"
-    beside = f"; {library.without}" if library.without else ""
+    requirement = f"'{name}>={lowest}'" if lowest else name
+    install = f"{sys.executable} -m pip install {requirement}"
+    state = "note" if library.without else "fix"
+    without = f"; {library.without}" if library.without else ""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Line(state, f"{name} is not installed{beside}", install)
-    failed, said = _run(library.code)
-    if failed:
-        again = f"{sys.executable} -m pip install --force-reinstall {wanted}"
+        return Finding(state, f"{name} is not installed{without}", install)
+    error, output = _run(library.code)
+    if error:
+        fix = f"{sys.executable} -m pip install --force-reinstall {requirement}"
         if name == "torchvision":
-            again = f"torch and torchvision must be a pair, from one index: {install} 'torch'"
-        return Line(state, f"{name} {version} does not work ({failed}){beside}", again)
+            fix = f"torch and torchvision must be a pair, from one index: {install} 'torch'"
+        return Finding(state, f"{name} {version} does not work ({error}){without}", fix)
     if lowest and _numbers(version) < _numbers(lowest):
-        return Line(state, f"{name} {version} is older than {lowest}{beside}", install)
-    return Line("ok", f"{name} {version}{f', {said}' if said else ''}")
+        return Finding(state, f"{name} {version} is older than {lowest}{without}", install)
+    return Finding("ok", f"{name} {version}{f', {output}' if output else ''}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.14.1+cpu -> (2, 14, 1); zeros at the end don't count."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(each) for each in found[0].split(".")] if found else []
+    """Return (2, 14, 1) for 2.14.1+cpu, without zeros at the end."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(number) for number in match[0].split(".")] if match else []
     while numbers and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)
 
 
 def _run(code: str) -> tuple[str, str]:
-    """(why it failed, or nothing; what it printed last) of Python in a process of its own."""
+    """Run Python code in a process of its own; return why it failed, or nothing, and the last line that it printed."""
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "GIT_PYTHON_REFRESH": "quiet"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **quiet}, capture_output=True, text=True,
             errors="replace", stdin=subprocess.DEVNULL, timeout=SECONDS,
         )  # fmt: skip
@@ -189,152 +192,173 @@ def _run(code: str) -> tuple[str, str]:
         return f"no answer within {SECONDS} s", ""
     except OSError as error:
         return str(error), ""
-    if done.returncode < 0:
-        return f"it ended its process by signal {-done.returncode}", ""
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200], ""
-    return "", (done.stdout.strip().splitlines() or [""])[-1]
+    if process.returncode < 0:
+        return f"its process was ended by signal {-process.returncode}", ""
+    if process.returncode:
+        return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1][:200], ""
+    return "", (process.stdout.strip().splitlines() or [""])[-1]
 
 
 # The machine
 
 
-def cuda() -> Line:
-    """What torch makes of the GPUs."""
-    failed, said = _run(CUDA)
-    here = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-    if failed:
-        return Line("note", "CUDA: torch cannot say", "mend torch first")
-    return cuda_line(json.loads(said), here)
+def cuda() -> Iterator[Finding]:
+    """Check whether torch can use the GPUs of this machine."""
+    error, output = _run(CUDA)
+    has_gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+    if error:
+        yield Finding("note", "CUDA: unknown, since torch does not run", "fix torch first")
+    else:
+        yield cuda_finding(json.loads(output), has_gpu)
 
 
-def cuda_line(found: dict, here: bool) -> Line:
-    """`found` is what torch says; `here`: the machine seems to have a GPU."""
-    torch, devices = f"torch {found['torch']}", found["devices"]
-    if found["built"] is None:
-        if here:
-            how = "runs use the CPU; install the torch and torchvision that are built for CUDA"
-            return Line("note", f"CUDA: a GPU is here, but {torch} is built without", how)
-        return Line("note", "CUDA: none here, runs use the CPU")
-    if devices and not found["error"]:
-        return Line("ok", f"CUDA {found['built']}: {', '.join(devices)}")
-    if here or devices:
-        why = found["error"] or "it sees no device"
-        how = f"update the driver, install a torch that fits it, or use --device cpu ({torch}, CUDA {found['built']})"
-        return Line("mend", f"CUDA: a GPU is here, but torch cannot use it ({why})", how)
-    return Line("note", "CUDA: no GPU here, runs use the CPU")
+def cuda_finding(report: dict, has_gpu: bool) -> Finding:
+    """Judge `report`, which `CUDA` prints; `has_gpu`: this machine seems to have a GPU."""
+    torch, devices = f"torch {report['torch']}", report["devices"]
+    if report["built"] is None:
+        if has_gpu:
+            fix = "runs use the CPU; install the torch and torchvision that are built for CUDA"
+            return Finding("note", f"CUDA: this machine has a GPU, but {torch} is built without CUDA", fix)
+        return Finding("note", "CUDA: no GPU here, runs use the CPU")
+    if devices and not report["error"]:
+        return Finding("ok", f"CUDA {report['built']}: {', '.join(devices)}")
+    if has_gpu or devices:
+        error = report["error"] or "it sees no device"
+        fix = f"update the driver, install a torch that fits it, or use --device cpu ({torch}, CUDA {report['built']})"
+        return Finding("fix", f"CUDA: this machine has a GPU, but torch cannot use it ({error})", fix)
+    return Finding("note", "CUDA: no GPU here, runs use the CPU")
 
 
-def compiler() -> Line:
-    """The C++ compiler that --compiled takes, tried on a library with OpenMP."""
+def compiler() -> Iterator[Finding]:
+    """Compile a small library with OpenMP, as --compiled does."""
     program = os.environ.get("CXX") or "g++"
-    less = "passes stay eager, which is slower"
-    how = "install one (apt-get install g++, dnf install gcc-c++), or name yours in CXX"
+    error = _compiler_error(program)
+    if error:
+        fix = "install one (apt-get install g++, dnf install gcc-c++), or name yours in CXX"
+        yield Finding("note", f"C++ compiler: {error}; passes stay eager, which is slower", fix)
+    else:
+        yield Finding("ok", f"C++ compiler: {program}, for --compiled")
+
+
+def _compiler_error(program: str) -> str:
+    """Return why `program` cannot compile, or nothing."""
     if not shutil.which(program):
-        return Line("note", f"C++ compiler: no {program}; {less}", how)
+        return f"{program} not found"
     with tempfile.TemporaryDirectory(prefix="fbpc-") as folder:
         source = Path(folder) / "try.cpp"
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
         words = [program, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(source.with_suffix(".so"))]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+            process = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
-            return Line("note", f"C++ compiler: {program} does not run ({error}); {less}", how)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[0].replace(f"{folder}/", "")[:160]
-        return Line("note", f"C++ compiler: {program} does not compile ({why}); {less}", how)
-    return Line("ok", f"C++ compiler: {program}, for --compiled")
+            return f"{program} does not run ({error})"
+    if process.returncode:
+        line = (process.stderr.strip().splitlines() or ["no reason given"])[0].replace(f"{folder}/", "")[:160]
+        return f"{program} does not compile ({line})"
+    return ""
 
 
-def folders() -> Iterator[Line]:
-    """Can they be written, and have they room: the user's home, where runs go, the cache, temporary files."""
+def folders() -> Iterator[Finding]:
+    """Check that each folder of a run is writable and has space: home, runs, cache, temporary files."""
+    writable = "set {} to a writable folder"
     try:
-        yield folder_line("HOME", Path.home(), "note", "set HOME to a folder that can be written")
+        yield folder_finding("HOME", Path.home(), "note", writable.format("HOME"))
     except RuntimeError:
-        yield Line("note", "HOME: this user has none", "set HOME to a folder that can be written")
+        yield Finding("note", "HOME: this user has none", writable.format("HOME"))
+    runs = "experts, runs and mlflow.db"
     try:
-        yield folder_line(
-            "experts, runs and mlflow.db", home(), "mend", "set FBPC_HOME to a folder that can be written"
-        )
+        yield folder_finding(runs, home(), "fix", writable.format("FBPC_HOME"))
     except (UserError, RuntimeError, OSError) as error:
-        yield Line("mend", f"experts, runs and mlflow.db: {error}", "set FBPC_HOME to a local folder")
-    yield cache_line()
-    yield temporary_line()
+        yield Finding("fix", f"{runs}: {error}", "set FBPC_HOME to a local folder")
+    yield cache_finding()
+    yield temporary_finding()
 
 
-def folder_line(what: str, path: Path, state: Literal["note", "mend"], how: str) -> Line:
-    """Whether a file can be made in `path`, or in what is there of it, and the room on its disk."""
+def folder_finding(name: str, path: Path, state: Literal["note", "fix"], fix: str) -> Finding:
+    """Check that a file can be made in `path`, or in its nearest parent that exists, and the space on its disk."""
     try:
-        there = next(each for each in (path, *path.parents) if each.exists())
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".fbpc-doctor-"):
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".fbpc-doctor-"):
             pass
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     except (OSError, StopIteration) as error:
-        why = getattr(error, "strerror", None) or "it is not there"
-        return Line(state, f"{what}: {path} cannot be written ({why.lower()})", how)
-    said = f"{what}: {path}, {free / 1e9:.1f} GB free"
-    if free < LITTLE:
-        return Line(state, said, f"free some space, or {how}")
-    if free < ROOM:
-        return Line("note", said, "a hundred experts take gigabytes: mind the space")
-    return Line("ok", said)
+        reason = getattr(error, "strerror", None) or "not found"
+        return Finding(state, f"{name}: {path} is not writable ({reason.lower()})", fix)
+    message = f"{name}: {path}, {free / 1e9:.1f} GB free"
+    if free < NO_SPACE:
+        return Finding(state, message, f"free some space, or {fix}")
+    if free < LOW_SPACE:
+        return Finding("note", message, "a hundred experts take gigabytes: free some space")
+    return Finding("ok", message)
 
 
-def cache_line() -> Line:
-    """The cache of experts and of compiled passes."""
+def cache_finding() -> Finding:
+    """Check the cache of experts and of compiled passes."""
+    fix = "set FBPC_CACHE to a writable folder"
     try:
         path = cache.folder()
     except RuntimeError:
-        return Line("note", "cache: no home", "set FBPC_CACHE to a folder that can be written")
+        return Finding("note", "cache: this user has no home", fix)
     if limit := os.environ.get("FBPC_CACHE_GB"):
         try:
             float(limit)
         except ValueError:
-            return Line("mend", f"cache: FBPC_CACHE_GB is {limit!r}", "give a number of gigabytes, or unset it")
-    line = folder_line("cache", path, "note", "set FBPC_CACHE to a folder that can be written")
-    if line.state == "ok" and (place := cache.open_to_others(path / "compiled")):
-        why = f"cache: others can write to {place}, so no compiled pass is loaded from it"
-        return Line("note", why, f"chmod go-w {place}, or set FBPC_CACHE to a folder of your own")
-    return line
+            return Finding("fix", f"FBPC_CACHE_GB is {limit!r}", "set it to a number of gigabytes, or unset it")
+    finding = folder_finding("cache", path, "note", fix)
+    if finding.state == "ok" and (shared := cache.open_to_others(path / "compiled")):
+        message = f"cache: others can write to {shared}, so no compiled pass is loaded from it"
+        return Finding("note", message, f"chmod go-w {shared}, or set FBPC_CACHE to a folder of your own")
+    return finding
 
 
-def temporary_line() -> Line:
-    """Ray keeps its sessions here, and stores nothing where a disk is fuller than 95 %."""
+def temporary_finding() -> Finding:
+    """Check the folder of Ray's sessions; Ray spills no object to a disk that is over 95 % full."""
     path = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    line = folder_line("temporary files", path, "mend", "set TMPDIR (RAY_TMPDIR for Ray) to another disk")
-    if line.state != "mend":
+    finding = folder_finding("temporary files", path, "fix", "set TMPDIR (RAY_TMPDIR for Ray) to another disk")
+    if finding.state != "fix":
         usage = shutil.disk_usage(path if path.exists() else path.parent)
         if usage.free < 0.05 * usage.total:
-            how = "Ray spills no objects to it: free some space, or set RAY_TMPDIR to another disk"
-            return Line("note", f"temporary files: the disk of {path} is over 95 % full", how)
-    return line
+            fix = "Ray spills no objects to it: free some space, or set RAY_TMPDIR to another disk"
+            return Finding("note", f"temporary files: the disk of {path} is over 95 % full", fix)
+    return finding
 
 
-def token(environment: Mapping[str, str]) -> Line:
-    """How Ray is told who we are. Shows nothing of the token."""
+def token() -> Iterator[Finding]:
+    yield token_finding(os.environ)
+
+
+def token_finding(environment: Mapping[str, str]) -> Finding:
+    """Check how Ray authenticates, without printing the token."""
     mode = environment.get("RAY_AUTH_MODE", "").lower()
-    make = "ray get-auth-token --generate"
+    generate = "ray get-auth-token --generate"
     try:
         file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-        held = bool(file.is_file() and file.read_text().strip())
+        in_file = bool(file.is_file() and file.read_text().strip())
     except (OSError, RuntimeError, ValueError) as error:
-        return Line("note", f"Ray's token cannot be read ({error})", "mend the file's permissions")
-    known = bool(environment.get("RAY_AUTH_TOKEN")) or held
+        return Finding("note", f"Ray's token is not readable ({error})", "fix the permissions of its file")
+    in_environment = bool(environment.get("RAY_AUTH_TOKEN"))
+    exists = in_environment or in_file
     if mode not in ("", "token", "disabled"):
-        return Line("mend", f"RAY_AUTH_MODE is {mode!r}", "set it to token, or to disabled on a machine of your own")
-    if mode == "token" and not known:
-        return Line("mend", f"RAY_AUTH_MODE is token, but there is none in RAY_AUTH_TOKEN or {file}", make)
-    if held and not environment.get("RAY_AUTH_TOKEN") and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return Line("note", f"Ray's token: others can read {file}", f"chmod 600 {file}")
+        return Finding("fix", f"RAY_AUTH_MODE is {mode!r}", "set it to token, or to disabled on a machine of your own")
+    if mode == "token" and not exists:
+        return Finding("fix", f"RAY_AUTH_MODE is token, but RAY_AUTH_TOKEN and {file} hold none", generate)
+    if in_file and not in_environment and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return Finding("note", f"Ray's token: others can read {file}", f"chmod 600 {file}")
     if mode == "disabled":
-        return Line("note", "RAY_AUTH_MODE is disabled: who reaches the cluster can use it", "set it to token")
+        return Finding(
+            "note", "RAY_AUTH_MODE is disabled: anyone who reaches the cluster can use it", "set it to token"
+        )
     if mode:
-        return Line("ok", "RAY_AUTH_MODE is token, and a token is there")
-    if known:
-        how = "commands here use it; for `ray start` and `ray job submit` export RAY_AUTH_MODE=token in each shell"
-        return Line("note", "Ray's token is there, RAY_AUTH_MODE is not set", how)
-    how = f"before `ray start` export RAY_AUTH_MODE=token, then {make}; fbpc alone needs neither"
-    return Line("note", "RAY_AUTH_MODE is not set, and there is no token", how)
+        return Finding("ok", "RAY_AUTH_MODE is token, and a token exists")
+    if exists:
+        fix = "commands here use it; for `ray start` and `ray job submit` export RAY_AUTH_MODE=token in each shell"
+        return Finding("note", "Ray's token exists, RAY_AUTH_MODE is not set", fix)
+    fix = f"before `ray start` export RAY_AUTH_MODE=token, then {generate}; fbpc alone needs neither"
+    return Finding("note", "RAY_AUTH_MODE is not set, and no token exists", fix)
+
+
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (python_version, libraries, cuda, compiler, folders, token)
+"""In the order in which doctor prints their findings."""
 
 
 if __name__ == "__main__":

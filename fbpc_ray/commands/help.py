@@ -1,7 +1,4 @@
-"""What `--help` says beside the flags: what each command is for, examples, and field docstrings as whole sentences.
-
-tests/test_docs.py runs every example.
-"""
+"""What --help prints above the flags: the purpose of each command and examples, which tests/test_docs.py runs."""
 
 import shutil
 import textwrap
@@ -14,57 +11,57 @@ import docstring_parser
 
 
 class Page(NamedTuple):
-    """The help of one command, before its flags."""
+    """The help of one command, above its flags."""
 
     about: str
-    """Beside its first line."""
+    """What follows the first line of its arguments' docstring."""
     examples: tuple[tuple[str, str], ...]
-    """(command, what it does)."""
+    """(command, comment)."""
 
 
 FIRST = (
-    ("fbpc doctor", "is all that is needed here?"),
-    ("fbpc distill --dry-run", "what a run would do; writes nothing"),
-    ("fbpc distill --out runs/first", "ten images that stand for 1,437 digits; minutes, no download"),
-    ("fbpc report runs/first", "a page about it: report.html"),
-    ("fbpc ui", "all runs in MLflow's pages: compare them, see the images change"),
+    ("fbpc doctor", "check the installation"),
+    ("fbpc distill --dry-run", "print what a run would do, and write nothing"),
+    ("fbpc distill --out runs/first", "distil 1,437 digits into ten images; minutes, no download"),
+    ("fbpc report runs/first", "write a page about the run: report.html"),
+    ("fbpc ui", "show all runs in MLflow's pages: compare them, see the images change"),
 )
-"""What `fbpc --help` says to somebody new."""
+"""Examples of `fbpc --help`."""
 
 PAGES = {
     "distill": Page(
-        "Trains the experts that are missing, learns the images, samples Bayesian networks on them and on as many "
-        "real ones, and leaves a folder: coreset, pictures, result.json, metrics.parquet, and a run in MLflow. Ctrl-C "
-        "leaves a checkpoint. The defaults below are those of what is asked for: without --data of the small digits "
-        "preset; for your own images they are the paper's, meant for a GPU, and `fbpc distill --data folder:my-images "
-        "--help` shows them.",
+        "Trains the missing experts, learns the images, samples Bayesian networks on them and on as many real images, "
+        "and writes a run directory (coreset, pictures, result.json, metrics.parquet) and a run in MLflow. Ctrl-C "
+        "saves a checkpoint first. The defaults below depend on the other flags: those of the small digits preset "
+        "for --data digits; for your own images the paper's, meant for a GPU, which `fbpc distill --data "
+        "folder:my-images --help` prints.",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
-            ("fbpc distill --out runs/first --resume", "go on after Ctrl-C or a crash"),
+            ("fbpc distill --out runs/first --resume", "continue after Ctrl-C or a crash"),
             ("fbpc distill --preset cifar10-ipc10 --download", "a row of the paper's Table 4; for a GPU"),
             (
                 "fbpc distill --data folder:my-images --width 32 --expert-count 5 --expert-epochs 10 "
                 "--expert-batch-size 32 --expert-lr 0.05 --steps 200",
-                "a few thousand images of your own, at a laptop's size",
+                "a few thousand images of your own, on a laptop",
             ),
             ("fbpc distill --method bpc-w --architectures convnet-in convnet-bn", "a baseline, over two networks"),
         ),
     ),
     "experts": Page(
         "An expert is a network trained on the real images, with a snapshot of its weights after each epoch. Runs on "
-        "the same data and networks share them.",
+        "the same data and networks share experts.",
         (
             ("fbpc experts --preset cifar10-ipc1 --download", "100 for the paper's ConvNet; hours on a GPU"),
             ("fbpc experts --architectures convnet-in resnet18 --width 32 --expert-count 5", "five each, narrow"),
         ),
     ),
     "evaluate": Page(
-        "Any other coreset, whoever made it: `fbpc evaluate --coreset PATH --data DATA`, with flags that "
-        "`fbpc evaluate --coreset PATH --help` explains.",
+        "For the coreset of another program: `fbpc evaluate --coreset PATH --data DATA`; `fbpc evaluate --coreset PATH "
+        "--help` prints its flags.",
         (
-            ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it never met"),
+            ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it was not distilled with"),
             ("fbpc evaluate runs/first --num-chains 10", "more chains, a smaller error bar"),
-            ("fbpc evaluate runs/mine --ood digits --ood-resize", "can it tell strange images?"),
+            ("fbpc evaluate runs/mine --ood digits --ood-resize", "detection of out-of-distribution images"),
         ),
     ),
     "evaluate --coreset": Page(
@@ -75,77 +72,89 @@ PAGES = {
         ),
     ),
     "export": Page(
-        "No file is replaced.",
+        "Replaces no file.",
         (
             ("fbpc export runs/first --format hf --out my-coreset", "for datasets.load_dataset"),
-            ("fbpc export runs/first --format png", "one folder a class, to look at"),
+            ("fbpc export runs/first --format png", "image files, one folder a class"),
         ),
     ),
     "tune": Page(
-        "Trials never see a test image. `--out` then holds trials.md, best.json (a preset) and a run for each trial.",
+        "Trials never see a test image. --out gets trials.md, best.json (a preset) and a run directory for each trial.",
         (
             ("fbpc tune --preset cifar10-ipc1 --num-trials 16 --out sweeps/first", "16 draws around the preset"),
-            ("fbpc tune --out sweeps/first --resume", "go on after Ctrl-C or a crash"),
+            ("fbpc tune --out sweeps/first --resume", "continue after Ctrl-C or a crash"),
             ("fbpc tune --grid alpha=10,100,1000 start-epoch=1,5 --scheduler none", "all six combinations"),
-            ("fbpc distill --preset sweeps/first/best.json --validation 0", "the best, from all training images"),
+            (
+                "fbpc distill --preset sweeps/first/best.json --validation 0",
+                "the best trial, on all training images",
+            ),
         ),
     ),
     "reproduce": Page(
-        "Rows, a Markdown table beside the paper's values and a picture go to --out. What is there is not made again.",
+        "Writes rows, a Markdown table beside the paper's values, and a picture to --out; keeps the rows that --out "
+        "has.",
         (
-            ("fbpc reproduce table1 --cifar10 digits --dry-run", "how much is missing"),
+            ("fbpc reproduce table1 --cifar10 digits --dry-run", "print how many rows are missing"),
             ("fbpc reproduce table1 --download --ipc 1", "small: hours on two cores"),
             ("fbpc reproduce table1 --scale paper --download", "the paper's size: for GPUs"),
-            ("fbpc reproduce fig2a --cifar10 digits --override steps=20 width=16", "other settings, and it says so"),
+            (
+                "fbpc reproduce fig2a --cifar10 digits --override steps=20 width=16",
+                "settings of your own",
+            ),
         ),
     ),
     "report": Page(
         "",
         (
             ("fbpc report runs/first", "report.html and report.md"),
-            ("fbpc report runs/first runs/second --out both.html", "two beside each other, and where they differ"),
+            ("fbpc report runs/first runs/second --out both.html", "two runs, and the settings in which they differ"),
         ),
     ),
     "ui": Page(
-        "Prints the address and serves until Ctrl-C. A run's page has its scores and settings, Model metrics its "
-        "course and the images with a slider over the steps; runs that are ticked in the list can be compared.",
+        "Prints the address and serves until Ctrl-C. A run's page has its scores and settings; its Model metrics have "
+        "the curves, and the images with a slider over the steps. Tick runs in the list to compare them.",
         (
             ("fbpc ui", "the runs of this folder, or of $FBPC_HOME"),
-            ("fbpc ui --port 5001", "elsewhere than at 5000"),
+            ("fbpc ui --port 5001", "another port than 5000"),
             ("fbpc ui --tracking-uri sqlite:////home/me/runs/mlflow.db", "another store"),
         ),
     ),
-    "doctor": Page("", (("fbpc doctor", "leaves with 1 where something must be mended"),)),
+    "doctor": Page("", (("fbpc doctor", "exits with 1 if a problem must be fixed"),)),
 }
 
 
 def description(command: str, kind: type) -> str:
-    """What stands above the flags of `command`, whose arguments are a `kind`. Indented: other lines tyro joins."""
+    """Return the text above the flags of `command`, whose arguments are a `kind`.
+
+    Lines are indented, since tyro joins those that are not.
+    """
     page, width = PAGES[command], min(shutil.get_terminal_size().columns, 110)
     first = (kind.__doc__ or "").strip().splitlines()[0]
     about = textwrap.indent(textwrap.fill(page.about, width - 2), "  ")
-    return first + (f"\n{about}" if page.about else "") + f"\n\nFor example\n{listed(page.examples)}"
+    return first + (f"\n{about}" if page.about else "") + f"\n\nFor example\n{format_examples(page.examples)}"
 
 
-def listed(examples: Iterable[tuple[str, str]]) -> str:
-    """An indented line for each command, what it does beside it, or below where there is no room."""
+def format_examples(examples: Iterable[tuple[str, str]]) -> str:
+    """Format (command, comment) pairs, the comment beside a short command and below a long one."""
     lines = []
-    for command, what in examples:
+    for command, comment in examples:
         if len(command) > 46:
-            lines += [f"  {command}", f"{'':<8}# {what}"]
+            lines += [f"  {command}", f"{'':<8}# {comment}"]
         else:
-            lines += [f"  {command:<48}# {what}"]
+            lines += [f"  {command:<48}# {comment}"]
     return "\n".join(lines)
 
 
 def whole_sentences(kind: type) -> None:
-    """Give tyro the docstring of each field of `kind`, and of what is nested in it, without its line breaks: tyro keeps
-    those before an indented line, in the midst of a sentence."""
-    written = {each.arg_name: each.description or "" for each in docstring_parser.parse_from_object(kind).params}
+    """Join the lines in the docstrings of the fields of `kind` and of its groups, for tyro.
+
+    tyro keeps a line break before an indented line, in the middle of a sentence.
+    """
+    docstrings = {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(kind).params}
     hints = get_type_hints(kind)
-    for each in fields(kind):
-        if text := " ".join(written.get(each.name, "").split()):
-            each.metadata = MappingProxyType({**each.metadata, "help": text})
-        for nested in (hints[each.name], *get_args(hints[each.name])):
+    for field in fields(kind):
+        if text := " ".join(docstrings.get(field.name, "").split()):
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
+        for nested in (hints[field.name], *get_args(hints[field.name])):
             if is_dataclass(nested) and isinstance(nested, type):
                 whole_sentences(nested)

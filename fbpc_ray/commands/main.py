@@ -221,4 +221,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def _usage() -> str:
     lines = [f"  {name:<10}{(KINDS[name][0].__doc__ or '').splitlines()[0]}" for name in COMMANDS]
     usage = "usage: fbpc COMMAND [OPTIONS]    (fbpc COMMAND --help explains each option, with examples)"
-    return "\n".join([usage, "", *lines, "", "To begin", "", help.listed(help.FIRST), "", "Docs: README.md, docs/"])
+    return "\n".join(
+        [usage, "", *lines, "", "To begin", "", help.format_examples(help.FIRST), "", "Docs: README.md, docs/"]
+    )

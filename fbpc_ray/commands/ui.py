@@ -1,7 +1,7 @@
-"""`fbpc ui`: MLflow's pages of the runs, for this machine alone, until Ctrl-C.
+"""`fbpc ui`: serve MLflow's pages of the runs, on this machine alone, until Ctrl-C.
 
-The server is MLflow's own command in a process group of its own, so that all of it ends with this one. It runs one
-worker and none of the jobs that MLflow's server would run beside it, which need half a gigabyte and are not for runs.
+The server is MLflow's own command in a process group of its own, which ends with this process. It has one worker, and
+none of MLflow's job workers, which take half a gigabyte and show no runs.
 """
 
 import http.client
@@ -26,8 +26,9 @@ from fbpc_ray.tracking.uri import PORT, absolute, database, default_uri, list_ur
 
 HOST = "127.0.0.1"
 START_SECONDS = 180
-"""After which a server that does not answer is taken for broken; it needs ten, and more on a busy machine."""
+"""Timeout for the server's first answer, which takes about 10 s, and more on a busy machine."""
 END_SECONDS = 10
+"""Timeout for the server's end after SIGTERM, and again after SIGKILL."""
 ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -36,18 +37,23 @@ ENVIRONMENT = {
 
 
 def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
-    """Serve the pages of the store `uri` (empty: the one that runs are logged to) until a signal, which ends it as
-    Interrupted. `port` 0 takes 5000, or a free one where that is taken.
+    """Serve the pages of an MLflow store until a signal.
 
-    Raises UserError where there is no such store, where `port` is taken, and where MLflow ends or doesn't answer.
+    Args:
+        uri: The store; empty means the one that runs are logged to.
+        port: 0 means 5000, or a free one if 5000 is taken.
+
+    Raises:
+        UserError: The store doesn't exist, `port` is taken, or MLflow ends or doesn't answer.
+        Interrupted: A signal ended the server.
     """
     uri = absolute(uri) if uri else default_uri(home())
     if remote(uri):
-        log(f"MLflow: {uri} is a server: open it in a browser, nothing is started here")
+        log(f"MLflow: {uri} is a server already: open it in a browser")
         return
     file = database(uri)
     if file is not None and not file.is_file():
-        raise UserError(f"there is no {file}: log a run first, or name a store by --tracking-uri")
+        raise UserError(f"--tracking-uri: {file} not found; log a run first, or name another store")
     if find_spec("mlflow") is None:
         raise UserError("mlflow is not installed: pip install mlflow")
     chosen = _port(port)
@@ -56,15 +62,15 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
         _wait(process, output, chosen)
         log(f"MLflow: {_first_page(chosen)}{moved} shows {uri}; Ctrl-C ends it")
         process.wait()
-        raise UserError(f"MLflow ended: {_last_words(output)}", code=1)
+        raise UserError(f"MLflow ended: {_cause(output)}", code=1)
 
 
 def _port(port: int) -> int:
-    """A port that is free now. Raises UserError where the one asked for isn't."""
+    """Return a free port. Raises UserError if `port` is taken."""
     if not 0 <= port < 65536:
-        raise UserError(f"--port {port}: choose one from 1 to 65535")
+        raise UserError(f"--port: must be from 1 to 65535, got {port}")
     if port and not _free(port):
-        raise UserError(f"--port {port} is taken: choose another, or leave it out and a free one is found")
+        raise UserError(f"--port: {port} is taken; choose another, or leave --port out to get a free one")
     if port or _free(PORT):
         return port or PORT
     with socket.socket() as any_port:
@@ -84,25 +90,25 @@ def _free(port: int) -> bool:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Inside the block Ctrl-C, SIGTERM and the end of the terminal raise Interrupted, once."""
+    """Raise Interrupted in the block on the first SIGINT, SIGTERM or SIGHUP, and ignore later ones."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def caught(number: int, frame: FrameType | None) -> NoReturn:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # what follows ends the server, and is not to be cut
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for ignored in numbers:
+            signal.signal(ignored, signal.SIG_IGN)  # a second Ctrl-C must not stop the server's end
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, caught) for number in numbers}
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """(the server's process, what it says), ended with all its children as the block ends."""
+    """Start the server, yield its process and its output, and end it with all its children after the block."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST]
     command += ["--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     with tempfile.TemporaryFile() as output:
@@ -117,55 +123,53 @@ def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[b
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group: by request, then by force."""
+    """End the process group: with SIGTERM, then with SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         end = time.monotonic() + END_SECONDS
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
             while time.monotonic() < end:
                 process.poll()
-                os.killpg(process.pid, 0)  # until nobody is left in it
+                os.killpg(process.pid, 0)  # raises when the group is empty
                 time.sleep(0.05)
     process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], output: IO[bytes], port: int) -> None:
-    """Until it answers. Raises UserError where it ends before, or does not."""
+    """Wait until the server answers. Raises UserError if it ends first, or doesn't answer in time."""
     end = time.monotonic() + START_SECONDS
     while not _answers(port):
         if process.poll() is not None:
-            raise UserError(f"MLflow can't show this store: {_last_words(output)}", code=1)
+            raise UserError(f"MLflow can't show this store: {_cause(output)}", code=1)
         if time.monotonic() > end:
-            raise UserError(f"MLflow did not answer within {START_SECONDS} s: {_last_words(output)}", code=1)
+            raise UserError(f"MLflow did not answer within {START_SECONDS} s: {_cause(output)}", code=1)
         time.sleep(0.1)
 
 
 def _answers(port: int) -> bool:
-    return _asked(port, "/health") is not None
+    return _request(port, "/health") is not None
 
 
 def _first_page(port: int) -> str:
-    """The address of the runs of the experiment that was changed last; of all pages, where there is none."""
+    """Return the address of the runs of the experiment that changed last, or that of the home page if there is none."""
     address = f"http://{HOST}:{port}"
     with suppress(ValueError, KeyError, TypeError):
-        answer = _asked(port, "/api/2.0/mlflow/experiments/search", {"max_results": 1000, "order_by": [NEWEST]})
-        for each in json.loads(answer or b"{}").get("experiments", []):
-            if each["name"] != "Default":  # MLflow's own, in every store
-                return list_url(address, each["experiment_id"])
+        query = {"max_results": 1000, "order_by": ["last_update_time DESC"]}
+        answer = _request(port, "/api/2.0/mlflow/experiments/search", query)
+        for experiment in json.loads(answer or b"{}").get("experiments", []):
+            if experiment["name"] != "Default":  # MLflow's own, in every store
+                return list_url(address, experiment["experiment_id"])
     return address
 
 
-NEWEST = "last_update_time DESC"
-
-
-def _asked(port: int, path: str, question: object = None) -> bytes | None:
-    """What the server answers; None where it doesn't."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=10)  # which asks no proxy
+def _request(port: int, path: str, query: object = None) -> bytes | None:
+    """Send a GET, or a POST of `query`; return the body of the answer, None unless its status is 200."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=10)  # ignores proxies
     try:
-        if question is None:
+        if query is None:
             connection.request("GET", path)
         else:
-            connection.request("POST", path, json.dumps(question), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(query), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         return answer.read() if answer.status == 200 else None
     except (OSError, http.client.HTTPException):
@@ -174,9 +178,9 @@ def _asked(port: int, path: str, question: object = None) -> bytes | None:
         connection.close()
 
 
-def _last_words(output: IO[bytes]) -> str:
-    """The cause, in a line: a traceback names it last, SQLAlchemy explains it below."""
+def _cause(output: IO[bytes]) -> str:
+    """Return the line of the server's output that names the error."""
     output.seek(0)
     lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line or "Exception: " in line]
-    return (named or lines or ["it said nothing"])[-1][:300]
+    errors = [line for line in lines if "Error: " in line or "Exception: " in line]
+    return (errors or lines or ["it printed nothing"])[-1][:300]

@@ -1,4 +1,4 @@
-"""`fbpc doctor`: each thing that can be missing or broken is a line with its mend, and never a traceback."""
+"""`fbpc doctor`: each thing that can be missing or broken is a line with its fix, and never a traceback."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from fbpc_ray.commands import doctor, main
-from fbpc_ray.commands.doctor import Library, cuda_line, tried
+from fbpc_ray.commands.doctor import Finding, Library, cuda_finding, token_finding, try_library
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def run(*words: str, **environment: str) -> tuple[int, dict[str, str], str]:
     return done.returncode, lines, done.stdout + done.stderr
 
 
-STATES = ("ok", "note", "mend")
+STATES = ("ok", "note", "fix")
 QUICK = ("numpy", "torch", "torchvision", "ray", "mlflow", "pyarrow", "matplotlib", "safetensors", "sklearn", "PIL")
 
 
@@ -48,14 +48,14 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     module(tmp_path / "before", "tyro", "raise ImportError('no tyro')")
     places = {"HOME": str(tmp_path), "FBPC_HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}/before:{ROOT}"}
     status, lines, printed = run("-m", "fbpc_ray.commands.doctor", **places)
-    assert status == 1 and "Traceback" not in printed and "to mend" in printed
-    assert lines["safetensors"].startswith("mend") and "signal 6" in lines["safetensors"]
-    assert lines["torch"].startswith("mend") and "no attribute" in lines["torch"]
-    assert lines["torchvision"].startswith("mend") and "nms does not exist" in lines["torchvision"]
+    assert status == 1 and "Traceback" not in printed and "to fix" in printed
+    assert lines["safetensors"].startswith("fix") and "signal 6" in lines["safetensors"]
+    assert lines["torch"].startswith("fix") and "no attribute" in lines["torch"]
+    assert lines["torchvision"].startswith("fix") and "nms does not exist" in lines["torchvision"]
     assert "pair" in lines["torchvision"]
     assert lines["ray"].startswith("note") and "nothing_of_this_name" in lines["ray"] and "serial" in lines["ray"]
     assert lines["mlflow"].startswith("note") and "untracked" in lines["mlflow"] and "secret" not in printed
-    assert lines["tyro"].startswith("mend") and "no tyro" in lines["tyro"]
+    assert lines["tyro"].startswith("fix") and "no tyro" in lines["tyro"]
     assert lines["tqdm"].startswith("ok") and lines["Python"].startswith("ok")
     assert lines["CUDA"].startswith("note")
     assert not list(tmp_path.glob(".fbpc-doctor*"))
@@ -64,11 +64,11 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
 def test_what_is_installed_here_works():
     """The libraries that hold the bits, in their own processes; nms is really called."""
     bounds = doctor.requirements()
-    for library in doctor.IMPORTANT:
+    for library in doctor.LIBRARIES:
         if library.name in ("torchvision", "pyarrow"):
-            line = tried(library, bounds[library.name])
+            line = try_library(library, bounds[library.name])
             assert line.state == "ok", line
-            assert ("compiled operators run" in line.what) == (library.name == "torchvision")
+            assert ("compiled operators run" in line.message) == (library.name == "torchvision")
 
 
 def test_lowest_versions_are_those_of_the_project(monkeypatch):
@@ -77,25 +77,27 @@ def test_lowest_versions_are_those_of_the_project(monkeypatch):
     bounds = doctor.requirements()
     assert bounds["torch"] == next(each for each in wanted if each.startswith("torch>")).partition(">=")[2]
     assert bounds["ray"] == next(each for each in wanted if each.startswith("ray[")).partition(">=")[2]
-    assert {library.name for library in doctor.IMPORTANT} == set(bounds)
+    assert {library.name for library in doctor.LIBRARIES} == set(bounds)
     monkeypatch.setattr(doctor, "__file__", "/nowhere/fbpc_ray/commands/doctor.py")
     assert set(doctor.requirements()) == set(bounds), "not the extras of who develops it"
 
 
 def test_old_and_missing_libraries():
     ok = Library("pyarrow", "pass")
-    assert tried(ok, "1.0").state == "ok"
-    line = tried(ok, "999.1")
-    assert line.state == "mend" and "older than 999.1" in line.what and "pip install 'pyarrow>=999.1'" in line.how
-    line = tried(Library("no-such-library", "pass", "goes without"), "1.0")
-    assert line.state == "note" and "not installed; goes without" in line.what and "no-such-library>=1.0" in line.how
-    assert tried(Library("pyarrow", "1 / 0"), "").what.endswith("does not work (ZeroDivisionError: division by zero)")
+    assert try_library(ok, "1.0").state == "ok"
+    line = try_library(ok, "999.1")
+    assert line.state == "fix" and "older than 999.1" in line.message and "pip install 'pyarrow>=999.1'" in line.fix
+    line = try_library(Library("no-such-library", "pass", "goes without"), "1.0")
+    assert line.state == "note" and "not installed; goes without" in line.message and "no-such-library>=1.0" in line.fix
+    assert try_library(Library("pyarrow", "1 / 0"), "").message.endswith(
+        "does not work (ZeroDivisionError: division by zero)"
+    )
     assert doctor._numbers("2.14.1+cu128") == (2, 14, 1) > doctor._numbers("2.9") and doctor._numbers("3.0") == (3,)
 
 
 def test_a_library_that_hangs_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.5)
-    assert "no answer" in tried(Library("pyarrow", "import time; time.sleep(60)"), "").what
+    assert "no answer" in try_library(Library("pyarrow", "import time; time.sleep(60)"), "").message
 
 
 @pytest.mark.parametrize(
@@ -106,27 +108,32 @@ def test_a_library_that_hangs_is_broken(monkeypatch):
         ("13.0", [], "", False, "note", "no GPU here"),
         ("13.0", [], "Found no NVIDIA driver on your system", False, "note", "no GPU here"),
         ("13.0", ["NVIDIA H100, 85 GB"], "", True, "ok", "H100"),
-        ("13.0", [], "driver too old", True, "mend", "driver too old"),
-        ("13.0", ["K80, 12 GB"], "no kernel image", True, "mend", "no kernel image"),
+        ("13.0", [], "driver too old", True, "fix", "driver too old"),
+        ("13.0", ["K80, 12 GB"], "no kernel image", True, "fix", "no kernel image"),
     ],
 )
 def test_what_torch_makes_of_gpus(built, devices, error, here, state, said):
-    line = cuda_line({"built": built, "torch": "2.14.1", "devices": devices, "error": error}, here)
+    line = cuda_finding({"built": built, "torch": "2.14.1", "devices": devices, "error": error}, here)
     assert line.state == state and said in str(line)
+
+
+def compiler() -> Finding:
+    (finding,) = doctor.compiler()
+    return finding
 
 
 def test_the_compiler_is_tried(monkeypatch, tmp_path):
     """One that works, one that isn't there, one that fails: without it runs go on, so it's a note."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.compiler().state == "note" and "no no-such-compiler" in doctor.compiler().what
+    assert compiler().state == "note" and "no-such-compiler not found" in compiler().message
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'omp.h: No such file' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert doctor.compiler().state == "note" and "omp.h: No such file" in doctor.compiler().what
+    assert compiler().state == "note" and "omp.h: No such file" in compiler().message
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no g++" in doctor.compiler().what
+    assert "g++ not found" in compiler().message
 
 
 def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
@@ -134,68 +141,68 @@ def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
     monkeypatch.setenv("FBPC_HOME", "/proc/nowhere")
     monkeypatch.setenv("FBPC_CACHE", str(tmp_path / "shared"))
-    monkeypatch.setattr(doctor, "ROOM", 0)  # a disk that has little would be another note
-    monkeypatch.setattr(doctor, "LITTLE", 0)
+    monkeypatch.setattr(doctor, "LOW_SPACE", 0)  # a disk that has little would be another note
+    monkeypatch.setattr(doctor, "NO_SPACE", 0)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     home, runs, cache, _ = doctor.folders()
-    assert home.state == "note" and "cannot be written" in home.what
-    assert runs.state == "mend" and "/proc/nowhere" in runs.what and "FBPC_HOME" in runs.how
-    assert cache.state == "note" and "others can write" in cache.what and "chmod" in cache.how
+    assert home.state == "note" and "is not writable" in home.message
+    assert runs.state == "fix" and "/proc/nowhere" in runs.message and "FBPC_HOME" in runs.fix
+    assert cache.state == "note" and "others can write" in cache.message and "chmod" in cache.fix
     (tmp_path / "shared").chmod(0o700)
     assert list(doctor.folders())[2].state == "ok"
     (tmp_path / "shared" / "compiled").mkdir()
     (tmp_path / "shared" / "compiled").chmod(0o770)
-    assert "shared/compiled" in list(doctor.folders())[2].how
+    assert "shared/compiled" in list(doctor.folders())[2].fix
     monkeypatch.setenv("FBPC_HOME", "s3://bucket/x")
     monkeypatch.setenv("FBPC_CACHE_GB", "many")
     monkeypatch.setenv("HOME", str(tmp_path / "made" / "later"))
     home, runs, cache, _ = doctor.folders()
     assert home.state == "ok" and not (tmp_path / "made").exists()
-    assert runs.state == "mend" and "local folder" in str(runs)
-    assert cache.state == "mend" and "'many'" in cache.what
+    assert runs.state == "fix" and "local folder" in str(runs)
+    assert cache.state == "fix" and "'many'" in cache.message
 
 
 def test_a_disk_without_room(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ROOM", 1e18)
-    assert doctor.folder_line("runs", tmp_path, "mend", "elsewhere").state == "note"
-    monkeypatch.setattr(doctor, "LITTLE", 1e18)
-    assert doctor.folder_line("runs", tmp_path, "mend", "elsewhere").state == "mend"
+    monkeypatch.setattr(doctor, "LOW_SPACE", 1e18)
+    assert doctor.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "note"
+    monkeypatch.setattr(doctor, "NO_SPACE", 1e18)
+    assert doctor.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "fix"
 
 
 def test_the_token_of_ray(monkeypatch, tmp_path):
     """None of it is printed."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert doctor.token({}).state == "note"
-    assert doctor.token({"RAY_AUTH_MODE": "token"}).state == "mend"
-    assert doctor.token({"RAY_AUTH_MODE": "tokne"}).state == "mend"
-    assert doctor.token({"RAY_AUTH_MODE": "disabled"}).state == "note"
-    assert doctor.token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "s3cret"}).state == "ok"
+    assert token_finding({}).state == "note"
+    assert token_finding({"RAY_AUTH_MODE": "token"}).state == "fix"
+    assert token_finding({"RAY_AUTH_MODE": "tokne"}).state == "fix"
+    assert token_finding({"RAY_AUTH_MODE": "disabled"}).state == "note"
+    assert token_finding({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "s3cret"}).state == "ok"
     file = tmp_path / ".ray" / "auth_token"
     file.parent.mkdir()
     file.write_text("s3cret")
     file.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    assert doctor.token({"RAY_AUTH_MODE": "token"}).state == "ok"
-    assert "export RAY_AUTH_MODE=token" in str(doctor.token({}))
+    assert token_finding({"RAY_AUTH_MODE": "token"}).state == "ok"
+    assert "export RAY_AUTH_MODE=token" in str(token_finding({}))
     file.chmod(0o644)
-    assert "chmod 600" in doctor.token({"RAY_AUTH_MODE": "token"}).how
+    assert "chmod 600" in token_finding({"RAY_AUTH_MODE": "token"}).fix
     file.write_text(" \n")
-    assert doctor.token({"RAY_AUTH_MODE": "token"}).state == "mend"
-    every = [doctor.token({"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "s3cret"}) for mode in ("", "token", "disabled")]
+    assert token_finding({"RAY_AUTH_MODE": "token"}).state == "fix"
+    every = [token_finding({"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "s3cret"}) for mode in ("", "token", "disabled")]
     assert not any("s3cret" in str(line) for line in every)
 
 
 def test_a_line_is_one_line():
-    line = doctor.Line("mend", "a\nb", "c\td")
-    assert str(line) == "mend  a b: c d"
+    line = Finding("fix", "a\nb", "c\td")
+    assert str(line) == "fix   a b: c d"
 
 
-def test_the_command_leaves_with_the_status(monkeypatch, capsys):
-    """0 where nothing is to be mended, notes or not; 1 else."""
-    cases: list[tuple[Literal["ok", "note", "mend"], int]] = [("ok", 0), ("note", 0), ("mend", 1)]
+def test_the_command_exits_with_the_status(monkeypatch, capsys):
+    """0 where nothing must be fixed, notes or not; 1 else."""
+    cases: list[tuple[Literal["ok", "note", "fix"], int]] = [("ok", 0), ("note", 0), ("fix", 1)]
     for state, status in cases:
-        lines = [doctor.Line(state, "it", "how")]
-        monkeypatch.setattr(doctor, "examine", lambda lines=lines: iter(lines))
+        lines = [Finding(state, "it", "how")]
+        monkeypatch.setattr(doctor, "findings", lambda lines=lines: iter(lines))
         with pytest.raises(SystemExit) as end:
             main.main(["doctor"])
         assert end.value.code == status

@@ -265,11 +265,12 @@ def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, said = refused(capsys)
-    assert code == 2 and f"there is no {tmp_path}/mlflow.db" in said
-    assert "choose one from 1 to 65535" in refused(capsys, "--port", "70000", "--tracking-uri", store.uri)[1]
+    assert code == 2 and f"{tmp_path}/mlflow.db not found; log a run first" in said
+    _, said = refused(capsys, "--port", "70000", "--tracking-uri", store.uri)
+    assert "--port: must be from 1 to 65535, got 70000" in said
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"--port {port} is taken" in refused(capsys, "--port", port, "--tracking-uri", store.uri)[1]
+        assert f"--port: {port} is taken" in refused(capsys, "--port", port, "--tracking-uri", store.uri)[1]
     (tmp_path / "mlflow.db").write_text("this is no database, and never was one; " * 100)
     code, said = refused(capsys)
     assert code == 1 and "file is not a database" in said

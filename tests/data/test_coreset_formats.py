@@ -366,7 +366,7 @@ def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, ca
 
 
 def test_a_coreset_without_its_data_set_is_one_line(run, capsys):
-    for words, reason in (((), "--data is missing"), (("--data", "digits", "--split", "x"), "choose test")):
+    for words, reason in (((), "--data: missing"), (("--data", "digits", "--split", "x"), "choose test")):
         with pytest.raises(SystemExit):
             main.main(["evaluate", "--coreset", str(RunDirectory(run).coreset_path), *words])
         assert reason in capsys.readouterr().err
