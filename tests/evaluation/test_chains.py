@@ -308,3 +308,40 @@ def test_the_prior_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
     free, pulled = first(0.0), first(40.0)
     for name, value in start.items():
         torch.testing.assert_close(pulled[name] - free[name], -0.03 * 40 / 20 * value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_noise_of_a_chain_is_a_stream_of_its_own_for_every_seed(network, coreset: Pair, seed):
+    """By hand, without a gradient (eta = 0): v <- .9 v + sqrt(2 d / m) n, theta <- theta + v, from the prior's draw.
+
+    The noise n is neither another seed's nor the stream that the initialisation was drawn from.
+    """
+    settings = replace(
+        SETTINGS, chain_epochs=2, chain_every=1, chain_noise="literal", chain_d=0.5, chain_eta=0.0, chain_friction=0.1
+    )
+    first, second = posterior_samples(Passes(network), *coreset, settings, "none", seed=seed)
+    name = network.spec.architecture
+    expected = network.init(generator(seed, "chain", name, "init"))
+    source = generator(seed, "chain", name, "noise")
+    velocity = {key: torch.zeros_like(value) for key, value in expected.items()}
+    for sample in (first, second):
+        for key, value in velocity.items():
+            velocity[key] = 0.9 * value + (2 * 0.5 / 20) ** 0.5 * torch.randn(value.shape, generator=source)
+            expected[key] = expected[key] + velocity[key]
+            torch.testing.assert_close(sample[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_initialisation_and_batches_of_a_chain_are_independent(network, coreset: Pair):
+    """The first increments of seeds 0 and 1, and each with the first normal numbers of its initialisation's stream: no
+    two are correlated (4 / sqrt(n))."""
+    settings = replace(SETTINGS, chain_epochs=1, chain_every=1, chain_noise="literal", chain_d=0.5, chain_eta=0.0)
+    name, draws = network.spec.architecture, []
+    for seed in (0, 1):
+        start = network.init(generator(seed, "chain", name, "init"))
+        (sample,) = posterior_samples(Passes(network), *coreset, settings, "none", seed=seed)
+        draws.append(torch.cat([(sample[key] - value).flatten() for key, value in start.items()]))
+        for purpose in ("init", "batch"):
+            source = generator(seed, "chain", name, purpose)
+            draws.append(torch.cat([torch.randn(v.shape, generator=source).flatten() for v in start.values()]))
+    correlation = torch.corrcoef(torch.stack(draws)).fill_diagonal_(0)
+    assert correlation.abs().max() < 4 / len(draws[0]) ** 0.5

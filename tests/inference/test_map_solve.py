@@ -93,3 +93,42 @@ def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
     assert (
         0.4 < hard_loss < 0.51
     )  # the mean of about .5 and 0 has reached .25; one batch alone would have stopped at once
+
+
+def test_no_solve_converges_before_a_whole_pass():
+    """20 batches a pass, as Tiny-ImageNet has at ten images a class: losses of 0 in the first 19 don't end the solve.
+
+    A window that is filled beforehand, with zeros or with the first loss, would converge after the first batch. The
+    20th loss, 1.2, keeps the mean of a pass at .06, above gamma, until the 39th; that of batches 21 to 40 is 0.
+    """
+    losses = iter([0.0] * 19 + [1.2] + [0.0] * 100)
+    settings = {"threshold": 0.05, "learning_rate": 0.01, "max_steps": 100, "batches_per_pass": 20}
+
+    def loss_of_batch(params, batch):
+        return torch.tensor(next(losses)), {"w": torch.ones(4, 3)}
+
+    solution = map_solve(loss_of_batch, {"w": torch.zeros(4, 3)}, repeat(SEPARABLE), **settings)
+    assert (solution.status, solution.stats.steps) == (SolverStatus.CONVERGED, 39)
+    assert solution.stats.loss == 0.0
+
+
+def test_a_pass_of_low_losses_converges_at_its_last_batch():
+    """19 steps, one after each of the first 19 of 20 batches; the mean is that of all 20: .04."""
+    losses = iter([0.08] * 10 + [0.0] * 10)
+    settings = {"threshold": 0.05, "learning_rate": 0.01, "max_steps": 100, "batches_per_pass": 20}
+    solution = map_solve(
+        lambda params, batch: (torch.tensor(next(losses)), params), {"w": torch.zeros(4, 3)}, repeat(SEPARABLE),
+        **settings,
+    )  # fmt: skip
+    assert (solution.status, solution.stats.steps) == (SolverStatus.CONVERGED, 19)
+    assert solution.stats.loss == pytest.approx(0.04)
+
+
+def test_a_solve_that_ends_within_its_first_pass_says_the_mean_of_the_losses_it_saw():
+    """Of 1, 2 and 3 with at most two steps: 2, not 6 / 20."""
+    losses = iter([1.0, 2.0, 3.0])
+    solution = map_solve(
+        lambda params, batch: (torch.tensor(next(losses)), params), {"w": torch.zeros(4, 3)}, repeat(SEPARABLE),
+        threshold=0.05, learning_rate=0.01, max_steps=2, batches_per_pass=20,
+    )  # fmt: skip
+    assert (solution.status, solution.stats.steps, solution.stats.loss) == (SolverStatus.MAX_STEPS, 2, 2.0)

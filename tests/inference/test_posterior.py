@@ -63,25 +63,6 @@ def test_trajectory_leaves_its_start_alone_and_yields_values_that_stay():
     assert all(torch.equal(params[name], before[name]) for name in params)
 
 
-def test_variance_of_a_trajectory_has_the_closed_form_of_a_quadratic():
-    """theta_k = theta* + (I - lr H)^k (theta_0 - theta*): its linear function's variance over k is then exact."""
-    source = torch.Generator().manual_seed(3)
-    design = torch.randn(12, 4, generator=source, dtype=torch.float64)
-    hessian, lr, steps = design.T @ design / 12, 0.2, 30
-    theta, optimum = (torch.randn(4, generator=source, dtype=torch.float64) for _ in range(2))
-    points = torch.randn(5, 4, generator=source, dtype=torch.float64)
-    closed = torch.stack([points @ t for t in oracles.sgd_on_quadratic(theta, optimum, hessian, lr, steps)])
-
-    def iterate():
-        current = theta
-        for _ in range(steps):
-            current = current - lr * hessian @ (current - optimum)
-            yield points @ current
-
-    expected = (closed - closed.mean(0)).square().sum(0) / steps
-    torch.testing.assert_close(empirical_variance(iterate()), expected, rtol=1e-10, atol=1e-14)
-
-
 def test_variance_divides_by_k_and_is_elementwise():
     """1/K sum g^2 - (1/K sum g)^2 of (0, 4) and of (1, 1) are 4 and 0; with 1/(K-1) the first would be 8."""
     values = [torch.tensor([[0.0, 1.0]]), torch.tensor([[4.0, 1.0]])]

@@ -168,3 +168,23 @@ def nll_of_batches_slow(losses: list[list[float]], size: int) -> float:
         means = [sum(one) / len(one) for one in each]
         total -= len(each[0]) * math.log(sum(math.exp(-mean) for mean in means) / len(means))
     return total / n
+
+
+def sgd_rate_derivative(theta: Tensor, optimum: Tensor, hessian: Tensor, learning_rate: float, steps: int) -> Tensor:
+    """d theta_K / d lr of `sgd_on_quadratic`: -K H (I - lr H)^(K - 1) (theta_0 - theta*)."""
+    contraction = torch.eye(len(theta), dtype=theta.dtype) - learning_rate * hessian
+    return -steps * hessian @ torch.linalg.matrix_power(contraction, steps - 1) @ (theta - optimum)
+
+
+def sgd_target_derivative(hessian: Tensor, slope: Tensor, learning_rate: float, steps: int) -> Tensor:
+    """d theta_K / dt (p, b) of `sgd_on_quadratic` for theta* = slope t + const: (I - (I - lr H)^K) slope."""
+    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    return (identity - torch.linalg.matrix_power(identity - learning_rate * hessian, steps)) @ slope
+
+
+def sghmc_covariance(noise: float, eta: float, alpha: float, hessian: Tensor) -> Tensor:
+    """Stationary covariance of theta for the curvature `hessian`: `sghmc_variance` of each of its eigenvectors, along
+    which Eq. 27 moves by itself, the noise being isotropic."""
+    curvatures, vectors = torch.linalg.eigh(hessian)
+    variances = [sghmc_variance(noise, eta, alpha, curvature) for curvature in curvatures.tolist()]
+    return vectors @ torch.tensor(variances, dtype=hessian.dtype).diag() @ vectors.T
