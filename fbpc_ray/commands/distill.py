@@ -131,7 +131,7 @@ def _distil(job: Prepared, run: RunDirectory, resume: bool) -> tuple[dict[str, A
             log(
                 "passes are compiled at the first steps, tens of seconds each, and kept for later runs (--compiled off)"
             )
-        with run_logging.distillation(settings, job.dataset, run, provenance, log) as tracker:
+        with run_logging.track_distillation(settings, job.dataset, run, provenance, log) as tracker:
             state = _learn(job, run, state, labels, rows, workers, interruption, tracker)
             result = judge(job, run, first, state, labels, rows, workers, provenance, tracker)
     return result, tracker.uri
@@ -158,9 +158,9 @@ def _learn(
 
     def show(current: State) -> None:
         pixels = _pixels(current, job.dataset)
-        tracker.image("coreset", image_grids.coreset_array(pixels, labels.numpy()), current.step)
+        tracker.log_image("coreset", image_grids.coreset_array(pixels, labels.numpy()), current.step)
         run.remember(current.step, from_numpy(run_figures.followed(pixels, labels)))
-        run_logging.remember(run, tracker)
+        run_logging.write_run_reference(run, tracker)
 
     def look(current: State) -> dict[str, dict[str, float]]:
         every = settings.output.val_every
@@ -169,7 +169,7 @@ def _learn(
         table = trial.judge(current, labels, settings, Sweep(), job.specs, job.dataset, workers, log)
         found = results.means(table["coreset"])
         if found:
-            tracker.metrics({f"val/{name}": value for name, value in found.items()}, current.step)
+            tracker.log_metrics({f"val/{name}": value for name, value in found.items()}, current.step)
             log(f"step {current.step}: validation NLL {found['nll']:.4g}, accuracy {100 * found['accuracy']:.1f} %")
         return {
             name: {f"val_{quantity}": value for quantity, value in results.means({name: its}).items()}
@@ -182,7 +182,7 @@ def _learn(
     start = time.perf_counter()
     if state.step < steps:
         workers.start_workers(session.crew(settings, job.dataset, labels, job.specs, job.stores))
-        state = loop.distill(settings, run, state, rows, workers, interruption, tracker.metrics, show, look)
+        state = loop.distill(settings, run, state, rows, workers, interruption, tracker.log_metrics, show, look)
         workers.stop_workers()
     log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_endings(rows)}")
     return state
@@ -223,14 +223,14 @@ def judge(
     result = results.result_of(job.settings, dataset, rows, scored, "test", provenance, session.threads(job.settings))
     run.write_result(result)
     means = {f"test/{name}": value for name, value in results.means(scored[d.method]).items()}
-    tracker.metrics(means | results.metrics(scored), state.step)
-    tracker.tags(run_logging.note(job.settings, dataset.name, scored))
+    tracker.log_metrics(means | results.metrics(scored), state.step)
+    tracker.set_tags(run_logging.description_tag(job.settings, dataset.name, scored))
     for path in (
         run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
         run.reliability_path, run.result_path, run.metrics_path,
     ):  # fmt: skip
         if path.exists():
-            tracker.artifact(path)
+            tracker.log_artifact(path)
     return result
 
 
@@ -274,7 +274,7 @@ def evaluate(
         path = _next_evaluation(run, split, specs)
         tags = {"evaluation": path.name, "split": split, **({"ood": ood} if ood else {})}
         keep = method if target else ""
-        with run_logging.evaluation(
+        with run_logging.track_evaluation(
             settings, dataset, run, path.name.removesuffix(".json"), tags, provenance, log
         ) as tracker:
             log(loop.judging(found, specs, split, settings.evaluation))
@@ -285,13 +285,13 @@ def evaluate(
             result |= {"ood": ood} if ood else {}
             if path.exists():  # of one that began when this one did
                 path = _next_evaluation(run, split, specs)
-                tracker.tags({"evaluation": path.name})
+                tracker.set_tags({"evaluation": path.name})
             written = _write_evaluation(path, result, verdict, dataset, ood)
             step = coreset.metadata(run.coreset_path).get("step", "")
-            tracker.metrics(results.metrics(verdict.table, split), int(step) if step.isdecimal() else 0)
-            tracker.tags(run_logging.note(settings, dataset.name, verdict.table))
+            tracker.log_metrics(results.metrics(verdict.table, split), int(step) if step.isdecimal() else 0)
+            tracker.set_tags(run_logging.description_tag(settings, dataset.name, verdict.table))
             for each in written:
-                tracker.artifact(each)
+                tracker.log_artifact(each)
     scored = verdict.table
     write_json(json, result)
     log(f"\n{results.table(scored)}\n\nresult: {path} (pictures beside it)")
@@ -301,7 +301,7 @@ def evaluate(
         log(
             f"model:  {target}, which this serves: {model_export.save(samples, target, facts, dataset.test.images[:2])}"
         )
-        if settings.output.tracking and (at := run_logging.remembered(run)):
+        if settings.output.tracking and (at := run_logging.read_run_reference(run)):
             address = model_export.log_to_run(samples, at["uri"], at["run_id"], facts, dataset.test.images[:2], log)
             log(f"MLflow: {address}" if address else "note: the model is in its folder alone")
 

@@ -13,7 +13,7 @@ from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.render import cell_means
 from fbpc_ray.reproduction.run import Options
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request
-from fbpc_ray.tracking.run_logging import tracking_module
+from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import default_uri
 
 
@@ -58,11 +58,11 @@ def reproduce(
 
 def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
     """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
-    tracking = tracking_module(f"everything is in {options.out}", log)
+    tracking = mlflow_module(f"everything is in {options.out}", log)
     if not tracking:
         return
     first, settings = rows[0], options.request.base
-    tracker = tracking.Tracker(
+    tracker = tracking.MlflowTracker(
         default_uri(home()),
         settings.output.experiment,
         run_name=f"{options.table}-{options.scale}",
@@ -74,12 +74,12 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
         params={**options.request.sources, **options.request.overrides, "folder": str(options.out)},
         log=log,
     )  # fmt: skip
-    tracker.metrics(cell_means(options.table, rows), 0)
+    tracker.log_metrics(cell_means(options.table, rows), 0)
     for file in (path, path.with_suffix(".png"), path.with_name(f"{options.table}-by-ipc.png")):
         if file.exists():
-            tracker.artifact(file)
+            tracker.log_artifact(file)
     for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):
-        tracker.artifact(file, "rows")
+        tracker.log_artifact(file, "rows")
     tracker.finish("FINISHED")
 
 

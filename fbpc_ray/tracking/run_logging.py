@@ -25,18 +25,18 @@ class NullTracker:
     run_id = None
     uri = ""
 
-    def metrics(self, values: dict[str, float], step: int) -> None: ...
+    def log_metrics(self, values: dict[str, float], step: int) -> None: ...
 
-    def image(self, key: str, image: Any, step: int) -> None: ...
+    def log_image(self, key: str, image: Any, step: int) -> None: ...
 
-    def artifact(self, path: Place, folder: str | None = None) -> None: ...
+    def log_artifact(self, path: Place, folder: str | None = None) -> None: ...
 
-    def tags(self, values: dict[str, str]) -> None: ...
+    def set_tags(self, values: dict[str, str]) -> None: ...
 
     def finish(self, status: str) -> None: ...
 
 
-def tracking_module(otherwise: str, log: Log) -> Any:
+def mlflow_module(otherwise: str, log: Log) -> Any:
     """The module `tracking`, or None, said, where there is no MLflow."""
     try:
         from fbpc_ray.tracking import tracker as tracking
@@ -46,7 +46,7 @@ def tracking_module(otherwise: str, log: Log) -> Any:
     return tracking
 
 
-def kind(config: Config, data: str) -> dict[str, str]:
+def run_tags(config: Config, data: str) -> dict[str, str]:
     """The tags by which runs are told apart and grouped; `data` is the name of the data set."""
     d = config.distillation
     architectures = " ".join(config.networks.architectures)
@@ -58,7 +58,7 @@ ALWAYS = (
 )  # fmt: skip
 
 
-def params(config: Config) -> dict[str, Any]:
+def run_params(config: Config) -> dict[str, Any]:
     """What MLflow shows as parameters: the preset, and the settings that are not its own, those that a method brings
     among them. Not all: it writes them above every picture of its slider, and sixty would leave no room for it.
     `config.json`, an artifact, has the others."""
@@ -71,13 +71,13 @@ def params(config: Config) -> dict[str, Any]:
     }
 
 
-def origin(provenance: Provenance) -> dict[str, str]:
+def provenance_tags(provenance: Provenance) -> dict[str, str]:
     """The tags that say what made a run."""
     versions = {f"version.{name}": version for name, version in provenance.versions.items()}
     return {"commit": provenance.commit, "device": provenance.device, **versions}
 
 
-def note(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]:
+def description_tag(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]:
     """The tag that MLflow shows as the description of a run: what it is, and its scores."""
     d = config.distillation
     told = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"
@@ -85,37 +85,37 @@ def note(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]
 
 
 @contextmanager
-def distillation(
+def track_distillation(
     config: Config, dataset: Dataset, run: RunDirectory, provenance: Provenance, log: Log
 ) -> Iterator[Any]:
     """The Tracker of a distillation's run, which a resume goes on with; ended as the block ends."""
-    tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    tracking = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
     if not tracking:
         yield NullTracker()
         return
     uri = default_uri(home())
-    tracker = tracking.Tracker(
+    tracker = tracking.MlflowTracker(
         uri,
         config.output.experiment,
         run_name=run.folder.name,
         run_id=_id_in(run, uri),
-        tags={**kind(config, dataset.name), **origin(provenance), "folder": str(run.folder)},
-        params=params(config),
+        tags={**run_tags(config, dataset.name), **provenance_tags(provenance), "folder": str(run.folder)},
+        params=run_params(config),
         log=log,
     )
     for part in ("train", "validation", "test"):
         split = getattr(dataset, part)
         if len(split.labels):
-            tracker.dataset(dataset.name, dataset.name, split.images, split.labels, part)
+            tracker.log_dataset(dataset.name, dataset.name, split.images, split.labels, part)
     try:
         with _ended(tracker):
             yield tracker
     finally:
-        remember(run, tracker)
+        write_run_reference(run, tracker)
 
 
 @contextmanager
-def evaluation(
+def track_evaluation(
     config: Config,
     dataset: Dataset,
     run: RunDirectory,
@@ -126,21 +126,21 @@ def evaluation(
 ) -> Iterator[Any]:
     """The Tracker of an evaluation called `name`, whose run stands under that of the distillation, with the same names
     of metrics; ended as the block ends."""
-    tracking = tracking_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    tracking = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
     if not tracking:
         yield NullTracker()
         return
     uri = default_uri(home())
     parent = _id_in(run, uri)
-    tracker = tracking.Tracker(
+    tracker = tracking.MlflowTracker(
         uri,
         config.output.experiment,
         run_name=f"{run.folder.name}/{name}",
         tags={
             **({"mlflow.parentRunId": parent} if parent else {}),
-            **kind(config, dataset.name), **origin(provenance), **tags, "folder": str(run.folder),
+            **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
         },
-        params=params(config),
+        params=run_params(config),
         log=log,
     )  # fmt: skip
     with _ended(tracker):
@@ -161,7 +161,7 @@ def _ended(tracker: Any) -> Iterator[None]:
         tracker.finish(status)
 
 
-def remembered(run: RunDirectory) -> dict[str, str]:
+def read_run_reference(run: RunDirectory) -> dict[str, str]:
     """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
     path = run.folder / "mlflow.json"
     if not path.exists():
@@ -173,11 +173,11 @@ def remembered(run: RunDirectory) -> dict[str, str]:
 
 def _id_in(run: RunDirectory, uri: str) -> str | None:
     """The id of the run in the store `uri`; None where it isn't there."""
-    before = remembered(run)
+    before = read_run_reference(run)
     return before.get("run_id") if before.get("uri") == uri else None
 
 
-def remember(run: RunDirectory, tracker: Any) -> None:
+def write_run_reference(run: RunDirectory, tracker: Any) -> None:
     """Keep the id of the MLflow run, so that --resume goes on with it."""
     path = run.folder / "mlflow.json"
     if tracker.run_id:

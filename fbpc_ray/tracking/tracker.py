@@ -97,7 +97,7 @@ class _Record:
     tries: int = 0
 
 
-class Tracker:
+class MlflowTracker:
     """One MLflow run. No method raises because of MLflow, and only `finish` waits for it.
 
     Args:
@@ -144,7 +144,7 @@ class Tracker:
         self._deadline = float("inf")  # time.monotonic() after which finish waits for no more records
         self._ended = False  # the run has its status on the server
         if tags:
-            self.tags(tags)
+            self.set_tags(tags)
         if params:
             values = dict(params)
             self._put(_Record(lambda client, run, _: _send_params(client, run, values)))
@@ -169,13 +169,13 @@ class Tracker:
         """The run's page: on its server, or where `fbpc ui` will show it; None while the run has no id."""
         return run_url(self.uri, self.experiment_id, str(self.run_id)) if self.experiment_id else None
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Points at `step`. NaN and infinity are kept: MLflow stores NaN as it is and an infinity as +-1.8e308."""
         now = _milliseconds()
         points = [Metric(_name(key), float(value), now, int(step)) for key, value in values.items()]
         self._put(_Record(lambda client, run, _: self._send_metrics(client, run, points), metrics=points))
 
-    def image(self, key: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, key: str, image: np.ndarray, step: int) -> None:
         """A picture (h, w, 3) uint8 of a series; the run's "Model metrics" tab shows `key` with a slider over steps."""
         key, image, now = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key), image.copy(), _milliseconds()
 
@@ -185,7 +185,7 @@ class Tracker:
 
         self._put(_Record(send))
 
-    def artifact(self, path: Place, folder: str | None = None) -> None:
+    def log_artifact(self, path: Place, folder: str | None = None) -> None:
         """A file, or a folder of this machine with all it holds, under `folder` of the run's artifacts; read when it is
         delivered."""
         path = path.absolute()
@@ -199,7 +199,7 @@ class Tracker:
 
         self._put(_Record(send))
 
-    def dataset(self, name: str, source: str, images: np.ndarray, labels: np.ndarray, context: str) -> None:
+    def log_dataset(self, name: str, source: str, images: np.ndarray, labels: np.ndarray, context: str) -> None:
         """Record the data used: images (n, ...), labels (n,), `source` a URL or a description, `context` such as
         "training". Keeps no reference to them, and looks at 512 images at most for the digest."""
         digest = hashlib.sha256(f"{images.shape} {images.dtype} {labels.dtype}".encode())
@@ -211,7 +211,7 @@ class Tracker:
         entry = DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
         self._put(_Record(lambda client, run, _: client.log_inputs(run, [entry])))
 
-    def tags(self, values: Mapping[str, str]) -> None:
+    def set_tags(self, values: Mapping[str, str]) -> None:
         """Set or replace tags of the run."""
         values = dict(values)
         self._put(_Record(lambda client, run, _: _send_tags(client, run, values)))

@@ -41,7 +41,7 @@ from fbpc_ray.evaluation import results
 from fbpc_ray.execution import session
 from fbpc_ray.models import custom
 from fbpc_ray.reporting import image_grids
-from fbpc_ray.tracking.run_logging import NullTracker, kind, origin, params, tracking_module
+from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
@@ -287,7 +287,7 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenan
     }  # fmt: skip
     files.write_text(folder / "result.json", json_format.dumps(result, indent=2, allow_nan=False) + "\n")
     for name in ("best.json", "trials.md", "trials.parquet", "result.json"):
-        board.parent.artifact(folder / name)
+        board.parent.log_artifact(folder / name)
     return result
 
 
@@ -390,7 +390,7 @@ class _Board:
         if keys:
             ids = [runs[key].run_id for key in keys]
             self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
-            self.parent.tags({"compare": self._page})
+            self.parent.set_tags({"compare": self._page})
         self.parent.finish(status)
 
     def say_where(self) -> None:
@@ -418,7 +418,7 @@ class _Board:
             run_name=f"{found.plan.name}/{number}",
             key=self._key(number),
             tags={
-                **parent, **kind(config, found.dataset.name),
+                **parent, **run_tags(config, found.dataset.name),
                 "sweep": found.plan.name, "sweep_id": found.plan.id, "trial": str(number), "folder": config.output.out,
             },
             params=found.plan.trials[number],
@@ -433,9 +433,9 @@ class _Board:
         """End the run of a trial that is over, with a picture of its images."""
         if isinstance(child, NullTracker):
             return
-        child.tags({"ended": f"{outcome.how} {outcome.why}".strip()})
+        child.set_tags({"ended": f"{outcome.how} {outcome.why}".strip()})
         if outcome.look:
-            child.artifact(self._picture(outcome))
+            child.log_artifact(self._picture(outcome))
         child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
 
     def _picture(self, outcome: Outcome) -> Place:
@@ -456,26 +456,26 @@ class _Board:
             assert best[0].look is not None
             values |= {f"best/val/{name}": getattr(best[0].look, name) for name in trial.SCORES}
             values["best/trial"] = float(best[0].number)
-        self.parent.metrics(values, len(self.outcomes) - counts["open"])
+        self.parent.log_metrics(values, len(self.outcomes) - counts["open"])
 
 
 @contextmanager
 def _board(found: _Sweep, provenance: Provenance) -> Iterator[_Board]:
     """The board of a sweep, with its MLflow run, ended as the block ends."""
     output, settings = found.base.output, found.plan.settings
-    tracking = tracking_module(f"everything is in {found.folder}", log) if output.tracking else None
+    tracking = mlflow_module(f"everything is in {found.folder}", log) if output.tracking else None
     parent: Any = NullTracker()
     if tracking:
-        parent = tracking.Tracker(
+        parent = tracking.MlflowTracker(
             default_uri(home()),
             output.experiment,
             run_name=found.plan.name,
             key=found.plan.id,
             tags={
-                "sweep": found.plan.name, "sweep_id": found.plan.id, **kind(found.base, found.dataset.name),
-                **origin(provenance), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
+                "sweep": found.plan.name, "sweep_id": found.plan.id, **run_tags(found.base, found.dataset.name),
+                **provenance_tags(provenance), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
             },
-            params={**params(found.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
+            params={**run_params(found.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
             log=log,
         )  # fmt: skip
     board = _Board(found, parent, tracking)
@@ -493,6 +493,6 @@ def _board(found: _Sweep, provenance: Provenance) -> Iterator[_Board]:
 def _send(child: Any, look: ValidationResult, metric: str) -> None:
     """What is compared goes first: MLflow's plot of several runs begins with the first metric that they have."""
     scores = {f"val/{name}": getattr(look, name) for name in trial.SCORES}
-    child.metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
+    child.log_metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
     for step, loss in look.losses:
-        child.metrics({"training/loss": loss}, int(step))
+        child.log_metrics({"training/loss": loss}, int(step))

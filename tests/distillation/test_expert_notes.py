@@ -13,7 +13,7 @@ from fbpc_ray.distillation import loop
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models.functional import Network
-from fbpc_ray.tracking.run_logging import params
+from fbpc_ray.tracking.run_logging import run_params
 
 
 def trained(config, digits) -> tuple[list[str], list]:
@@ -99,7 +99,7 @@ def test_what_methods_bring_is_logged_for_both_that_are_compared():
     """FBPC starts at an epoch of Table 4, BPC-fKL before one of its own: MLflow shows both values of both."""
     fbpc = preset("cifar10-ipc10")
     fkl = with_method(fbpc, "bpc-fkl", 10)
-    one, other = params(fbpc), params(fkl)
+    one, other = run_params(fbpc), run_params(fkl)
     assert (one["start_epoch"], one["start_rule"]) == (2, "from")
     assert (other["start_epoch"], other["start_rule"], other["syn_steps"]) == (20, "before", 30)
     assert {name for name in other if name not in one} == {"inner_lr", "syn_steps"}

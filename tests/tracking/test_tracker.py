@@ -22,7 +22,7 @@ from support.processes import free_port
 
 from fbpc_ray.tracking import tracker as tracking
 from fbpc_ray.tracking import uri as mlflow_uri
-from fbpc_ray.tracking.tracker import Metric, MlflowClient, Tracker
+from fbpc_ray.tracking.tracker import Metric, MlflowClient, MlflowTracker
 
 PICTURE = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
 
@@ -57,7 +57,7 @@ def test_run_with_everything(store: str, tmp_path: Path):
     folder.mkdir()
     (folder / "a.txt").write_text("a")
     start = time.monotonic()
-    tracker = Tracker(
+    tracker = MlflowTracker(
         store,
         "every thing",
         run_name="one",
@@ -67,16 +67,16 @@ def test_run_with_everything(store: str, tmp_path: Path):
         finish_seconds=300,
     )
     for step in range(3):
-        tracker.metrics({"acc/conv": step / 4, "odd@name,here//x": 1.0, "f32": float(np.float32(0.5))}, step)
-        tracker.image("core@set/all", PICTURE, step)
-    tracker.metrics({"nan": math.nan, "inf": math.inf, "minus": -math.inf}, 7)
-    tracker.artifact(file)
-    tracker.artifact(folder, "deep")
+        tracker.log_metrics({"acc/conv": step / 4, "odd@name,here//x": 1.0, "f32": float(np.float32(0.5))}, step)
+        tracker.log_image("core@set/all", PICTURE, step)
+    tracker.log_metrics({"nan": math.nan, "inf": math.inf, "minus": -math.inf}, 7)
+    tracker.log_artifact(file)
+    tracker.log_artifact(folder, "deep")
     rng = np.random.default_rng(0)
     train, labels = rng.integers(0, 255, (50_000, 3, 8, 8), dtype=np.uint8), np.zeros(50_000, np.int64)
-    tracker.dataset("cifar", "/data/cifar", train, labels, "training")
-    tracker.dataset("cifar", "https://example.org/cifar", train[:100], labels[:100], "test")
-    tracker.tags({"method": "fbpc"})
+    tracker.log_dataset("cifar", "/data/cifar", train, labels, "training")
+    tracker.log_dataset("cifar", "https://example.org/cifar", train[:100], labels[:100], "test")
+    tracker.set_tags({"method": "fbpc"})
     queued = time.monotonic() - start
     tracker.finish("FINISHED")
     tracker.finish("FAILED")  # does nothing any more
@@ -118,24 +118,24 @@ def test_run_with_everything(store: str, tmp_path: Path):
 
 
 def test_resume_continues_the_same_run(store: str):
-    first = Tracker(store, "resume", run_name="r", params={"steps": 2, "seed": 0}, log=silent)
+    first = MlflowTracker(store, "resume", run_name="r", params={"steps": 2, "seed": 0}, log=silent)
     for step in range(4):
-        first.metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
-    first.image("u", PICTURE, 0)
-    first.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+        first.log_metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
+    first.log_image("u", PICTURE, 0)
+    first.log_dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
     first.finish("KILLED")
     assert first.run_id
 
-    second = Tracker(
+    second = MlflowTracker(
         store, "resume", run_name="r", run_id=first.run_id, params={"steps": 9, "seed": 0, "new": 1}, log=silent
     )
     assert second.run_id == first.run_id  # known at once, so that a checkpoint can keep it
     for step in range(2, 6):  # steps 2 and 3 are done again after the checkpoint, with the same result
-        second.metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
-    second.metrics({"loss": 7.0}, 3)  # not the same result: kept
-    second.image("u", PICTURE, 0)
-    second.image("u", PICTURE, 4)
-    second.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+        second.log_metrics({"loss": 1 / (step + 1), "worst": math.inf, "none": math.nan}, step)
+    second.log_metrics({"loss": 7.0}, 3)  # not the same result: kept
+    second.log_image("u", PICTURE, 0)
+    second.log_image("u", PICTURE, 4)
+    second.log_dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
     client = MlflowClient(store)
     wait_for(lambda: second.pending == 0)
     assert client.get_run(first.run_id).info.status == "RUNNING"
@@ -157,7 +157,7 @@ def test_resume_continues_the_same_run(store: str):
 
 
 def test_lost_run_and_deleted_experiment_are_replaced(store: str):
-    first = Tracker(store, "lost", run_name="r", log=silent)
+    first = MlflowTracker(store, "lost", run_name="r", log=silent)
     first.finish("FINISHED")
     client = MlflowClient(store)
     assert first.run_id and first.experiment_id
@@ -165,8 +165,8 @@ def test_lost_run_and_deleted_experiment_are_replaced(store: str):
     client.delete_experiment(first.experiment_id)
     lines: list[str] = []
     for gone in (first.run_id, "0" * 32):
-        second = Tracker(store, "lost", run_name="r", run_id=gone, log=lines.append)
-        second.metrics({"a": 1.0}, 0)
+        second = MlflowTracker(store, "lost", run_name="r", run_id=gone, log=lines.append)
+        second.log_metrics({"a": 1.0}, 0)
         second.finish("FINISHED")
         assert second.run_id not in (None, gone)
         assert second.pending == 0
@@ -178,11 +178,11 @@ def test_lost_run_and_deleted_experiment_are_replaced(store: str):
 
 def test_a_record_that_is_not_taken_holds_nothing_up(store: str, tmp_path: Path):
     lines: list[str] = []
-    tracker = Tracker(store, "refused", run_name="r", log=lines.append, retry_seconds=0.1)
-    tracker.artifact(tmp_path / "missing.txt")
-    tracker.artifact(tmp_path / "late.txt")
-    tracker.image("u", np.zeros((2, 2, 7), np.uint8), 0)
-    tracker.metrics({"a": 1.0}, 0)
+    tracker = MlflowTracker(store, "refused", run_name="r", log=lines.append, retry_seconds=0.1)
+    tracker.log_artifact(tmp_path / "missing.txt")
+    tracker.log_artifact(tmp_path / "late.txt")
+    tracker.log_image("u", np.zeros((2, 2, 7), np.uint8), 0)
+    tracker.log_metrics({"a": 1.0}, 0)
     wait_for(lambda: tracker.pending == 3)
     client = MlflowClient(store)
     assert history(client, str(tracker.run_id), "a") == [(0, 1.0)]
@@ -197,11 +197,11 @@ def test_a_record_that_is_not_taken_holds_nothing_up(store: str, tmp_path: Path)
 
 def test_run_deleted_meanwhile(store: str):
     lines: list[str] = []
-    tracker = Tracker(store, "deleted", run_name="r", log=lines.append)
+    tracker = MlflowTracker(store, "deleted", run_name="r", log=lines.append)
     wait_for(lambda: tracker.run_id is not None)
     MlflowClient(store).delete_run(str(tracker.run_id))
     for step in range(3):
-        tracker.metrics({"a": 1.0}, step)
+        tracker.log_metrics({"a": 1.0}, step)
     tracker.finish("FINISHED")
     assert tracker.pending == 3
     assert len(lines) == 2
@@ -233,9 +233,9 @@ def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
     """Two processes, one new database: MLflow, Alembic and git print nothing, and both runs are complete."""
     code = (
         "import pathlib, sys; from fbpc_ray.tracking import tracker, uri\n"
-        "t = tracker.Tracker(uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
+        "t = tracker.MlflowTracker(uri.default_uri(pathlib.Path(sys.argv[1])), 'x', run_name='r', params={'a': 1},\n"
         "                     finish_seconds=250)\n"
-        "t.metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
+        "t.log_metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in tracking.ENVIRONMENT}
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -282,7 +282,7 @@ def test_an_experiment_that_another_run_makes_meanwhile_is_shared(store: str, mo
         return create(*arguments, **options)
 
     monkeypatch.setattr(MlflowClient, "create_experiment", late)
-    tracker = Tracker(store, "made meanwhile", run_name="r", log=silent)
+    tracker = MlflowTracker(store, "made meanwhile", run_name="r", log=silent)
     assert tracker.wait(60)
     tracker.finish("FINISHED")
     assert tracker.run_id
@@ -293,20 +293,20 @@ def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # what no call may take; a busy machine takes some of it
     port, lines, step, slowest = free_port(), [], 0, 0.0
 
-    def log_steps(tracker: Tracker, count: int) -> None:
+    def log_steps(tracker: MlflowTracker, count: int) -> None:
         nonlocal step, slowest
         for _ in range(count):
             start = time.monotonic()
-            tracker.metrics({"loss": 1 / (step + 1), "bad": math.nan, "inf": math.inf}, step)
+            tracker.log_metrics({"loss": 1 / (step + 1), "bad": math.nan, "inf": math.inf}, step)
             if step % 10 == 0:
-                tracker.image("u", PICTURE, step)
+                tracker.log_image("u", PICTURE, step)
             slowest = max(slowest, time.monotonic() - start)
             step += 1
             time.sleep(0.01)
 
     with server(tmp_path, port) as process:
         os.killpg(process.pid, signal.SIGSTOP)
-        tracker = Tracker(f"http://127.0.0.1:{port}", "e", run_name="r", log=lines.append, retry_seconds=0.5,
+        tracker = MlflowTracker(f"http://127.0.0.1:{port}", "e", run_name="r", log=lines.append, retry_seconds=0.5,
                           finish_seconds=300)  # fmt: skip
         log_steps(tracker, 25)
         assert tracker.run_id is None
@@ -388,12 +388,12 @@ def test_answers_lost(tmp_path: Path):
     file.write_text("here")
     port = free_port()
     with server(tmp_path, port), lossy(port) as uri:
-        tracker = Tracker(uri, "e", run_name="r", params={"a": 1}, log=lambda line: None, retry_seconds=0.05)
+        tracker = MlflowTracker(uri, "e", run_name="r", params={"a": 1}, log=lambda line: None, retry_seconds=0.05)
         for step in range(8):
-            tracker.metrics({"loss": 1 / (step + 1)}, step)
-            tracker.image("u", PICTURE, step)
-        tracker.artifact(file)
-        tracker.dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
+            tracker.log_metrics({"loss": 1 / (step + 1)}, step)
+            tracker.log_image("u", PICTURE, step)
+        tracker.log_artifact(file)
+        tracker.log_dataset("d", "source", PICTURE, PICTURE[:, 0, 0], "training")
         wait_for(lambda: tracker.pending == 0)
         tracker.finish("FINISHED")
         client, run_id = MlflowClient(f"http://127.0.0.1:{port}"), str(tracker.run_id)
@@ -411,10 +411,10 @@ def test_answers_lost(tmp_path: Path):
 def test_nobody_listens():
     lines: list[str] = []
     start = time.monotonic()
-    tracker = Tracker(f"http://127.0.0.1:{free_port()}", "e", run_name="r", log=lines.append)
+    tracker = MlflowTracker(f"http://127.0.0.1:{free_port()}", "e", run_name="r", log=lines.append)
     for step in range(50):
-        tracker.metrics({"a": 1.0}, step)
-        tracker.image("u", PICTURE, step)
+        tracker.log_metrics({"a": 1.0}, step)
+        tracker.log_image("u", PICTURE, step)
     assert time.monotonic() - start < 10
     tracker.finish("FAILED")
     assert time.monotonic() - start < 30
@@ -434,9 +434,9 @@ def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch
     with socket.create_server(("127.0.0.1", 0)) as hole:
         uri = f"http://127.0.0.1:{hole.getsockname()[1]}"
         start = time.monotonic()
-        tracker = Tracker(uri, "e", run_name="r", log=lines.append, finish_seconds=4)
+        tracker = MlflowTracker(uri, "e", run_name="r", log=lines.append, finish_seconds=4)
         for step in range(100):
-            tracker.metrics({"a": 1.0}, step)
+            tracker.log_metrics({"a": 1.0}, step)
         assert time.monotonic() - start < 10  # a call that waited for an answer would take a timeout, each of them
         tracker.finish("KILLED")
         assert time.monotonic() - start < 30
@@ -446,7 +446,7 @@ def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch
 
 def test_metric_points_are_stored_once(store: str):
     """What repeating a delivery rests on: MLflow keeps one of two points that agree in all, NaN and inf included."""
-    tracker = Tracker(store, "twice", run_name="r", log=silent)
+    tracker = MlflowTracker(store, "twice", run_name="r", log=silent)
     tracker.finish("FINISHED")
     client, run = MlflowClient(store), str(tracker.run_id)
     points = [Metric("a", value, 1000, 3) for value in (1.0, math.nan, math.inf)]
@@ -458,14 +458,14 @@ def test_metric_points_are_stored_once(store: str):
 def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
     """What a sweep's trials rely on: a process that was killed and its successor are one run."""
     for step, status in ((0, "KILLED"), (1, "FINISHED")):
-        tracker = Tracker(
+        tracker = MlflowTracker(
             store, "keyed", run_name="trial", key="sweep/3", tags={"sweep": "it's", "sweep_id": "s"}, log=silent
         )
-        tracker.metrics({"nll": 2.0}, 0)
-        tracker.metrics({"nll": 1.0}, step)
+        tracker.log_metrics({"nll": 2.0}, 0)
+        tracker.log_metrics({"nll": 1.0}, step)
         assert tracker.wait(300)
         tracker.finish(status)
-    other = Tracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
+    other = MlflowTracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
     assert other.wait(300)
     found = tracking.find_runs(store, "keyed", "sweep_id", "s")
     assert found.keys() == {"sweep/3", "sweep/4"}
