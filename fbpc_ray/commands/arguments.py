@@ -1,11 +1,12 @@
-"""The arguments of each command: tyro makes the flags and their help from these classes and those of core/config.py."""
+"""The arguments of each command: tyro makes flags and their help from these classes and those of core/settings.py."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from fbpc_ray.core.config import Config, Data, Evaluation, Experts, Networks, Sweep, Workers
+from fbpc_ray.core.config import Config, Sweep
+from fbpc_ray.core.settings import Data, Evaluation, Experts, Networks, Workers
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""What a configuration begins with: the rows of the paper's Table 4, and the settings of the weight-space baselines."""
+"""Presets: the rows of the paper's Table 4, the small `digits`, and the settings of the weight-space baselines."""
 
 import json
 from dataclasses import fields
 from typing import Any
 
-from fbpc_ray.core.config import Config, Output, Workers, from_json
+from fbpc_ray.core.config import Config, from_json
 from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.settings import Output, Workers
 from fbpc_ray.core.storage import place
 
 
@@ -36,14 +37,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration of a preset: a name in `PRESETS`, or a JSON file of {flag: value}. Raises UserError."""
+    """Return a preset, by its name in `PRESETS` or from a JSON file of {flag: value}. Raises UserError."""
     if name in PRESETS:
         return Config().updated(**PRESETS[name])
     if name.endswith(".json") or "/" in name:
         if (path := place(name)).is_file():
             return from_json(path.read_bytes(), name)
-        raise UserError(f"--preset {name}: there is no such file; give the best.json of a sweep, or a name")
-    raise UserError(f"unknown preset '{name}': {closest(name, list(PRESETS))}")
+        raise UserError(f"--preset: file {name} not found; give the best.json of a sweep, or a name")
+    raise UserError(f"--preset: got '{name}'; {closest(name, list(PRESETS))}")
 
 
 def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
@@ -60,9 +61,9 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
 
 
 def to_preset(config: Config) -> str:
-    """The text of a preset file: what makes a result, without the places and machines of one run."""
-    mine = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads"} | {"data_root", "download"}
-    return json.dumps({name: value for name, value in config.flat().items() if name not in mine}, indent=2) + "\n"
+    """Return the text of a preset file: the settings that make a result, without paths and machines."""
+    left_out = {f.name for group in (Workers, Output) for f in fields(group)} - {"threads"} | {"data_root", "download"}
+    return json.dumps({name: value for name, value in config.flat().items() if name not in left_out}, indent=2) + "\n"
 
 
 def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[str, Any]:
@@ -72,17 +73,17 @@ def _bpc(max_start: int, syn_steps: int, inner_lr: float, **more: Any) -> dict[s
 
 
 BPC: dict[int, dict[str, Any]] = {1: _bpc(2, 50, 0.01), 10: _bpc(20, 30, 0.03), 20: _bpc(30, 30, 0.03)}
-"""The weight-space baselines by ipc, after their paper's code; 20 serves whatever is above 10."""
+"""{ipc: settings of the weight-space baselines, from their paper's code}; 20 is for all ipc from 20."""
 
 BPC_RKL: dict[int, dict[str, Any]] = {
     ipc: {"mc_samples": samples, "alpha": 1.0} for ipc, samples in ((1, 10), (10, 30), (20, 10))
 }
-"""What the rKL has of its own. alpha: its gradient carries the number of real images, and 1000 or 10 wreck the images
-on CIFAR-10 [method]."""
+"""{ipc: settings of the rKL alone}. alpha: its gradient scales with the number of real images; 1000 and 10 ruin the
+images on CIFAR-10 [method]."""
 
 
 def with_method(config: Config, method: str, ipc: int) -> Config:
-    """`config` for another method: the weight-space baselines bring the settings of their own paper."""
+    """Return `config` for another method; a weight-space baseline gets the settings of its own paper."""
     if not method.startswith("bpc-"):
         return config.updated(method=method)
     row = 1 if ipc < 10 else 10 if ipc < 20 else 20
@@ -90,8 +91,7 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
 
 
 def start_of(config: Config) -> tuple[str, Config]:
-    """The preset that a configuration begins with, by its data and size, and its name; the defaults, without a name,
-    where there is none."""
+    """Return (name, preset) for the data set and ipc of a configuration; ("", defaults) if there is none."""
     data = config.data.data
     row = "digits" if data == "digits" else f"{data}-ipc{config.distillation.ipc}"
     return (row, preset(row)) if row in PRESETS else ("", Config())

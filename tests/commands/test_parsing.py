@@ -28,7 +28,7 @@ EARLY = ("data", "ipc", "method", "architectures", "address", "out")
         ("distill --tracking 3", "3: unexpected"),
         ("distill --map-init warmer", "--map-init: must be one of 'prior', 'warm', got 'warmer'"),
         ("distill --resume perhaps --out x", "--resume: must be one of 'no', 'yes', 'auto', got 'perhaps'"),
-        ("distill --method fbcp", "--method is 'fbcp': did you mean fbpc"),
+        ("distill --method fbcp", "--method: got 'fbcp'; did you mean fbpc"),
         ("distill --data", "--data: the value is missing"),
         ("evaluate", "RUN: missing; see fbpc evaluate --help"),
         ("export run", "--format: missing"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fbpc_ray.core import config
+from fbpc_ray.core import settings
 from fbpc_ray.core.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json, read_config, to_json
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, with_method
@@ -102,7 +102,7 @@ def test_settings_are_frozen():
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_field_is_documented(group):
     """A string follows each field and is its --help: one or more words, not the name again."""
-    tree = ast.parse(Path(config.__file__).read_text())
+    tree = ast.parse(Path(settings.__file__).read_text())
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == group.__name__)
     documented = {}
     for node, following in zip(body, [*body[1:], None], strict=True):
@@ -136,7 +136,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_names():
 
 def test_an_unknown_preset_is_refused_with_the_nearest_names():
     """The nearest first, then all."""
-    with pytest.raises(UserError, match="unknown preset 'cifar10-ipc5': did you mean cifar10-ipc50") as caught:
+    with pytest.raises(UserError, match="--preset: got 'cifar10-ipc5'; did you mean cifar10-ipc50") as caught:
         preset("cifar10-ipc5")
     assert all(name in str(caught.value) for name in PRESETS)
 
@@ -318,14 +318,14 @@ def test_experts_must_have_an_epoch_to_start_from(changes, passes):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"ipc": "ten"}', "--ipc is 'ten': it must be of type int"),
-        ('{"ipc": 1.5}', "--ipc is 1.5: it must be of type int"),
-        ('{"ipc": true}', "--ipc is True: it must be of type int"),
-        ('{"method": "fbcp"}', "--method is 'fbcp': did you mean fbpc"),
-        ('{"architectures": "convnet-in"}', "--architectures is 'convnet-in': it must be of type tuple"),
+        ('{"ipc": "ten"}', "--ipc: must be of type int, got 'ten'"),
+        ('{"ipc": 1.5}', "--ipc: must be of type int, got 1.5"),
+        ('{"ipc": true}', "--ipc: must be of type int, got True"),
+        ('{"method": "fbcp"}', "--method: got 'fbcp'; did you mean fbpc"),
+        ('{"architectures": "convnet-in"}', "--architectures: must be of type tuple, got 'convnet-in'"),
         ('{"stepz": 1}', "unknown setting 'stepz': did you mean steps"),
-        ("[1]", "must hold one JSON object"),
-        ("{", "must hold one JSON object"),
+        ("[1]", "must be one JSON object"),
+        ("{", "must be one JSON object"),
     ],
 )
 def test_a_stored_configuration_that_no_run_can_use_names_the_file_and_the_flag(text, said):

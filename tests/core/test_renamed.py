@@ -36,7 +36,7 @@ def test_both_spellings_give_one_configuration():
     assert from_word("--chain-steps=5", "--override") == ("chain_epochs", "5")
     with pytest.raises(UserError, match=r"'chain_steps' is the old name of 'chain_epochs', and both are given"):
         Config().updated(chain_steps=5, chain_epochs=5)
-    with pytest.raises(UserError, match="--map-init is 'sideways'"):
+    with pytest.raises(UserError, match="--map-init: got 'sideways'"):
         Config().updated(map="sideways")
 
 

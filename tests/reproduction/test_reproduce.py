@@ -240,7 +240,7 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
         (["table4"], "unknown table 'table4'"),
         (["table1", "--only", "nothing"], "fits no cell.*Random/ipc 1"),
         (["table1", "--override", "stepz=3"], "FLAG=VALUE.*steps"),
-        (["table1", "--override", "steps=many"], "'many' is no int"),
+        (["table1", "--override", "steps=many"], "must be of type int, got 'many'"),
         (["table1", "--override", "ipc=3"], "the table decides it"),
         (["table1", "--ipc", "0"], "at least 1 image"),
         (["table1", "--num-chains", "-1"], "--num-chains is -1"),

@@ -82,11 +82,11 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
     "words, message",
     [
         (["--grid", "alhpa=1,2"], "did you mean alpha"),
-        (["--grid", "alpha=1,much"], "'much' is no float"),
+        (["--grid", "alpha=1,much"], "must be of type float, got 'much'"),
         (["--grid", "alpha=1,-3"], "trial 1: --alpha is -3.0: it must be above 0"),
         (["--grid", "start-epoch=99"], "trial 0: .*start-epoch"),
         (["--grid", "data-seed=1,2"], "the same for all trials; give --data-seed"),
-        (["--grid", "architectures=convnet"], "is no tuple"),
+        (["--grid", "architectures=convnet"], "must be of type tuple"),
         (["--space", "no_such_module:SPACE"], "--space no_such_module:SPACE fails .*MODULE:NAME"),
         (["--space", "spaces_of_tests:MISSPELT"], "'alhpa': did you mean alpha"),
         (["--space", "spaces_of_tests:LIST"], "must be a dict"),
@@ -95,7 +95,7 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         (["--num-trials", "-1"], "--num-trials is -1"),
         (["--val-chains", "0"], "--val-chains is 0"),
         (["--resume", "auto"], "add --out DIR"),
-        (["--preset", "nowhere/best.json"], "no such file"),
+        (["--preset", "nowhere/best.json"], "nowhere/best.json not found"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monkeypatch, capsys):

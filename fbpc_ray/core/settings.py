@@ -1,0 +1,208 @@
+"""The settings of a run, in groups; the command line's flags and their help are made from these classes.
+
+Values marked [paper] are the paper's; [method] are readings of what the paper leaves open.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set."""
+
+    data: str = "digits"
+    """digits | cifar10 | cifar100 | tiny-imagenet | parquet:PATH | folder:PATH | npz:PATH."""
+    data_root: str = "data"
+    """Folder of the torchvision data sets and of tiny-imagenet-200."""
+    download: bool = False
+    """Download cifar10 or cifar100 into --data-root if it is missing."""
+    normalisation: str = "auto"
+    """Per-channel mean and std: auto (known or computed) | computed | cifar10 | cifar100 | tiny-imagenet."""
+    validation: float = 0.0
+    """Fraction of each class of the training set that is held out, drawn by --data-seed."""
+    data_seed: int = 0
+    """Seed of the validation split."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks."""
+
+    architectures: tuple[str, ...] = ("convnet-in",)
+    """One gradient worker each (Algorithm 1): convnet | vgg11 | resnet18 | resnet34, each with -in (the default suffix)
+    | -gn | -ln | -bn | -none; lenet | alexnet; or MODULE:FUNCTION, your own function of ((c, h, w), classes) that
+    returns a torch.nn.Module, importable from the current folder (rename the function when the network changes)."""
+    width: int = 128
+    """Channels of each ConvNet convolution [paper: 128]; others but lenet and your own scale by width / 128."""
+    depth: int = 0
+    """Blocks of ConvNet; 0 means 3 at 32x32, 4 at 64x64 [paper], 2 at 8x8."""
+    augment: Literal["dsa", "none"] = "dsa"
+    """Augmentation of experts, distillation and chains [paper: dsa; none in its Table 10]."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Expert trajectories (App. C.1)."""
+
+    experts: str = ""
+    """Folder of the experts of all data sets and networks, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty means
+    HOME/experts."""
+    expert_count: int = 100
+    """Trajectories for each architecture [paper: 100]."""
+    expert_epochs: int = 50
+    """Epochs of a trajectory, with a snapshot after each [paper: 50]."""
+    expert_lr: float = 0.01
+    """SGD learning rate, no momentum, no decay [paper: 0.01]."""
+    expert_batch_size: int = 256
+    """Images a batch [method]."""
+    expert_dtype: Literal["float32", "float16"] = "float32"
+    """Type of stored weights; float16 halves the disk space and changes Psi^(1/2) by 7e-5."""
+    expert_seed: int = 0
+    """Seed of the trajectories; runs with different --seed share experts."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Algorithm 1. Letters are the paper's."""
+
+    method: Literal["fbpc", "fbpc-isotropic", "bpc-fkl", "bpc-rkl", "bpc-w", "random"] = "fbpc"
+    """fbpc | fbpc-isotropic (Psi = I, no K steps) | the weight-space baselines bpc-fkl, bpc-rkl, bpc-w, whose defaults
+    are those of their own paper | random (real images, nothing is learned)."""
+    ipc: int = 1
+    """Images a class; m = ipc x classes."""
+    steps: int = 1000
+    """N: updates of the pseudocoreset [Table 4]."""
+    seed: int = 0
+    """Seed of the distillation: initial images and every draw."""
+    alpha: float = 100.0
+    """alpha: SGD learning rate of the pixels, in normalised pixel space [Table 4]."""
+    momentum: float = 0.5
+    """Momentum of that SGD [method]."""
+    batch_size: int = 10
+    """B: pseudocoreset images in one gradient; all of them where m <= B [Table 4]."""
+    start_epoch: int = 1
+    """T: experts are sampled from this epoch onwards [Table 4]."""
+    start_rule: Literal["from", "before"] = "from"
+    """from: epochs T..last [App. C.2]; before: epochs 0..T-1, as in the baselines' code."""
+    gamma: float = 0.01
+    """gamma: the MAP solve stops at this mean loss, nats an image [Table 4]."""
+    map_lr: float = 0.001
+    """Adam learning rate of the MAP solve [App. C.2]."""
+    map_max_steps: int = 2000
+    """Adam steps after which a MAP solve ends above --gamma; the run counts such solves [method]."""
+    map_init: Literal["prior", "warm"] = "prior"
+    """Start of a MAP solve: prior: a draw of the prior [Algorithm 1]; warm: one of --warm-pool-size earlier solutions,
+    in turn: fewer steps, but not the paper's method."""
+    warm_pool_size: int = 10
+    """With --map-init warm: solutions that the run keeps for each architecture and draw, also in its checkpoint."""
+    warm_pool_uses: int = 3
+    """With --map-init warm: uses of a solution before one from the prior replaces it. More are faster, and worse."""
+    posterior_steps: int = 30
+    """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
+    lambda_x: float = 0.05
+    """lambda_x: learning rate of the K steps on real images [Table 4]."""
+    lambda_u: float = 0.01
+    """lambda_u: learning rate of the K steps on the pseudocoreset [Table 4]."""
+    real_batch_size: int = 256
+    """Real images a step of the K steps [method]."""
+    mc_samples: int = 30
+    """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
+    syn_steps: int = 50
+    """bpc-*: SGD steps on the pseudocoreset from theta_0 to mu_u."""
+    inner_lr: float = 0.01
+    """bpc-*: learning rate of those steps; bpc-w learns it, from this value."""
+    inner_alpha: float = 1e-5
+    """bpc-w: learning rate of that learning rate."""
+    weight_noise: float = 0.01
+    """bpc-fkl, bpc-rkl: standard deviation of the weights under q_x and q_u, Eq. 6."""
+    draws_per_step: int = 1
+    """M: independent draws of (theta_x, theta_u) for each architecture and step, whose gradients are averaged [paper:
+    1]; more use more workers."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """SGHMC on a coreset (Eq. 27, App. C.2)."""
+
+    num_chains: int = 3
+    """SGHMC chains for each architecture, with one seed each; results list the scores of each chain."""
+    chain_epochs: int = 1000
+    """Epochs of a chain [paper: 1000]."""
+    chain_every: int = 100
+    """Epochs between two posterior samples [paper: 100]."""
+    chain_eta: float = 0.03
+    """eta: step size [paper: 0.03]."""
+    chain_friction: float = 0.1
+    """alpha of Eq. 27: friction [paper: 0.1]."""
+    chain_d: float = 0.01
+    """d x m of Eq. 27, d = 0.01 / m [paper: 0.01]."""
+    chain_noise: Literal["consistent", "gradient", "literal"] = "consistent"
+    """Reading of Eq. 27's noise by its variance: 2 alpha eta d | eta^2 2d | 2d (unstable) [method]."""
+    chain_weight_decay: float = 0.05
+    """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior.
+    Calibrated on the paper's Random rows [jobs/calibrate_sghmc.py]."""
+    chain_augment: bool = True
+    """Use --augment in the chains too."""
+    chain_batch_size: int = 256
+    """Images a step if m is above --chain-full-batch [method]."""
+    chain_full_batch: int = 500
+    """Largest m for which a step takes all images at once [method]."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The machines. These settings change no result, except --device, --threads and --compiled in the last bits, and
+    --skip-stragglers."""
+
+    backend: Literal["ray", "serial"] = "ray"
+    """ray: one actor for each architecture and draw, or as many as fit, here or on a cluster; serial: this process
+    alone, to the same bits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto | cpu | cuda. auto uses CUDA if the worker has a GPU."""
+    threads: int = 0
+    """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""
+    compiled: Literal["auto", "on", "off"] = "auto"
+    """Compile the networks' passes for the CPU, cached in $FBPC_CACHE or the user's cache folder; auto: if the run is
+    long enough to save more time than that takes. Part of the bits."""
+    compiled_chains: Literal["auto", "on", "off"] = "auto"
+    """The same for the passes and predictions of SGHMC chains."""
+    trajectory_cache_gb: float = 20.0
+    """Gigabytes of each node's disk for the K steps from each theta_x, in a cache that runs on the same experts share;
+    0: none."""
+    address: str = ""
+    """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one here."""
+    gpus_per_actor: float = 0.0
+    """GPUs of a gradient worker on a cluster with GPUs; 0 means 1 if the cluster has one for each worker, else a
+    fraction such that at most four workers share a GPU."""
+    cpus_per_actor: float = 0.0
+    """CPUs of a gradient worker; 0 means one for each of its threads, or one if it has a GPU."""
+    autoscale: bool = False
+    """The cluster starts nodes on demand: wait --placement-timeout for them instead of failing at once."""
+    placement_timeout: float = 300.0
+    """Seconds to wait for the first worker, or for a new one after all are lost, before the run fails."""
+    prefetch: int = 2
+    """Steps whose theta_x and K steps idle workers compute ahead; 0: none. The object store bounds it too."""
+    step_deadline: float = 0.0
+    """Seconds after which the run replaces a worker that doesn't answer and computes its gradient again, with twice the
+    time; 0 means 20 times the longest answer so far and at least 300, and 1,800 for the first."""
+    skip_stragglers: float = 0.0
+    """Leave out a gradient that takes this many times its usual time, and scale up the others; 0: wait for it. Above 0
+    a run depends on timing and doesn't repeat to the bit."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output."""
+
+    out: str = ""
+    """Run directory: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty makes a new folder in HOME/outputs."""
+    tracking: bool = True
+    """Log to MLflow: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+    experiment: str = "fbpc"
+    """MLflow experiment."""
+    val_every: int = 0
+    """Steps between two evaluations on the validation split (val/nll and val/accuracy), by chains of a fifth of
+    --chain-epochs; 0 means none, or in a sweep a quarter of --steps. Needs --validation."""
