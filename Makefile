@@ -1,5 +1,6 @@
 # make demo   set up, then distil handwritten digits with four networks on Ray (ARGS="--steps 20" passes flags)
-# make test   set up, then run the tests                (ARGS="-k posterior" passes flags to pytest)
+# make test   set up, then run the quick tests          (ARGS="-k posterior" passes flags to pytest; WORKERS=8)
+# make test-full  set up, then run all tests, the quick ones and the rest (make test-rest), and report the coverage
 # make lint   set up, then ruff and pyright
 # make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda)
 # make browser  install what the browser tests need and are skipped without: Debian's package chromium, by apt-get
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench browser clean
+.PHONY: setup demo test test-rest test-full lint bench browser clean
 setup: .venv/ready
 
 # uv installs everything in half a minute; plain pip, which takes a few, stands in where uv can't be had.
@@ -27,8 +28,24 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python jobs/distill_multi.py $(ARGS)
 
+# Two tiers of tests, each test in one of them: the quick one, and what is slow or starts a Ray cluster. loadfile: the
+# tests of a file share fixtures, so one worker runs them all.
+QUICK := "not slow and not ray and not gpu"
+REST := "(slow or ray) and not gpu"
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m $(QUICK) $(ARGS)
+
+test-rest: setup
+	$(PYTEST) -m $(REST) $(ARGS)
+
+# Coverage counts the lines that run in pytest's own processes, not those in Ray's workers and other children.
+test-full: setup
+	$(BIN)/coverage erase
+	$(MAKE) test ARGS='--cov --cov-report= $(ARGS)'
+	$(MAKE) test-rest ARGS='--cov --cov-append --cov-report=term $(ARGS)'
 
 DEVICE ?= cpu
 bench: setup
@@ -52,4 +69,4 @@ browser:
 	fi
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .coverage *.egg-info

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.runs import SMALL, train_experts
+from support.tiers import cpu_seconds, exceeded_limit
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.presets import preset
@@ -23,6 +24,17 @@ from fbpc_ray.execution.serial import Serial
 for _name in ("FBPC_HOME", "FBPC_CACHE_GB", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # a user's own are not for tests
     os.environ.pop(_name, None)
 atexit.register(shutil.rmtree, os.environ["FBPC_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Fail a test of the quick tier that takes more CPU time than the tier allows."""
+    before = cpu_seconds()
+    result = yield
+    message = exceeded_limit(cpu_seconds() - before, [marker.name for marker in item.iter_markers()])
+    if message is not None:
+        pytest.fail(message, pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,47 @@
+"""The two tiers of the tests: the limit of the quick one, and that both together are all tests, each of them once."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from support.tiers import CALL_LIMIT, REST, cpu_seconds, exceeded_limit
+
+MAKEFILE = Path(__file__).parents[1] / "Makefile"
+
+
+def test_an_unmarked_test_above_the_limit_fails():
+    message = exceeded_limit(CALL_LIMIT + 0.1, ["parametrize"])
+    assert message is not None
+    assert "took 10.1 s of CPU" in message
+    assert "mark it slow" in message
+
+
+@pytest.mark.parametrize("marker", REST)
+def test_a_marked_test_has_no_limit(marker):
+    assert exceeded_limit(10 * CALL_LIMIT, ["parametrize", marker]) is None
+
+
+def test_a_test_within_the_limit_passes():
+    assert exceeded_limit(CALL_LIMIT, []) is None
+
+
+def test_cpu_time_is_counted_and_sleep_is_not(monkeypatch):
+    """Sums what the process and its children took in user and in system mode."""
+    monkeypatch.setattr("os.times", lambda: type("Times", (), {
+        "user": 1.0, "system": 0.5, "children_user": 2.0, "children_system": 0.25, "elapsed": 100.0,
+    }))  # fmt: skip
+    assert cpu_seconds() == 3.75
+
+
+def test_both_tiers_together_hold_each_test_once():
+    """By the expressions of the Makefile; GPU tests are in neither."""
+    quick, rest = (
+        re.search(rf'^{name} := "(.+)"$', MAKEFILE.read_text(), re.M).group(1)  # type: ignore[union-attr]
+        for name in ("QUICK", "REST")
+    )
+    for chosen in itertools.product((False, True), repeat=len(REST)):
+        markers = dict(zip(REST, chosen, strict=True))
+        tiers = [bool(eval(expression, {}, markers)) for expression in (quick, rest)]
+        assert sum(tiers) == (not markers["gpu"]), markers
+        assert tiers[0] == (not any(chosen)), markers
