@@ -242,6 +242,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     """All below `tracking` but Ray's backend imports (without matplotlib, too), and so do commands; the serial backend
     opens.

@@ -98,6 +98,7 @@ def test_a_crash_between_metrics_and_state_repeats_no_row(small, tmp_path):
     assert torch.equal(images_of(folder), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_path, number):
     folder = tmp_path / "stopped"
@@ -114,6 +115,7 @@ def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_p
     assert torch.equal(images_of(folder), images_of(whole))
 
 
+@pytest.mark.slow
 def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
     folder = tmp_path / "killed"
     process = start("distill", *flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2))
@@ -365,6 +367,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path)
     assert path.read_bytes() == broken
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
     """The second ends with one line and leaves the first alone, which may be killed: then the run goes on."""
     folder = tmp_path / "shared"
@@ -412,6 +415,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_checkpoint(capsys,
     assert torch.isfinite(state["images"]).all()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(whole, small, tmp_path):
     """With files limited to 20 kB the first checkpoint fits and a result does not; later, resume ends as ever."""
     folder = tmp_path / "full"
@@ -431,6 +435,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, small, tmp_path):
     assert torch.equal(images_of(folder), images_of(whole))
 
 
+@pytest.mark.slow
 def test_the_core_runs_where_ray_and_mlflow_are_not_installed(whole, small, tmp_path):
     """Both imports are made to fail, and that of torch's compiler, which takes seconds for nothing, as scikit-learn's
     does; tracking is asked for, and its absence is a note."""

@@ -61,6 +61,7 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     assert not list(tmp_path.glob(".fbpc-doctor*"))
 
 
+@pytest.mark.slow
 def test_what_is_installed_here_works():
     """The libraries that hold the bits, in their own processes; nms is really called."""
     bounds = doctor.requirements()

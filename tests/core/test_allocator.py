@@ -20,6 +20,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_blocks_are_used_again_without_page_faults():
     """200 MB are 48,828 pages of 4 KiB, or 97 of 2 MiB. Blocks above 32 MB glibc never keeps by itself."""

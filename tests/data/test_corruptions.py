@@ -785,6 +785,7 @@ def test_many_at_once(small, tmp_path):
     assert [name.split("/")[1] for name in files_in(tmp_path)] == ["frost-1.parquet", "frost-2.parquet"]
 
 
+@pytest.mark.slow
 def test_processes_at_once(tmp_path):
     """Two fresh processes, unlike in threads and hashes, share one cache: each finds what this one computes."""
     code = (

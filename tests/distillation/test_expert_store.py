@@ -525,6 +525,7 @@ def test_a_damaged_manifest_means_no_trajectory(tmp_path, text):
 # Writers that are killed, race, or run out of disk
 
 
+@pytest.mark.slow
 def test_a_writer_killed_in_the_middle_leaves_no_expert(tmp_path):
     """A real kill -9 from outside after two of four epochs; the next writer removes what was left."""
     writer = start(
@@ -592,6 +593,7 @@ def killed_at_each_step(folder: Path) -> None:
             return
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path):
     """Index 0 is the old one, missing, or the new one, in this order as the writer gets further; index 1 is missing to
     the end. Whatever is there is whole, and what is missing can be made."""
@@ -618,6 +620,7 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path):
     assert len(seen) > 40
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_new_store(tmp_path):
     """Both find no store.json; their writes overlap epoch by epoch."""
     folder = tmp_path / "store"
@@ -646,6 +649,7 @@ for index in range(int(sys.argv[2]), 20, 2):
         assert same(store.read(index, 2), snapshot(index, 2))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_and_keeps_the_others(tmp_path):
     """A limit on the size of files is met in the middle of trajectory 1, by write() itself."""
     out = finish(

@@ -27,6 +27,7 @@ def whole(small, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_command_starts_goes_on_and_is_done(whole, small, tmp_path, capsys):
     """--resume auto, killed with -9 amid the run, then twice to the end: every attempt of a job is the same command."""
     folder = tmp_path / "again"

@@ -288,6 +288,7 @@ def test_an_experiment_that_another_run_makes_meanwhile_is_shared(store: str, mo
     assert tracker.run_id
 
 
+@pytest.mark.slow
 def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every record arrives, none twice, though the server is frozen (what it was asked it does later), then killed."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # what no call may take; a busy machine takes some of it
