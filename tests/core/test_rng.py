@@ -152,10 +152,10 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
 DIE_HALFWAY = """
 import resource, signal, sys
 from pathlib import Path
-from fbpc_ray import atomic
+from fbpc_ray.core import files
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process inside the write that passes the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-atomic.write_bytes(Path(sys.argv[1]), b"n" * 300_000)
+files.write_bytes(Path(sys.argv[1]), b"n" * 300_000)
 """
 
 
@@ -172,10 +172,10 @@ def test_a_death_in_the_middle_of_the_write_leaves_the_old_file(tmp_path):
 WRITE_FOREVER = """
 import sys
 from pathlib import Path
-from fbpc_ray import atomic
+from fbpc_ray.core import files
 while True:
     for letter in (b"a", b"b"):
-        atomic.write_bytes(Path(sys.argv[1]), letter * 2_000_000)
+        files.write_bytes(Path(sys.argv[1]), letter * 2_000_000)
 """
 
 
@@ -201,10 +201,10 @@ def test_kill_9_and_readers_see_one_version_or_the_other(tmp_path):
 FAIL = """
 import resource, sys
 from pathlib import Path
-from fbpc_ray import atomic
+from fbpc_ray.core import files
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a full disk: the write returns an error
 try:
-    atomic.write_bytes(Path(sys.argv[1]), b"n" * 300_000)
+    files.write_bytes(Path(sys.argv[1]), b"n" * 300_000)
 except OSError as error:
     print("OSError", error.errno)
 """

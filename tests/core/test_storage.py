@@ -329,7 +329,7 @@ def test_an_expert_that_cannot_be_sent_is_missing(s3, wire, monkeypatch):
 
 FETCH = """
 import sys
-from fbpc_ray import cache, storage
+from fbpc_ray.core import cache, storage
 source, size, checksum = storage.place(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.stdin.readline()
 with cache.copy(source, size, checksum) as path:
@@ -468,8 +468,8 @@ def test_a_reader_keeps_what_was_pushed_out_and_then_lets_go(s3, monkeypatch):
 
 FULL = """
 import sys
-from fbpc_ray import cache, storage
-from fbpc_ray.errors import UserError
+from fbpc_ray.core import cache, storage
+from fbpc_ray.core.errors import UserError
 try:
     with cache.copy(storage.place(sys.argv[1]), int(sys.argv[2]), sys.argv[3]):
         pass
