@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import SMALL, train_experts
+from support.runs import SMALL, distil, flags, train_experts
 from support.tiers import cpu_seconds, exceeded_limit
 
 from fbpc_ray.core.config import Config
@@ -58,3 +58,11 @@ def small(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Config:
     config = preset("digits").updated(**SMALL, experts=str(folder))
     train_experts(config, digits, Serial("cpu", Interruption()))
     return config
+
+
+@pytest.fixture(scope="session")
+def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of 12 steps on the serial backend; a test that changes it makes a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    distil(*flags(small, backend="serial", steps=12, out=str(folder)))
+    return folder

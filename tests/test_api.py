@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.execution.serial import Serial
 
 CHAIN: dict[str, Any] = {"width": 8, "chain_epochs": 20, "chain_every": 10}
 
@@ -102,10 +104,19 @@ def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeyp
         assert seen.pop() == config.updated(architectures=api.session.canonical(config).networks.architectures)
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_on_ray_it_is_the_same_to_the_bit(made, small):
+def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
+    """By `session.backend`, as in every command, with the backend and the address of the call; that Ray's backend gives
+    the bits of the serial one is shown in tests/execution/test_ray_backend.py."""
+    opened = []
+
+    @contextmanager
+    def backend(config, interruption, log):
+        opened.append((config.workers.backend, config.workers.address))
+        yield Serial("cpu", interruption)
+
+    monkeypatch.setattr(api.session, "backend", backend)
     found = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
+    assert opened == [("ray", "local")]
     assert torch.equal(found.images, made.images)
 
 

@@ -41,7 +41,7 @@ def test_both_tiers_together_hold_each_test_once():
         for name in ("QUICK", "REST")
     )
     for chosen in itertools.product((False, True), repeat=len(REST)):
-        markers = dict(zip(REST, chosen, strict=True))
+        markers: dict[str, object] = dict(zip(REST, chosen, strict=True))
         tiers = [bool(eval(expression, {}, markers)) for expression in (quick, rest)]
         assert sum(tiers) == (not markers["gpu"]), markers
         assert tiers[0] == (not any(chosen)), markers

@@ -24,12 +24,9 @@ from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
 
 
-@pytest.fixture(scope="session")
-def whole(small, tmp_path_factory):
-    """A run of 12 steps without any trouble, on the serial backend."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    distil(*flags(small, backend="serial", steps=12, out=str(folder)))
-    return folder
+@pytest.fixture
+def whole(finished_run):
+    return finished_run
 
 
 def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
@@ -116,15 +113,23 @@ def test_a_signal_leaves_a_resumable_checkpoint_and_says_how(whole, small, tmp_p
 
 
 @pytest.mark.slow
-def test_kill_9_then_resume_gives_the_same_bits(whole, small, tmp_path):
+def test_kill_9_then_the_same_command_gives_the_same_bits(whole, small, tmp_path, capsys):
+    """With --resume auto, as each attempt of a job: killed amid the run, resumed, left alone once it is complete."""
     folder = tmp_path / "killed"
-    process = start("distill", *flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2))
+    changed = flags(small, backend="serial", steps=12, out=str(folder), checkpoint_every=2)
+    words = [*changed, "--resume", "auto"]
+    process = start("distill", *words)
     wait_for(RunDirectory(folder).state_path, process)
     process.kill()
     process.communicate()
     assert not RunDirectory(folder).result_path.exists()
-    distil("--out", str(folder), "--resume")
+    distil(*words)
+    assert "resumed at step" in capsys.readouterr().out
     assert torch.equal(images_of(folder), images_of(whole))
+    before = RunDirectory(folder).result_path.stat().st_mtime_ns
+    distil(*words)
+    assert "this run is complete" in capsys.readouterr().out
+    assert RunDirectory(folder).result_path.stat().st_mtime_ns == before
 
 
 def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import ast
 import io
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,12 +50,18 @@ def test_the_trap_is_one(sprung):
     assert sprung.exists()
 
 
-@pytest.fixture
-def run(small, tmp_path):
-    """A run that was made elsewhere: nobody here asked for its network."""
-    folder = tmp_path / "theirs"
-    distil(*flags(small, backend="serial", steps=2, architectures=("convnet-in",), out=str(folder)))
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A finished run of two steps on one network."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    distil(*flags(small, backend="serial", steps=2, num_chains=1, architectures=("convnet-in",), out=str(folder)))
     return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a run that was made elsewhere: nobody here asked for its network."""
+    return Path(shutil.copytree(finished, tmp_path / "theirs"))
 
 
 @pytest.fixture
@@ -250,13 +257,11 @@ def loaders(small, digits, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def good(small, digits, tmp_path_factory):
+def good(small, digits, finished):
     """A state, a manifest and an expert that are whole, to stand beside the file in question."""
     config = small.updated(architectures=("convnet-in",))
-    folder = tmp_path_factory.mktemp("good")
-    distil(*flags(config, backend="serial", steps=2, num_chains=1, out=str(folder / "run")))
     (spec,) = session.specs(config, digits)
-    return RunDirectory(folder / "run"), session.store(config, digits, spec).folder
+    return RunDirectory(finished), session.store(config, digits, spec).folder
 
 
 LOADERS = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.runs import distil, flags, images_of, refused, start, wait_for
+from support.runs import distil, flags, images_of, refused
 
 from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -18,55 +18,23 @@ from fbpc_ray.execution import session
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """A run of 12 steps without any trouble, on the serial backend; with as many threads as this machine's cores give
-    it by default, as those that are compared with it, since they are part of the bits."""
-    folder = tmp_path_factory.mktemp("deploy") / "whole"
-    distil(*flags(small, backend="serial", steps=12, threads=0, out=str(folder)))
-    return folder
-
-
-@pytest.mark.slow
-def test_the_same_command_starts_goes_on_and_is_done(whole, small, tmp_path, capsys):
-    """--resume auto, killed with -9 amid the run, then twice to the end: every attempt of a job is the same command."""
-    folder = tmp_path / "again"
-    words = [
-        *flags(small, backend="serial", steps=12, threads=0, out=str(folder), checkpoint_every=2),
-        "--resume",
-        "auto",
-    ]
-    process = start("distill", *words)
-    wait_for(RunDirectory(folder).state_path, process)
-    process.kill()
-    process.communicate()
-    assert not RunDirectory(folder).result_path.exists()
-    distil(*words)
-    assert "resumed at step" in capsys.readouterr().out
-    assert torch.equal(images_of(folder), images_of(whole))
-    before = RunDirectory(folder).result_path.stat().st_mtime_ns
-    distil(*words)
-    assert "this run is complete" in capsys.readouterr().out
-    assert RunDirectory(folder).result_path.stat().st_mtime_ns == before
-
-
-def test_again_goes_on_where_nothing_but_the_configuration_is(whole, small, tmp_path):
+def test_again_goes_on_where_nothing_but_the_configuration_is(finished_run, small, tmp_path):
     """Killed before its first checkpoint; and while the configuration was written, of which a kill leaves a part."""
     folder = tmp_path / "early"
-    words = flags(small, backend="serial", steps=12, threads=0, out=str(folder))
+    words = flags(small, backend="serial", steps=12, out=str(folder))
     RunDirectory(folder).folder.mkdir()
     (folder / ".config.json.0a1b2c3d.tmp").write_text("{")
     distil(*words, "--resume", "auto")
-    assert torch.equal(images_of(folder), images_of(whole))
+    assert torch.equal(images_of(folder), images_of(finished_run))
     for path in (RunDirectory(folder).state_path, RunDirectory(folder).metrics_path, RunDirectory(folder).result_path):
         path.unlink()
     distil(*words, "--resume", "auto")
-    assert torch.equal(images_of(folder), images_of(whole))
+    assert torch.equal(images_of(folder), images_of(finished_run))
 
 
-def test_again_is_refused_without_a_folder_or_with_another_configuration(whole, small, capsys):
+def test_again_is_refused_without_a_folder_or_with_another_configuration(finished_run, small, capsys):
     assert "--out DIR" in refused(capsys, "--resume", "auto", "--backend", "serial")
-    words = flags(small, backend="serial", steps=12, out=str(whole), alpha=3.0)
+    words = flags(small, backend="serial", steps=12, out=str(finished_run), alpha=3.0)
     assert "--alpha was 10.0, now 3.0" in refused(capsys, *words, "--resume", "auto")
 
 

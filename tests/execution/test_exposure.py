@@ -5,7 +5,7 @@ import signal
 import tempfile
 
 import pytest
-from support.processes import descendants, listening
+from support.processes import descendants, listening, processes_naming, soon
 from support.runs import flags, start, wait_for
 
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monkeypatch):
-    """--address empty and no cluster about: of the driver, Ray's own processes, and the workers."""
+    """--address empty and no cluster about: of the driver, Ray's own processes, and the workers. SIGTERM ends them."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     folder, ray = tmp_path / "run", tempfile.mkdtemp(prefix="fr", dir="/tmp")
     words = flags(small, backend="ray", address="", steps=2000, out=str(folder), checkpoint_every=1)
@@ -29,5 +29,8 @@ def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monke
         assert not [(titles[pid][:60], str(ip), port) for pid, ip, port in found if not ip.is_loopback]
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=300)
+        output = process.communicate(timeout=300)[0]
+        ended = soon(lambda: not processes_naming(ray))
         shutil.rmtree(ray, ignore_errors=True)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert ended

@@ -101,9 +101,9 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
     total, used = memory()
     if get_system_memory() < 0.99 * total:
         pytest.skip("a control group limits the memory: what Ray counts is not that of the machine")
-    limit = used + 5e9  # the run takes 3, and whoever else is here a little more or less from minute to minute
+    limit = used + 7e9  # the run takes 3, and the tests beside it a cluster's 3 more or less from minute to minute
     if limit > 0.9 * total:
-        pytest.skip(f"less than 5 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
+        pytest.skip(f"less than 7 GB to spare: {used / 1e9:.1f} of {total / 1e9:.1f} GB are in use")
     driver = Driver(
         tmp_path, flags(config, address="local"), RAY_TMPDIR=ray_folder, RAY_memory_monitor_refresh_ms="100",
         RAY_memory_usage_threshold=f"{limit / total:.4f}",

@@ -8,12 +8,11 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from support.processes import all_cpus_free, gradient_workers, kill, soon
-from support.runs import assert_same, flags, images_of, run_on, start, train_experts, wait_for
+from support.processes import all_cpus_free, gradient_workers, kill, processes_naming, soon
+from support.runs import assert_same, distil, flags, images_of, run_on, start, train_experts, wait_for
 
 from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
@@ -158,35 +157,13 @@ def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path)
     assert time.monotonic() - began < cluster.settings.placement_timeout / 3
 
 
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """An undisturbed serial run of 16 steps by the command line."""
-    folder = tmp_path_factory.mktemp("cluster") / "whole"
-    process = start("distill", *flags(small, backend="serial", steps=16, out=str(folder)))
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return folder
-
-
-def ray_processes(folder: str) -> list[int]:
-    """Processes whose command line names the Ray folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if folder.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_path, number):
-    """kill -9 and SIGTERM of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; nothing
-    of the cluster is left; resumed without Ray."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(finished_run, small, tmp_path, number):
+    """kill -9 of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; nothing of the
+    cluster is left; resumed without Ray. SIGTERM: test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one and
+    test_a_cluster_started_here_listens_on_loopback_alone."""
     folder, ray = tmp_path / "died", tempfile.mkdtemp(prefix="fr", dir="/tmp")
-    words = flags(small, backend="ray", address="local", steps=16, out=str(folder), checkpoint_every=2)
+    words = flags(small, backend="ray", address="local", steps=12, out=str(folder), checkpoint_every=2)
     process = start("distill", *words, RAY_TMPDIR=ray)
     wait_for(RunDirectory(folder).state_path, process)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
@@ -195,9 +172,7 @@ def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(whole, small, tmp_pa
         assert process.returncode == 128 + number, output
         assert f"fbpc distill --out {folder} --resume" in output
     assert not RunDirectory(folder).result_path.exists()
-    assert soon(lambda: not ray_processes(ray)), ray_processes(ray)
+    assert soon(lambda: not processes_naming(ray)), processes_naming(ray)
     shutil.rmtree(ray, ignore_errors=True)
-    resumed = start("distill", "--out", str(folder), "--resume", "--backend", "serial")
-    output = resumed.communicate(timeout=300)[0]
-    assert resumed.returncode == 0, output
-    assert torch.equal(images_of(folder), images_of(whole))
+    distil("--out", str(folder), "--resume", "--backend", "serial")
+    assert torch.equal(images_of(folder), images_of(finished_run))

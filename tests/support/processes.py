@@ -62,6 +62,17 @@ def gradient_workers(root: int | None = None) -> list[int]:
     return sorted(pid for pid, title in below.items() if title.startswith("ray::Worker"))
 
 
+def processes_naming(folder: str) -> list[int]:
+    """Return the processes whose command line names the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if folder.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     """Send a signal; False where the process is gone."""
     try:
