@@ -429,6 +429,12 @@ def told_in(section: str, row: str) -> list[str]:
     return re.findall(r"`([^`]+)`", line.split("|")[2])
 
 
+def test_formats_names_what_was_renamed():
+    assert set(tabled("Names of earlier code")) - {"--again"} >= set(config.RENAMED)
+    text = (ROOT / "docs/formats.md").read_text().partition("## Names of earlier code")[2]
+    assert all(f"| `{old}`" in text and f"| `{new}`" in text for old, new in config.RENAMED.items())
+
+
 def test_formats_says_what_a_run_leaves(desk):
     run = desk / "runs" / "first"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
