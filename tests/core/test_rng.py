@@ -188,6 +188,7 @@ def test_kill_9_and_readers_see_one_version_or_the_other(tmp_path):
             try:
                 deadline = time.monotonic() + 300
                 while not path.exists():
+                    assert writer.poll() is None
                     assert time.monotonic() < deadline
                     time.sleep(0.005)
                 for _ in range(20):

@@ -374,7 +374,12 @@ def test_a_killed_download_leaves_nothing_for_long(s3, wire):
     assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
-    assert soon(lambda: cache.folder().exists() and any(name.endswith(".tmp") for name in copies()))
+
+    def is_downloading() -> bool:
+        return cache.folder().exists() and any(name.endswith(".tmp") for name in copies())
+
+    assert soon(lambda: process.poll() is not None or is_downloading())
+    assert process.poll() is None
     process.kill()
     process.communicate()
     assert [name.endswith(".tmp") for name in copies()] == [True]
