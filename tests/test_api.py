@@ -277,7 +277,7 @@ def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
         (lambda data, made: api.dataset(3), "is a int"),
         (lambda data, made: api.dataset((data.train.images, data.train.labels[:5])), "they must agree"),
         (lambda data, made: api.dataset((data.train.images / 3.0, data.train.labels)), "outside 0..1"),
-        (lambda data, made: api.dataset([(1, 2, 3)] * 4), "no pair"),
+        (lambda data, made: api.dataset([(1, 2, 3)] * 4), "must be an .image, int label. pair"),
         (lambda data, made: api.dataset("digits", (1, 2)), "brings its test images"),
         (lambda data, made: api.distill(data, step=3), "did you mean steps"),
         (lambda data, made: api.distill(data, out="x"), "no setting 'out'"),

@@ -34,9 +34,11 @@ from fbpc_ray.core import files as atomic
 from fbpc_ray.core import storage
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.storage import Place, Remote
-from fbpc_ray.data import coreset, readers
+from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, denormalise, normalise
+from fbpc_ray.data.folder import folder
+from fbpc_ray.data.parquet import parquet
 
 Files = dict[str, bytes]
 """Name below the folder of an export -> content."""
@@ -268,7 +270,7 @@ def _read_parquet(path: Path) -> _Raw:
     shards = [shard for shard in shards if shard.name.startswith("train")] or shards
     facts = _sidecar(path if path.is_dir() else path.parent.parent if path.parent.name == "data" else path.parent)
     if "pixels" not in pq.read_schema(shards[0]).names:
-        source = readers.parquet(path)
+        source = parquet(path)
         part = source.parts["train"]
         classes = {"classes": source.classes} if source.classes else {}
         return _Raw(torch.from_numpy(part.images), torch.from_numpy(part.labels), (facts or {}) | classes or None)
@@ -302,7 +304,7 @@ def _nested(column: pa.ChunkedArray) -> Tensor:
 
 def _read_folders(path: Path, dataset: Dataset) -> _Raw:
     """Folders named as the classes are, or, beside a coreset.json, LABEL-NAME."""
-    source, facts = readers.folder(path), _sidecar(path)
+    source, facts = folder(path), _sidecar(path)
     names, part = source.classes or (), source.parts["train"]
     unknown = [name for name in names if not (re.match(r"\d+(-|$)", name) if facts else name in dataset.classes)]
     if unknown:

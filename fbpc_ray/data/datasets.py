@@ -4,6 +4,7 @@ The readers (readers.py) turn files into arrays; here is what holds for every so
 """
 
 import hashlib
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.raw import RawDataset, RawSplit, size
 from fbpc_ray.data.readers import read
+from fbpc_ray.data.splits import listed
 
 KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -25,6 +27,9 @@ KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 TEST_FRACTION = 0.2
 """Share of each class that becomes the test split of a source that has neither a test nor a validation split."""
+
+FEW_LEVELS = 16
+"""Images none of whose pixels reaches this level, of 255, get a note: their scale is likely to be wrong."""
 
 
 class Split(NamedTuple):
@@ -73,7 +78,7 @@ def load(
     validation: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """The data set `name`, decoded into memory.
+    """Read the data set `name` into memory, decoded.
 
     `name` is digits, cifar10, cifar100, tiny-imagenet (the last three from `root`; `download` fetches the CIFAR ones),
     parquet:PATH, folder:PATH or npz:PATH. Image files become three channels, grey ones too.
@@ -83,7 +88,7 @@ def load(
     of train that becomes the validation split, drawn with `seed`; a source's own validation split goes before it.
     A source without test split gives its validation split as test; one without both, a fifth of each class of train.
 
-    Raises UserError, one line with the cause and the mend, for everything that is wrong with the arguments or files.
+    Raises UserError, one line with the cause and the fix, for everything that is wrong with the arguments or files.
     """
     _check_how(normalisation, validation)
     return assembled(read(name, Path(root), download), name, normalisation, validation, seed)
@@ -92,12 +97,13 @@ def load(
 def assembled(
     source: RawDataset, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
 ) -> Dataset:
-    """What a reader found as a data set called `name`: checked, split and with its normalisation, by the rules in
-    `load`. Raises UserError."""
+    """Check and split what a reader found, by the rules of `load`, as a data set called `name`. Raises UserError."""
     _check_how(normalisation, validation)
+    source = _without_unlabelled(source)
     classes = _check(source)
     train, held, test, notes = _splits(source, len(classes), validation, seed)
     mean, std = _constants(name if normalisation == "auto" else normalisation, train.images, source.origin)
+    notes += (*_absent_classes(classes, {"validation": held, "test": test}), *_dark(train.images, source.origin))
     return Dataset(name, classes, mean, std, train, held, test, notes, _fingerprint(train, mean, std))
 
 
@@ -145,8 +151,16 @@ def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None]
 
 
+def _without_unlabelled(source: RawDataset) -> RawDataset:
+    """Leave out test and validation splits without labels (all of them -1), with a note."""
+    unlabelled = [split for split, part in source.parts.items() if split != "train" and (part.labels == -1).all()]
+    notes = tuple(f"left out the {split} split of {source.origin}: all of its labels are -1" for split in unlabelled)
+    parts = {split: part for split, part in source.parts.items() if split not in unlabelled}
+    return source._replace(parts=parts, notes=(*source.notes, *notes))
+
+
 def _check(source: RawDataset) -> tuple[str, ...]:
-    """The class names, once the parts are known to agree with them and with each other."""
+    """Return the class names, once the parts agree with them and with each other."""
     train = source.parts["train"]
     classes = source.classes
     if classes is None:
@@ -157,17 +171,56 @@ def _check(source: RawDataset) -> tuple[str, ...]:
                 "labels must run from 0 without gaps"
             )
         classes = tuple(str(label) for label in range(int(train.labels[top]) + 1))
+    for name in classes:
+        _check_class_name(name, source.origin)
     for split, part in source.parts.items():
         _check_part(split, part, train, classes)
     if len(classes) < 2:
         raise UserError(f"{source.origin} has {len(classes)} class; a classifier needs at least 2")
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
+    if source.classes is None and empty.tolist() == [0]:
+        raise UserError(f"{source.origin}: labels run from 1 to {len(classes) - 1}; they must start at 0: subtract 1")
     if len(empty):
         raise UserError(
             f"class {classes[empty[0]]!r} (label {empty[0]}) of {source.origin} has no train image; "
             "add some, or leave the class out and number the labels without gaps"
         )
     return classes
+
+
+def _check_class_name(name: str, origin: str) -> None:
+    """Refuse names that no file of ours can hold: broken UTF-8, and control characters but tabs and line ends."""
+    if any(unicodedata.category(char) == "Cs" for char in name):
+        raise UserError(f"{_printable(origin)}: the class name {name!a} is not UTF-8; rename the class")
+    if any(unicodedata.category(char) == "Cc" and char not in "\t\n\r" for char in name):
+        raise UserError(f"{_printable(origin)}: the class name {name!a} holds control characters; rename the class")
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _absent_classes(classes: tuple[str, ...], splits: dict[str, Split]) -> tuple[str, ...]:
+    """Notes on the classes that a split has no image of."""
+    notes = []
+    for split, part in splits.items():
+        counts = np.bincount(part.labels, minlength=len(classes))
+        names = [repr(name) for name, count in zip(classes, counts, strict=True) if not count]
+        if names and len(part.labels):
+            notes.append(
+                f"no {split} image of class {listed(names)}: results are of the other classes alone; add some images"
+            )
+    return tuple(notes)
+
+
+def _dark(images: np.ndarray, origin: str) -> tuple[str, ...]:
+    top = int(images.max())
+    if top >= FEW_LEVELS:
+        return ()
+    return (
+        f"the train images of {origin} use the levels 0..{top} of 0..255; if they were divided by 255 twice, or hold "
+        "more than 8 bits, scale them anew",
+    )
 
 
 def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str, ...]) -> None:
@@ -189,7 +242,7 @@ def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[
     """(train, validation, test, notes) by the rules in `load`."""
     found = {name: Split(part.images, part.labels) for name, part in source.parts.items()}
     train, held, test = found["train"], found.get("validation"), found.get("test")
-    notes = list(source.notes)
+    notes = [*source.notes, *(note for part in source.parts.values() for note in part.notes)]
     if test is None and held is not None:
         test, held = held, None
         notes.append(f"no test split in {source.origin}: its validation split serves as test")
@@ -235,7 +288,8 @@ def _constants(known: str, images: np.ndarray, origin: str) -> tuple[tuple[float
     constant = np.flatnonzero((counts > 0).sum(1) < 2)
     if len(constant):
         raise UserError(
-            f"channel {constant[0]} of the train images of {origin} is constant, so its std is 0; remove the channel"
+            f"channel {constant[0]} of the train images of {origin} is constant, so its std is 0; remove the channel, "
+            "or look whether the images were read as you mean them"
         )
     shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = shares @ levels

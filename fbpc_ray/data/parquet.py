@@ -1,7 +1,6 @@
-"""Parquet files in the layout of Hugging Face's hub: which belong together, which columns they have, their rows."""
+"""Parquet files in the layout of Hugging Face's hub: their columns and rows. Which files belong together: shards.py."""
 
 import json
-import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -13,23 +12,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.data.raw import SPLITS, RawDataset, RawSplit, decode, line, listed
+from fbpc_ray.data.images import decode
+from fbpc_ray.data.raw import RawDataset, RawSplit, check_is_not_pointer, line
+from fbpc_ray.data.shards import check_is_not_saved_to_disk, find_shards
 
 IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
 def parquet(path: Path) -> RawDataset:
-    """Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
+    """Read Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
 
-    Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label` or `fine_label`.
+    Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label`, `fine_label` or
+    `labels`. Raises UserError.
     """
-    shards, notes = _shards(path)
+    check_is_not_saved_to_disk(path)
+    shards, notes = find_shards(path)
     heads = {split: [_head(file) for file in files] for split, files in shards.items()}
-    named = [(head.file, head.classes) for each in heads.values() for head in each if head.classes]
+    every = [head for each in heads.values() for head in each]
+    for head in every[1:]:
+        if head.label != every[0].label:
+            raise UserError(
+                f"{every[0].file} has the column {every[0].label}, {head.file} {head.label}: their labels don't mean "
+                "the same; give all files one column of labels"
+            )
+    named = [(head.file, head.classes) for head in every if head.classes]
     for file, classes in named[1:]:
         if classes != named[0][1]:
-            raise UserError(f"{named[0][0]} and {file} name different classes: their labels don't mean the same")
+            raise UserError(
+                f"{named[0][0]} and {file} name different classes: their labels don't mean the same; "
+                "write both with the same names"
+            )
+    if every[0].other_labels:
+        notes += (f"{path}: labels are of the column {every[0].label}, not of {', '.join(every[0].other_labels)}",)
     parts = {split: _part(each) for split, each in heads.items()}
     return RawDataset(str(path), named[0][1] if named else None, parts, notes)
 
@@ -42,50 +57,13 @@ class _Head(NamedTuple):
     image: str
     label: str
     classes: tuple[str, ...] | None
-
-
-def _shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """Split -> its files in the order of their numbers, and notes on files of no split."""
-    if path.is_file():
-        return {"train": [path]}, ()
-    files = list(path.glob("*.parquet")) or list(path.glob("data/*.parquet"))
-    if not files:
-        raise UserError(f"no .parquet file in {path} or {path / 'data'}; name the folder that holds them")
-    shards: dict[str, list[Path]] = {}
-    other = []
-    for file in sorted(files, key=_natural):
-        word = re.match(r"[a-z]*", file.name.lower())
-        split = SPLITS.get(word.group() if word else "")
-        if split:
-            shards.setdefault(split, []).append(file)
-        else:
-            other.append(file)
-    if "train" not in shards:
-        raise UserError(f"no train split in {path}: it has {listed(sorted(files))}; name its files train*.parquet")
-    for each in shards.values():
-        _whole(each)
-    shards = {split: shards[split] for split in ("train", "validation", "test") if split in shards}
-    return shards, (f"left out {listed(other)} in {path}: no name of a split",) if other else ()
-
-
-def _whole(files: list[Path]) -> None:
-    """Refuse a half downloaded split: 'train-00000-of-00003.parquet' asks for two more files."""
-    counts = {match.group(1) for file in files if (match := re.search(r"-of-([0-9]+)\.parquet$", file.name))}
-    for count in counts:
-        found = [file for file in files if file.name.endswith(f"-of-{count}.parquet")]
-        if len(found) != int(count):
-            raise UserError(
-                f"{files[0].parent} holds {len(found)} of {int(count)} files like {found[0].name}; "
-                f"fetch the others, or rename without '-of-{count}' to use a part"
-            )
-
-
-def _natural(file: Path) -> list[str | int]:
-    """Sorts train-2 before train-10: text and numbers take turns."""
-    return [int(text) if turn % 2 else text for turn, text in enumerate(re.split(r"([0-9]+)", file.name))]
+    other_labels: tuple[str, ...] = ()
+    """Further columns of LABEL_COLUMNS, which are not read."""
 
 
 def _head(file: Path) -> _Head:
+    with file.open("rb") as raw:
+        check_is_not_pointer(file, raw.read(64))
     try:
         with pq.ParquetFile(file) as opened:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
@@ -102,9 +80,12 @@ def _head(file: Path) -> _Head:
         kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise UserError(f"{file}: column {image} is {kind}; it must hold the bytes of image files, or a struct of them")
-    if not pa.types.is_integer(schema.field(label).type):
-        raise UserError(f"{file}: column {label} is {schema.field(label).type}; it must hold integers from 0")
-    return _Head(file, rows, image, label, _class_names(file, schema, label))
+    kind = schema.field(label).type
+    if not pa.types.is_integer(kind):
+        fix = "cast it" if pa.types.is_floating(kind) else f"e.g. dataset.class_encode_column({label!r})"
+        raise UserError(f"{file}: column {label} is {kind}; it must hold integers from 0; {fix}")
+    others = tuple(name for name in LABEL_COLUMNS if name in schema.names and name != label)
+    return _Head(file, rows, image, label, _class_names(file, schema, label), others)
 
 
 def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
@@ -119,7 +100,7 @@ def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
         return tuple(map(str, names)) if names else None
     except KeyError:
         return None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: its huggingface metadata is damaged ({line(error)}); write it again") from error
 
 
@@ -133,8 +114,9 @@ def _part(heads: list[_Head]) -> RawSplit:
         return f"{heads[shard].file}, row {index - ends[shard] + heads[shard].rows}"
 
     labels = np.concatenate([_labels(head) for head in heads])
-    images = decode((data for head in heads for data in _blobs(head)), ends[-1], place)
-    return RawSplit(images, labels, place)
+    origin = str(heads[0].file if len(heads) == 1 else heads[0].file.parent)
+    images, notes = decode((data for head in heads for data in _blobs(head)), ends[-1], place, origin)
+    return RawSplit(images, labels, place, notes)
 
 
 def _labels(head: _Head) -> np.ndarray:
@@ -144,6 +126,10 @@ def _labels(head: _Head) -> np.ndarray:
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise UserError(f"{head.file}, row {row}: column {head.label} is null; every row needs a label")
+        if column.type == pa.uint64():
+            large = np.flatnonzero(column.to_numpy() > np.iinfo(np.int64).max)
+            if len(large):
+                raise UserError(f"{head.file}, row {large[0]}: label {column[int(large[0])]} is too large; correct it")
         return column.cast(pa.int64()).to_numpy()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{head.file}: cannot read column {head.label} ({line(error)})") from error
@@ -155,7 +141,20 @@ def _blobs(head: _Head) -> Iterator[bytes | None]:
             for batch in opened.iter_batches(batch_size=1024, columns=[head.image]):
                 column = batch.column(0)
                 if pa.types.is_struct(column.type):
+                    _check_embedded(head, column)
                     column = column.flatten()[column.type.get_field_index("bytes")]
                 yield from column.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{head.file}: cannot read column {head.image} ({line(error)}); fetch it again") from error
+
+
+def _check_embedded(head: _Head, column: Any) -> None:
+    """Refuse a column of {bytes: null, path: ...}: the file names images that lie elsewhere."""
+    if column.type.get_field_index("path") < 0 or not len(column):
+        return
+    first = column[0].as_py() or {}
+    if first.get("bytes") is None and first.get("path"):
+        raise UserError(
+            f"{head.file}: column {head.image} holds paths ({first['path']}), not the bytes of images; "
+            "write it again with dataset.with_format('arrow').map(embed_table_storage, batched=True), or push_to_hub"
+        )

@@ -302,7 +302,8 @@ def test_parquet_keeps_the_order_of_its_shards(tmp_path):
     well_formed(data)
     np.testing.assert_array_equal(data.train.images, channels_first(images))
     assert data.train.labels.tolist() == [shard % 2 for shard in range(12) for _ in range(3)]
-    assert data.test.labels.tolist() == [1] and data.notes == ()
+    assert data.test.labels.tolist() == [1]
+    assert len(data.notes) == 1 and "no test image of class 'cat'" in data.notes[0]
 
 
 @pytest.mark.parametrize("names", [["cat", "dog"], {"1": "dog", "0": "cat"}])
@@ -399,7 +400,8 @@ def test_image_folder(word, tmp_path):
     assert data.classes == ("ant", "zebra") and data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     np.testing.assert_array_equal(data.train.images[:3], channels_first(pixels(3, 1)))
     np.testing.assert_array_equal(data.test.images, channels_first(np.concatenate([pixels(2, 11), pixels(2, 10)])))
-    assert len(data.notes) == (0 if word == "test" else 1)
+    assert "left out store" in data.notes[0]
+    assert len(data.notes) == (1 if word == "test" else 2)
 
 
 def test_plain_class_folders_give_a_fifth_as_test(tmp_path):
@@ -684,7 +686,7 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "text labels": (text_labels, {}, r"train\.parquet: column label is string; it must hold integers"),
     "paths for images": (path_images, {}, r"train\.parquet: column img is string; it must hold the bytes"),
     "no image column": (other_columns, {}, r"no column img or image \(found picture, label\)"),
-    "no label column": (no_label_column, {}, r"no column label or fine_label \(found img, kind\)"),
+    "no label column": (no_label_column, {}, r"no column label or fine_label or labels \(found img, kind\)"),
     "damaged image": (lambda at: parquet_with(at, {2: b"no"}), {}, r"train-1\.parquet, row 2: not a readable image"),
     "cut image": (lambda at: parquet_with(at, {3: PNG[:90]}), {}, r"train-1\.parquet, row 3: not a readable image"),
     "null image": (lambda at: parquet_with(at, {0: None}), {}, r"train-1\.parquet, row 0: .*no image bytes"),

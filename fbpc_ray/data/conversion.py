@@ -1,0 +1,56 @@
+"""Arrays of images and labels -> a split: the one conversion and set of checks for npz files and data from Python."""
+
+import numpy as np
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.raw import RawSplit
+
+
+def to_split(
+    origin: str, keys: tuple[str, str], images: np.ndarray, labels: np.ndarray, channels_first: bool = False
+) -> RawSplit:
+    """Convert arrays that `origin` calls by the names `keys`; images NHWC, NCHW or NHW, or known to be NCHW or NHW."""
+    if images.ndim not in (3, 4):
+        raise UserError(f"{origin}: {keys[0]} has shape {images.shape}; it must be NHWC, NCHW or NHW")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{origin}: {keys[1]} is {labels.dtype} {labels.shape}; it must be integers, one per image")
+    if len(images) != len(labels) or not len(labels):
+        raise UserError(
+            f"{origin}: {keys[0]} has {len(images)} images, {keys[1]} {len(labels)} labels; they must agree"
+        )
+    where = f"{origin}: {keys[0]}"
+    return RawSplit(
+        _channels_first(_to_uint8(images, where), where, channels_first),
+        _to_int64(labels, f"{origin}: {keys[1]}"),
+        lambda index: f"{origin}, {keys[1]}[{index}]",
+    )
+
+
+def _to_int64(labels: np.ndarray, where: str) -> np.ndarray:
+    if labels.dtype.kind == "u" and labels.max() > np.iinfo(np.int64).max:
+        raise UserError(f"{where} holds {labels.max()}; labels must run from 0 without gaps")
+    return labels.astype(np.int64)
+
+
+def _to_uint8(images: np.ndarray, where: str) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    floating = np.issubdtype(images.dtype, np.floating)
+    top = 1 if floating else 255
+    if not (floating or np.issubdtype(images.dtype, np.integer)) or not images.size:
+        raise UserError(f"{where} is {images.dtype} {images.shape}; save uint8, or floats in [0, 1]")
+    if not (images.min() >= 0 and images.max() <= top):  # also true for NaN
+        raise UserError(f"{where} holds values outside 0..{top} ({images.dtype}); save uint8, or floats in [0, 1]")
+    return np.rint(images * 255.0).astype(np.uint8) if floating else images.astype(np.uint8)
+
+
+def _channels_first(images: np.ndarray, where: str, known: bool) -> np.ndarray:
+    if images.ndim == 3 or known:
+        return np.ascontiguousarray(images[:, None] if images.ndim == 3 else images)
+    last, first = (images.shape[axis] in (1, 3) for axis in (3, 1))
+    if last == first or not images.size:
+        why = "could be NHWC and NCHW" if last else "is not NHWC, NCHW (1 or 3 channels) or NHW"
+        raise UserError(f"{where} of shape {images.shape} {why}; save it as NHW, or with 1 or 3 channels")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if last else images)

@@ -1,0 +1,144 @@
+"""Encoded images -> uint8 pixels, upright, in RGB; and which PIL images have no 8 bits a channel."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.raw import LFS_POINTER, Progress, line, size
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+"""What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
+
+ORIENTATION = 0x0112
+"""The EXIF tag: 1 is upright, 2 to 8 are turned or mirrored."""
+
+DARK = 16
+"""Level, of 255, that the upper 8 bits of 16 must reach in some image."""
+
+
+class Pixels(NamedTuple):
+    """One decoded image."""
+
+    values: np.ndarray
+    """(3, h, w) uint8."""
+    orientation: int
+    """EXIF orientation that was undone; 1 where there was none."""
+    hidden: bool
+    """Whether all of the picture is in the transparency: one colour, several alpha values."""
+    deep: bool
+    """Whether the file has 16 bits a channel, of which the upper 8 are read."""
+
+
+def decode(
+    files: Iterable[bytes | None], count: int, place: Callable[[int], str], origin: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Decode `count` images to (count, 3, h, w) uint8; all of one size, grey ones turned to RGB.
+
+    Returns the images and notes on what `origin` holds. Raises UserError, naming the image.
+    """
+    images, seen, progress = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), Progress(f"{origin}: images decoded")
+    first = 1
+    for index, data in enumerate(files):
+        try:
+            pixels = _decode_one(data)
+        except UnidentifiedImageError as error:
+            known = ", ".join(IMAGE_FORMATS)
+            raise UserError(
+                f"{place(index)}: not a readable image (its start is cut off, or it is none of {known}); "
+                "fix or remove it"
+            ) from error
+        except Exception as error:  # a decoder fails in any way on damaged bytes
+            raise UserError(f"{place(index)}: not a readable image ({line(error)}); fix or remove it") from error
+        if index == 0:
+            images, first = np.empty((count, *pixels.values.shape), np.uint8), pixels.orientation
+        if pixels.values.shape != images.shape[1:]:
+            raise UserError(
+                f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
+                f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
+                "all images must have one size; docs/faq.md says how to resize them"
+            )
+        images[index] = pixels.values
+        seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep)
+        progress.step()
+    if count and seen["hidden"] == count:
+        raise UserError(
+            f"{origin}: all of the picture of each image is in its transparency, which is not read; "
+            "paste the images onto a background"
+        )
+    if count and seen["deep"] == count and images.max() < DARK:
+        raise UserError(
+            f"{origin}: the images have 16 bits a channel, and the upper 8, which are read, never reach {DARK} of 255; "
+            "scale the images to 8 bits"
+        )
+    texts = {
+        "turned": "are turned as their EXIF orientation says",
+        "hidden": "have all of their picture in the transparency, which is not read; paste them onto a background",
+        "deep": "have 16 bits a channel, of which the upper 8 are read",
+    }
+    return images, tuple(f"{origin}: {seen[key]} of {count} images {text}" for key, text in texts.items() if seen[key])
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raise ValueError where the pixels have no 8 bits a channel: PIL would cut their values off at 255."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode}, only 8 bits a channel are supported")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, without transparency. Raises ValueError as `check_depth`."""
+    check_depth(image)
+    if image.mode == "P":  # a palette may hold transparency, which only RGBA takes without a warning
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode_one(data: bytes | None) -> Pixels:
+    """Decode one image. PIL in one thread takes 0.08 ms for 32x32; threads don't help."""
+    if data is None:
+        raise ValueError("no image bytes")
+    if data.startswith(LFS_POINTER):
+        raise ValueError("a Git LFS pointer, not the image: run `git lfs pull` in its repository")
+    with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as opened:
+        deep = _has_16_bits(opened)
+        opened.load()
+        orientation = _orientation(opened)
+        image = ImageOps.exif_transpose(opened) if orientation != 1 else opened
+        values = np.asarray(to_rgb(image)).transpose(2, 0, 1)
+        return Pixels(values, orientation, _is_hidden(image, values), deep)
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether PIL will drop the lower 8 of 16 bits (RGB alone: grey ones keep a mode of their own)."""
+    for tile in getattr(image, "tile", ()):
+        values = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if any(isinstance(value, str) and ";16" in value for value in values):
+            return True
+        if tile.codec_name.startswith("ppm") and isinstance(values[-1], int) and values[-1] > 255:
+            return True
+    return False
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  damaged EXIF data: the pixels are whole
+        return 1
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
+def _is_hidden(image: Image.Image, values: np.ndarray) -> bool:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return False
+    if not values.size or (values != values[:, :1, :1]).any():
+        return False
+    low, high = image.convert("RGBA").getchannel("A").getextrema()
+    return low != high
+
+
+def _turned(orientation: int) -> str:
+    return f" (turned as its EXIF orientation {orientation} says)" if orientation != 1 else ""

@@ -1,0 +1,199 @@
+"""Image files below class folders: hidden names are left out, each real file is read once, loops of links end."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.images import decode
+from fbpc_ray.data.raw import Progress, RawSplit
+from fbpc_ray.data.splits import listed
+
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+}  # fmt: skip
+SYSTEM_NAMES = {
+    "__macosx", "lost+found", "@eadir", "@tmp", "@recycle", "@__thumb", "#recycle", "#snapshot", "$recycle.bin",
+    "system volume information", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+"""Names (lower case) that operating systems and storage devices put into folders."""
+MAX_DEPTH = 16
+"""Folders below a class folder."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the data set's: a leading dot, or a system's own name."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def subfolders(path: Path) -> list[Path]:
+    """The folders in `path`, by name, without hidden ones and links to `path` itself or a folder above it."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder")
+    real = os.path.realpath(path)
+    with os.scandir(path) as children:
+        return sorted(
+            Path(child.path) for child in children
+            if not is_hidden(child.name) and child.is_dir()
+            and not (child.is_symlink() and is_inside(real, os.path.realpath(child.path)))
+        )  # fmt: skip
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether the absolute `path` is `folder` or lies in it."""
+    return os.path.commonpath([path, folder]) == folder
+
+
+def loose_files(path: Path) -> list[Path]:
+    """The image files directly in `path`, by name."""
+    with os.scandir(path) as children:
+        return sorted(Path(child.path) for child in children if is_image(child.name) and not child.is_dir())
+
+
+@dataclass
+class Walk:
+    """What lies below the class folders of one split."""
+
+    files: list[Path] = field(default_factory=list)
+    """Image files, by class, then by path."""
+    labels: list[int] = field(default_factory=list)
+    real: set[str] = field(default_factory=set)
+    """Paths of the files with all links resolved."""
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(suffix, class) -> files that are left out."""
+    nested: list[str] = field(default_factory=list)
+    """Classes with several folders of images in them."""
+    repeated: int = 0
+    """Links to files that are read already."""
+    loops: int = 0
+    """Links to folders above them."""
+
+    def notes(self, path: Path) -> Iterator[str]:
+        """Notes on what is left out."""
+        if self.unread:
+            texts = []
+            for suffix in sorted({suffix for suffix, _ in self.unread}):
+                by_class = {name: n for (each, name), n in sorted(self.unread.items()) if each == suffix}
+                where = listed(f"{name} {n}" for name, n in by_class.items())
+                texts.append(f"{sum(by_class.values())} {suffix or 'without suffix'} ({where})")
+            yield (
+                f"{path}: left out {self.unread.total()} files that are not read as images: {', '.join(texts)}; "
+                "convert images among them to PNG"
+            )
+        if self.nested:
+            yield (
+                f"{path}: images lie deeper, in several folders below {listed(self.nested)}; "
+                "all below a class folder are of that class"
+            )
+        if self.repeated or self.loops:
+            yield (
+                f"{path}: left out {self.repeated + self.loops} links to files that are read already "
+                "or to folders above them"
+            )
+
+
+@dataclass
+class _Entry:
+    path: Path
+    real: str
+    label: int
+    linked: bool
+
+
+def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
+    """Collect the image files of `folders`, each (class name, label, class folder), of the split in `path`.
+
+    A real file is read once: at its own place where that is among `folders`, else at the first link to it.
+    """
+    result, progress, entries = Walk(), Progress(f"{path}: files seen"), list[_Entry]()
+    for name, label, folder in folders:
+        entries += _entries(result, progress, name, label, folder)
+    for entry in sorted(entries, key=lambda entry: (entry.linked, entry.label, entry.path)):
+        if entry.real in result.real:
+            result.repeated += 1
+            continue
+        result.real.add(entry.real)
+        result.files.append(entry.path)
+        result.labels.append(entry.label)
+    order = sorted(range(len(result.files)), key=lambda index: (result.labels[index], result.files[index]))
+    result.files = [result.files[index] for index in order]
+    result.labels = [result.labels[index] for index in order]
+    return result
+
+
+def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path) -> Iterator[_Entry]:
+    """Yield each image file below `top`, folders before links to folders; each real folder once."""
+    visited, holds_images = set[str](), Counter[str]()
+    todo, links = [(top, os.path.realpath(top), top.is_symlink(), 0)], list[tuple[Path, str, bool, int]]()
+    while todo or links:
+        folder, real, linked, depth = todo.pop() if todo else links.pop(0)
+        if real in visited:
+            result.loops += 1
+            continue
+        visited.add(real)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{folder} lies {depth} folders below its class; give a folder of train/CLASS/images")
+        with os.scandir(folder) as children:
+            for child in sorted((each for each in children if not is_hidden(each.name)), key=lambda each: each.name):
+                progress.step()
+                at = Path(child.path)
+                target = os.path.realpath(child.path) if child.is_symlink() else f"{real.rstrip(os.sep)}/{child.name}"
+                if child.is_dir():
+                    if not child.is_symlink():
+                        todo.append((at, target, linked, depth + 1))
+                    elif is_inside(real, target):
+                        result.loops += 1
+                    else:
+                        links.append((at, target, True, depth + 1))
+                elif is_image(child.name):
+                    if depth:
+                        holds_images[at.relative_to(top).parts[0]] += 1
+                    yield _Entry(at, target, label, linked or child.is_symlink())
+                else:
+                    result.unread[at.suffix.lower(), name] += 1
+    if len(holds_images) > 1:
+        result.nested.append(name)
+
+
+def by_class(path: Path, classes: Sequence[str]) -> list[tuple[str, int, Path]]:
+    """(class name, label, folder) for each folder in `path`; an accented letter is one or two characters (NFC, NFD).
+
+    Raises UserError for a folder of no class, and for two of one.
+    """
+    labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
+    folders: dict[int, Path] = {}
+    broken = next((child for child in path.iterdir() if child.is_symlink() and not child.exists()), None)
+    if broken and not is_hidden(broken.name):
+        raise UserError(f"{broken} is a link to a file or folder that doesn't exist; restore it or remove the link")
+    for folder in subfolders(path):
+        label = labels.get(unicodedata.normalize("NFC", folder.name))
+        if label is None:
+            raise UserError(f"{folder}: none of the classes ({listed(classes)}); rename or remove the folder")
+        if label in folders:
+            raise UserError(f"{folders[label]} and {folder} look the same (NFC and NFD); keep one")
+        folders[label] = folder
+    return [(classes[label], label, folder) for label, folder in sorted(folders.items())]
+
+
+def read_files(path: Path, files: Sequence[Path], labels: Sequence[int], notes: Iterable[str] = ()) -> RawSplit:
+    """Decode `files` of the split in `path`. Raises UserError where a file is missing or no image."""
+    if not files:
+        raise UserError(f"no image in {path}; add some to its class folders")
+
+    def place(index: int) -> str:
+        return str(files[index])
+
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing:
+        raise UserError(f"{missing} is missing or not a regular file; restore it")
+    images, seen = decode((file.read_bytes() for file in files), len(files), place, str(path))
+    return RawSplit(images, np.array(labels, np.int64), place, (*notes, *seen))

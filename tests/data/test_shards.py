@@ -1,0 +1,285 @@
+"""Parquet: which files are one whole set of a split, which columns and classes go together."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.data_files import encode, picture, rows, write_table
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.datasets import Dataset, load
+from fbpc_ray.data.shards import ShardName, parse_shard
+
+PRINTS = ("0a1b2c3d4e5f6071", "1a1b2c3d4e5f6072", "2a1b2c3d4e5f6073")
+
+
+def read(path: Path) -> Dataset:
+    return load(f"parquet:{path}")
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, *names: str, flip: bool = False) -> Path:
+    """A file of 4 images a class for each name; other images in each."""
+    for index, name in enumerate(names):
+        data = rows(4, 10 * index + 1000 * len(list(folder.glob("*"))))
+        write_table(folder / f"{name}.parquet", [(image, 1 - label if flip else label) for image, label in data])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("train", ("train", None, None, None)),
+        ("train-3", ("train", 3, None, None)),
+        ("train_03", ("train", 3, None, None)),
+        ("train-part-0", ("train", 0, None, None)),
+        ("train-00003-of-00010", ("train", 3, 10, None)),
+        ("train_3_of_10", ("train", 3, 10, None)),
+        (f"train-00003-of-00010-{PRINTS[0]}", ("train", 3, 10, PRINTS[0])),
+        (f"train-{PRINTS[0]}", ("train", None, None, PRINTS[0])),
+        ("train_noisy-00000-of-00002", ("train_noisy", 0, 2, None)),
+        ("train-00000-of-00001 (1)", ("train-00000-of-00001 (1)", None, None, None)),
+        ("train (copy)", ("train (copy)", None, None, None)),
+        ("train.bak", ("train.bak", None, None, None)),
+    ],
+)
+def test_the_parts_of_a_shard_name(name, parts):
+    assert parse_shard(name) == ShardName(*parts)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train",), ("TRAIN-0",), ("train-00000-of-00001",), (f"train-00000-of-00001-{PRINTS[0]}",), ("training",),
+        (f"train-00000-of-00002-{PRINTS[0]}", f"train-00001-of-00002-{PRINTS[1]}"), ("train-0", "train-1"),
+        ("train-1-of-2", "train-2-of-2"), ("train-part-0", "train-part-1"), ("train_images",),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("inner", ["", "data"])
+def test_one_whole_set_is_read(tmp_path, names, inner):
+    write(tmp_path / inner, *names, "test")
+    data = read(tmp_path)
+    assert len(data.train.labels) == 8 * len(names) and len(data.test.labels) == 8
+    usual = names[0].lower() not in ("training", "train_images")
+    assert usual == (not data.notes) and (usual or f"{names[0]} as the train split" in data.notes[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ((f"train-00000-of-00003-{PRINTS[0]}", f"train-00001-of-00003-{PRINTS[1]}"), "holds 2 of 3 files like"),
+        (("train-00000-of-00003", "train-00002-of-00003"), "holds 2 of 3 files like"),
+        (("train-00000-of-00002", "train-00005-of-00002"), "holds 2 of 2 files like"),
+        (
+            ("train-00000-of-00002", "train-00001-of-00002", "train-00000-of-00001"),
+            "several sets of files of the train",
+        ),
+        ((f"train-00000-of-00001-{PRINTS[0]}", f"train-00000-of-00001-{PRINTS[1]}"), "several sets of files"),
+        (("train", "train-00000-of-00001"), "several sets of files"),
+        (("train", "train-0"), "several sets of files"),
+        (("train-0", "train-00"), "several sets of files"),
+        (("train_noisy", "train_small"), "no train split"),
+        (("train (1)",), "no train split"),
+    ],
+)
+def test_what_is_no_whole_set_is_refused_with_its_files(tmp_path, names, said):
+    write(tmp_path, *names, "test")
+    assert said in refusal(tmp_path) and f"{names[0]}.parquet" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_noisy-00000-of-00002", "train_small", "train.bak", "train (copy)", "train - Copy", "Copy of train",
+        "train-00000-of-00001 (1)", "training", "trainval", "test_unlabelled", "test (1)", "metadata", "train_v2",
+    ],
+)  # fmt: skip
+def test_files_of_other_splits_and_copies_are_left_out_with_a_note(tmp_path, name):
+    write(tmp_path / "plain", "train-00000-of-00001", "test-00000-of-00001")
+    plain = read(tmp_path / "plain")
+    write(tmp_path / "plain", name, flip=True)
+    data = read(tmp_path / "plain")
+    assert data.fingerprint == plain.fingerprint
+    np.testing.assert_array_equal(data.test.images, plain.test.images)
+    assert len(data.notes) == 1 and f"left out {name}.parquet" in data.notes[0]
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    write(tmp_path, "train", "test")
+    (tmp_path / "._train.parquet").write_bytes(b"x")
+    assert len(read(tmp_path).train.labels) == 8 and not read(tmp_path).notes
+
+
+def test_a_file_beside_data_is_left_out_and_a_second_train_split_refused(tmp_path):
+    write(tmp_path / "data", "train", "test")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "metadata.parquet")
+    assert len(read(tmp_path).train.labels) == 8 and "left out metadata.parquet" in read(tmp_path).notes[0]
+    write(tmp_path, "train")
+    assert "both hold a train split" in refusal(tmp_path)
+
+
+def test_folders_of_several_configurations_are_named(tmp_path):
+    for name in ("default", "small"):
+        write(tmp_path / name, "train", "test")
+    assert "default, small" in refusal(tmp_path) and f"parquet:{tmp_path / 'default'}" in refusal(tmp_path)
+    assert len(read(tmp_path / "small").train.labels) == 8
+
+
+def test_one_shard_read_alone_says_so(tmp_path):
+    write(tmp_path, "train-00000-of-00003")
+    assert "one of 3 shards, read alone" in read(tmp_path / "train-00000-of-00003.parquet").notes[0]
+
+
+def test_a_folder_of_save_to_disk_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    assert "save_to_disk" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"<html>404</html>", "not a readable parquet file"),
+        (b"", "not a readable parquet file"),
+    ],
+)
+def test_files_that_are_no_parquet(tmp_path, content, said):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(content)
+    assert said in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.9])
+def test_a_cut_file_is_refused(tmp_path, at):
+    data = write(tmp_path, "train") / "train.parquet"
+    data.write_bytes(data.read_bytes()[: int(at * data.stat().st_size)])
+    assert "not a readable parquet file" in refusal(tmp_path)
+
+
+# ---- columns
+
+
+def test_train_and_test_must_have_one_column_of_labels(tmp_path):
+    write_table(tmp_path / "train.parquet", rows(4), label="fine_label", more={"label": [0, 1] * 4})
+    write_table(tmp_path / "test.parquet", rows(2, 50), label="fine_label")
+    assert "has the column label" in refusal(tmp_path) and "fine_label" in refusal(tmp_path)
+    write_table(tmp_path / "test.parquet", rows(2, 50), label="fine_label", more={"label": [0, 1] * 2})
+    assert "labels are of the column label, not of fine_label" in read(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize("label", ["label", "fine_label", "labels"])
+def test_columns_of_labels(tmp_path, label):
+    write_table(tmp_path / "train.parquet", rows(5), label=label)
+    assert read(tmp_path).classes == ("a", "b") and len(read(tmp_path).train.labels) == 8
+
+
+def test_names_of_classes_in_one_file_hold_for_all_and_two_orders_are_refused(tmp_path):
+    write_table(tmp_path / "train.parquet", rows(4))
+    write_table(tmp_path / "test.parquet", rows(2, 50), names=None)
+    data = read(tmp_path)
+    assert data.classes == ("a", "b") and len(data.train.labels) == 8 and len(data.test.labels) == 4
+    write_table(tmp_path / "test.parquet", rows(2, 50), names=("b", "a"))
+    assert "name different classes" in refusal(tmp_path)
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    write_table(tmp_path / "train.parquet", rows(5, classes=4), names=("crane", "crane", "", "x"))
+    assert read(tmp_path).classes == ("crane", "crane", "", "x")
+
+
+def test_a_class_without_images_is_refused(tmp_path):
+    write_table(tmp_path / "train.parquet", rows(4), names=("a", "b", "unknown"))
+    assert "class 'unknown' (label 2)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "\ud800", "x\x1b[0m"])
+def test_names_of_classes_that_no_file_can_hold_are_refused(tmp_path, name):
+    write_table(tmp_path / "train.parquet", rows(5), names=("a", name))
+    assert "rename the class" in refusal(tmp_path) and refusal(tmp_path).isprintable()
+
+
+@pytest.mark.parametrize("other", ["validation", "valid", "dev"])
+def test_a_test_split_without_labels_leaves_the_validation_split_as_test(tmp_path, other):
+    write_table(tmp_path / "train.parquet", rows(4))
+    write_table(tmp_path / f"{other}.parquet", rows(2, 40))
+    write_table(tmp_path / "test.parquet", [(image, -1) for image, _ in rows(3, 50)])
+    data = read(tmp_path)
+    assert len(data.test.labels) == 4 and "all of its labels are -1" in "\n".join(data.notes)
+    (tmp_path / f"{other}.parquet").unlink()
+    assert len(read(tmp_path).train.labels) == 6 and "drawn with seed 0, serve as test" in read(tmp_path).notes[-1]
+    write_table(tmp_path / "test.parquet", [*rows(1, 50), (rows(1, 60)[0][0], -1)])
+    assert "label -1 in the test split is negative" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "last", "said"),
+    [
+        (pa.float64(), 1.0, "column label is double; it must hold integers from 0; cast it"),
+        (pa.int8(), None, "row 7: column label is null"),
+        (pa.uint64(), 2**63 + 5, "row 7: label 9223372036854775813 is too large"),
+        (pa.dictionary(pa.int32(), pa.string()), "b", "dictionary<values=string"),
+    ],
+)
+def test_labels_that_are_no_integers(tmp_path, kind, last, said):
+    data = [(image, "a" if pa.types.is_dictionary(kind) else label) for image, label in rows(4)]
+    write_table(tmp_path / "train.parquet", [*data[:-1], (data[-1][0], last)], kind=kind)
+    assert said in refusal(tmp_path)
+
+
+def test_labels_of_text_are_refused_with_the_call_that_numbers_them(tmp_path):
+    write_table(tmp_path / "train.parquet", [(image, "ab"[label]) for image, label in rows(4)], kind=pa.string())
+    assert "class_encode_column('label')" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (pa.array([{"bytes": None, "path": f"/nowhere/{n}.png"} for n in range(4)],
+                  pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "holds paths (/nowhere/0.png)"),
+        (pa.array([[[[1]]]] * 4), "it must hold the bytes of image files"),
+        (pa.array([[1, 2]] * 4, pa.list_(pa.uint8())), "it must hold the bytes of image files"),
+        (pa.array([[{"bytes": b"x", "path": None}]] * 4), "it must hold the bytes of image files"),
+    ],
+    ids=["paths", "arrays", "lists of bytes", "lists of images"],
+)  # fmt: skip
+def test_columns_that_hold_no_images(tmp_path, image, said):
+    pq.write_table(pa.table({"image": image, "label": [0, 1, 0, 1]}), tmp_path / "train.parquet")
+    assert said in refusal(tmp_path)
+
+
+def test_another_size_is_refused_with_its_row(tmp_path):
+    write_table(tmp_path / "train.parquet", [*rows(4), (encode(picture(0, 9, (9, 8))), 0)])
+    assert "train.parquet, row 8: the image is 9x8" in refusal(tmp_path)
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """(h, w, 3) uint16 as a PNG, which PIL can read and not write."""
+    import struct
+    import zlib
+
+    h, w, _ = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def test_colour_images_of_16_bits_give_their_upper_8_with_a_note_and_dark_ones_are_refused(tmp_path):
+    pixels = {number: picture(0, number).astype(np.uint16) for number in range(10)}
+    bright = [(png_of_16_bits(each * 256 + 7), number % 2) for number, each in pixels.items()]
+    write_table(tmp_path / "train.parquet", bright)
+    write_table(tmp_path / "test.parquet", bright)
+    data = read(tmp_path)
+    np.testing.assert_array_equal(data.train.images[3], picture(0, 3).transpose(2, 0, 1))
+    assert "10 of 10 images have 16 bits a channel" in data.notes[0]
+    write_table(tmp_path / "train.parquet", [(png_of_16_bits(each // 4), n % 2) for n, each in pixels.items()])
+    assert "16 bits a channel" in refusal(tmp_path) and "scale" in refusal(tmp_path)
