@@ -6,6 +6,8 @@ normalisation and the names of the classes as JSON. Nothing is pickled.
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -86,30 +88,53 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
 
 
 def metadata(path: Place) -> dict[str, str]:
-    """The metadata in the header of the coreset at `path`: what made it. Raises UserError where `load` would."""
-    load(path)
-    with storage.local(path) as near, safe_open(near, framework="pt") as file:
-        return file.metadata() or {}
+    """Read the metadata in the header of the coreset at `path`, without its tensors.
+
+    Raises UserError where `load` would, but for the values of the tensors.
+    """
+    with _refusing(path), storage.local(path) as near, safe_open(near, framework="pt") as file:
+        facts = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in ("images", "labels")}
+        (m, channels, *_), labels = slices["images"].get_shape(), slices["labels"].get_shape()
+        types = slices["images"].get_dtype(), slices["labels"].get_dtype()
+        if types != ("F32", "I64") or len(slices["images"].get_shape()) != 4 or labels != [m]:
+            raise ValueError(f"images and labels are {types}, {m} and {labels}, expected F32 (m, c, h, w) and I64 (m,)")
+        mean, std, classes = _facts(facts)
+        if wrong := _problem_of_facts(mean, std, classes, channels):
+            raise ValueError(wrong)
+        return facts
 
 
 def load(path: Place) -> Coreset:
-    """The coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
-    try:
+    """Read the coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
+    with _refusing(path):
         with storage.local(path) as near, safe_open(near, framework="pt") as file:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
-        if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-        mean, std, classes = (tuple(json.loads(facts[name])) for name in ("mean", "std", "classes"))
-        coreset = Coreset(images, labels, mean, std, classes)
+        coreset = Coreset(images, labels, *_facts(facts))
         if wrong := problem(coreset):
             raise ValueError(wrong)
+        return coreset
+
+
+@contextmanager
+def _refusing(path: Place) -> Iterator[None]:
+    """Turn what fails in the block, which reads `path`, into a UserError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
         raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
-    return coreset
+
+
+def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """(mean, std, classes) of a header. Raises ValueError, KeyError or TypeError."""
+    if facts["format"] != FORMAT:
+        raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+    mean, std, classes = (tuple(json.loads(facts[name])) for name in ("mean", "std", "classes"))
+    return mean, std, classes
 
 
 def _ordered(data: bytes) -> bytes:
@@ -133,12 +158,21 @@ def problem(coreset: Coreset) -> str | None:
         return f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)"
     if not images.isfinite().all():
         return "some pixels are not finite"
-    if not len(mean) == len(std) == images.shape[1]:
-        return f"{len(mean)} means and {len(std)} stds for {images.shape[1]} channels"
+    if wrong := _problem_of_facts(mean, std, classes, images.shape[1]):
+        return wrong
+    if labels.min() < 0 or labels.max() >= len(classes):
+        return f"labels from {int(labels.min())} to {int(labels.max())}, but {len(classes)} classes"
+    return None
+
+
+def _problem_of_facts(
+    mean: tuple[float, ...], std: tuple[float, ...], classes: tuple[str, ...], channels: int
+) -> str | None:
+    """Why these are no normalisation of `channels` channels and no names, or None."""
+    if not len(mean) == len(std) == channels:
+        return f"{len(mean)} means and {len(std)} stds for {channels} channels"
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std) or min(std) <= 0:
         return f"mean {mean} and std {std} are not a normalisation"
     if not all(isinstance(name, str) for name in classes):
         return "the names of the classes are not text"
-    if labels.min() < 0 or labels.max() >= len(classes):
-        return f"labels from {int(labels.min())} to {int(labels.max())}, but {len(classes)} classes"
     return None

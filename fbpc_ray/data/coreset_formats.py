@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -211,9 +212,7 @@ def _read(where: Path, dataset: Dataset) -> _Raw:
     if not where.exists():
         raise FileNotFoundError(2, "", str(where))
     if where.is_file():
-        if where.suffix not in SUFFIXES:
-            raise UserError(f"{where}: a coreset is a folder or a file that ends in {', '.join(SUFFIXES)}")
-        return SUFFIXES[where.suffix](where)
+        return SUFFIXES[_suffix(where)](where)
     if (where / "config.json").exists() and (where / OF_A_RUN).exists():
         return _read_safetensors(where / OF_A_RUN)
     if (where / PAIR[0]).exists():
@@ -221,6 +220,22 @@ def _read(where: Path, dataset: Dataset) -> _Raw:
     if any(where.glob("*.parquet")) or any(where.glob("data/*.parquet")):
         return _read_parquet(where)
     return _read_folders(where, dataset)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a file, by its name, or of a file without a known one by its first bytes."""
+    if path.suffix in SUFFIXES:
+        return path.suffix
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(b"PK"):  # a zip file, as npz and torch's files are
+        with zipfile.ZipFile(path) as archive:
+            return ".npz" if any(name.endswith(".npy") for name in archive.namelist()) else ".pt"
+    if start.startswith(b"PAR1"):
+        return ".parquet"
+    if start[8:] == b"{":  # after 8 bytes of length, the header
+        return ".safetensors"
+    raise UserError(f"{path}: a coreset is a folder or a file that ends in {', '.join(SUFFIXES)}; rename or export it")
 
 
 def _read_safetensors(path: Path) -> _Raw:

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.coreset import Coreset, balanced, load, save
+from fbpc_ray.data.coreset import Coreset, balanced, load, metadata, save
 
 NAMES = ("cat", "dog", "ship")
 
@@ -184,3 +184,42 @@ def test_metadata_may_not_hide_the_files_own(tmp_path):
     with pytest.raises(ValueError, match="mean"):
         save(coreset(), tmp_path / "c", {"mean": "[0]"})
     assert not list(tmp_path.iterdir())
+
+
+# The header
+
+
+def test_metadata_reads_the_header_and_no_tensor(tmp_path, monkeypatch):
+    path = tmp_path / "coreset.safetensors"
+    save(coreset(), path, {"step": "7"})
+    pages = bytearray(path.read_bytes())
+    pages[-coreset().images.numel() * 4 :] = b"\xff" * (coreset().images.numel() * 4)  # all of them NaN
+    path.write_bytes(pages)
+    assert metadata(path)["step"] == "7"
+    assert "not finite" in refusal(load, path)
+
+
+def test_metadata_refuses_the_headers_that_load_refuses(tmp_path):
+    path = tmp_path / "coreset.safetensors"
+    facts = {"format": "1", "mean": "[0]", "std": "[1]", "classes": '["a", "b"]'}
+    images, labels = torch.zeros(2, 1, 3, 3), torch.tensor([0, 1])
+    wrong = [
+        ({"images": images, "labels": labels}, facts | {"format": "2"}),
+        ({"images": images, "labels": labels}, facts | {"std": "[0]"}),
+        ({"images": images, "labels": labels}, facts | {"mean": "[0, 0]"}),
+        ({"images": images, "labels": labels}, facts | {"classes": "[1, 2]"}),
+        ({"images": images, "labels": labels[:1]}, facts),
+        ({"images": images[0], "labels": labels}, facts),
+        ({"images": images[0, 0, 0], "labels": labels}, facts),
+        ({"images": images.double(), "labels": labels}, facts),
+        ({"images": images}, facts),
+        ({"images": images, "labels": labels}, {}),
+    ]
+    for tensors, words in wrong:
+        path.write_bytes(to_bytes(tensors, words))
+        assert "is not a coreset" in refusal(metadata, path) and refusal(load, path)
+    path.write_bytes(to_bytes({"images": images, "labels": labels}, facts))
+    assert metadata(path) == facts
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "is not a coreset" in refusal(metadata, path)
+    assert "there is no coreset" in refusal(metadata, tmp_path / "none")

@@ -60,6 +60,20 @@ def suffixed(folder: Path, kind: str) -> Path:
     return folder / f"it{coreset_formats.SINGLE.get(kind, '')}"
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("name", ["mine", "mine.v2"])
+def test_a_file_without_a_known_suffix_is_read_by_its_content(made, colour, kind, name, tmp_path):
+    found = coreset_formats.load(exported(made, kind, tmp_path / name), colour)
+    assert torch.equal(found.coreset.images, made.images) and torch.equal(found.coreset.labels, made.labels)
+
+
+def test_a_file_of_unknown_content_and_suffix_is_refused(colour, tmp_path):
+    for content in (b"", b"text", b"PK\x03\x04", b"{}"):
+        (tmp_path / "mine").write_bytes(content)
+        with pytest.raises(UserError, match="coreset"):
+            coreset_formats.load(tmp_path / "mine", colour)
+
+
 def same(one: Coreset, other: Coreset) -> bool:
     return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) and one[2:] == other[2:]
 
