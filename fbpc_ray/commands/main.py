@@ -174,12 +174,7 @@ def reproduce(words: Sequence[str]) -> None:
     args = parse(ReproduceArguments, words, "fbpc reproduce")
     from fbpc_ray.commands import reproduce as reproduction
 
-    given = vars(args)
-    names = {"cifar10": "cifar10", "cifar100": "cifar100", "tiny-imagenet": "tiny_imagenet"}
-    sources = {data: given.pop(name) for data, name in names.items()}
-    places = {name: given.pop(name) for name in ("data_root", "download", "experts", "tracking", "experiment")}
-    base = Config(workers=given.pop("workers")).updated(**places)
-    reproduction.reproduce(given.pop("table"), base, sources, **given)
+    reproduction.reproduce(args)
 
 
 def report(words: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
-"""`fbpc reproduce`: a table or figure of the paper, from its settings to its last printed line."""
+"""`fbpc reproduce`: make a table or figure of the paper, print it, and log it to MLflow."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from fbpc_ray.commands.arguments import ReproduceArguments
 from fbpc_ray.commands.distill import log, says_how_to_resume
 from fbpc_ray.core.config import Config, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest
@@ -17,47 +18,42 @@ from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import default_uri
 
 
-def reproduce(
-    table: str,
-    base: Config,
-    sources: dict[str, str],
-    *,
-    scale: str,
-    ipc: tuple[int, ...],
-    distill_seeds: int,
-    num_chains: int,
-    only: tuple[str, ...],
-    override: tuple[str, ...],
-    corruptions: str,
-    cost_steps: int,
-    out: str,
-    dry_run: bool,
-) -> None:
-    """Make a table or figure of the paper, or what is missing of it, and print it."""
-    if table not in TABLES:
-        raise UserError(f"unknown table '{table}': {closest(table, list(TABLES))}")
-    for name, value in (("--distill-seeds", distill_seeds), ("--num-chains", num_chains), ("--cost-steps", cost_steps)):
-        if value < 0 or (value == 0 and name == "--cost-steps"):
-            raise UserError(f"{name} is {value}: it must be 1 or more")
-    if any(count < 1 for count in ipc):
-        raise UserError(f"--ipc {' '.join(map(str, ipc))}: ask for at least 1 image a class")
-    size, folder = SCALES[scale], local_folder(out, "--out").absolute()
-    size = size._replace(distill_seeds=distill_seeds or size.distill_seeds, num_chains=num_chains or size.num_chains)
-    options = Options(
-        table, scale, Request(size, sources, ipc, _overrides(override), base), folder, only,
-        Path(corruptions) if corruptions else None, cost_steps, dry_run,
+def reproduce(args: ReproduceArguments) -> None:
+    """Make the missing rows of a table or figure of the paper, and print it."""
+    if args.table not in TABLES:
+        raise UserError(f"unknown table '{args.table}': {closest(args.table, list(TABLES))}")
+    for flag, value, least in (
+        ("--distill-seeds", args.distill_seeds, 0), ("--num-chains", args.num_chains, 0),
+        ("--cost-steps", args.cost_steps, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"{flag}: must be {least} or more, got {value}")
+    if any(count < 1 for count in args.ipc):
+        raise UserError(f"--ipc: must be 1 or more, got {' '.join(map(str, args.ipc))}")
+    base = Config(workers=args.workers).updated(
+        data_root=args.data_root, download=args.download, experts=args.experts, tracking=args.tracking,
+        experiment=args.experiment,
     )  # fmt: skip
-    with says_how_to_resume("the same command goes on"):
-        path, found = run.reproduce(options, log)
-    if dry_run:
+    sources = {"cifar10": args.cifar10, "cifar100": args.cifar100, "tiny-imagenet": args.tiny_imagenet}
+    scale, folder = SCALES[args.scale], local_folder(args.out, "--out").absolute()
+    scale = scale._replace(
+        distill_seeds=args.distill_seeds or scale.distill_seeds, num_chains=args.num_chains or scale.num_chains
+    )
+    options = Options(
+        args.table, args.scale, Request(scale, sources, args.ipc, _overrides(args.override), base), folder, args.only,
+        Path(args.corruptions) if args.corruptions else None, args.cost_steps, args.dry_run,
+    )  # fmt: skip
+    with says_how_to_resume("run the same command again to continue"):
+        path, rows = run.reproduce(options, log)
+    if args.dry_run:
         return
-    if base.output.tracking and found:
-        _track_table(options, path, found)
+    if args.tracking and rows:
+        _track_table(options, path, rows)
     log(f"\n{path.read_text()}\n{path}")
 
 
 def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> None:
-    """One MLflow run for the table as it stands: its cells as metrics, its Markdown, picture and rows as artifacts."""
+    """Log the table to MLflow as a run: its cells as metrics; its Markdown, picture and rows as artifacts."""
     tracking = mlflow_module(f"everything is in {options.out}", log)
     if not tracking:
         return
@@ -84,9 +80,6 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
 
 
 def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
-    """FLAG=VALUE words as values of the flags' types. Raises UserError."""
-    found = {}
-    for word in words:
-        name, text = from_word(word, "--override")
-        found[name] = from_text(name, text, f"--override {word}")
-    return found
+    """Parse FLAG=VALUE words into {flag: value}. Raises UserError."""
+    pairs = [(word, *from_word(word, "--override")) for word in words]
+    return {name: from_text(name, text, f"--override {word}") for word, name, text in pairs}
