@@ -1,4 +1,4 @@
-"""`fbpc export`, and `fbpc evaluate` of a coreset that is no run's: from settings to the last printed line."""
+"""`fbpc export`, and `fbpc evaluate --coreset`."""
 
 import json as json_format
 from pathlib import Path
@@ -43,11 +43,11 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
         "education only",
     ),
 }
-"""Data set -> the licence of its images: as the Hub's card writes it, and in words."""
+"""Data set -> the licence of its images: as fields of the Hub's card, and in words."""
 
 
 def export(folder: Place, kind: str, out: str) -> None:
-    """Write the coreset of the run in `folder` in format `kind` to `out`. Raises UserError where something is there."""
+    """Write the coreset of the run in `folder` in format `kind` to `out`. Raises UserError if `out` exists."""
     run, settings = RunDirectory(folder), read_config(folder)
     found = coreset.load(run.coreset_path)
     data = _short(settings.data.data)
@@ -55,7 +55,7 @@ def export(folder: Place, kind: str, out: str) -> None:
     facts = {name: written[name] for name in ("method", "step", "commit") if name in written} | {"data": data}
     try:
         result = run.read_result()
-    except UserError:  # an export needs none
+    except UserError:  # an export goes without a result
         result = None
     if result and not results.is_of_step(result, facts.get("step")):
         result = None
@@ -68,20 +68,20 @@ def export(folder: Place, kind: str, out: str) -> None:
     coreset_formats.write(coreset_formats.files(found, kind, facts, card(found, kind, settings, facts, result)), target)
     log(f"export: {target}")
     if kind == "png":
-        log("note: rounded to 8 bits a channel; hf, safetensors, pt and npz are exact")
+        log("note: png rounds to 8 bits a channel; hf, safetensors, pt and npz are exact")
 
 
 def _short(data: str) -> str:
-    """The name of a data set without the folders of this machine."""
+    """Return the name of a data set without the folders of this machine."""
     kind, colon, path = data.partition(":")
     return f"{kind}:{Path(path).name}" if colon else data
 
 
 def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> str:
-    """README.md of an export: what it is, how it is read, what made it, and whose images it stands for."""
+    """Return README.md of an export: contents, how to read it, settings, scores, and the source's licence."""
     m, c, h, w = found.images.shape
     licence, source = LICENCES.get(
-        facts["data"], ({"license": "unknown"}, "Not known here: that of the images it was made from")
+        facts["data"], ({"license": "unknown"}, "Unknown: the licence of the images that it was made from")
     )
     names = {str(label): name for label, name in enumerate(found.classes)}
     head = {

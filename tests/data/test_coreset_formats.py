@@ -217,7 +217,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
             {"license": "other", "license_name": "imagenet", "license_link": "https://www.image-net.org/download.php"},
             "non-commercial research",
         ),
-        ("folder:cats", {"license": "unknown"}, "Not known here"),
+        ("folder:cats", {"license": "unknown"}, "Unknown: the licence"),
     ],
 )
 def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data, licence, words):
