@@ -110,6 +110,11 @@ def _no_train(path: Path, files: list[Path]) -> UserError:
             "train*.parquet, e.g. train-00000-of-00001.parquet"
         )
     inner = [child for child in subfolders(path) if parquet_files(child) or parquet_files(child / "data")]
+    if "train" in choose([child.name for child in inner], path):
+        return UserError(
+            f"no .parquet file in {path}, but in {listed(child.name for child in inner)}: move the files of train to "
+            f"{path / 'train-00000-of-00001.parquet'} and so on"
+        )
     if inner:
         return UserError(
             f"no .parquet file in {path} or {path / 'data'}, but in the folders {listed(at.name for at in inner)}; "

@@ -133,6 +133,12 @@ def test_folders_of_several_configurations_are_named(tmp_path):
     assert len(read(tmp_path / "small").train.labels) == 8
 
 
+def test_splits_that_are_folders_are_refused_with_the_names_to_give(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / name, "0000")
+    assert "move the files of train to" in refusal(tmp_path)
+
+
 def test_one_shard_read_alone_says_so(tmp_path):
     write(tmp_path, "train-00000-of-00003")
     assert "one of 3 shards, read alone" in read(tmp_path / "train-00000-of-00003.parquet").notes[0]
