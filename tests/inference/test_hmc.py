@@ -229,7 +229,7 @@ FEATURES, CLASSES, UNITS = 8, 3, 3
 SHAPES = {linear: {"w": (FEATURES, CLASSES)}, hidden: {"w": (FEATURES, UNITS), "v": (UNITS, CLASSES)}}
 
 
-@pytest.mark.parametrize("forward", SHAPES)
+@pytest.mark.parametrize("forward", [linear, pytest.param(hidden, marks=pytest.mark.slow)])
 def test_sghmc_agrees_with_hmc_on_digits(forward):
     """Consistent SGHMC has the predictive mean and variance of HMC at temperature d, on a linear softmax and on a
     network with a hidden layer: 12 digits of 3 classes in 8 features, the probabilities of 30 other digits.
