@@ -36,16 +36,16 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test: setup
-	$(PYTEST) -m $(QUICK) $(ARGS)
+	$(PYTEST) -m $(QUICK) $(COVERAGE) $(ARGS)
 
 test-rest: setup
-	$(PYTEST) -m $(REST) $(ARGS)
+	$(PYTEST) -m $(REST) $(COVERAGE) $(ARGS)
 
 # Coverage counts the lines that run in pytest's own processes, not those in Ray's workers and other children.
 test-full: setup
 	$(BIN)/coverage erase
-	$(MAKE) test ARGS='--cov --cov-report= $(ARGS)'
-	$(MAKE) test-rest ARGS='--cov --cov-append --cov-report=term $(ARGS)'
+	$(MAKE) test COVERAGE="--cov --cov-report="
+	$(MAKE) test-rest COVERAGE="--cov --cov-append --cov-report=term"
 
 DEVICE ?= cpu
 bench: setup
