@@ -22,7 +22,7 @@ ROOMS = (
 
 ONLY = {
     "ray": ("execution.ray.", "tuning.ray_tune.", "tuning.search_space."),
-    "mlflow": ("tracking.tracker.", "tracking.mlflow_model.", "tracking.pyfunc_model."),
+    "mlflow": ("tracking.mlflow_client.", "tracking.mlflow_model.", "tracking.pyfunc_model."),
     "matplotlib": ("reporting.image_grids.", "reporting.charts."),
 }
 """Library -> the modules, or the folder, that may import it."""

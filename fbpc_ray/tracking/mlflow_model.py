@@ -1,4 +1,4 @@
-"""An ensemble as an MLflow model, in a folder or as an output of a run; tracking.py says how MLflow is set up."""
+"""An ensemble as an MLflow model, in a folder or as an output of a run; mlflow_client.py sets MLflow up."""
 
 import contextlib
 import shutil
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fbpc_ray.tracking.tracker import reason, silence_warnings
+from fbpc_ray.tracking.mlflow_client import reason, silence_warnings
 from fbpc_ray.tracking.uri import absolute
 
 

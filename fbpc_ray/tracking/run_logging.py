@@ -1,8 +1,9 @@
-"""What runs in MLflow are called and carry, so that any two compare at once, and how they begin and end."""
+"""MLflow runs of distillations and evaluations: their names, tags and params, their start and end."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from fbpc_ray.core import files
@@ -15,100 +16,76 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution.session import Log
+from fbpc_ray.tracking.protocol import NullTracker, Tracker
 from fbpc_ray.tracking.uri import default_uri
 
 
-class NullTracker:
-    """In the place of a Tracker where there is none."""
-
-    run_id = None
-    uri = ""
-
-    def log_metrics(self, values: dict[str, float], step: int) -> None: ...
-
-    def log_image(self, key: str, image: Any, step: int) -> None: ...
-
-    def log_artifact(self, path: Place, folder: str | None = None) -> None: ...
-
-    def set_tags(self, values: dict[str, str]) -> None: ...
-
-    def finish(self, status: str) -> None: ...
-
-
-def mlflow_module(otherwise: str, log: Log) -> Any:
-    """The module `tracking`, or None, said, where there is no MLflow."""
+def mlflow_module(fallback: str, log: Log) -> ModuleType | None:
+    """Import and return `tracking.tracker`; None where MLflow is missing, and the log says what holds instead."""
     try:
-        from fbpc_ray.tracking import tracker as tracking
+        from fbpc_ray.tracking import tracker
     except ImportError as error:
-        log(f"note: no MLflow ({error}); {otherwise}")
+        log(f"note: no MLflow ({error}); {fallback}")
         return None
-    return tracking
+    return tracker
 
 
 def run_tags(config: Config, data: str) -> dict[str, str]:
-    """The tags by which runs are told apart and grouped; `data` is the name of the data set."""
+    """Return the tags that tell runs apart and group them; `data` is the name of the data set."""
     d = config.distillation
     architectures = " ".join(config.networks.architectures)
     return {"method": d.method, "data": data, "ipc": str(d.ipc), "architectures": architectures}
 
 
-ALWAYS = (
+ALWAYS_LOGGED = (
     "method", "data", "ipc", "architectures", "width", "steps", "alpha", "start_epoch", "start_rule", "seed",
 )  # fmt: skip
 
 
 def run_params(config: Config) -> dict[str, Any]:
-    """What MLflow shows as parameters: the preset, and the settings that are not its own, those that a method brings
-    among them. Not all: it writes them above every picture of its slider, and sixty would leave no room for it.
-    `config.json`, an artifact, has the others."""
-    row, start = start_of(config)
-    before = start.flat()
-    return {"preset": row or "none"} | {
+    """Return MLflow's params: the preset, and the settings that differ from it, a method's own among them.
+
+    Not all settings: MLflow writes the params above every image of its slider, and sixty would leave no room for it.
+    The artifact `config.json` has the others.
+    """
+    preset, start = start_of(config)
+    defaults = start.flat()
+    return {"preset": preset or "none"} | {
         name: " ".join(value) if isinstance(value, tuple) else value
         for name, value in config.flat().items()
-        if name in ALWAYS or (value != before[name] and name not in ELSEWHERE)
+        if name in ALWAYS_LOGGED or (value != defaults[name] and name not in ELSEWHERE)
     }
 
 
 def provenance_tags(provenance: Provenance) -> dict[str, str]:
-    """The tags that say what made a run."""
+    """Return the tags for code, device and versions."""
     versions = {f"version.{name}": version for name, version in provenance.versions.items()}
     return {"commit": provenance.commit, "device": provenance.device, **versions}
 
 
-def description_tag(config: Config, data: str, scored: results.Evaluated) -> dict[str, str]:
-    """The tag that MLflow shows as the description of a run: what it is, and its scores."""
+def description_tag(config: Config, data: str, scores: Sequence[ChainScore] | results.NestedScores) -> dict[str, str]:
+    """Return the tag that MLflow shows as a run's description: method and data, and the table of scores."""
     d = config.distillation
-    told = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"
-    return {"mlflow.note.content": f"{told}:\n\n```\n{results.table(scored)}\n```"}
+    text = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"
+    return {"mlflow.note.content": f"{text}:\n\n```\n{results.table(scores)}\n```"}
 
 
 @contextmanager
 def track_distillation(
     config: Config, dataset: Dataset, run: RunDirectory, provenance: Provenance, log: Log
-) -> Iterator[Any]:
-    """The Tracker of a distillation's run, which a resume goes on with; ended as the block ends."""
-    tracking = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
-    if not tracking:
-        yield NullTracker()
-        return
-    uri = default_uri(home())
-    tracker = tracking.MlflowTracker(
-        uri,
-        config.output.experiment,
-        run_name=run.folder.name,
-        run_id=_id_in(run, uri),
-        tags={**run_tags(config, dataset.name), **provenance_tags(provenance), "folder": str(run.folder)},
-        params=run_params(config),
-        log=log,
-    )
+) -> Iterator[Tracker]:
+    """Yield the tracker of a distillation; a resumed run continues its MLflow run. The run ends with the block."""
+    tags = {**run_tags(config, dataset.name), **provenance_tags(provenance), "folder": str(run.folder)}
+    run_id = _run_id(run, default_uri(home()))
+    tracker = _start_tracker(config, run, log, run_name=run.folder.name, run_id=run_id, tags=tags)
     for part in ("train", "validation", "test"):
         split = getattr(dataset, part)
         if len(split.labels):
             tracker.log_dataset(dataset.name, dataset.name, split.images, split.labels, part)
     try:
-        with _ended(tracker):
+        with _finishing(tracker):
             yield tracker
     finally:
         write_run_reference(run, tracker)
@@ -120,36 +97,45 @@ def track_evaluation(
     dataset: Dataset,
     run: RunDirectory,
     name: str,
-    tags: dict[str, str],
+    tags: Mapping[str, str],
     provenance: Provenance,
     log: Log,
-) -> Iterator[Any]:
-    """The Tracker of an evaluation called `name`, whose run stands under that of the distillation, with the same names
-    of metrics; ended as the block ends."""
-    tracking = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
-    if not tracking:
-        yield NullTracker()
-        return
-    uri = default_uri(home())
-    parent = _id_in(run, uri)
-    tracker = tracking.MlflowTracker(
-        uri,
-        config.output.experiment,
-        run_name=f"{run.folder.name}/{name}",
-        tags={
-            **({"mlflow.parentRunId": parent} if parent else {}),
-            **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
-        },
-        params=run_params(config),
-        log=log,
-    )  # fmt: skip
-    with _ended(tracker):
+) -> Iterator[Tracker]:
+    """Yield the tracker of an evaluation called `name`, a child of the distillation's MLflow run.
+
+    Its metrics have the names of the distillation's. The run ends with the block.
+    """
+    parent = _run_id(run, default_uri(home()))
+    tags = {
+        **({"mlflow.parentRunId": parent} if parent else {}),
+        **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
+    }  # fmt: skip
+    tracker = _start_tracker(config, run, log, run_name=f"{run.folder.name}/{name}", run_id=None, tags=tags)
+    with _finishing(tracker):
         yield tracker
 
 
+def _start_tracker(
+    config: Config, run: RunDirectory, log: Log, *, run_name: str, run_id: str | None, tags: Mapping[str, str]
+) -> Tracker:
+    """Return a tracker; one that logs nothing with --no-tracking and where MLflow is missing."""
+    mlflow = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    if mlflow is None:
+        return NullTracker()
+    return mlflow.MlflowTracker(
+        default_uri(home()),
+        config.output.experiment,
+        run_name=run_name,
+        run_id=run_id,
+        tags=tags,
+        params=run_params(config),
+        log=log,
+    )
+
+
 @contextmanager
-def _ended(tracker: Any) -> Iterator[None]:
-    """Finish it as the block ends, with the status that says how."""
+def _finishing(tracker: Tracker) -> Iterator[None]:
+    """Finish the tracker as the block ends: FINISHED, FAILED, or KILLED by an interruption."""
     status = "FAILED"
     try:
         yield
@@ -161,26 +147,30 @@ def _ended(tracker: Any) -> Iterator[None]:
         tracker.finish(status)
 
 
+def _reference_path(run: RunDirectory) -> Place:
+    return run.folder / "mlflow.json"
+
+
 def read_run_reference(run: RunDirectory) -> dict[str, str]:
-    """{"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
-    path = run.folder / "mlflow.json"
+    """Return {"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
+    path = _reference_path(run)
     if not path.exists():
         return {}
     with undamaged(path, "delete it, and the run is logged as a new one"):
-        told = json.loads(path.read_text())
-        return {name: str(told[name]) for name in ("uri", "run_id")}
+        reference = json.loads(path.read_text())
+        return {name: str(reference[name]) for name in ("uri", "run_id")}
 
 
-def _id_in(run: RunDirectory, uri: str) -> str | None:
-    """The id of the run in the store `uri`; None where it isn't there."""
-    before = read_run_reference(run)
-    return before.get("run_id") if before.get("uri") == uri else None
-
-
-def write_run_reference(run: RunDirectory, tracker: Any) -> None:
-    """Keep the id of the MLflow run, so that --resume goes on with it."""
-    path = run.folder / "mlflow.json"
+def write_run_reference(run: RunDirectory, tracker: Tracker) -> None:
+    """Write the id of the MLflow run, so that --resume continues it; nothing while the run has no id."""
+    path = _reference_path(run)
     if tracker.run_id:
         text = json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}) + "\n"
         if not path.exists() or path.read_text() != text:
             files.write_text(path, text)
+
+
+def _run_id(run: RunDirectory, uri: str) -> str | None:
+    """Return the id of the run in the store `uri`; None where that store has no such run."""
+    reference = read_run_reference(run)
+    return reference.get("run_id") if reference.get("uri") == uri else None

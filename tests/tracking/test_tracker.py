@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from support.processes import free_port
 
-from fbpc_ray.tracking import tracker as tracking
+from fbpc_ray.tracking import mlflow_client
 from fbpc_ray.tracking import uri as mlflow_uri
 from fbpc_ray.tracking.tracker import Metric, MlflowClient, MlflowTracker
 
@@ -225,7 +225,7 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", "/nowhere")
     assert mlflow_uri.ui_command("sqlite:////r.db").startswith(f"{Path(sys.executable).with_name('fbpc')} ui ")
     names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}
-    assert {name: tracking._name(name) for name in names} == names
+    assert {name: mlflow_client.valid_name(name) for name in names} == names
 
 
 @pytest.mark.slow
@@ -237,7 +237,9 @@ def test_two_first_uses_at_once_are_silent_and_safe(tmp_path: Path):
         "                     finish_seconds=250)\n"
         "t.log_metrics({'a': 1}, 0); t.finish('FINISHED'); print('pending', t.pending)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in tracking.ENVIRONMENT}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("MLFLOW") and k not in mlflow_client.ENVIRONMENT
+    }
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipe = subprocess.PIPE
     both = [subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
@@ -468,7 +470,7 @@ def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
         tracker.finish(status)
     other = MlflowTracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
     assert other.wait(300)
-    found = tracking.find_runs(store, "keyed", "sweep_id", "s")
+    found = mlflow_client.find_runs(store, "keyed", "sweep_id", "s")
     assert found.keys() == {"sweep/3", "sweep/4"}
     assert (found["sweep/3"].run_id, found["sweep/3"].running) == (tracker.run_id, False)
     assert found["sweep/4"].running
@@ -478,5 +480,5 @@ def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
     page = mlflow_uri.compare_url("http://host:1/", "7", ["a", "b"])
     runs = "runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
     assert page == f"http://host:1/#/compare-runs?{runs}&workflowType=machine_learning"
-    assert tracking.find_runs(store, "no such experiment", "sweep_id", "s") == {}
-    assert tracking.find_runs("http://127.0.0.1:9", "keyed", "sweep_id", "s") == {}
+    assert mlflow_client.find_runs(store, "no such experiment", "sweep_id", "s") == {}
+    assert mlflow_client.find_runs("http://127.0.0.1:9", "keyed", "sweep_id", "s") == {}

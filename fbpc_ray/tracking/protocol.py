@@ -1,0 +1,64 @@
+"""What a tracker of a run does, whoever stores it."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from fbpc_ray.core.storage import Place
+
+
+class Tracker(Protocol):
+    """A run in a tracking store. No method raises because of the store."""
+
+    @property
+    def run_id(self) -> str | None:
+        """None while the store has not answered."""
+        ...
+
+    @property
+    def uri(self) -> str:
+        """Of the store; empty where there is none."""
+        ...
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the run has an id, `seconds` at most; return whether it has one."""
+        ...
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def log_image(self, key: str, image: np.ndarray, step: int) -> None:
+        """Log an image (h, w, 3) uint8 of a series."""
+        ...
+
+    def log_artifact(self, path: Place, folder: str | None = None) -> None: ...
+
+    def log_dataset(self, name: str, source: str, images: np.ndarray, labels: np.ndarray, context: str) -> None: ...
+
+    def set_tags(self, values: Mapping[str, str]) -> None: ...
+
+    def finish(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        ...
+
+
+class NullTracker:
+    """A tracker that logs nothing."""
+
+    run_id: str | None = None
+    uri: str = ""
+
+    def wait(self, seconds: float) -> bool:
+        return False
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def log_image(self, key: str, image: np.ndarray, step: int) -> None: ...
+
+    def log_artifact(self, path: Place, folder: str | None = None) -> None: ...
+
+    def log_dataset(self, name: str, source: str, images: np.ndarray, labels: np.ndarray, context: str) -> None: ...
+
+    def set_tags(self, values: Mapping[str, str]) -> None: ...
+
+    def finish(self, status: str) -> None: ...
