@@ -22,8 +22,8 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import denormalise
 from fbpc_ray.evaluation.results import finite
-from fbpc_ray.reporting import charts, html, image_grids, run_figures
-from fbpc_ray.reporting.html import Block, Code, Facts, Heading, Picture, Table, Text
+from fbpc_ray.reporting import charts, html, image_grids, markdown, run_figures
+from fbpc_ray.reporting.document import GENERATOR, Block, Code, Facts, Heading, Picture, Table, Text, pictures
 from fbpc_ray.reporting.run_reader import SHOWN, EndedRun, Values, image, read
 
 METHODS = {
@@ -59,9 +59,9 @@ def report(runs: Sequence[str], out: str, log: Callable[[str], None]) -> None:
     title, blocks = document(found)
     foot = f"Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by fbpc-ray {__version__}."
     folder = f"{target.name.removesuffix('.html')}-files"
-    for picture in html.pictures(blocks):
+    for picture in pictures(blocks):
         files.write_bytes(_beside(target, folder) / f"{picture.name}.png", picture.png)
-    files.write_text(texts[1], html.to_markdown(title, blocks, foot, folder))
+    files.write_text(texts[1], markdown.to_markdown(title, blocks, foot, folder))
     files.write_text(texts[0], html.to_html(title, blocks, foot))
     log(f"report:   {texts[0]}\nMarkdown: {texts[1]}, its pictures in {folder}")
 
@@ -98,7 +98,7 @@ def _beside(path: Place, name: str) -> Place:
 
 
 def _refuse_others(path: Place) -> None:
-    if path.exists() and (not path.is_file() or html.GENERATOR.encode() not in path.read_bytes()[:300]):
+    if path.exists() and (not path.is_file() or GENERATOR.encode() not in path.read_bytes()[:300]):
         raise UserError(f"{path} is there and is no report: give another --out")
 
 

@@ -15,7 +15,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, OOD_QUANTITIES, finite, is_of_step
-from fbpc_ray.reporting import html
+from fbpc_ray.reporting.document import is_png
 
 SHOWN = MAIN_QUANTITIES | {
     name: quantity._replace(label=f"AUROC {quantity.label}") for name, quantity in OOD_QUANTITIES.items()
@@ -126,7 +126,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
 
 def image(path: Place) -> bytes:
     data = path.read_bytes()
-    if not html.is_png(data):
+    if not is_png(data):
         raise UserError(f"{path} is no PNG: delete it, and the report goes without")
     return data
 

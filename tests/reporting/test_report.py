@@ -25,7 +25,7 @@ from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.reporting import html, report
+from fbpc_ray.reporting import document, html, markdown, report
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
 
@@ -386,8 +386,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(runs, tmp_path, width):
 
 def test_both_forms_hold_every_kind_of_block():
     """And code that holds a fence keeps it."""
-    blocks = [html.Heading("a"), html.Text("1. b"), html.Facts([("c", "d")]), html.Code("```\ne", "sh")]
-    blocks.append(html.Table([["f", "g"], ["h|", "1.0 ± 0.1"]]))
-    text = html.to_markdown("t", blocks, "end", "files")
+    blocks = [document.Heading("a"), document.Text("1. b"), document.Facts([("c", "d")]), document.Code("```\ne", "sh")]
+    blocks.append(document.Table([["f", "g"], ["h|", "1.0 ± 0.1"]]))
+    text = markdown.to_markdown("t", blocks, "end", "files")
     assert "````sh\n```\ne\n````" in text and r"| h\| | 1.0 ± 0.1 |" in text and r"\1. b" in text
     assert '<td class="number">1.0 ± 0.1</td>' in html.to_html("t", blocks, "end")
