@@ -1,4 +1,4 @@
-"""An ended run as its files tell of it, for a report. They may be somebody else's: what is shown is checked here."""
+"""Read an ended run for a report. Its files may be somebody else's: what the report shows is checked here."""
 
 import json
 import shlex
@@ -14,39 +14,29 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.results import MAIN_QUANTITIES, OOD_QUANTITIES, finite, is_of_step
+from fbpc_ray.evaluation.results import MAIN_QUANTITIES, ChainScore, from_json, is_of_step
 from fbpc_ray.reporting.document import is_png
-
-SHOWN = MAIN_QUANTITIES | {
-    name: quantity._replace(label=f"AUROC {quantity.label}") for name, quantity in OOD_QUANTITIES.items()
-}
-"""Quantity -> its name, the factor to its unit, digits of a mean."""
-
-Values = list[float | None]
-"""One a seed; None where the chain diverged."""
-Scores = dict[str, dict[str, dict[str, Values]]]
-"""{coreset: {architecture: {quantity: values}}}."""
 
 
 class LaterEvaluation(NamedTuple):
-    """What `fbpc evaluate` found after the run."""
+    """An evaluation by `fbpc evaluate`, after the run."""
 
     name: str
     split: str
     ood: str
-    scores: Scores
+    scores: list[ChainScore]
     pictures: list[tuple[str, bytes]]
 
 
 class EndedRun(NamedTuple):
-    """A run as its files tell of it."""
+    """A run that has ended, as its files say."""
 
     label: str
     """A, B, ... of several; empty for one alone."""
     run: RunDirectory
     config: Config
     result: dict[str, Any]
-    scores: Scores
+    scores: list[ChainScore]
     coreset: Coreset
     rows: list[dict[str, Any]]
     """Of metrics.parquet."""
@@ -82,8 +72,8 @@ def read(folder: Place, label: str) -> EndedRun:
     )
 
 
-def _checked(result: dict[str, Any], source: str) -> Scores:
-    """The scores of a result. Raises UserError where they, or what is shown of the rest, aren't there."""
+def _checked(result: dict[str, Any], source: str) -> list[ChainScore]:
+    """Return the scores of a result. Raises UserError where they, or what the report shows of the rest, are missing."""
     try:
         for name in ("data", "split", "device", "commit"):
             if not isinstance(result[name], str):
@@ -91,18 +81,12 @@ def _checked(result: dict[str, Any], source: str) -> Scores:
         if not isinstance(result["versions"], dict) or not isinstance(result.get("map_endings", {}), dict):
             raise ValueError("versions and map_endings must be objects")
         int(result["images_scored"])
-        scores = {
-            str(name): {
-                str(architecture): {quantity: [finite(v) for v in s[quantity]] for quantity in SHOWN if quantity in s}
-                for architecture, s in by_architecture.items()
-            }
-            for name, by_architecture in result["coresets"].items()
-        }
-        every = [s for by_architecture in scores.values() for s in by_architecture.values()]
-        if not every or not all(set(MAIN_QUANTITIES) <= set(s) for s in every):
+        for by_architecture in result["coresets"].values():
+            if any(not set(MAIN_QUANTITIES) <= set(by_quantity) for by_quantity in by_architecture.values()):
+                raise ValueError("scores are missing")
+        scores = from_json(result["coresets"])
+        if not scores:
             raise ValueError("scores are missing")
-        if any(len({len(values) for values in s.values()}) != 1 or not s["accuracy"] for s in every):
-            raise ValueError("not one value for each seed")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} is not the result of a run ({error!r:.80}): restore it") from None
     return scores

@@ -25,7 +25,7 @@ from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.reporting import document, html, markdown, report
+from fbpc_ray.reporting import document, html, markdown, report, run_usage
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
 
@@ -150,14 +150,14 @@ def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsy
 )
 def test_the_command_makes_the_configuration_again(config):
     """As a shell and the command line read it; but for what changes no result."""
-    script = f"fbpc() {{ printf '%s\\0' \"$@\"; }}; {report._wrapped(report.command(config))}"
+    script = f"fbpc() {{ printf '%s\\0' \"$@\"; }}; {run_usage.wrap_command(run_usage.command(config))}"
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
     first, *words = said.split("\0")[:-1]
     assert first == "distill"
     parsed = distill_arguments(words)
     again, before = parsed.config.flat(), config.flat()
-    assert {name: value for name, value in again.items() if name not in report.PLACES} == {
-        name: value for name, value in before.items() if name not in report.PLACES
+    assert {name: value for name, value in again.items() if name not in run_usage.PLACES} == {
+        name: value for name, value in before.items() if name not in run_usage.PLACES
     }
 
 

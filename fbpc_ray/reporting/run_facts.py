@@ -1,0 +1,85 @@
+"""Facts of runs: what was done, where several runs differ, and what made them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fbpc_ray.core.config import ELSEWHERE
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.evaluation.results import finite, unique
+from fbpc_ray.reporting.document import Block, Heading, Table
+from fbpc_ray.reporting.run_reader import EndedRun
+
+METHODS = {
+    "fbpc": "FBPC: divergence of function-space posteriors (Algorithm 1)",
+    "fbpc-isotropic": "FBPC with an isotropic posterior (Psi = I)",
+    "bpc-fkl": "BPC-fKL: forward KL of weight-space posteriors",
+    "bpc-rkl": "BPC-rKL: reverse KL of weight-space posteriors",
+    "bpc-w": "BPC-W: Wasserstein distance of weight-space posteriors",
+    "random": "random real images, nothing is learned",
+}
+
+LAST_BITS = {"threads", "device", "compiled", "compiled_chains"}
+"""Settings that change the last bits of a result."""
+
+
+def method_name(found: EndedRun) -> str:
+    return METHODS[found.method].split(":")[0]
+
+
+def facts_of(found: EndedRun) -> list[tuple[str, str]]:
+    c, result = found.config, found.result
+    d, images = c.distillation, found.coreset.images
+    facts = [
+        ("Method", METHODS[found.method]),
+        ("Data", f"{result['data']}, {len(found.coreset.classes)} classes, images of {_shape(found.coreset)}"),
+        ("Coreset", f"{len(images):,} images, {d.ipc} a class"),
+        ("Networks", f"{', '.join(c.networks.architectures)}; width {c.networks.width}"),
+        ("Augmentation", c.networks.augment),
+    ]  # fmt: skip
+    if found.method != "random":
+        seconds = finite(result.get("seconds_per_step"))
+        pace = f", {seconds:.3g} s each (median)" if seconds is not None else ""
+        facts.append(("Steps", f"{result['steps']:,}{pace}; seed {d.seed}"))
+        count, epochs = c.experts.expert_count, c.experts.expert_epochs
+        facts.append(("Experts", f"{count} for each network, of {epochs} epochs"))
+    if endings := result.get("map_endings"):
+        facts.append(("MAP solves", ", ".join(f"{count} {ending}" for ending, count in endings.items())))
+    return [*facts, ("Folder", str(found.run.folder))]
+
+
+def _shape(its: Coreset) -> str:
+    channels, height, width = its.images.shape[1:]
+    return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
+
+
+def comparison(found: Sequence[EndedRun]) -> list[Block]:
+    """Tabulate the runs, and the settings in which they differ."""
+    heads = ["run", "method", "data", "images a class", "networks", "steps"]
+    lines = [heads]
+    for each in found:
+        c = each.config
+        networks = ", ".join(c.networks.architectures)
+        steps = str(each.result["steps"]) if each.method != "random" else "-"
+        lines.append([each.name, each.method, each.result["data"], str(c.distillation.ipc), networks, steps])
+    blocks: list[Block] = [Table(lines)]
+    flat = [each.config.flat() for each in found]
+    same = ELSEWHERE - LAST_BITS
+    differing = [name for name in flat[0] if name not in same and len({repr(one[name]) for one in flat}) > 1]
+    if differing:
+        rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
+        blocks += [Heading("Where they differ", 3), Table([["setting", *(each.label for each in found)], *rows])]
+    return blocks
+
+
+def _word(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value) or "''"
+
+
+def provenance(found: Sequence[EndedRun]) -> list[Block]:
+    versions = [one.result["versions"] for one in found]
+    names = unique(name for one in versions for name in one)
+    lines = [["", *(one.label or "this run" for one in found)]]
+    lines += [[name, *(str(one.result[name]) for one in found)] for name in ("commit", "device")]
+    lines += [["CPU threads", *(str(one.result.get("threads", "-")) for one in found)]]
+    lines += [[f"{name} version", *(str(one.get(name, "-")) for one in versions)] for name in names]
+    return [Heading("Made by"), Table(lines)]

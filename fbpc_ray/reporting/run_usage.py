@@ -1,0 +1,77 @@
+"""How to repeat a run, and how to load and use its coreset."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+
+from fbpc_ray.core.config import Config, Output, Workers
+from fbpc_ray.core.presets import start_of, with_method
+from fbpc_ray.core.storage import Remote
+from fbpc_ray.reporting.document import Block, Code, Heading, Text
+from fbpc_ray.reporting.run_facts import LAST_BITS
+from fbpc_ray.reporting.run_reader import EndedRun
+
+PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - LAST_BITS
+"""Settings that change no result."""
+
+LOAD = """import json
+from safetensors import safe_open
+
+with safe_open({path!r}, "pt") as file:
+    images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    facts = file.metadata()
+mean, std, classes = (json.loads(facts[name]) for name in ("mean", "std", "classes"))
+# images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
+# labels: ({count},) int64, indices into classes"""
+REMOTE = """from fbpc_ray.core.storage import place
+from fbpc_ray.data import coreset
+
+images, labels, mean, std, classes = coreset.load(place({path!r}))
+# images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
+# labels: ({count},) int64, indices into classes"""
+
+
+def command(config: Config) -> list[str]:
+    """Return the command line that repeats a run in a new folder: a preset, and what differs from it."""
+    (row, start), d = start_of(config), config.distillation
+    before = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
+    words = ["fbpc", "distill", *(["--preset", row] if row else [])]
+    for name, value in config.flat().items():
+        if name in PLACES or value == before[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def how_to_repeat(found: EndedRun) -> list[Block]:
+    commit = found.result["commit"]
+    note = f"It makes a new folder, at commit {commit}; what isn't named is the default there."
+    return [Heading("To repeat it", 3), Code(wrap_command(command(found.config)), "sh"), Text(note)]
+
+
+def wrap_command(words: Sequence[str], width: int = 88) -> str:
+    """Format a shell command in lines of about `width` characters, each flag with its values."""
+    lines = [""]
+    for word in words:
+        if (word.startswith("--") or len(lines[-1]) > width) and len(lines[-1]) + len(word) > width - 20:
+            lines.append(" ")
+        lines[-1] += f" {shlex.quote(word)}" if lines[-1] else shlex.quote(word)
+    return " \\\n".join(lines)
+
+
+def how_to_use(found: Sequence[EndedRun]) -> list[Block]:
+    blocks: list[Block] = [Heading("To use the coreset" if len(found) == 1 else "To use the coresets")]
+    for each in found:
+        images, path = each.coreset.images, each.run.coreset_path
+        form = REMOTE if isinstance(path, Remote) else LOAD
+        if each.label:
+            blocks.append(Heading(each.name, 3))
+        code = form.format(path=str(path), shape=tuple(images.shape), count=len(images))
+        blocks.append(Code(code, "python"))
+    run = shlex.quote(str(found[0].run.folder))
+    lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"
+    return [*blocks, Text("As a data set that `datasets` loads, and judged on another network:"), Code(lines, "sh")]
