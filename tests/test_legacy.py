@@ -20,7 +20,7 @@ from fbpc_ray.commands import main
 from fbpc_ray.core.config import read_config
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.storage import place
-from fbpc_ray.data import coreset_formats, datasets
+from fbpc_ray.data import coreset_reader, datasets
 
 FIXTURES = Path(__file__).parent / "fixtures" / "legacy"
 EXPECTED: dict[str, Any] = json.loads((FIXTURES / "expected.json").read_text())
@@ -137,7 +137,7 @@ def test_a_sweep_goes_on_from_its_files(legacy, capsys):
 def test_an_export_holds_the_coreset(name, legacy):
     """All but png hold the very images; png their pixels, rounded to 8 bits and cut to 0..1."""
     digits = datasets.load("digits")
-    exported = coreset_formats.load(Path("exports", name), digits).coreset
+    exported = coreset_reader.load(Path("exports", name), digits).coreset
     run = api.load_coreset("run/coreset/coreset.safetensors")
     assert torch.equal(exported.labels, run.labels)
     if name != "png":

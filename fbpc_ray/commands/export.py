@@ -13,7 +13,7 @@ from fbpc_ray.core.presets import to_preset
 from fbpc_ray.core.provenance import capture, home
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place, local_folder, place
-from fbpc_ray.data import coreset, coreset_formats
+from fbpc_ray.data import coreset, coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
@@ -150,7 +150,7 @@ labels = torch.load("labels_best.pt", weights_only=True)  # (m,) int64
 
 
 def evaluate(
-    source: str, settings: Config, split: str, pixels: coreset_formats.Pixels, *, dry_run: bool, json: str
+    source: str, settings: Config, split: str, pixels: coreset_reader.Pixels, *, dry_run: bool, json: str
 ) -> None:
     """SGHMC on the coreset at `source` and on as many random real images, on the networks of `settings`."""
     if split not in ("test", "validation"):
@@ -158,7 +158,7 @@ def evaluate(
     settings = session.canonical(settings)
     session.check(settings)
     dataset = session.load_data(settings.updated(download=False) if dry_run else settings, log)
-    given, notes = coreset_formats.load(place(source), dataset, pixels)
+    given, notes = coreset_reader.load(place(source), dataset, pixels)
     for note in notes:
         log(f"note: {note}")
     dataset = dataset._replace(mean=given.mean, std=given.std)

@@ -19,7 +19,7 @@ from fbpc_ray.commands import main
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data import coreset, coreset_formats
+from fbpc_ray.data import coreset, coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, denormalise, normalise
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -63,7 +63,7 @@ def suffixed(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize("name", ["mine", "mine.v2"])
 def test_a_file_without_a_known_suffix_is_read_by_its_content(made, colour, kind, name, tmp_path):
-    found = coreset_formats.load(exported(made, kind, tmp_path / name), colour)
+    found = coreset_reader.load(exported(made, kind, tmp_path / name), colour)
     assert torch.equal(found.coreset.images, made.images) and torch.equal(found.coreset.labels, made.labels)
 
 
@@ -71,7 +71,7 @@ def test_a_file_of_unknown_content_and_suffix_is_refused(colour, tmp_path):
     for content in (b"", b"text", b"PK\x03\x04", b"{}"):
         (tmp_path / "mine").write_bytes(content)
         with pytest.raises(UserError, match="coreset"):
-            coreset_formats.load(tmp_path / "mine", colour)
+            coreset_reader.load(tmp_path / "mine", colour)
 
 
 def same(one: Coreset, other: Coreset) -> bool:
@@ -97,7 +97,7 @@ def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path,
     main.main(["export", str(run), "--format", kind, "--out", str(out)])
     assert capsys.readouterr().out == f"export: {out}\n"
     for source in (out, run):
-        assert same(coreset_formats.load(source, _digits()).coreset, coreset.load(RunDirectory(run).coreset_path))
+        assert same(coreset_reader.load(source, _digits()).coreset, coreset.load(RunDirectory(run).coreset_path))
     before = json.loads(RunDirectory(run).result_path.read_text())["coresets"]
     after = evaluated(out, small, tmp_path / "result.json")
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
@@ -126,7 +126,7 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_colours_names_and_normalisation_come_back(made, colour, kind, tmp_path):
-    found = coreset_formats.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
+    found = coreset_reader.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
     assert same(found.coreset, made)
     assert found.notes == ()
 
@@ -138,12 +138,12 @@ def test_png_is_the_8_bit_picture(made, colour, grey, tmp_path):
         made = made._replace(images=made.images[:, :1].contiguous(), mean=made.mean[:1], std=made.std[:1])
         train = Split(colour.train.images[:, :1].copy(), colour.train.labels)
         colour = colour._replace(train=train, mean=(0.5,), std=(0.2,))
-    found = coreset_formats.load(exported(made, "png", tmp_path / "one"), colour).coreset
+    found = coreset_reader.load(exported(made, "png", tmp_path / "one"), colour).coreset
     order = torch.tensor([0, 3, 1, 4, 2, 5])
     rounded = normalise(denormalise(made.images, made.mean, made.std), made.mean, made.std)
     assert same(found, made._replace(images=rounded[order], labels=made.labels[order]))
     assert not torch.equal(rounded, made.images)
-    assert same(coreset_formats.load(exported(found, "png", tmp_path / "two"), colour).coreset, found)
+    assert same(coreset_reader.load(exported(found, "png", tmp_path / "two"), colour).coreset, found)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -175,15 +175,15 @@ def test_datasets_reads_the_folder(made, colour, channels, tmp_path, monkeypatch
     (tmp_path / coreset_formats.SIDECAR).write_text(json.dumps(facts))
     train = Split(colour.train.images[:, :channels].copy(), colour.train.labels)
     fitting = colour._replace(train=train)
-    assert same(coreset_formats.load(tmp_path / "theirs.parquet", fitting).coreset, made)
+    assert same(coreset_reader.load(tmp_path / "theirs.parquet", fitting).coreset, made)
     found.select_columns(["image", "label"]).to_parquet(tmp_path / "theirs.parquet")
     (tmp_path / coreset_formats.SIDECAR).unlink()
     fitting = fitting._replace(mean=colour.mean[:channels], std=colour.std[:channels])
     pixels = denormalise(made.images, made.mean, made.std)
-    again = coreset_formats.load(tmp_path / "theirs.parquet", fitting).coreset
+    again = coreset_reader.load(tmp_path / "theirs.parquet", fitting).coreset
     assert torch.equal(again.images, normalise(pixels, fitting.mean, fitting.std))
     with pytest.raises(UserError, match="other classes"):
-        coreset_formats.load(tmp_path / "theirs.parquet", fitting._replace(classes=("x", "y", "z")))
+        coreset_reader.load(tmp_path / "theirs.parquet", fitting._replace(classes=("x", "y", "z")))
 
 
 def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp_path):
@@ -266,19 +266,19 @@ def test_what_others_made_is_read(colour, kind, tmp_path):
     colour = colour._replace(classes=("cat", "b", "c"))
     pixels = torch.randint(0, 256, (3, 3, 5, 4), generator=generator(0, "pixels")).to(torch.uint8)
     normal, labels = normalise(pixels, colour.mean, colour.std), torch.arange(3)
-    found = coreset_formats.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
+    found = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
     assert torch.equal(found.coreset.images, normal)
     assert found.coreset.labels.tolist() == [0, 1, 2]
     assert found.coreset[2:] == (colour.mean, colour.std, ("cat", "b", "c"))
     assert len(found.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
         assert "0..1" in found.notes[0]
-        as_told = coreset_formats.load(tmp_path / "it.npz", colour, "normalised").coreset.images
+        as_told = coreset_reader.load(tmp_path / "it.npz", colour, "normalised").coreset.images
         assert torch.equal(as_told, (pixels.double() / 255).float())
     elif found.notes:
         assert "normalised with mean [0.5, 0.4, 0.3]" in found.notes[0]
         with pytest.raises(UserError, match="--pixels unit"):
-            coreset_formats.load(theirs(kind, tmp_path, pixels, normal, labels), colour, "unit")
+            coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour, "unit")
 
 
 # ---- bad files
@@ -327,7 +327,7 @@ def test_a_bad_file_is_one_line_and_runs_nothing(colour, name, tmp_path):
     content, reason = BAD[name]
     (tmp_path / name).write_bytes(content(Trap(tmp_path / "sprung")))
     with pytest.raises(UserError, match=reason) as caught:
-        coreset_formats.load(tmp_path / name, colour)
+        coreset_reader.load(tmp_path / name, colour)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
 
@@ -345,11 +345,11 @@ def test_a_bad_folder_is_one_line(made, colour, tmp_path):
         (folders, "is no class of mine"), (damaged, "coreset.json is damaged"), (nothing, "is not a coreset"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:
-            coreset_formats.load(folder, colour)
+            coreset_reader.load(folder, colour)
         assert "\n" not in str(caught.value)
     other = exported(made._replace(classes=("a", "b", "c")), "npz", tmp_path / "it.npz")
     with pytest.raises(UserError, match="other classes than mine"):
-        coreset_formats.load(other, colour)
+        coreset_reader.load(other, colour)
 
 
 def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, capsys):

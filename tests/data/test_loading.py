@@ -336,7 +336,7 @@ def test_no_module_can_unpickle_or_evaluate():
                 assert called not in RUN, where
                 assert called not in ("pd.read_pickle", "np.fromfile"), where
                 if called == "torch.load":
-                    assert path.name == "coreset_formats.py", where
+                    assert path.name == "coreset_reader.py", where
                     assert "weights_only" in {word.arg for word in node.keywords}, where
                 if called.endswith(("import_module", "resolve_name")):
                     assert path.name == "custom.py", where

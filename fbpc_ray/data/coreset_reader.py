@@ -1,0 +1,276 @@
+"""Read coresets in the formats of coreset_formats.py, whoever made them, and fit them to a data set.
+
+Without a coreset.json the normalisation and the names of the classes are those of the data set. Nothing is unpickled
+but tensors (torch's weights_only).
+"""
+
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fbpc_ray.core import storage
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import Place, Remote
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.coreset_formats import PAIR, SIDECAR
+from fbpc_ray.data.datasets import Dataset, normalise
+from fbpc_ray.data.folder import folder
+from fbpc_ray.data.parquet import parquet
+
+OF_A_RUN = "coreset/coreset.safetensors"
+Pixels = Literal["auto", "normalised", "unit"]
+
+
+class _Raw(NamedTuple):
+    """What a file holds, not yet checked."""
+
+    images: Tensor
+    labels: Tensor
+    facts: dict[str, Any] | None = None
+    """mean, std and classes where the file says them."""
+
+
+class Loaded(NamedTuple):
+    """A coreset that fits the data set."""
+
+    coreset: Coreset
+    """Its mean and std are its own where its file says them, else those of the data set."""
+    notes: tuple[str, ...]
+    """What was assumed."""
+
+
+def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
+    """The coreset at `where`, made here or elsewhere, for `dataset`, whose classes and image size it must have.
+
+    A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, a
+    run, or class folders of images. Images are uint8 or floats; (m, h, w, c) and (m, h, w) are understood. Floats of a
+    file that doesn't say its normalisation are as `pixels` says: normalised as the data set is | unit, in 0..1 | auto:
+    unit where all are in 0..1. Raises UserError for everything else; no file runs code.
+    """
+    try:
+        if isinstance(where, Remote):
+            if Path(where.name).suffix not in SUFFIXES:
+                raise UserError(f"{where}: of a store only a file can be read ({', '.join(SUFFIXES)}); copy it here")
+            with storage.local(where) as near:
+                return _fitted(_read(near, dataset), dataset, str(where), pixels)
+        return _fitted(_read(where, dataset), dataset, str(where), pixels)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no coreset {error.filename or where}: check the path") from None
+    except Exception as error:  # a damaged file fails in any way
+        raise UserError(
+            f"{where} is not a coreset of plain arrays ({_line(error)}); nothing in it was run: make it again"
+        ) from error
+
+
+def _read(where: Path, dataset: Dataset) -> _Raw:
+    if not where.exists():
+        raise FileNotFoundError(2, "", str(where))
+    if where.is_file():
+        return SUFFIXES[_suffix(where)](where)
+    if (where / "config.json").exists() and (where / OF_A_RUN).exists():
+        return _read_safetensors(where / OF_A_RUN)
+    if (where / PAIR[0]).exists():
+        return _read_pt(where / PAIR[0])
+    if any(where.glob("*.parquet")) or any(where.glob("data/*.parquet")):
+        return _read_parquet(where)
+    return _read_folders(where, dataset)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a file, by its name, or of a file without a known one by its first bytes."""
+    if path.suffix in SUFFIXES:
+        return path.suffix
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(b"PK"):  # a zip file, as npz and torch's files are
+        with zipfile.ZipFile(path) as archive:
+            return ".npz" if any(name.endswith(".npy") for name in archive.namelist()) else ".pt"
+    if start.startswith(b"PAR1"):
+        return ".parquet"
+    if start[8:] == b"{":  # after 8 bytes of length, the header
+        return ".safetensors"
+    raise UserError(f"{path}: a coreset is a folder or a file that ends in {', '.join(SUFFIXES)}; rename or export it")
+
+
+def _read_safetensors(path: Path) -> _Raw:
+    with safe_open(path, framework="pt") as file:
+        ours = "classes" in (file.metadata() or {})
+        if not ours:
+            images, labels = (_tensor(file.get_tensor(name).clone()) for name in ("images", "labels"))  # out of the map
+            return _Raw(images, labels)
+    found = coreset.load(path)
+    return _Raw(found.images, found.labels, found._asdict())
+
+
+def _read_npz(path: Path) -> _Raw:
+    with path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        lacks = [name for name in ("images", "labels") if name not in archive.files]
+        if lacks:
+            raise UserError(f"{path} has no array {lacks[0]} (found {', '.join(archive.files)}): name it so")
+        facts = {name: archive[name].tolist() for name in ("mean", "std", "classes") if name in archive.files}
+        images, labels = (torch.from_numpy(np.ascontiguousarray(archive[name])) for name in ("images", "labels"))
+    return _Raw(images, labels, facts if len(facts) == 3 else None)
+
+
+def _read_pt(path: Path) -> _Raw:
+    """MTT's images_X.pt with labels_X.pt beside it; or one file of {images, labels}, (images, labels), or DC's and
+    DM's {"data": [(images, labels), ...]}, of which the last counts."""
+    found = _tensors_of(path)
+    if isinstance(found, Tensor):
+        if not path.name.startswith("images"):
+            raise UserError(f"{path} holds images without labels: name them images_X.pt and labels_X.pt")
+        labels = path.with_name("labels" + path.name.removeprefix("images"))
+        found = found, _tensors_of(labels)
+    if isinstance(found, dict):
+        found = found["data"][-1] if "data" in found else (found["images"], found["labels"])
+    images, labels = found
+    return _Raw(_tensor(images), _tensor(labels), _sidecar(path.parent))
+
+
+def _tensors_of(path: Path) -> Any:
+    """What torch.save wrote, of tensors and plain containers alone; no warnings of what is refused here."""
+    with warnings.catch_warnings(action="ignore"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_parquet(path: Path) -> _Raw:
+    shards = [path] if path.is_file() else sorted([*path.glob("data/*.parquet")] or [*path.glob("*.parquet")])
+    shards = [shard for shard in shards if shard.name.startswith("train")] or shards
+    facts = _sidecar(path if path.is_dir() else path.parent.parent if path.parent.name == "data" else path.parent)
+    if "pixels" not in pq.read_schema(shards[0]).names:
+        source = parquet(path)
+        part = source.parts["train"]
+        classes = {"classes": source.classes} if source.classes else {}
+        return _Raw(torch.from_numpy(part.images), torch.from_numpy(part.labels), (facts or {}) | classes or None)
+    tables = [pq.read_table(shard, columns=["pixels", "label"]) for shard in shards]
+    images = torch.cat([_nested(table.column("pixels")) for table in tables])
+    labels = torch.cat([torch.from_numpy(table.column("label").to_numpy().copy()) for table in tables])
+    return _Raw(images, labels, facts)
+
+
+def _nested(column: pa.ChunkedArray) -> Tensor:
+    """Lists of lists of ... numbers, all of one length at each depth, as a tensor (n, ...)."""
+    parts = []
+    for chunk in column.chunks:
+        values, shape = chunk, [len(chunk)]
+        while True:
+            if isinstance(values, pa.ExtensionArray):  # where `datasets` is imported too
+                values = values.storage
+            if values.null_count:
+                raise ValueError("a pixel is null")
+            if not pa.types.is_nested(values.type):
+                break
+            inner = values.flatten()
+            size, rest = divmod(len(inner), len(values))
+            if rest or (pa.types.is_list(values.type) and set(values.value_lengths().to_pylist()) != {size}):
+                raise ValueError("its images are of several sizes")
+            shape.append(size)
+            values = inner
+        parts.append(torch.from_numpy(values.to_numpy(zero_copy_only=False).reshape(shape).copy()))
+    return torch.cat(parts)
+
+
+def _read_folders(path: Path, dataset: Dataset) -> _Raw:
+    """Folders named as the classes are, or, beside a coreset.json, LABEL-NAME."""
+    source, facts = folder(path), _sidecar(path)
+    names, part = source.classes or (), source.parts["train"]
+    unknown = [name for name in names if not (re.match(r"\d+(-|$)", name) if facts else name in dataset.classes)]
+    if unknown:
+        raise UserError(f"{path / unknown[0]} is no class of {dataset.name}: name the folders as its classes are")
+    of = torch.tensor([int(name.partition("-")[0]) if facts else dataset.classes.index(name) for name in names])
+    labels = of[torch.from_numpy(part.labels)]
+    order = labels.argsort(stable=True)
+    return _Raw(torch.from_numpy(part.images)[order], labels[order], facts)
+
+
+def _sidecar(folder: Path) -> dict[str, Any] | None:
+    path = folder / SIDECAR
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict) or not {"mean", "std", "classes"} <= found.keys():
+        raise UserError(f"{path} is damaged: restore it, or delete it to take the normalisation of the data set")
+    return found
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise ValueError(f"a {type(value).__name__} where a plain tensor should be")
+    return value.detach().cpu()
+
+
+def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
+    """Checked, in our form."""
+    images, labels, notes = raw.images, raw.labels, []
+    if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise UserError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}; only numbers of classes are read")
+    facts = raw.facts or {}
+    mean, std = (tuple(facts.get(name, getattr(dataset, name))) for name in ("mean", "std"))
+    classes = tuple(facts.get("classes", dataset.classes))
+    if classes != dataset.classes:
+        raise UserError(f"{source} has other classes than {dataset.name}: give its data set with --data")
+    images = _channels_first(images, dataset.image_shape)
+    if images.shape[1:] != dataset.image_shape:
+        raise UserError(
+            f"{source} has images of {tuple(images.shape[1:])}, {dataset.name} of {dataset.image_shape}: "
+            "give its data set with --data"
+        )
+    if images.dtype == torch.uint8:
+        images = normalise(images, mean, std)
+    elif not images.is_floating_point():
+        raise UserError(f"{source}: images are {images.dtype}; they must be uint8 or floats")
+    elif "mean" not in facts:
+        inside = bool(images.min() >= 0 and images.max() <= 1)
+        unit = pixels == "unit" or (pixels == "auto" and inside)
+        if pixels == "unit" and not inside:
+            raise UserError(f"{source} has pixels outside 0..1: --pixels unit does not fit; try normalised")
+        notes.append(
+            f"pixels taken as {'0..1' if unit else f'normalised with mean {[*mean]} and std {[*std]}'} (--pixels)"
+        )
+        if unit:
+            shaped = [torch.tensor(each, dtype=torch.float32)[:, None, None] for each in (mean, std)]
+            images = (images.float() - shaped[0]) / shaped[1]
+    found = Coreset(images.float().contiguous(), labels.long(), mean, std, classes)
+    if wrong := coreset.problem(found):
+        raise UserError(f"{source} is not a coreset ({wrong}): make it again")
+    return Loaded(found, tuple(notes))
+
+
+def _channels_first(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """(m, h, w), (m, h, w, c) and grey images of three equal channels in the form (m, c, h, w) of the data set."""
+    c, h, w = shape
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.shape[1:] == (h, w, c) != shape:
+        images = images.permute(0, 3, 1, 2)
+    if images.shape[1:] == (3, h, w) and c == 1 and bool((images == images[:, :1]).all()):
+        images = images[:, :1]
+    if images.shape[1:] == (1, h, w) and c == 3:
+        images = images.expand(-1, 3, -1, -1)
+    return images
+
+
+def _line(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return text.split(". ")[0][:120].rstrip(".")
+
+
+SUFFIXES: dict[str, Callable[[Path], _Raw]] = {
+    ".safetensors": _read_safetensors, ".npz": _read_npz, ".pt": _read_pt, ".pth": _read_pt, ".parquet": _read_parquet,
+}  # fmt: skip
+"""End of a file's name -> its reader."""
