@@ -6,7 +6,6 @@ process that has a copy mapped keeps it, and its place on the disk, until it ope
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -59,7 +58,7 @@ def copy(source: Remote, size: int, checksum: str) -> Iterator[Path]:
     root = folder()
     path = root / f"{checksum}.arrow"
     for _ in range(TRIES):
-        with file_lock(root / ".lock", fcntl.LOCK_SH):
+        with file_lock(root / ".lock", shared=True):
             if _whole(path, size):
                 os.utime(path)  # used now
                 yield path

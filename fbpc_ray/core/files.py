@@ -1,23 +1,27 @@
-"""Files that are either whole or not there, and folders that one process at a time writes to."""
+"""Write files atomically, and lock files and folders among the processes of one machine."""
 
 import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote
 
 
 def write_bytes(path: Place, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash at any time, sees the old file or the new one, not a part.
+    """Replace `path` by `data` atomically: readers, and crashes, see the old file or the new one, never a part.
 
-    Raises OSError (a full disk, no permission), or UserError where an object store doesn't take it, with the old file
-    intact and nothing of the new one left behind.
+    Raises:
+        OSError: the disk is full or not writable; the old file is intact and no temporary file is left.
+        UserError: the object store refused the write.
     """
     if isinstance(path, Remote):
         path.write_bytes(data)
@@ -36,30 +40,32 @@ def write_bytes(path: Place, data: bytes) -> None:
 
 
 def write_text(path: Place, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write UTF-8 text by `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_first(path: Place, text: str) -> None:
-    """`write_text` of a file that may be there by then: the first one stays. In an object store, and on a file system
-    without hard links, it is the last one."""
+    """Write UTF-8 text unless `path` exists. Of several writers the first wins.
+
+    In an object store, and on a file system without hard links, the last one wins.
+    """
     if isinstance(path, Remote):
         write_text(path, text)
         return
-    mine = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    write_text(mine, text)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_text(temporary, text)
     try:
-        os.link(mine, path)
+        os.link(temporary, path)
     except FileExistsError:
         pass
     except OSError:
-        mine.replace(path)
+        temporary.replace(path)
     finally:
-        mine.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_stale_temp_files(folder: Path, pattern: str) -> None:
-    """Remove what killed writers left behind: a living one holds a lock on its file."""
+    """Remove the files of killed writers: a live writer holds a lock on its file (`locked_temp_file`)."""
     for leftover in folder.glob(pattern):
         with suppress(OSError), leftover.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,83 +74,109 @@ def remove_stale_temp_files(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def locked_temp_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file for the block, which no `sweep` takes from it. Raises OSError."""
+    """Create `path` for the block, locked so that `remove_stale_temp_files` leaves it alone. Raises OSError."""
     while True:
         with path.open("xb") as file:
-            with suppress(OSError):  # a file system without locks: nothing is swept there either
-                fcntl.flock(file, fcntl.LOCK_EX)  # a sweep that was quicker has it for a moment
-            if _same(path, file):
+            with suppress(OSError):  # a file system without locks: `remove_stale_temp_files` removes nothing there
+                fcntl.flock(file, fcntl.LOCK_EX)  # `remove_stale_temp_files` may hold it for a moment
+            if _is_same(path, file):
                 yield file
                 return
 
 
 @contextmanager
-def file_lock(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """The block has the lock of `path`, a file for this alone, among the processes of this machine; it is waited for.
-    Where the file system has no locks, what is inside may happen twice."""
+def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
+    """Wait for the lock of `path`, a file of its own, and hold it among the processes of this machine.
+
+    Several processes can hold a `shared` lock at once. On a file system without locks the block runs unlocked.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, kind)
+    if shared:  # filelock has no shared lock on a plain file
+        with path.open("ab") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+        return
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def exclusive_directory(folder: Place) -> Iterator[None]:
-    """The block has `folder` to itself among the processes of this machine, made where it is not there. Raises
-    UserError where another one has it, and OSError for a folder that can't be made. A process that is killed has it no
-    more.
+    """Hold an exclusive lock on `folder` among the processes of this machine, creating it if missing.
 
-    In an object store, and on a file system without locks, nobody is kept out.
+    A killed process frees the lock. In an object store, and on a file system without locks, nobody is kept out. An
+    empty folder is removed after the block.
+
+    Raises:
+        UserError: another process holds the lock.
+        OSError: the folder can't be created.
     """
     if isinstance(folder, Remote):
         yield
         return
-    path = folder / LOCK
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
-    except BlockingIOError:
+        lock = _lock_directory(folder)
+    except Timeout:
         raise UserError(f"another process is at work in {folder}: wait until it ends, or give another --out") from None
     try:
         yield
     finally:
         if lock:
-            path.unlink(missing_ok=True)
-            lock.close()
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
         with suppress(OSError):  # not empty
             folder.rmdir()
 
 
 LOCK = ".lock"
-"""The file in a folder that its process holds a lock on."""
+"""Name of the lock file in a folder."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+"""Errors of flock on a file system without locks, such as NFS without its lock service."""
 
 
-def _locked(path: Path) -> BinaryIO | None:
-    """`path`, opened and locked; None where there are no locks. Raises BlockingIOError where another process has it."""
+def _lock_directory(folder: Path) -> BaseFileLock | None:
+    """Lock `folder`; None on a file system without locks. Raises Timeout if another process holds the lock."""
+    path = folder / LOCK
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     while True:
         with suppress(FileExistsError):
-            path.parent.mkdir()
+            folder.mkdir()
         try:
-            file = path.open("ab")
-        except FileNotFoundError:
-            if path.parent.is_symlink():  # to nowhere
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from None
-            continue  # the process that had it removed the folder meanwhile
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(path, file):
-                return file
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError:
-            file.close()
+            lock.acquire()
+            return lock
+        except Timeout:
+            if path.exists():
+                raise  # else its holder removed the file as we opened it
+        except (FileNotFoundError, FileExistsError):  # its holder removed the folder as we opened the file, unless:
+            if _is_no_directory(folder):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             return None
-        file.close()  # the process that had it removed the file meanwhile
 
 
-def _same(path: Path, file: BinaryIO) -> bool:
+def _is_no_directory(path: Path) -> bool:
+    """Whether `path` is a file, or a link to nowhere."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return path.is_symlink()
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    """Whether `path` still names the open `file`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -130,3 +130,50 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
 def test_an_object_store_keeps_nobody_out():
     with files.exclusive_directory(place("s3://bucket/run")), files.exclusive_directory(place("s3://bucket/run")):
         pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    """flock fails with the errors of NFS without locks and of FUSE: the blocks run, and no soft lock file stays."""
+    for number in files.NO_LOCKS:
+
+        def fail(file, how, number=number):
+            raise OSError(number, "no locks")
+
+        monkeypatch.setattr(files.fcntl, "flock", fail)
+        with files.exclusive_directory(tmp_path / "run"), files.exclusive_directory(tmp_path / "run"):
+            (tmp_path / "run" / "kept").touch()
+        with files.file_lock(tmp_path / "a"), files.file_lock(tmp_path / "a", shared=True):
+            pass
+        with files.locked_temp_file(tmp_path / ".b.tmp") as file:
+            file.write(b"x")
+        files.remove_stale_temp_files(tmp_path, ".*.tmp")
+        assert (tmp_path / ".b.tmp").exists()
+        (tmp_path / ".b.tmp").unlink()
+
+
+def test_a_lock_waits_for_its_holder_and_shared_ones_do_not_wait_for_each_other(tmp_path):
+    """A second process gets the lock when the first is killed; two shared locks are held at once."""
+    code = (
+        "import sys, time; from pathlib import Path; from fbpc_ray.core import files\n"
+        "with files.file_lock(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "in\n"
+    entered = []
+
+    def wait():
+        with files.file_lock(tmp_path / "a"):
+            entered.append(1)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    waiter.join(0.3)
+    assert not entered
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    waiter.join(30)
+    assert entered
+    with files.file_lock(tmp_path / "a", shared=True), files.file_lock(tmp_path / "a", shared=True):
+        pass

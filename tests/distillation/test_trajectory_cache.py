@@ -3,11 +3,14 @@
 import os
 import threading
 from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
 
+from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
@@ -16,6 +19,7 @@ from fbpc_ray.distillation.methods import fbpc
 from fbpc_ray.distillation.methods.common import GradientContext
 from fbpc_ray.distillation.trajectory_cache import TrajectoryCache, TrajectoryKey
 from fbpc_ray.execution import session
+from fbpc_ray.inference.posterior import sgd_trajectory
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 
@@ -101,6 +105,48 @@ def test_only_what_the_k_steps_depend_on_makes_another_file(context, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     assert (other[0] == first[0]).all(), "theta_x itself"
     assert (other[1:] != first[1:]).any()
+
+
+class OneSnapshot(NamedTuple):
+    """A store in which every epoch of every expert is the same snapshot."""
+
+    recipe: Recipe
+    snapshot: dict[str, torch.Tensor]
+
+    def read(self, expert, epoch):
+        return self.snapshot
+
+
+def test_the_real_images_of_the_k_steps_are_drawn_by_the_snapshots_name(context):
+    """Alike for every step and seed of a run, so that runs can share them; by hand for expert, epoch and recipe's seed.
+
+    The snapshots of both experts are one and the same, so only the draw can differ.
+    """
+    recipe = context.store.recipe
+    last, snapshot = recipe.epochs, context.store.read(0, 1)
+
+    def expert_side(seed, step, recipe=recipe):
+        settings = replace(context.settings, seed=seed, start_epoch=last, start_rule="from")
+        store = cast(Any, OneSnapshot(recipe, snapshot))
+        changed = context._replace(settings=settings, store=store, expert_count=2)
+        drawn = generator(seed, "step", step, context.network.spec.architecture, "expert")
+        return int(torch.randint(2, (), generator=drawn)), fbpc.expert_side(changed, step)
+
+    by_expert = {}
+    for seed, step in product((0, 5), range(4)):
+        expert, rows = expert_side(seed, step)
+        assert (by_expert.setdefault(expert, rows) == rows).all()
+    assert by_expert.keys() == {0, 1}
+    assert (by_expert[0][0] == by_expert[1][0]).all()
+    theta_x = context.network.parameters_of(snapshot)
+    for expert, rows in by_expert.items():
+        source = generator(recipe.seed, "x-side", context.network.spec.architecture, expert, last)
+        batches = context.real.stream(context.settings.real_batch_size, "dsa", source)
+        steps = sgd_trajectory(context.passes.loss_and_grad, theta_x, batches, context.settings.lambda_x)
+        for row, params in zip(rows[1:], steps, strict=False):
+            assert (row == torch.cat([value.flatten() for value in params.values()]).numpy()).all()
+    other = expert_side(0, 0, recipe._replace(seed=recipe.seed + 1))[1]
+    assert (other[1] != by_expert[expert_side(0, 0)[0]][1]).any()
 
 
 def rows(values):
