@@ -1,7 +1,7 @@
-"""How this process keeps memory that torch frees: half the time of a pass on a CPU is in giving it back and forth.
+"""Have glibc keep the memory that torch frees: an eager pass of a ConvNet on a CPU then takes half the time.
 
-glibc returns large freed blocks to the system at once, and every tensor of the next pass is faulted in again page by
-page. Kept, an eager forward and backward pass of a ConvNet takes half the time, to the same bits.
+By default glibc returns large freed blocks to the system at once, and every tensor of the next pass is faulted in again
+page by page. The bits of the results are the same.
 """
 
 import ctypes
@@ -9,11 +9,11 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BELOW = 64 * 2**20
-"""Bytes; blocks that are larger, like a whole data set, still go back."""
+"""Bytes. Larger blocks, such as a whole data set, are still returned to the system."""
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks of up to 64 MiB for this process; False where there is no glibc to ask."""
+    """Have glibc keep freed blocks of up to 64 MiB in this process. Return False without glibc."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Return what is freed to the system now, where there is a glibc to ask: what the process holds is then in use."""
+    """Have glibc return all freed memory to the system now. Does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

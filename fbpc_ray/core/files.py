@@ -152,15 +152,16 @@ def _lock_directory(folder: Path) -> BaseFileLock | None:
     while True:
         with suppress(FileExistsError):
             folder.mkdir()
+        if _is_no_directory(folder):  # filelock would create what a link to nowhere names
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         try:
             lock.acquire()
             return lock
         except Timeout:
             if path.exists():
                 raise  # else its holder removed the file as we opened it
-        except (FileNotFoundError, FileExistsError):  # its holder removed the folder as we opened the file, unless:
-            if _is_no_directory(folder):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+        except (FileNotFoundError, FileExistsError):
+            continue  # its holder removed the folder as we opened the file
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise

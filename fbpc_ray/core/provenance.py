@@ -1,4 +1,4 @@
-"""What made a result: versions, commit, and where files go by default."""
+"""Record versions, commit and device of a result, and choose the default folder of files."""
 
 import os
 import platform
@@ -14,37 +14,39 @@ PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 
 
 def home() -> Path:
-    """Where experts, outputs and mlflow.db go unless told otherwise: $FBPC_HOME, else the current folder; in a
-    submitted Ray job, whose current folder is a temporary copy, ~/fbpc-ray."""
+    """Return the default folder of experts, outputs and mlflow.db: $FBPC_HOME, else the current folder.
+
+    In a submitted Ray job, whose current folder is a temporary copy, it is ~/fbpc-ray.
+    """
     if chosen := os.environ.get("FBPC_HOME"):
         return local_folder(chosen, "FBPC_HOME").absolute()
     return Path.home() / "fbpc-ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 
 class Provenance(NamedTuple):
-    """What made a result, as it was when the work began."""
+    """Versions, commit and device at the start of the work."""
 
     versions: dict[str, str]
-    """Of Python, of this package and of what it stands on; packages that are not installed are left out."""
+    """By package: python, fbpc-ray and the installed ones of `PACKAGES`."""
     commit: str
-    """Of this code, '+changes' where files differ from it, 'unknown' outside a checkout."""
+    """Git commit of this code; with '+changes' if files differ from it; 'unknown' outside a checkout."""
     device: str
-    """In words."""
+    """Description of the device."""
 
 
 def capture(device: str) -> Provenance:
-    """The provenance of work that begins now on `device`."""
+    """Record the provenance of work that starts now on `device`."""
     return Provenance(_versions(), _commit(), device)
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "fbpc-ray": __version__}
+    versions = {"python": platform.python_version(), "fbpc-ray": __version__}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str:

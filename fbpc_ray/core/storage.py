@@ -1,8 +1,8 @@
-"""Where runs and experts lie: a local path (NFS too), or a prefix of an object store, s3://BUCKET/PREFIX or gs://....
+"""Read and write runs and experts in a local path (NFS too) or an object store, s3://BUCKET/PREFIX or gs://....
 
-`place` reads what the user wrote. A `Remote` has the methods of a pathlib.Path that are used here, so that the same
-code serves both. It is plain data: each process opens the store by itself, with the credentials and the endpoint of
-its own environment, as every client of that store finds them. What the store refuses is a UserError within seconds.
+`place` parses a user's text. A `Remote` has those methods of pathlib.Path that this package uses, so that the same code
+serves both. It is plain data: each process opens the store itself, with the credentials and the endpoint of its own
+environment. A request that the store refuses raises a UserError within seconds.
 """
 
 import errno
@@ -26,7 +26,7 @@ CONNECT, SILENT, ATTEMPTS = 4.0, 6.0, 5
 RETRY = timedelta(seconds=10)
 """Google: how long a request is tried again."""
 PART = 40 * 2**20
-"""Bytes of an upload on their way at a time: four of Arrow's parts."""
+"""Bytes of an upload in flight at a time: four of Arrow's parts."""
 CHUNK = 8 * 2**20
 """Bytes of a download read at a time."""
 
@@ -66,25 +66,25 @@ class Remote:
         return self._kind() == "Directory"
 
     def iterdir(self) -> "Iterator[Remote]":
-        """The objects right below, without the prefixes, which not all stores list."""
+        """Iterate over the objects directly below, without prefixes, which not all stores list."""
         from pyarrow.fs import FileSelector
 
-        with _said(self, "listed"):
-            found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True))
-        return iter([Remote(self.scheme, info.path) for info in found if info.type.name == "File"])
+        with _translate_errors(self, "listed"):
+            infos = self._store().get_file_info(FileSelector(self.key, allow_not_found=True))
+        return iter([Remote(self.scheme, info.path) for info in infos if info.type.name == "File"])
 
     def glob(self, pattern: str) -> "Iterator[Remote]":
-        """Those with a name like `pattern`."""
-        return (each for each in self.iterdir() if each.match(pattern))
+        """Iterate over the objects directly below whose name matches `pattern`."""
+        return (child for child in self.iterdir() if child.match(pattern))
 
     def match(self, pattern: str) -> bool:
         return fnmatch.fnmatchcase(self.name, pattern)
 
     def chunks(self) -> Iterator[bytes]:
-        """The object, piece by piece. Raises FileNotFoundError."""
-        with _said(self, "read"), self._store().open_input_stream(self.key) as stream:
-            while piece := stream.read(CHUNK):
-                yield piece
+        """Read the object chunk by chunk. Raises FileNotFoundError."""
+        with _translate_errors(self, "read"), self._store().open_input_stream(self.key) as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
 
     def read_bytes(self) -> bytes:
         return b"".join(self.chunks())
@@ -93,11 +93,11 @@ class Remote:
         return self.read_bytes().decode()
 
     def write_bytes(self, data: bytes) -> None:
-        """The object appears, or is replaced, when the store has all of it."""
+        """Write the object; it appears, or is replaced, when the store has all of it."""
         self._send(memoryview(data))
 
     def upload(self, path: Path) -> None:
-        """`write_bytes` of a local file."""
+        """Write a local file by `write_bytes`."""
         import pyarrow as pa
 
         with pa.memory_map(str(path)) as file:
@@ -105,20 +105,23 @@ class Remote:
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with _said(self, "deleted"):
+            with _translate_errors(self, "deleted"):
                 self._store().delete_file(self.key)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def _send(self, data: memoryview) -> None:
-        """Arrow completes an upload as its stream is closed, or dropped, whatever was written by then: an exception
-        in between would leave a part under the object's name. So no signal may raise in here (a thread has none), and
-        each part is waited for: after one that failed the stream remembers it and completes nothing."""
+        """Upload `data`, all or nothing.
+
+        Arrow completes an upload when its stream is closed or dropped, whatever was written by then: an exception in
+        between would leave a truncated object. So the upload runs in a thread, where no signal handler can raise, and
+        flushes each part: after a failed part the stream completes nothing.
+        """
         store = self._store()
 
         def send() -> None:
-            with _said(self, "written"), store.open_output_stream(self.key) as stream:
+            with _translate_errors(self, "written"), store.open_output_stream(self.key) as stream:
                 for start in range(0, len(data), PART):
                     stream.write(data[start : start + PART])
                     stream.flush()
@@ -127,34 +130,34 @@ class Remote:
             thread.submit(send).result()
 
     def _kind(self) -> str:
-        with _said(self, "read"):
-            found = self._store().get_file_info(self.key).type.name
-        if found == "NotFound":
+        with _translate_errors(self, "read"):
+            kind = self._store().get_file_info(self.key).type.name
+        if kind == "NotFound":
             self._check_bucket()
-        return found
+        return kind
 
     def _check_bucket(self) -> None:
-        """Stores say of an object that it isn't there, and mean that its bucket isn't. Raises UserError for that."""
+        """Raise UserError if the bucket is missing: stores report a missing object for that, too."""
         bucket = self.key.partition("/")[0]
         import pyarrow as pa
 
         try:
-            there = self._store().get_file_info(bucket).type.name != "NotFound"
-        except (OSError, pa.ArrowException):  # one may be allowed to use what is in a bucket that one may not look at
+            exists = self._store().get_file_info(bucket).type.name != "NotFound"
+        except (OSError, pa.ArrowException):  # credentials may grant access to objects and not to their bucket
             return
-        if not there:
+        if not exists:
             raise UserError(f"there is no bucket {self.scheme}://{bucket}: make it, or check the address", code=1)
 
     def _store(self) -> Any:
-        wanted = ("AWS_",) if self.scheme == "s3" else ("GOOGLE_", "STORAGE_EMULATOR_HOST", "CLOUDSDK_")
-        return _opened(self.scheme, tuple(sorted(pair for pair in os.environ.items() if pair[0].startswith(wanted))))
+        prefixes = ("AWS_",) if self.scheme == "s3" else ("GOOGLE_", "STORAGE_EMULATOR_HOST", "CLOUDSDK_")
+        return _opened(self.scheme, tuple(sorted(pair for pair in os.environ.items() if pair[0].startswith(prefixes))))
 
 
 Place = Path | Remote
 
 
 def place(text: str) -> Place:
-    """What `text` names. Opens nothing. Raises UserError for a scheme that isn't known and for one without a bucket."""
+    """Parse a local path or an object store's address. Raises UserError for an unknown scheme or a missing bucket."""
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text).expanduser()
@@ -167,16 +170,16 @@ def place(text: str) -> Place:
 
 
 def local_folder(text: str, flag: str) -> Path:
-    """The local folder `text`, for what can't lie in an object store. Raises UserError where it is not local."""
-    found = place(text)
-    if isinstance(found, Remote):
+    """Parse the path of a folder that must be local. Raises UserError for an object store."""
+    folder = place(text)
+    if isinstance(folder, Remote):
         raise UserError(f"{flag} is {text}: it must be a local folder")
-    return found
+    return folder
 
 
 @contextmanager
 def local(where: Place) -> Iterator[Path]:
-    """`where` as a local file: itself or, of an object, a copy of the same name that is gone after the block."""
+    """Give a local file of `where`: itself or, for an object, a copy of the same name, deleted after the block."""
     if isinstance(where, Path):
         yield where
         return
@@ -189,18 +192,18 @@ def local(where: Place) -> Iterator[Path]:
 
 @lru_cache(maxsize=4)
 def _opened(scheme: str, environment: tuple[tuple[str, str], ...]) -> Any:
-    """The store, for these variables; credentials are looked for by its own library."""
+    """Open the store for these variables; its own library finds the credentials."""
     from pyarrow import fs
 
-    known = dict(environment)
+    variables = dict(environment)
     if scheme == "gs":
-        secure, host = _endpoint(known.get("STORAGE_EMULATOR_HOST", ""), "http")
+        secure, host = _endpoint(variables.get("STORAGE_EMULATOR_HOST", ""), "http")
         options = {"anonymous": True, "scheme": secure, "endpoint_override": host} if host else {}
         return fs.GcsFileSystem(retry_time_limit=RETRY, **options)
-    secure, host = _endpoint(known.get("AWS_ENDPOINT_URL_S3") or known.get("AWS_ENDPOINT_URL", ""), "https")
-    region = known.get("AWS_REGION") or known.get("AWS_DEFAULT_REGION") or ("us-east-1" if host else None)
+    secure, host = _endpoint(variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL", ""), "https")
+    region = variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or ("us-east-1" if host else None)
     return fs.S3FileSystem(
-        scheme=secure, endpoint_override=host or None, region=region, tls_ca_file_path=known.get("AWS_CA_BUNDLE"),
+        scheme=secure, endpoint_override=host or None, region=region, tls_ca_file_path=variables.get("AWS_CA_BUNDLE"),
         connect_timeout=CONNECT, request_timeout=SILENT,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         allow_delayed_open=True,  # small objects in one request
@@ -209,27 +212,27 @@ def _opened(scheme: str, environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _endpoint(address: str, otherwise: str) -> tuple[str, str]:
-    """(http or https, host:port) of an address that may lack the former."""
+    """Split an address into (http or https, host:port); without a scheme it is `otherwise`."""
     secure, _, host = address.rpartition("://")
     return secure or otherwise, host.rstrip("/")
 
 
 @contextmanager
-def _said(where: Remote, done: str) -> Iterator[None]:
-    """What the store says, as FileNotFoundError where an object isn't there and else as a UserError of one line."""
+def _translate_errors(where: Remote, action: str) -> Iterator[None]:
+    """Turn the store's errors into FileNotFoundError for a missing object, else into a UserError of one line."""
     import pyarrow as pa
 
     try:
         yield
     except FileNotFoundError:
         where._check_bucket()
-        if done == "written":
+        if action == "written":
             raise UserError(f"{where} cannot be written (not found): check the address", code=1) from None
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where)) from None
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason, mend = _explained(where.scheme, str(error))
-        kept = "; what was there before is whole, and --resume goes on" if done == "written" else ""
-        raise UserError(f"{where} cannot be {done} ({reason}): {mend}{kept}", code=1) from error
+        reason, fix = _explain(where.scheme, str(error))
+        note = "; what was there before is whole, and --resume goes on" if action == "written" else ""
+        raise UserError(f"{where} cannot be {action} ({reason}): {fix}{note}", code=1) from error
 
 
 CREDENTIALS = {
@@ -237,24 +240,24 @@ CREDENTIALS = {
     "gs": "check GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`, and what they may do",
 }
 NETWORK = {"s3": "check the network, AWS_REGION and AWS_ENDPOINT_URL", "gs": "check the network"}
-MENDS = (
+FIXES = (
     (r"NO_SUCH_BUCKET|NoSuchBucket", {"s3": "make the bucket, or check the address"}),
     (r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|TOKEN|CREDENTIAL|HTTP status 40[13]", CREDENTIALS),
     (r"PERMISSION_DENIED|UNAUTHENTICATED|OAuth2|status code: 40[13]", CREDENTIALS),
     (r"HTTP status 301|PermanentRedirect|region", {"s3": "set AWS_REGION to the region of the bucket"}),
     (r"NETWORK_CONNECTION|CURL|UNAVAILABLE|curlCode", NETWORK),
 )
-"""What is found in a store's error, and what to do then; the first that fits."""
+"""(pattern of a store's error, fix by scheme); the first match counts."""
 
 
-def _explained(scheme: str, error: str) -> tuple[str, str]:
-    """(the cause, the mend) of what Arrow says, which is long and begins with its own affairs."""
-    mends = (by_scheme[scheme] for seen, by_scheme in MENDS if scheme in by_scheme and re.search(seen, error))
+def _explain(scheme: str, error: str) -> tuple[str, str]:
+    """Return (cause, fix) of an error of Arrow, which is long and begins with Arrow's own context."""
+    fixes = (by_scheme[scheme] for pattern, by_scheme in FIXES if scheme in by_scheme and re.search(pattern, error))
     lines = error.strip().splitlines() or ["no reason given"]
     cause = re.sub(r".*?(during \w+ operation: |underlying error message was: |last message of )", "", lines[0])
     cause = re.sub(r"No response body|(curlCode: \d+, |.*CURL error \[\d+\]=)|; Details: .*", "", cause)
     cause = re.sub(r" ?\(Request ID.*| error_info=.*|[})]*$", "", cause).strip(" .")
     if not cause:
-        named = re.search(r"AWS Error (\w+)", lines[0])
-        cause = named[1].replace("_", " ").lower() if named else lines[0]
-    return cause[:200], next(mends, "check the address and the store")
+        code = re.search(r"AWS Error (\w+)", lines[0])
+        cause = code[1].replace("_", " ").lower() if code else lines[0]
+    return cause[:200], next(fixes, "check the address and the store")
