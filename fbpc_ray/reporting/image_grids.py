@@ -1,4 +1,4 @@
-"""Pictures of a pseudocoreset: a titled one for people, a bare tiled one for MLflow's slider.
+"""Image grids of a pseudocoreset: a titled one for people, a bare tiled one for MLflow's slider.
 
 The only file that imports matplotlib, and of it only the objects (Figure, Agg): no pyplot, whose global state and
 backends have no place in a tool that runs without a screen.
@@ -132,7 +132,7 @@ def coreset_over_time(
 def coreset_array(
     images: np.ndarray, labels: np.ndarray, max_per_class: int = 10, max_classes: int = 20, min_width: int = 256
 ) -> np.ndarray:
-    """The same images, tiled in the same order, without text: (H, W, 3) uint8 with W >= `min_width` pixels.
+    """Tile the images without text: (H, W, 3) uint8 with W >= `min_width` pixels.
 
     Each image is enlarged by the same whole factor; a white line of that many pixels lies between two images.
     Raises ValueError as `coreset_grid` does.
@@ -163,14 +163,14 @@ def _tiles(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _rows(labels: np.ndarray, max_per_class: int, max_classes: int) -> list[list[int]]:
-    """Indices of the images to show, one list a class, classes by label, images as they come."""
+    """Return the indices of the images to show: a list for each class, in the order of labels."""
     return [
         np.flatnonzero(labels == label)[:max_per_class].tolist() for label in np.unique(labels)[:max_classes].tolist()
     ]
 
 
 def _columns(count: int) -> int:
-    """Columns of a grid of single images: one row up to 5, else wider than high, and full where that is possible."""
+    """Return the columns of a grid: one row up to 5 images, else wider than high, without gaps if possible."""
     if count <= 5:
         return count
     start = math.ceil(math.sqrt(count))
@@ -178,7 +178,7 @@ def _columns(count: int) -> int:
 
 
 def _note(labels: np.ndarray, rows: list[list[int]]) -> str:
-    """What of the coreset is not shown; empty if all of it is."""
+    """Say which part of the coreset is not shown; empty if all of it is."""
     counts = np.unique(labels, return_counts=True)[1]
     most = max(len(row) for row in rows)
     parts = [f"{len(rows)} of {len(counts)} classes"] if len(rows) < len(counts) else []
@@ -187,7 +187,7 @@ def _note(labels: np.ndarray, rows: list[list[int]]) -> str:
 
 
 def _png(sheet: np.ndarray, texts: list[Text]) -> bytes:
-    """`sheet` (H, W, 3) as a PNG with `texts` on it."""
+    """Encode `sheet` (H, W, 3) as a PNG with `texts` on it."""
     height, width = sheet.shape[:2]
     figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)  # not a pixel less by rounding
     canvas = FigureCanvasAgg(figure)
@@ -201,19 +201,19 @@ def _png(sheet: np.ndarray, texts: list[Text]) -> bytes:
 
 @functools.cache
 def _renderer() -> RendererAgg:
-    """To measure texts with."""
+    """Return a renderer that measures texts."""
     return FigureCanvasAgg(Figure(figsize=(1, 1), dpi=DPI)).get_renderer()
 
 
 def _text_width(text: str, size: float) -> int:
-    """Width in pixels of one line at `size` points."""
+    """Measure one line at `size` points, in pixels."""
     if not text:
         return 0
     return math.ceil(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
 
 
 def _fit(name: str, width: int) -> str:
-    """The first of several comma-separated names (as WordNet has them), cut to `width` pixels."""
+    """Return the first of comma-separated names (as WordNet has them), cut to `width` pixels."""
     name = " ".join(name.split(",")[0].split())
     if _text_width(name, NAME) <= width:
         return name

@@ -83,8 +83,8 @@ def _later(ended: EndedRun, number: str) -> list[Block]:
         ood = f"; AUROC (higher is better): how well its uncertainty tells {each.ood}" if each.ood else ""
         blocks += [Heading(f"Evaluated later: {each.name}", 3), Text(f"On the {each.split} split{ood}.")]
         blocks += [mean_table(series), value_table(series)]
-        for index_of_picture, (kind, png) in enumerate(each.pictures, 1):
-            blocks.append(Picture(png, f"{number}-later-{index:02d}-{index_of_picture:02d}", kind.replace(".", ", ")))
+        for position, (kind, png) in enumerate(each.pictures, 1):
+            blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", kind.replace(".", ", ")))
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run, made from what it left: its images over the steps, and its course."""
+"""Draw a run from its files: its images over the steps, and the course of its metrics."""
 
 import math
 import statistics
@@ -17,13 +17,13 @@ FOLLOWED = 10
 
 
 def followed(images: np.ndarray, labels: Tensor) -> np.ndarray:
-    """(k, c, h, w) of (m, c, h, w): the first image of each class, of at most `FOLLOWED`."""
+    """Return the first image of each class, of at most `FOLLOWED`: (m, c, h, w) -> (k, c, h, w)."""
     _, first = np.unique(labels.numpy(), return_index=True)
     return images[first[:FOLLOWED]]
 
 
 def over_time(run: RunDirectory, labels: Tensor, classes: tuple[str, ...], title: str) -> bool:
-    """Draw the images over the steps; whether there was more than one step to draw."""
+    """Draw the images over the steps. Return False, and draw nothing, for fewer than two steps."""
     history = {step: images.numpy() for step, images in run.history().items()}
     if len(history) < 2:
         return False
@@ -48,8 +48,11 @@ COURSES = (
 
 
 def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
-    """Draw the loss, its terms, the MAP solves and what was seen of the validation split over the steps; of several
-    draws the mean. Steps over which a line is smoothed; 0 where there is nothing to draw, and nothing is drawn."""
+    """Draw loss, its terms, MAP solves and validation scores over the steps, as means over draws.
+
+    Returns:
+        The steps over which a line is smoothed; 0, and no file, where the rows have nothing to draw.
+    """
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     courses = []
     for title, unit, columns in COURSES:
@@ -71,11 +74,11 @@ def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
 def _points(
     rows: Sequence[Mapping[str, Any]], name: str, column: str, scale: float
 ) -> tuple[list[int], list[float]] | None:
-    """(steps, means over draws) of a column for one network, where it has finite values."""
-    found: dict[int, list[float]] = {}
+    """Return (steps, means over draws) of a column for one network; None without finite values."""
+    by_step: dict[int, list[float]] = {}
     for row in rows:
         value = row.get(column)
         if row["architecture"] == name and isinstance(value, int | float) and math.isfinite(value):
-            found.setdefault(row["step"], []).append(scale * float(value))
-    steps = sorted(found)
-    return (steps, [statistics.fmean(found[step]) for step in steps]) if steps else None
+            by_step.setdefault(row["step"], []).append(scale * float(value))
+    steps = sorted(by_step)
+    return (steps, [statistics.fmean(by_step[step]) for step in steps]) if steps else None

@@ -20,6 +20,7 @@ def png_of(draw: Callable[[Path], object]) -> bytes:
 
 
 def run_pictures(ended: EndedRun, number: str) -> list[Block]:
+    """Return the pictures that a run has; `number` starts the names of their files."""
     run, blocks = ended.run, list[Block]()
     if ended.method != "random" and run.random_path.exists():
         before = coreset.load(run.random_path)

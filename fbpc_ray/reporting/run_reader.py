@@ -52,7 +52,7 @@ class EndedRun(NamedTuple):
 
 
 def read(folder: Place, label: str) -> EndedRun:
-    """The run in `folder`. Raises UserError where there is none, where it has not ended, and for a damaged file."""
+    """Read the run in `folder`. Raises UserError for no run, a run that has not ended, and a damaged file."""
     if (folder / "sweep.json").is_file():
         raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
     run, config = RunDirectory(folder), read_config(folder)
@@ -93,8 +93,8 @@ def _checked(result: dict[str, Any], source: str) -> list[ChainScore]:
 
 
 def _read_later(folder: Place) -> list[LaterEvaluation]:
-    """The evaluations in `folder`, by their numbers."""
-    found = []
+    """Read the evaluations in `folder`, in the order of their numbers."""
+    evaluations = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
         with undamaged(path, "delete it, and the report goes without"):
             result = json.loads(path.read_bytes())
@@ -104,8 +104,8 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
         )
         pictures = [(each.name[len(stem) + 1 : -4], image(each)) for each in beside]
         scores = _checked(result, str(path))
-        found.append(LaterEvaluation(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
-    return found
+        evaluations.append(LaterEvaluation(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
+    return evaluations
 
 
 def image(path: Place) -> bytes:

@@ -180,7 +180,7 @@ def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
 
 
 def _lines(points: Sequence[Point]) -> list[charts.Curve]:
-    """A curve for each label that has more than one x; of points with the same x the mean."""
+    """Make a curve for each label that has more than one x, with the mean of points of the same x."""
     by_label: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for label, x, value in points:
         if value is not None:

@@ -15,7 +15,7 @@ from fbpc_ray.tracking.uri import absolute
 
 
 class ModelParts(NamedTuple):
-    """What an MLflow model of posterior samples is made of."""
+    """Parts of an MLflow model of posterior samples."""
 
     script: Path
     """Run by MLflow as it loads the model (models from code)."""
@@ -48,7 +48,7 @@ def save_model(folder: Path, parts: ModelParts) -> None:
 
 
 def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable[[str], None]) -> str | None:
-    """Log the model as an output of a run; its models:/ address, or None, said, where MLflow doesn't take it."""
+    """Log the model as an output of a run; return its models:/ address, or None, with a line to `log`."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -64,8 +64,8 @@ def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable
 
 @contextlib.contextmanager
 def default_store(uri: str) -> Iterator[None]:
-    """Inside the block MLflow's functions that are told no store take this one. MLflow notes it in the environment,
-    too, where whatever comes later would find it: afterwards all is as before."""
+    """Set MLflow's default store inside the block, and restore the previous one, which MLflow also keeps in the
+    environment, after it."""
     import mlflow
 
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None

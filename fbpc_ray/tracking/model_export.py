@@ -1,4 +1,4 @@
-"""Posterior samples as an MLflow model, which any of MLflow's tools load and serve: what goes into it."""
+"""Save posterior samples as an MLflow model, which any of MLflow's tools load and serve."""
 
 import importlib.util
 import tempfile
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).with_name("pyfunc_model.py")
 
 
 def target(path: str) -> Path:
-    """The folder that a model will go to. Raises UserError where none can."""
+    """Return the folder of a model to write. Raises UserError where it exists or MLflow is missing."""
     folder = local_folder(path, "--save-model").absolute()
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} is there already: choose another folder for the model")
@@ -37,7 +37,7 @@ def target(path: str) -> Path:
 
 
 def asked(path: str, specs: Sequence[Spec]) -> Path | None:
-    """What --save-model asks for, None where it isn't given. Raises UserError for several networks."""
+    """Return the folder of --save-model, None where it isn't given. Raises UserError for several networks."""
     if path and len(specs) > 1:
         raise UserError("--save-model keeps the samples of one network: name it with --architectures")
     return target(path) if path else None
@@ -52,7 +52,7 @@ def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec) -> En
 
 
 def facts(config: Config, split: str, scored: dict[str, list[float | None]], provenance: Provenance) -> dict[str, Any]:
-    """What a model says of itself: what it was sampled on, and how the chain that it is scored on `split`."""
+    """Return a model's metadata: what it was sampled on, and the scores of its chain on `split`."""
     kind, colon, path = config.data.data.partition(":")
     return {
         "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
@@ -72,7 +72,7 @@ def save(samples: Ensemble, folder: Path, facts: dict[str, Any], example: np.nda
 def log_to_run(
     samples: Ensemble, uri: str, run_id: str, facts: dict[str, Any], example: np.ndarray, log: Callable[[str], None]
 ) -> str | None:
-    """Log the same model to an MLflow run and give its address there; None, said, where MLflow doesn't take it."""
+    """Log the same model to an MLflow run; return its address, or None, with a line to `log`, on failure."""
     name = f"posterior-{slug(samples.spec.architecture).replace('.', '-')}"
     with tempfile.TemporaryDirectory(prefix="fbpc-model-") as near:
         return _mlflow_model().log_model(uri, run_id, name, _parts(samples, Path(near), facts, example), log)
@@ -100,7 +100,7 @@ def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.nda
 
 
 def _code_of(name: str) -> Path:
-    """The file, or the folder of the package, that the import path `name` begins with."""
+    """Return the file, or the folder of the package, that the import path `name` begins with."""
     custom.search_current_folder()
     top = name.partition(":")[0].partition(".")[0]
     found = importlib.util.find_spec(top)

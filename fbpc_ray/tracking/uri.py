@@ -1,5 +1,4 @@
-"""Where MLflow's store and its pages are, as text; stands on the standard library, so that nobody imports MLflow
-(3 s) to know it."""
+"""URIs of MLflow's store and of its pages, without importing MLflow, which takes 3 s."""
 
 import json
 import os
@@ -18,57 +17,57 @@ PORT = 5000
 
 
 def default_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite database of the folder `root`; always absolute."""
+    """Return MLFLOW_TRACKING_URI, or the SQLite database of the folder `root`; always absolute."""
     path = str(root.absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes it
     return absolute(os.environ.get("MLFLOW_TRACKING_URI") or SQLITE + path)
 
 
 def absolute(uri: str) -> str:
-    """A relative SQLite path made absolute; any other URI unchanged."""
+    """Make a relative SQLite path absolute; leave any other URI unchanged."""
     path = uri.removeprefix(SQLITE)
     return f"{SQLITE}{Path(path).absolute()}" if uri.startswith(SQLITE) and path else uri
 
 
 def database(uri: str) -> Path | None:
-    """The file of a SQLite store; None for any other."""
+    """Return the file of a SQLite store; None for any other."""
     return Path(unquote(urlsplit(uri).path[1:])) if uri.startswith(SQLITE) else None
 
 
 def remote(uri: str) -> bool:
-    """Whether a server has the pages of this store already."""
+    """Tell whether the store is a server, which shows its own pages."""
     return uri.startswith(("http://", "https://"))
 
 
 def server(uri: str) -> str:
-    """The address of the pages: of the server, or where `fbpc ui` will show a local store."""
+    """Return the address of the pages: the server, or where `fbpc ui` will show a local store."""
     return uri.rstrip("/") if remote(uri) else f"http://127.0.0.1:{PORT}"
 
 
 def list_url(uri: str, experiment_id: str) -> str:
-    """The page of an experiment's runs."""
+    """Return the page of an experiment's runs."""
     return f"{server(uri)}/#/experiments/{experiment_id}/runs?{TRAINING}"
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     return f"{server(uri)}/#/experiments/{experiment_id}/runs/{run_id}?{TRAINING}"
 
 
 def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """The page that compares runs of one experiment."""
+    """Return the page that compares runs of one experiment."""
     runs, experiments = (quote(json.dumps(list(ids), separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
     return f"{server(uri)}/#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING}"
 
 
 def ui_command(uri: str) -> str:
-    """How to see `uri`: the address of a server, or the shell line that shows a local store."""
+    """Return how to see `uri`: the address of a server, or the shell command that shows a local store."""
     if remote(uri):
         return uri
     return f"{_program('fbpc')} ui --tracking-uri {shlex.quote(absolute(uri))}"
 
 
 def serve_command(folder: Path) -> str:
-    """The shell line that serves the model in `folder` at 127.0.0.1:5001, to this machine alone."""
+    """Return the shell command that serves the model in `folder` at 127.0.0.1:5001, to this machine alone."""
     # MLflow looks for uvicorn by its name alone.
     path = (
         "" if _program("mlflow") == "mlflow" else f'env PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" '
@@ -77,6 +76,6 @@ def serve_command(folder: Path) -> str:
 
 
 def _program(name: str) -> str:
-    """A command, ours; by its bare name only if the shell finds the same one."""
+    """Return this environment's command; by its bare name only if the shell finds the same one."""
     beside = Path(sys.executable).with_name(name)
     return name if shutil.which(name) == str(beside) or not beside.exists() else shlex.quote(str(beside))
