@@ -26,19 +26,21 @@ from torch import nn
 from fbpc_ray.core import config, presets
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.progress import progress
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place
+from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data import arrays, datasets
 from fbpc_ray.data import coreset as coresets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.worker import State, threads
+from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.evaluation import chains as evaluate
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
-from fbpc_ray.execution import session
+from fbpc_ray.execution import validation
 from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.session import network_specs, open_backend, open_session
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network
@@ -126,22 +128,24 @@ def distill(
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     given = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in given.items() if v is not None}, backend=backend, **settings)
-    chosen = session.canonical(chosen)
-    session.check(chosen)
-    if backend == "ray" and (alone := [name for name in chosen.networks.architectures if not custom.importable(name)]):
-        raise UserError(f"{alone[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
-    specs, d = session.specs(chosen, source), chosen.distillation
-    state, labels = loop.first_state(source, d.ipc, d.seed, d.inner_lr)
-    if d.method != "random":
-        stores = [session.store(chosen, source, spec) for spec in specs]
+    chosen = validation.validate(chosen)
+    if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
+        raise UserError(f"{local[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
+    session = open_session(chosen, log, source)
+    state, d = session.initial[0], chosen.distillation
+    if session.num_steps:
         interruption = Interruption(())
-        with session.backend(chosen, interruption, log) as workers:
-            loop.train_experts(stores, specs, chosen.experts.expert_count, source, workers, log)
-            workers.start_workers(session.crew(chosen, source, labels, specs, stores))
-            tell = on_step or (lambda values, step: None)
-            state = loop.distill(chosen, _Nowhere(), state, [], workers, interruption, tell, lambda state: None)
-            workers.stop_workers()
-    return Coreset(state.images, labels, source.mean, source.std, source.classes)
+        with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step") as bar:
+            session.train_experts(workers, log)
+
+            def report(step: Step) -> None:
+                if on_step:
+                    on_step(step.metrics(), step.state.step)
+                bar.update()
+
+            steps = session.steps(state, workers)
+            state = follow(steps, Checkpointer(None, state, [], d), [report], interruption)
+    return session.coreset(state)
 
 
 def posterior(
@@ -169,14 +173,14 @@ def posterior(
     _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
     (name,) = _names(architecture)
     chosen = Config().updated(architectures=(name,), width=width, depth=depth, augment=augment, **settings)
-    session.check(chosen)
+    validation.check(chosen)
     if wrong := coresets.problem(coreset):
         raise UserError(f"not a coreset ({wrong}): give what distill or load returns")
-    (spec,) = session.specs(chosen, coreset)
+    (spec,) = network_specs(chosen, coreset)
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
     e, samples = chosen.evaluation, []
-    with loop.progress("sample", chains * (e.chain_epochs // e.chain_every), "sample") as bar, threads(1):
+    with progress("sample", chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
         for number in range(seed, seed + chains):
             for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
@@ -214,12 +218,6 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
     file alone runs no code. Raises UserError."""
     name = "" if architecture is None else _names(architecture)[0]
     return ensemble.load(place(str(path)), name, Serial(device, Interruption(())).device)
-
-
-class _Nowhere:
-    """In the place of a Run: keeps no checkpoints."""
-
-    def save(self, state: State, rows: list[dict[str, Any]]) -> None: ...
 
 
 def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:

@@ -48,13 +48,15 @@ from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset, Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.expert_training import train_expert
-from fbpc_ray.distillation.worker import GradientTask, Worker, gradient_tasks, threads
+from fbpc_ray.distillation.state import GradientTask, gradient_tasks, initial_state
+from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial, device_name
 from fbpc_ray.models.functional import Network, Spec
@@ -162,14 +164,14 @@ def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, fold
     )  # fmt: skip
     dataset = session.load_data(config, print)
     config = config.updated(batch_size=ipc * len(dataset.classes))
-    specs = session.specs(config, dataset)
-    stores = [session.store(config, dataset, spec) for spec in specs]
+    specs = session.network_specs(config, dataset)
+    stores = [session.expert_store(config, dataset, spec) for spec in specs]
     for spec, store in zip(specs, stores, strict=True):
         if store.missing(1) and args.experts:
             raise UserError(f"there are no experts of {spec.architecture} in {store.folder}: train them (fbpc experts)")
         write_untrained(store, spec, store.missing(1))
     d = config.distillation
-    state, labels = loop.first_state(dataset, d.ipc, d.seed)
+    state, labels = initial_state(dataset, d.ipc, d.seed)
     return Case(config, dataset, specs, stores, state.images.numpy(), labels)
 
 
@@ -190,7 +192,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
 
     def our_step(step: int) -> None:
         for unit in units:
-            taken[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1]["map_steps"]
+            taken[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1].map_steps or 0
 
     def cold_step(step: int) -> None:
         for unit in units:
@@ -239,7 +241,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
             for a, b in RATIOS
             if a in seconds and b in seconds
         },
-        "phases": {name: sum(each[key] for each in phases) for key, name in PHASES.items()},
+        "phases": {name: sum(getattr(stats, key) for stats in phases) for key, name in PHASES.items()},
     }  # fmt: skip
     if pool_steps:
         found["map_steps_pool"] = statistics.fmean(pool_steps)
@@ -256,7 +258,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
 
 
 def worker(case: Case, config: Config, **more: Any) -> Worker:
-    arguments = session.crew(config, case.dataset, case.labels, case.specs, case.stores).arguments | more
+    arguments = session.worker_group(config, case.dataset, case.labels, case.specs, case.stores).worker._asdict() | more
     return Worker(**arguments, device=config.workers.device)
 
 
@@ -278,19 +280,19 @@ def pool_of(case: Case, args: Arguments, map_steps: list[int]) -> Callable[[int]
     """A distillation with `--map-init warm` that takes a step at each call, from when every solution was met twice."""
     config = case.config.updated(map_init="warm", warm_pool_size=args.warm_pool_size)
     d, backend = config.distillation, Serial(args.device, Interruption())
-    backend.start_workers(session.crew(config, case.dataset, case.labels, case.specs, case.stores))
-    state, _ = loop.first_state(case.dataset, d.ipc, d.seed)
+    backend.start_workers(session.worker_group(config, case.dataset, case.labels, case.specs, case.stores))
+    state, _ = initial_state(case.dataset, d.ipc, d.seed)
     before = 2 * d.warm_pool_size
     assert backend.worker is not None
     for number in range(before + d.warm_pool_size * args.repeats):
-        for unit in backend.units:
+        for unit in backend.tasks:
             backend.worker.expert_side(unit, number)
 
     def go_on(_: int) -> None:
         nonlocal state
-        done = loop.step(config, state, backend)
+        done = loop.take_step(config.distillation, config.networks.architectures, state, backend)
         state = done.state
-        map_steps.extend(gradient.stats["map_steps"] for _, _, gradient in done.gradients)
+        map_steps.extend(gradient.stats.map_steps or 0 for _, _, gradient in done.gradients)
 
     for number in range(before):
         go_on(number)
@@ -319,7 +321,7 @@ def training(case: Case, args: Arguments) -> dict[str, Any]:
             cross_entropy(module(fixed.images), fixed.labels).backward()
             optimiser.step()
 
-    with threads(args.threads):
+    with torch_threads(args.threads):
         pairs = [[timed(way, [n], args.device) / batches for way in (teach_epoch, bare)] for n in range(args.repeats)]
     ours, alone = ([pair[which] for pair in pairs] for which in (0, 1))
     return {"ours": spread(ours), "bare loop": spread(alone), "ratio": spread([a / b for a, b in pairs])}
@@ -331,7 +333,7 @@ def first_run(case: Case, args: Arguments, folder: Path, elsewhere: Executor) ->
     config = case.config.updated(
         steps=args.first_run, compiled="auto", expert_count=5, expert_epochs=6, experts=str(folder / "first-experts")
     )
-    stores = [session.store(config, case.dataset, spec) for spec in case.specs]
+    stores = [session.expert_store(config, case.dataset, spec) for spec in case.specs]
     for spec, store in zip(case.specs, stores, strict=True):
         write_untrained(store, spec, store.missing(5))
     flat, seconds = json.dumps(config.flat()), {"reference": 0.0, "ours": 0.0}
@@ -365,10 +367,10 @@ def _reference_of(flat: str) -> tuple[Any, ...]:
     config = Config().updated(**json.loads(flat))
     dataset = session.load_data(config, print)
     each = []
-    for spec in session.specs(config, dataset):
-        store = session.store(config, dataset, spec)
+    for spec in session.network_specs(config, dataset):
+        store = session.expert_store(config, dataset, spec)
         each.append((spec, [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]))
-    state, labels = loop.first_state(dataset, config.distillation.ipc, config.distillation.seed)
+    state, labels = initial_state(dataset, config.distillation.ipc, config.distillation.seed)
     real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     return each, real, state.images, labels, config.distillation
 

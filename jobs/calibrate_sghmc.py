@@ -37,15 +37,24 @@ from fbpc_ray.commands.parsing import current_words, parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers, current_names
 from fbpc_ray.core.errors import UserError, undamaged
+from fbpc_ray.core.progress import progress
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset, Split
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import chains
-from fbpc_ray.evaluation.chains import Chain, ChainResult, EvaluationContext, feasible, judge, run_chain
-from fbpc_ray.execution import session
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    ChainResult,
+    CoresetArrays,
+    EvaluationContext,
+    evaluation_context,
+    run_chain,
+    without_impossible_compilation,
+)
+from fbpc_ray.execution import session, validation
 
 
 class Paper(NamedTuple):
@@ -117,6 +126,7 @@ class Trial(NamedTuple):
     """All that decides its numbers: what its row begins with, and what tells whether it is there."""
     settings: Evaluation
     chain: Chain
+    arrays: CoresetArrays
 
 
 def run_trial(shared: EvaluationContext, trial: Trial, device: str) -> ChainResult:
@@ -140,16 +150,18 @@ def calibrate(argv: Sequence[str]) -> None:
     missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in done["rows"])]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
-        with session.backend(config, Interruption(), print) as workers:
+        with session.open_backend(config, Interruption(), print) as workers:
             provenance = capture(workers.describe())
             number = len(done["runs"])
             words = [word.replace(config.data.data, _name(config.data.data)) for word in argv]
             done["runs"].append({**provenance._asdict(), "command": " ".join(["jobs/calibrate_sghmc.py", *words])})
             how = config.workers.compiled_chains
-            shared = judge(dataset, "test", missing[0].settings, config.networks.augment, compiled=how)
+            coresets = {trial.chain.coreset: trial.arrays for trial in missing}
+            augment = config.networks.augment
+            shared = evaluation_context(dataset, "test", missing[0].settings, augment, coresets, compiled=how)
             shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
-            shared = feasible(shared, [trial.chain for trial in missing], workers.device, print)
-            with loop.progress("calibrate", len(missing), "chain") as bar:
+            shared = without_impossible_compilation(shared, [trial.chain for trial in missing], workers.device, print)
+            with progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
                     row = {**missing[index].key, **_numbers(result), "run": number}
                     done["rows"].append(row)
@@ -162,12 +174,13 @@ def calibrate(argv: Sequence[str]) -> None:
 
 def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]:
     """Every chain of the search, coreset by coreset, so that an interrupted search compares all settings."""
-    (spec,) = session.specs(config, dataset)
+    (spec,) = session.network_specs(config, dataset)
     lengths = search.chain_epochs * (len(search.ipc) if len(search.chain_epochs) == 1 else 1)
     trials = []
     for number, (ipc, steps) in product(range(search.coresets), zip(search.ipc, lengths, strict=True)):
-        state, labels = loop.first_state(dataset, ipc, number)
-        chain = Chain(f"random-{number}", state.images.numpy(), labels.numpy(), spec, number)
+        state, labels = initial_state(dataset, ipc, number)
+        chain = Chain(f"random-{ipc}-{number}", spec, number)
+        arrays = CoresetArrays(state.images.numpy(), labels.numpy())
         for noise, decay, dsa in product(search.noise, search.weight_decay, search.dsa):
             settings = Evaluation(
                 chain_epochs=steps, chain_every=max(1, steps // 10),
@@ -183,7 +196,7 @@ def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]
                 "test_images": search.test_images, "test_seed": search.test_seed,
                 "lineage_batch": chains.LINEAGE_BATCH,
             }  # fmt: skip
-            trials.append(Trial(key, settings, chain))
+            trials.append(Trial(key, settings, chain, arrays))
     return trials
 
 
@@ -335,7 +348,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
 
 
 def _check(search: Search, config: Config) -> None:
-    session.check(config)
+    validation.check(config)
     if len(config.networks.architectures) != 1:
         raise UserError("the Random rows are of one network: give --architectures one name")
     if len(search.chain_epochs) not in (1, len(search.ipc)):

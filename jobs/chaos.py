@@ -39,9 +39,9 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.distillation.worker import State
+from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Backend, Serial
+from fbpc_ray.execution.serial import Serial
 
 STORE = 80_000_000
 WAIT = 60.0
@@ -139,9 +139,7 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
     config = preset("digits").updated(**SMALL, steps=args.steps, experts=str(folder / "experts"))
     dataset = session.load_data(config, print)
     serial = Serial("cpu", Interruption())
-    specs = session.specs(config, dataset)
-    stores = [session.store(config, dataset, spec) for spec in specs]
-    loop.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    session.open_session(config, print, dataset).train_experts(serial, print)
     expected, alone = distil(config, dataset, serial, folder / "serial", lambda: None)
 
     head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
@@ -187,16 +185,13 @@ def distil(
     config: Config, dataset: Dataset, backend: Backend, folder: Path, after_step: Any
 ) -> tuple[torch.Tensor, float]:
     """The images after all steps, and the seconds that they took."""
-    specs = session.specs(config, dataset)
-    stores = [session.store(config, dataset, spec) for spec in specs]
-    first, labels = loop.first_state(dataset, config.distillation.ipc, config.distillation.seed)
-    backend.start_workers(session.crew(config, dataset, labels, specs, stores))
+    opened = session.open_session(config, print, dataset)
+    first = opened.initial[0]
+    checkpointer = loop.Checkpointer(RunDirectory(folder), first, [], config.distillation)
     began = time.perf_counter()
     try:
-        state: State = loop.distill(
-            config, RunDirectory(folder), first, [], backend, Interruption(),
-            lambda values, step: after_step(), lambda state: None,
-        )  # fmt: skip
+        steps = opened.steps(first, backend)
+        state = loop.follow(steps, checkpointer, [lambda step: after_step()], Interruption())
     finally:
         backend.stop_workers()
     return state.images, time.perf_counter() - began

@@ -32,8 +32,10 @@ from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.state import initial_state
+from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Backend, Serial
+from fbpc_ray.execution.serial import Serial
 
 ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
 
@@ -83,9 +85,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     dataset = session.load_data(config, print)
     serial = Serial("cpu", Interruption())
-    specs = session.specs(config, dataset)
-    stores = [session.store(config, dataset, spec) for spec in specs]
-    loop.train_experts(stores, specs, config.experts.expert_count, dataset, serial, print)
+    session.open_session(config, print, dataset).train_experts(serial, print)
     two = RayBackend(config.workers, Interruption(), num_cpus=2, include_dashboard=False, _temp_dir=str(folder / "r"))
     one = RayBackend(config.updated(cpus_per_actor=2.0).workers, Interruption())  # on the same cluster
     ways: dict[str, Backend] = {"serial": serial, "one worker": one, "two workers": two}
@@ -117,14 +117,15 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
 def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple[torch.Tensor, float]:
     """The images after so many steps, and seconds a step; workers stand and have done one step before the clock."""
     d = config.distillation
-    specs = session.specs(config, dataset)
-    stores = [session.store(config, dataset, spec) for spec in specs]
-    state, labels = loop.first_state(dataset, d.ipc, d.seed)
-    backend.start_workers(session.crew(config, dataset, labels, specs, stores))
+    specs = session.network_specs(config, dataset)
+    stores = [session.expert_store(config, dataset, spec) for spec in specs]
+    state, labels = initial_state(dataset, d.ipc, d.seed)
+    names = config.networks.architectures
+    backend.start_workers(session.worker_group(config, dataset, labels, specs, stores))
     try:
-        state, began = loop.step(config, state, backend).state, time.perf_counter()
+        state, began = loop.take_step(d, names, state, backend).state, time.perf_counter()
         for _ in range(steps):
-            state = loop.step(config, state, backend).state
+            state = loop.take_step(d, names, state, backend).state
         return state.images, (time.perf_counter() - began) / steps
     finally:
         backend.stop_workers()

@@ -89,7 +89,7 @@ def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
 def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeypatch):
     """A data set with a row in Table 4, the small preset, and a baseline with its own paper's settings."""
     seen = []
-    monkeypatch.setattr(api.session, "check", lambda config: seen.append(config) or _stop())
+    monkeypatch.setattr(api.validation, "check", lambda config: seen.append(config) or _stop())
     digits = api.dataset("digits")
     cases: list[tuple[list[str], dict[str, Any]]] = [
         (["--data", "digits"], {}),
@@ -101,11 +101,11 @@ def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeyp
         config = distill_arguments(words).config
         with pytest.raises(_Stopped):
             api.distill(digits, backend=config.workers.backend, **call)
-        assert seen.pop() == config.updated(architectures=api.session.canonical(config).networks.architectures)
+        assert seen.pop() == config.updated(architectures=api.validation.canonical(config).networks.architectures)
 
 
 def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
-    """By `session.backend`, as in every command, with the backend and the address of the call; that Ray's backend gives
+    """By `open_backend`, as in every command, with the backend and the address of the call; that Ray's backend gives
     the bits of the serial one is shown in tests/execution/test_ray_backend.py."""
     opened = []
 
@@ -114,7 +114,7 @@ def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
         opened.append((config.workers.backend, config.workers.address))
         yield Serial("cpu", interruption)
 
-    monkeypatch.setattr(api.session, "backend", backend)
+    monkeypatch.setattr(api, "open_backend", backend)
     found = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
     assert opened == [("ray", "local")]
     assert torch.equal(found.images, made.images)

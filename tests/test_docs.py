@@ -36,9 +36,10 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset_formats, readers
-from fbpc_ray.distillation import loop, worker
+from fbpc_ray.distillation import worker
 from fbpc_ray.distillation.expert_store import Recipe
-from fbpc_ray.distillation.worker import GradientTask, Worker
+from fbpc_ray.distillation.state import GradientTask, initial_state
+from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import registry
@@ -499,16 +500,16 @@ def test_the_method_of_extending_learns(small, digits, tmp_path):
     try:
         exec(compile(block, "extending", "exec"), {})
         settings = replace(small.distillation, method="confident")
-        specs = session.specs(small, digits)
+        specs = session.network_specs(small, digits)
         stores = train_experts(small, digits, Serial("cpu", Interruption()))
-        state, labels = loop.first_state(digits, 1, 0)
+        state, labels = initial_state(digits, 1, 0)
         gradients_of = Worker(specs, stores, digits, labels.numpy(), settings, "dsa", 2, device="cpu", threads=1)
         images, losses = state.images.clone(), []
         for _ in range(10):
             value, stats, *_ = gradients_of.gradient(GradientTask(0, 0), 0, images.numpy(), 0.0)
             again = gradients_of.gradient(GradientTask(0, 0), 0, images.numpy(), 0.0)
             assert (again[0] == value).all()
-            losses.append(stats["loss"])
+            losses.append(stats.loss)
             images = images - 0.1 * torch.from_numpy(value)
         assert losses[-1] < losses[0]
     finally:

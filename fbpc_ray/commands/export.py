@@ -6,20 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from fbpc_ray.commands.distill import Prepared, describe, log, says_how_to_resume, write_json
+from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import to_preset
+from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import capture, home
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place, local_folder, place
 from fbpc_ray.data import coreset, coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import results
-from fbpc_ray.execution import session
+from fbpc_ray.evaluation.evaluate import describe_evaluation
+from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
+from fbpc_ray.execution import validation
+from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 
 LICENCES: dict[str, tuple[dict[str, str], str]] = {
     "digits": (
@@ -155,28 +160,29 @@ def evaluate(
     """SGHMC on the coreset at `source` and on as many random real images, on the networks of `settings`."""
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
-    settings = session.canonical(settings)
-    session.check(settings)
-    dataset = session.load_data(settings.updated(download=False) if dry_run else settings, log)
+    settings = validation.canonical(settings)
+    validation.check(settings)
+    dataset = load_data(settings.updated(download=False) if dry_run else settings, log)
     given, notes = coreset_reader.load(place(source), dataset, pixels)
     for note in notes:
         log(f"note: {note}")
     dataset = dataset._replace(mean=given.mean, std=given.std)
-    specs = session.specs(settings, dataset)
+    specs = network_specs(settings, dataset)
     counts = set(given.labels.bincount(minlength=len(dataset.classes)).tolist())
     ipc = counts.pop() if len(counts) == 1 else None
     candidates = _random(dataset, ipc, settings.distillation.seed) | {"given": given}
     if dry_run:
-        describe(Prepared(settings, dataset, specs, []))
+        describe(Session(settings, dataset, specs, []))
         return
-    with session.backend(settings, Interruption(), log) as workers, says_how_to_resume("nothing was written"):
+    with open_backend(settings, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())
-        log(loop.judging(candidates, specs, split, settings.evaluation))
-        scored = loop.evaluate(candidates, specs, dataset, split, settings, workers, log).table
-    result = results.result_of(settings, dataset, [], scored, split, provenance, session.threads(settings))
+        log(describe_evaluation(candidates, specs, split, settings.evaluation))
+        scored = evaluate_coresets(candidates, specs, dataset, split, settings, workers, log).table
+    result = results.result_of(settings, dataset, [], scored, split, provenance, cpu_threads(settings))
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
-    write_json(json, result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
+    if json:
+        files.write_json(place(json).absolute(), result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
     log(f"\n{results.table(scored)}")
 
 
@@ -185,5 +191,5 @@ def _random(dataset: Dataset, ipc: int | None, seed: int) -> dict[str, Coreset]:
     if ipc is None or np.bincount(dataset.train.labels).min() < ipc:
         log("note: no random images beside it: its classes have different numbers of images, or more than there are")
         return {}
-    first, labels = loop.first_state(dataset, ipc, seed)
+    first, labels = initial_state(dataset, ipc, seed)
     return {"random": Coreset(first.images, labels, dataset.mean, dataset.std, dataset.classes)}

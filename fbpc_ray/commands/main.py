@@ -107,7 +107,7 @@ def experts(words: Sequence[str]) -> None:
     base = base_config(words)
     default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts, workers=base.workers)
     args = parse(ExpertArguments, words, "fbpc experts", default)
-    from fbpc_ray.commands import distill as commands
+    from fbpc_ray.commands import experts as commands
 
     config = replace(base, data=args.data, networks=args.networks, experts=args.experts, workers=args.workers)
     commands.experts(config, dry_run=args.dry_run, json=args.json)
@@ -127,12 +127,10 @@ def evaluate(words: Sequence[str]) -> None:
     )
     config = replace(stored, networks=networks, evaluation=args.evaluation, workers=args.workers)
     refuse_unasked(config, {"address"} | ({"architectures"} if args.architectures else set()), args.run)
-    from fbpc_ray.commands import distill as commands
+    from fbpc_ray.commands import evaluate as commands
 
-    commands.evaluate(
-        place(args.run), config, args.split, ood=args.ood, ood_resize=args.ood_resize,
-        save_model=args.save_model, dry_run=args.dry_run, json=args.json,
-    )  # fmt: skip
+    options = commands.Options(args.split, args.ood, args.ood_resize, args.save_model)
+    commands.evaluate(place(args.run), config, options, dry_run=args.dry_run, json=args.json)
 
 
 def _evaluate_coreset(words: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from fbpc_ray.commands.arguments import ReproduceArguments
-from fbpc_ray.commands.distill import log, says_how_to_resume
 from fbpc_ray.core.config import Config, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.reproduction import run
@@ -43,7 +43,7 @@ def reproduce(args: ReproduceArguments) -> None:
         args.table, args.scale, Request(scale, sources, args.ipc, _overrides(args.override), base), folder, args.only,
         Path(args.corruptions) if args.corruptions else None, args.cost_steps, args.dry_run,
     )  # fmt: skip
-    with says_how_to_resume("run the same command again to continue"):
+    with resume_hint("run the same command again to continue"):
         path, rows = run.reproduce(options, log)
     if args.dry_run:
         return

@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -42,6 +43,11 @@ def write_bytes(path: Place, data: bytes) -> None:
 def write_text(path: Place, text: str) -> None:
     """Write UTF-8 text by `write_bytes`."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Place, value: Any) -> None:
+    """Write `value` as JSON by `write_bytes`. Raises ValueError for NaN and infinity, which are not JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_first(path: Place, text: str) -> None:

@@ -38,18 +38,24 @@ LINEAGE_BATCH = 256
 """Images of a batch in `batch_nll`, which does depend on it: that of the code it is compared with."""
 
 
-class Chain(NamedTuple):
-    """One chain to run: plain data."""
+class CoresetArrays(NamedTuple):
+    """A coreset as a worker needs it."""
 
-    coreset: str
-    """Name of the coreset, for the reader."""
     images: np.ndarray
     """(m, c, h, w) float32, normalised."""
     labels: np.ndarray
+    """(m,) int64."""
+
+
+class Chain(NamedTuple):
+    """One chain to run. Small: the coreset travels once, in the `EvaluationContext`."""
+
+    coreset: str
+    """Key in `EvaluationContext.coresets`."""
     spec: Spec
     seed: int
-    keep: bool = False
-    """Send the samples back too."""
+    keep_samples: bool = False
+    """Return the samples too."""
 
 
 class ChainResult(NamedTuple):
@@ -61,12 +67,12 @@ class ChainResult(NamedTuple):
     """The lineage's NLL (`metrics.batch_nll`) of the same predictions, in the order of the split."""
     mean_sample_nll: float | None = None
     """Mean NLL of a posterior sample by itself: what the model average gains is the difference."""
-    familiar: Uncertainty | None = None
-    """Of the images of the split, where `Judge.ood` is given; else not sent."""
-    strange: Uncertainty | None = None
-    """Of the images of `Judge.ood`."""
+    in_distribution: Uncertainty | None = None
+    """Of the images of the split, if `EvaluationContext.ood` is given."""
+    out_of_distribution: Uncertainty | None = None
+    """Of the images of `EvaluationContext.ood`."""
     samples: list[Params] | None = None
-    """On the CPU, where `Chain.keep` asks for them."""
+    """On the CPU, if `Chain.keep_samples`."""
 
 
 def posterior_samples(
@@ -138,118 +144,139 @@ class EvaluationContext(NamedTuple):
     std: tuple[float, ...]
     settings: Evaluation
     augment: str
+    coresets: dict[str, CoresetArrays]
     ood: Split | None = None
-    """Images that are strange to the networks (`ood_split`); their labels are not looked at."""
+    """Out-of-distribution images (`ood_split`); nobody looks at their labels."""
     compiled: str = "off"
     """`--compiled-chains`: auto | on | off."""
 
 
-def run_chain(judge: EvaluationContext, chain: Chain, device: str) -> ChainResult:
-    """One task: sample a chain, score its model average."""
+def evaluation_context(
+    dataset: Dataset, split: str, settings: Evaluation, augment: str, coresets: dict[str, CoresetArrays],
+    ood: Split | None = None, compiled: str = "off",
+) -> EvaluationContext:  # fmt: skip
+    """Collect what the chains share; `split` is test or validation."""
+    return EvaluationContext(
+        getattr(dataset, split), dataset.mean, dataset.std, settings, augment, coresets, ood, compiled
+    )
+
+
+def run_chain(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
+    """Sample one chain and score its model average."""
     start = time.perf_counter()
-    passes = passes_of(judge, chain, device)
-    images, labels = torch.tensor(chain.images, device=device), torch.tensor(chain.labels, device=device)
-    samples = posterior_samples(passes, images, labels, judge.settings, judge.augment, chain.seed)
+    passes = passes_of(context, chain, device)
+    images, samples = sample_chain(context, chain, passes, device)
     if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
-    test = DeviceDataset(*tensors(judge.split, device), judge.mean, judge.std)
-    found = predictive(passes, samples, images, test)
-    familiar = strange = None
-    if judge.ood is not None:
-        others = DeviceDataset(*tensors(judge.ood, device), judge.mean, judge.std)
-        familiar, strange = found.uncertainty, predictive(passes, samples, images, others).uncertainty
+    scored = predictive(passes, samples, images, _on_device(context.split, context, device))
+    in_distribution = out_of_distribution = None
+    if context.ood is not None:
+        in_distribution = scored.uncertainty
+        out_of_distribution = predictive(passes, samples, images, _on_device(context.ood, context, device)).uncertainty
     return ChainResult(
-        found.stats,
+        scored.stats,
         time.perf_counter() - start,
-        batch_nll(found.losses, LINEAGE_BATCH),
-        float(found.losses.mean()),
-        familiar,
-        strange,
-        [{name: value.cpu() for name, value in params.items()} for params in samples] if chain.keep else None,
+        batch_nll(scored.losses, LINEAGE_BATCH),
+        float(scored.losses.mean()),
+        in_distribution,
+        out_of_distribution,
+        [{name: value.cpu() for name, value in params.items()} for params in samples] if chain.keep_samples else None,
     )
+
+
+def sample_chain(context: EvaluationContext, chain: Chain, passes: Passes, device: str) -> tuple[Tensor, list[Params]]:
+    """Sample a chain; return the coreset's images on the device, and the posterior samples."""
+    images, labels = (torch.tensor(array, device=device) for array in context.coresets[chain.coreset])
+    return images, posterior_samples(passes, images, labels, context.settings, context.augment, chain.seed)
+
+
+def _on_device(split: Split, context: EvaluationContext, device: str) -> DeviceDataset:
+    return DeviceDataset(*tensors(split, device), context.mean, context.std)
 
 
 COMPILE_FROM = 5e11
 """Floating-point operations of a chain and its predictions, half a minute of CPU time, from which its passes are
-compiled: each takes half a minute once, and is then there for the chains of all seeds, runs and machines alike."""
+compiled: each takes half a minute once, and then serves the chains of all seeds, runs and machines alike."""
 
 
-def compiles(judge: EvaluationContext, chain: Chain, network: Network) -> bool:
-    """Whether the passes of a chain on its `network` are compiled, on a CPU. It depends on the chain and its split
-    alone, not on what runs beside it, for it is part of the bits."""
-    e, count = judge.settings, len(judge.split.labels)
-    images = 3 * e.chain_epochs * len(chain.labels) + e.chain_epochs // e.chain_every * count  # a backward counts two
-    return judge.compiled == "on" or (judge.compiled == "auto" and 2 * count_macs(network) * images >= COMPILE_FROM)
+def compiles(context: EvaluationContext, chain: Chain, network: Network) -> bool:
+    """Return whether the passes of a chain on its `network` are compiled, on a CPU.
+
+    It depends on the chain and its split alone, not on what runs beside it, because it is part of the bits.
+    """
+    e, count = context.settings, len(context.split.labels)
+    m = len(context.coresets[chain.coreset].labels)
+    images = 3 * e.chain_epochs * m + e.chain_epochs // e.chain_every * count  # a backward counts two
+    return context.compiled == "on" or (context.compiled == "auto" and 2 * count_macs(network) * images >= COMPILE_FROM)
 
 
-def passes_of(judge: EvaluationContext, chain: Chain, device: str) -> Passes:
-    """Those of the chain's network."""
+def passes_of(context: EvaluationContext, chain: Chain, device: str) -> Passes:
+    """Build the passes of the chain's network."""
     network = Network(chain.spec, device)
-    on = network.device.type == "cpu" and compiles(judge, chain, network)
-    return Passes(network, compiling.folder() if on else None)
+    compiled = network.device.type == "cpu" and compiles(context, chain, network)
+    return Passes(network, compiling.folder() if compiled else None)
 
 
-def judge(
-    dataset: Dataset, split: str, settings: Evaluation, augment: str, ood: Split | None = None, compiled: str = "off"
+def without_impossible_compilation(
+    context: EvaluationContext, chains: Sequence[Chain], device: str, log: Callable[[str], None]
 ) -> EvaluationContext:
-    """A Judge on the split named test or validation; `ood` from `ood_split`."""
-    return EvaluationContext(getattr(dataset, split), dataset.mean, dataset.std, settings, augment, ood, compiled)
+    """Turn compilation off, and say so, where chains should be compiled and this machine can't."""
+    sizes = {(chain.spec, len(context.coresets[chain.coreset].labels)): chain for chain in chains}
+    wanted = device == "cpu" and any(compiles(context, chain, Network(chain.spec)) for chain in sizes.values())
+    if wanted and not compiling.possible("the passes of chains", log):
+        return context._replace(compiled="off")
+    return context
 
 
-def feasible(
-    judge: EvaluationContext, chains: Sequence[Chain], device: str, log: Callable[[str], None]
-) -> EvaluationContext:
-    """`judge`, its chains eager where they should be compiled and can't be here, which is said."""
-    kinds = {(chain.spec, len(chain.labels)): chain for chain in chains} if device == "cpu" else {}
-    wanted = any(compiles(judge, chain, Network(chain.spec)) for chain in kinds.values())
-    return judge._replace(compiled="off") if wanted and not compiling.possible("the passes of chains", log) else judge
+def ood_split(dataset: Dataset, other: Dataset, resize: bool = False) -> Split:
+    """Return the test images of `other` as a network of `dataset` can see them; all labels are 0.
 
-
-def ood_split(dataset: Dataset, strange: Dataset, resize: bool = False) -> Split:
-    """The test images of `strange` as a network of `dataset` can see them: grey ones in three channels, where it has
-    three, and with `resize` at its size (bilinear, antialiased). Labels are all 0, their classes being others.
-
-    Raises UserError for images of another size without `resize` (how they are resized is part of the result, so it is
-    asked for), and for coloured images where the networks see grey.
+    Grey images become three channels where `dataset` has three; `resize` brings them to its size (bilinear,
+    antialiased). Raises UserError for images of another size without `resize` (how they are resized is part of the
+    result), and for coloured images where the networks see grey.
     """
     channels, *size = dataset.image_shape
-    images = strange.test.images
+    images = other.test.images
     if images.shape[1] != channels:
         if (images.shape[1], channels) != (1, 3):
             raise UserError(
-                f"{strange.name} has images of {images.shape[1]} channels, {dataset.name} of {channels}: "
+                f"{other.name} has images of {images.shape[1]} channels, {dataset.name} of {channels}: "
                 "choose out-of-distribution data with as many channels"
             )
         images = images.repeat(3, axis=1)
     if list(images.shape[2:]) != size:
         if not resize:
             raise UserError(
-                f"{strange.name} has images of {images.shape[2]}x{images.shape[3]}, {dataset.name} of "
+                f"{other.name} has images of {images.shape[2]}x{images.shape[3]}, {dataset.name} of "
                 f"{size[0]}x{size[1]}: choose out-of-distribution data of that size, or add --ood-resize"
             )
         images = np.concatenate([_resized(images[at : at + 1024], size) for at in range(0, len(images), 1024)])
     return Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
 
 
-def quantities(judge: EvaluationContext) -> tuple[str, ...]:
-    """The names that `values` gives for a chain of `judge`, in order."""
-    ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if judge.ood is not None else ()
+def quantities(context: EvaluationContext) -> tuple[str, ...]:
+    """Return the names of `values` for a chain of `context`, in order."""
+    ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if context.ood is not None else ()
     return (*Scores._fields, "batch_nll", "mean_sample_nll", *ood)
 
 
 def values(result: ChainResult) -> dict[str, float]:
-    """A chain's numbers by name: those of `metrics.Scores`, the NLLs of the lineage and of a sample, and where strange
-    images were given, how well each uncertainty tells them from the familiar. Empty for a chain that diverged."""
+    """Return a chain's numbers by name; empty for a chain that diverged.
+
+    They are those of `metrics.Scores`, the lineage's NLL, the mean NLL of a sample, and with out-of-distribution images
+    the AUROC of each uncertainty.
+    """
     if result.stats is None:
         return {}
-    found: dict[str, float] = dict(scores(result.stats)._asdict())
+    numbers: dict[str, float] = dict(scores(result.stats)._asdict())
     for name in ("batch_nll", "mean_sample_nll"):
         if (value := getattr(result, name)) is not None:
-            found[name] = value
-    if result.familiar is not None and result.strange is not None:
+            numbers[name] = value
+    inside, outside = result.in_distribution, result.out_of_distribution
+    if inside is not None and outside is not None:
         for name in Uncertainty._fields:
-            found[f"ood_auroc_{name}"] = auroc(getattr(result.familiar, name), getattr(result.strange, name))
-    return found
+            numbers[f"ood_auroc_{name}"] = auroc(getattr(inside, name), getattr(outside, name))
+    return numbers
 
 
 def _resized(images: np.ndarray, size: list[int]) -> np.ndarray:

@@ -61,7 +61,7 @@ NestedScores = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
 
 
 Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
-"""The same as loop.evaluate still returns it; the functions below take both until it returns ChainScore."""
+"""What `evaluate` returns; the functions below take both forms."""
 
 
 def as_scores(scores: Sequence[ChainScore] | NestedScores) -> list[ChainScore]:

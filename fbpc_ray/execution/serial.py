@@ -1,10 +1,8 @@
-"""Where work runs: the seam between the driver and its workers, and the backend that needs nothing but this process."""
+"""The backend that needs nothing but this process."""
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,62 +10,20 @@ import torch
 from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.distillation.methods.common import Gradient, Stats
-from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start, threads
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class WorkerGroupSpec(NamedTuple):
-    """What the workers of a distillation are made of, and what each step asks of them."""
-
-    arguments: dict[str, Any]
-    """Of `distill.Worker`, but for the device."""
-    units: list[GradientTask]
-    expert_side_bytes: int = 0
-    """Of the largest part of a gradient that can be computed ahead; 0 where there is none."""
+from fbpc_ray.core.threads import torch_threads
+from fbpc_ray.distillation.methods.common import Gradient, GradientStats
+from fbpc_ray.distillation.state import GradientTask, State, map_start
+from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
 
 
-def gradient_of(answer: tuple[np.ndarray, Stats, float, np.ndarray | None]) -> Gradient:
-    """What `Worker.gradient` returned."""
+def gradient_of(answer: tuple[np.ndarray, GradientStats, float, np.ndarray | None]) -> Gradient:
+    """Rebuild the `Gradient` that `Worker.gradient` returned as arrays."""
     value, stats, inner_lr, solution = answer
     return Gradient(torch.from_numpy(value), stats, inner_lr, None if solution is None else torch.from_numpy(solution))
 
 
-class Backend(Protocol):
-    """Two kinds of work: independent tasks, and the gradients of one step."""
-
-    device: str
-    """cpu or cuda."""
-
-    def map(
-        self, function: Callable[[Any, Item, str], Result], shared: Any, items: Sequence[Item]
-    ) -> Iterator[tuple[int, Result]]:
-        """Yield (index, function(shared, item, device)) as they are done, each on one CPU thread."""
-        ...
-
-    def start_workers(self, crew: WorkerGroupSpec) -> None:
-        """Workers for the gradients of `crew`. From here on, `map` is their work too."""
-        ...
-
-    def gradients(self, state: State) -> list[Gradient | None]:
-        """The gradient of every unit of the crew at `state`, in order; None for one that was skipped as too slow."""
-        ...
-
-    def stop_workers(self) -> None:
-        """Free what `start_workers` took."""
-        ...
-
-    def describe(self) -> str:
-        """Device and place in words."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class Serial:
-    """All work in this process, one piece after the other."""
+    """Runs all work in this process, one piece after the other. A `Backend`."""
 
     def __init__(self, device: str, interruption: Interruption):
         if device == "cuda" and not torch.cuda.is_available():
@@ -76,23 +32,23 @@ class Serial:
         self.interruption = interruption
         keep_freed_memory()
         self.worker: Worker | None = None
-        self.units: list[GradientTask] = []
+        self.tasks: list[GradientTask] = []
 
     def map(self, function, shared, items):
         for index, item in enumerate(items):
-            with self.interruption.at_once(), threads(1):
+            with self.interruption.at_once(), torch_threads(1):
                 result = function(shared, item, self.device)
             yield index, result
 
-    def start_workers(self, crew):
-        self.worker, self.units = Worker(**crew.arguments, device=self.device), crew.units
+    def start_workers(self, group: WorkerGroupSpec) -> None:
+        self.worker, self.tasks = Worker(**group.worker._asdict(), device=self.device), group.tasks
 
-    def gradients(self, state):
+    def gradients(self, state: State) -> list[Gradient | None]:
         assert self.worker is not None
         gradients: list[Gradient | None] = []
-        for unit in self.units:
-            start = map_start(state, unit, self.worker.settings)
-            answer = self.worker.gradient(unit, state.step, state.images.numpy(), state.inner_lr, start=start)
+        for task in self.tasks:
+            start = map_start(state, task, self.worker.settings)
+            answer = self.worker.gradient(task, state.step, state.images.numpy(), state.inner_lr, start=start)
             gradients.append(gradient_of(answer))
         return gradients
 

@@ -23,9 +23,9 @@ from fbpc_ray.core.allocator import give_back_freed_memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.worker import Worker, gradient_tasks
-from fbpc_ray.execution import session
+from fbpc_ray.distillation.state import gradient_tasks
+from fbpc_ray.distillation.worker import Worker
+from fbpc_ray.execution.session import open_session
 from fbpc_ray.models.functional import Network
 
 
@@ -56,18 +56,16 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
     rule = {"start_epoch": 1, "start_rule": "before"}
     with tempfile.TemporaryDirectory() as folder:
         config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, trajectory_cache_gb=0.0, **rule)
-        dataset = session.load_data(config, lambda line: None)
-        specs = session.specs(config, dataset)
-        stores, networks = [session.store(config, dataset, spec) for spec in specs], [Network(spec) for spec in specs]
-        for store, network in zip(stores, networks, strict=True):
+        session = open_session(config, lambda line: None)
+        networks = [Network(spec) for spec in session.specs]
+        for store, network in zip(session.stores, networks, strict=True):
             store.write(0, (network.module(generator(0, "cost", epoch)).state_dict() for epoch in range(epochs + 1)))
-        d = config.distillation
-        state, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
-        worker = Worker(**session.crew(config, dataset, labels, specs, stores).arguments, device=device)
+        state, _ = session.initial
+        worker = Worker(**session.worker_group().worker._asdict(), device=device)
 
         def take(step: int) -> None:
-            for unit in gradient_tasks(len(specs), 1):
-                worker.gradient(unit, step, state.images.numpy(), state.inner_lr)
+            for task in gradient_tasks(len(networks), 1):
+                worker.gradient(task, step, state.images.numpy(), state.inner_lr)
 
         take(0)  # warms up libraries and caches
         before = _reset(device)

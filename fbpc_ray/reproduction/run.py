@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbpc_ray.core import files
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import Log, progress
 from fbpc_ray.core.provenance import Provenance, capture, home
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.storage import Place
+from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import notes, official
 from fbpc_ray.data.datasets import Dataset, denormalise
-from fbpc_ray.distillation import loop
-from fbpc_ray.evaluation import chains
-from fbpc_ray.evaluation.chains import Chain
-from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Backend
-from fbpc_ray.execution.session import Log
-from fbpc_ray.models.functional import specify
+from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.distillation.expert_training import train_missing_experts
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation.chains import Chain, CoresetArrays, evaluation_context, without_impossible_compilation
+from fbpc_ray.execution import validation
+from fbpc_ray.execution.session import expert_store, load_data, network_specs, num_steps, open_backend
+from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
 from fbpc_ray.reproduction.render import markdown, over_ipc, picture
@@ -59,42 +63,51 @@ class Task(NamedTuple):
 
 
 def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
-    """Make what is missing of a table; the path of its Markdown, and its rows in order. Raises UserError."""
-    table, rows = TABLES[options.table], Rows(options.out / "rows" / options.table)
+    """Make the missing rows of a table; return the path of its Markdown, and its rows in order. Raises UserError."""
+    kind, rows = TABLES[options.table].kind, Rows(options.out / "rows" / options.table)
     tasks = _tasks(options, log)
-    there = {(row["key"], row["eval_seed"]) for row in rows.read()}
-    seeds = range(options.request.scale.num_chains)
-    if table.kind == "cost":
-        seeds = range(options.cost_steps)
-    elif table.kind == "picture":
-        seeds = range(0)
-    missing = [(task, seed) for task in tasks for seed in seeds if (task.key, seed) not in there]
+    seeds = _seeds(options)
+    present = {(row["key"], row["eval_seed"]) for row in rows.read()}
+    missing = [(task, seed) for task in tasks for seed in seeds if (task.key, seed) not in present]
     log(f"{options.table}: {len(tasks)} cells, {len(missing)} of {len(tasks) * len(seeds)} rows to make")
-    unmade = _unmade(tasks) if table.kind == "picture" else _unmade([task for task, _ in missing])
+    unmade = _unmade(tasks) if kind == "picture" else _unmade([task for task, _ in missing])
     if options.dry_run:
-        log(f"{len(unmade) if table.kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
+        log(f"{len(unmade) if kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
         return options.out / f"{options.table}.md", []
-    failed: dict[Path, str] = {}
-    if missing or unmade:
-        with session.backend(options.request.base, Interruption(), log) as workers:
-            provenance = capture(workers.describe())
-            if table.kind == "cost":
-                _measure(options, {t.key: t for t, _ in missing}.values(), rows, workers, provenance)
-            else:
-                failed = _make(unmade, workers, provenance.commit, log)
-                _judge(
-                    options, [each for each in missing if each[0].coreset not in failed], rows, workers, provenance, log
-                )
-    order = {task.key: place for place, task in enumerate(tasks)}
-    found = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
-    kept = [task for task in tasks if task.coreset not in failed]
-    path = _write(options, kept, found) if kept else None
-    if failed:
-        name, why = next(iter(failed.items()))
+    failures = _fill(options, missing, unmade, rows, log) if missing or unmade else {}
+    complete = [task for task in tasks if task.coreset not in failures]
+    order = {task.key: index for index, task in enumerate(tasks)}
+    ordered = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
+    path = _write(options, complete, ordered) if complete else None
+    if failures:
+        folder, reason = next(iter(failures.items()))
         rest = f"; {path} has the others" if path else ""
-        raise UserError(f"{len(failed)} of the coresets could not be made: {name.name}: {why}{rest}", code=1)
+        raise UserError(f"{len(failures)} of the coresets could not be made: {folder.name}: {reason}{rest}", code=1)
     assert path is not None
-    return path, found
+    return path, ordered
+
+
+def _seeds(options: Options) -> range:
+    """Return the numbers of a cell's rows: chains, or measured steps."""
+    kind = TABLES[options.table].kind
+    if kind == "cost":
+        return range(options.cost_steps)
+    return range(0 if kind == "picture" else options.request.scale.num_chains)
+
+
+def _fill(
+    options: Options, missing: list[tuple[Task, int]], unmade: list[Task], rows: Rows, log: Log
+) -> dict[Path, str]:
+    """Make coresets and rows; return why coresets failed, by folder."""
+    with open_backend(options.request.base, Interruption(), log) as workers:
+        provenance = capture(workers.describe())
+        if TABLES[options.table].kind == "cost":
+            _measure(options, {task.key: task for task, _ in missing}.values(), rows, workers, provenance)
+            return {}
+        failures = _make_coresets(unmade, workers, provenance.commit, log)
+        possible = [(task, seed) for task, seed in missing if task.coreset not in failures]
+        _evaluate(options, possible, rows, workers, provenance, log)
+        return failures
 
 
 def _tasks(options: Options, log: Log) -> list[Task]:
@@ -115,13 +128,13 @@ def _tasks(options: Options, log: Log) -> list[Task]:
     for cell in chosen:
         source = cell.config.data.data
         if source not in datasets:
-            datasets[source] = session.load_data(cell.config, log)
+            datasets[source] = load_data(cell.config, log)
             if TABLES[options.table].kind == "corruptions" and options.corruptions:
                 official(options.corruptions, datasets[source])  # said now, if it does not fit
         dataset = datasets[source]
-        session.check(cell.config)
-        session.specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
-        session.specs(cell.config, dataset)
+        validation.check(cell.config)
+        network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
+        network_specs(cell.config, dataset)
         for seed in range(options.request.scale.distill_seeds):
             config = cell.config.updated(seed=seed)
             key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config)
@@ -134,7 +147,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
 def _unmade(tasks: Iterable[Task]) -> list[Task]:
     """One task for each coreset that is not there."""
     first = {task.coreset: task for task in reversed(list(tasks))}
-    return [task for path, task in reversed(first.items()) if not work.RunDirectory(path).coreset_path.exists()]
+    return [task for path, task in reversed(first.items()) if not RunDirectory(path).coreset_path.exists()]
 
 
 def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
@@ -144,50 +157,50 @@ def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
         yield members[0].dataset, members
 
 
-def _make(tasks: list[Task], workers: Backend, commit: str, log: Log) -> dict[Path, str]:
-    """The experts that the coresets need, then the coresets, a task each; why those failed that did, by folder."""
-    failed = {}
+def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log) -> dict[Path, str]:
+    """Train the experts that the coresets need, then distil each coreset; return why some failed, by folder."""
+    failures = {}
     for dataset, group in _by_data(tasks):
-        learned = [task.cell.config for task in group if task.cell.config.distillation.method != "random"]
-        stores, count = {}, 0
-        for config in learned:
-            for spec in session.specs(config, dataset):
-                store = session.store(config, dataset, spec)
+        _train_experts([task.cell.config for task in group], dataset, workers, log)
+        items = [work.CoresetTask(task.cell.config, task.coreset, commit) for task in group]
+        with progress("distil", len(items), "coreset") as bar:
+            for index, reason in workers.map(work.make_coreset, dataset, items):
+                bar.update()
+                log(f"coreset {items[index].folder.name}" + (f" FAILED: {reason}" if reason else ""))
+                if reason:
+                    failures[items[index].folder] = reason
+    return failures
+
+
+def _train_experts(configs: list[Config], dataset: Dataset, workers: TaskRunner, log: Log) -> None:
+    """Train the missing experts of all configurations, each store once."""
+    stores: dict[Place, tuple[ExpertStore, Spec]] = {}
+    count = 0
+    for config in configs:
+        if num_steps(config):
+            for spec in network_specs(config, dataset):
+                store = expert_store(config, dataset, spec)
                 stores[store.folder] = (store, spec)
             count = max(count, config.experts.expert_count)
-        if stores:
-            each, specs = zip(*stores.values(), strict=True)
-            loop.train_experts(each, specs, count, dataset, workers, log)
-        items = [work.Making(task.cell.config, task.coreset, commit) for task in group]
-        with loop.progress("distil", len(items), "coreset") as bar:
-            for index, why in workers.map(work.make, dataset, items):
-                bar.update()
-                log(f"coreset {items[index].folder.name}" + (f" FAILED: {why}" if why else ""))
-                if why:
-                    failed[items[index].folder] = why
-    return failed
+    if stores:
+        each, specs = zip(*stores.values(), strict=True)
+        train_missing_experts(each, specs, count, dataset, workers, log)
 
 
-def _judge(
-    options: Options, missing: list[tuple[Task, int]], rows: Rows, workers: Backend, provenance: Provenance, log: Log
+def _evaluate(
+    options: Options, missing: list[tuple[Task, int]], rows: Rows, workers: TaskRunner, provenance: Provenance, log: Log
 ) -> None:
-    """A chain for each row that is missing; a row is written as its chain ends."""
-    kind = TABLES[options.table].kind
+    """Run a chain for each missing row; write a row as its chain ends."""
     groups: dict[str, list[tuple[Task, int]]] = {}
-    for task, seed in missing:  # one evaluation, data set and augmentation share what is sent to the workers
-        e, n = task.cell.config.evaluation, task.cell.config.networks
-        groups.setdefault(repr((task.dataset.name, e, n.augment)), []).append((task, seed))
-    with loop.progress("judge", len(missing), "chain") as bar:
+    for task, seed in missing:  # chains of one evaluation, data set and augmentation share what travels to the workers
+        config = task.cell.config
+        groups.setdefault(repr((task.dataset.name, config.evaluation, config.networks.augment)), []).append(
+            (task, seed)
+        )
+    with progress("evaluate", len(missing), "chain") as bar:
         for group in groups.values():
-            task, _ = group[0]
-            config, dataset = task.cell.config, task.dataset
-            items = [_judging(task, seed, kind, options.corruptions) for task, seed in group]
-            e, augment, how = config.evaluation, config.networks.augment, config.workers.compiled_chains
-            judge = chains.judge(dataset, "test", e, augment, compiled=how)
-            court = work.SharedContext(
-                chains.feasible(judge, [item.chain for item in items], workers.device, log), dataset
-            )
-            for index, findings in workers.map(work.judge, court, items):
+            shared, items = _shared_context(options, group, workers.device, log)
+            for index, findings in workers.map(work.run_row_task, shared, items):
                 task, seed = group[index]
                 rows.write([_row(options, task, seed, finding, provenance) for finding in findings])
                 if not findings[0]:
@@ -195,19 +208,35 @@ def _judge(
                 bar.update()
 
 
-def _judging(task: Task, seed: int, kind: str, corruptions: Path | None) -> work.Judging:
-    made, cell = coreset.load(work.RunDirectory(task.coreset).coreset_path), task.cell
-    n = cell.config.networks
+def _shared_context(
+    options: Options, group: list[tuple[Task, int]], device: str, log: Log
+) -> tuple[work.SharedContext, list[work.RowTask]]:
+    """Return what the chains of a group share, coresets included, and a task for each of its rows."""
+    task, _ = group[0]
+    config, dataset = task.cell.config, task.dataset
+    coresets = {}
+    for folder in {task.coreset for task, _ in group}:
+        made = coreset.load(RunDirectory(folder).coreset_path)
+        coresets[folder.name] = CoresetArrays(made.images.numpy(), made.labels.numpy())
+    context = evaluation_context(
+        dataset, "test", config.evaluation, config.networks.augment, coresets, compiled=config.workers.compiled_chains
+    )
+    items = [_row_task(task, seed, TABLES[options.table].kind, options.corruptions) for task, seed in group]
+    context = without_impossible_compilation(context, [item.chain for item in items], device, log)
+    return work.SharedContext(context, dataset), items
+
+
+def _row_task(task: Task, seed: int, kind: str, corruptions: Path | None) -> work.RowTask:
+    cell, n = task.cell, task.cell.config.networks
     spec = specify(cell.judged_on, task.dataset.image_shape, len(task.dataset.classes), n.width, n.depth)
-    chain = Chain(cell.row, made.images.numpy(), made.labels.numpy(), spec, seed)
-    return work.Judging(chain, kind, corruptions, home() / "corruptions")
+    return work.RowTask(Chain(task.coreset.name, spec, seed), kind, corruptions, home() / "corruptions")
 
 
-def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: Backend, provenance: Provenance) -> None:
+def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: TaskRunner, provenance: Provenance) -> None:
     """One after the other, so that no measurement disturbs another."""
     for task in tasks:
-        item = work.Measuring(task.cell.config, options.cost_steps)
-        for _, found in workers.map(work.cost, None, [item]):
+        item = work.CostTask(task.cell.config, options.cost_steps)
+        for _, found in workers.map(work.run_cost_task, None, [item]):
             for number, seconds in enumerate(found.seconds):
                 finding = {"peak_gb": found.peak_gb, "seconds": seconds, "parameters": float(found.parameters)}
                 rows.write([_row(options, task, number, finding, provenance)])
@@ -226,7 +255,7 @@ def _row(options: Options, task: Task, seed: int, finding: work.Finding, provena
 
 def _commit_of(folder: Path) -> str | None:
     """Of the code that made a coreset, which may be older than that which judges it."""
-    return coreset.metadata(work.RunDirectory(folder).coreset_path).get("commit")
+    return coreset.metadata(RunDirectory(folder).coreset_path).get("commit")
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
@@ -237,7 +266,7 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
     images = [image.name]
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
-        made = coreset.load(work.RunDirectory(task.coreset).coreset_path)
+        made = coreset.load(RunDirectory(task.coreset).coreset_path)
         pixels = denormalise(made.images, made.mean, made.std).numpy()
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} a class"
         image_grids.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)

@@ -10,73 +10,59 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
-from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.loop import Checkpointer, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.chains import (
-    Chain,
-    EvaluationContext,
-    passes_of,
-    posterior_samples,
-    predictive,
-    run_chain,
-    values,
-)
-from fbpc_ray.execution import session
+from fbpc_ray.evaluation.chains import Chain, EvaluationContext, passes_of, predictive, run_chain, sample_chain, values
 from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.session import open_session
 from fbpc_ray.inference.metrics import scores
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 from fbpc_ray.reproduction.cost import Cost, measure
 
 
-class Making(NamedTuple):
+class CoresetTask(NamedTuple):
     """One coreset to make."""
 
     config: Config
     folder: Path
-    """Its run: checkpoints are kept there, and a half-made one goes on."""
+    """Its run directory: an interrupted distillation resumes from its checkpoint."""
     commit: str
     """Of the code that makes it."""
 
 
-def make(dataset: Dataset, item: Making, device: str) -> str:
-    """One task: distil the coreset, or say why it can't be, so that the others are made all the same."""
+def make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> str:
+    """Distil a coreset in this process, from its last checkpoint; return why it failed, or an empty string."""
     try:
-        _make(dataset, item, device)
+        _make_coreset(dataset, task, device)
     except UserError as error:
         return str(error)
     return ""
 
 
-def _make(dataset: Dataset, item: Making, device: str) -> None:
-    """All the coreset's architectures in this process, from the last checkpoint."""
-    config, run, d = item.config, RunDirectory(item.folder), item.config.distillation
-    first, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
-    state = first
-    if d.method != "random":
+def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
+    config, run = task.config, RunDirectory(task.folder)
+    session = open_session(config.updated(threads=1), print, dataset)
+    state, labels = session.initial
+    if session.num_steps:
         interruption = Interruption()
-        workers = Serial(device, interruption)
-        specs = session.specs(config, dataset)
-        stores = [session.store(config, dataset, spec) for spec in specs]
-        state, rows = run.restore(labels, dataset.image_shape) or (first, [])
+        state, rows = run.restore(labels, dataset.image_shape) or (state, [])
         run.write_config(config)
-        workers.start_workers(session.crew(config.updated(threads=1), dataset, labels, specs, stores))
-        state = loop.distill(
-            config, run, state, rows, workers, interruption, lambda values, step: None, lambda state: None
-        )
-    made = Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
-    facts = {"method": d.method, "data": dataset.name, "step": str(state.step), "commit": item.commit}
-    coreset.save(made, run.coreset_path, facts)
+        steps = session.steps(state, Serial(device, interruption))
+        state = follow(steps, Checkpointer(run, state, rows, config.distillation), [], interruption)
+    facts = {
+        "method": config.distillation.method, "data": dataset.name, "step": str(state.step), "commit": task.commit,
+    }  # fmt: skip
+    coreset.save(session.coreset(state), run.coreset_path, facts)
 
 
-class Judging(NamedTuple):
-    """One chain to run: on which images, and what to do with its samples."""
+class RowTask(NamedTuple):
+    """One chain to run, and what to do with its samples."""
 
     chain: Chain
     kind: str
@@ -89,7 +75,7 @@ class Judging(NamedTuple):
 class SharedContext(NamedTuple):
     """What the chains of one data set share."""
 
-    judge: EvaluationContext
+    context: EvaluationContext
     dataset: Dataset
 
 
@@ -97,20 +83,18 @@ Finding = dict[str, Any]
 """Part of a row: its column, where a chain fills several, and its quantities."""
 
 
-def judge(court: SharedContext, item: Judging, device: str) -> list[Finding]:
+def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
     """One task: a chain, and the rows that it fills. A chain that diverged fills its rows with nothing."""
     if item.kind == "scores":
-        return [values(run_chain(court.judge, item.chain, device))]
-    passes = passes_of(court.judge, item.chain, device)
-    images = torch.tensor(item.chain.images, device=device)
-    labels = torch.tensor(item.chain.labels, device=device)
-    settings, augment = court.judge.settings, court.judge.augment
-    samples = posterior_samples(passes, images, labels, settings, augment, item.chain.seed)
+        return [values(run_chain(shared.context, item.chain, device))]
+    passes = passes_of(shared.context, item.chain, device)
+    images, samples = sample_chain(shared.context, item.chain, passes, device)
     if not ensemble.finite(samples):
         return [{}]
     if item.kind == "logits":
-        return _logits(passes.network, samples, images, labels, court.dataset)
-    return _corrupted(passes, samples, images, court, item)
+        labels = torch.tensor(shared.context.coresets[item.chain.coreset].labels, device=device)
+        return _logits(passes.network, samples, images, labels, shared.dataset)
+    return _corrupted(passes, samples, images, shared, item)
 
 
 def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch.Tensor, dataset: Dataset) -> list:
@@ -123,19 +107,19 @@ def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch
 
 
 def _corrupted(
-    passes: Passes, samples: list, images: torch.Tensor, court: SharedContext, item: Judging
+    passes: Passes, samples: list, images: torch.Tensor, shared: SharedContext, item: RowTask
 ) -> list[Finding]:
     """Table 3: accuracy under each corruption, averaged over severities; degradation = 1 - it / clean accuracy."""
 
     def accuracy(split: Any) -> float:
-        data = DeviceDataset(*tensors(split, passes.network.device), court.dataset.mean, court.dataset.std)
+        data = DeviceDataset(*tensors(split, passes.network.device), shared.dataset.mean, shared.dataset.std)
         return scores(predictive(passes, samples, images, data).stats).accuracy
 
-    clean = accuracy(court.judge.split)
+    clean = accuracy(shared.context.split)
     found = []
     for name, corruption in CORRUPTIONS.items():
         splits = (
-            corrupted_test(court.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
+            corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
             for severity in SEVERITIES
         )
         found.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
@@ -146,13 +130,13 @@ def _corrupted(
     ]
 
 
-class Measuring(NamedTuple):
+class CostTask(NamedTuple):
     """One cost to measure."""
 
     config: Config
     steps: int
 
 
-def cost(shared: None, item: Measuring, device: str) -> Cost:
+def run_cost_task(shared: None, item: CostTask, device: str) -> Cost:
     """One task: a step's cost, in a process of its own."""
     return measure(item.config, device, item.steps)

@@ -15,9 +15,9 @@ from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.expert_store import slug
-from fbpc_ray.distillation.loop import EvaluationResult
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble
+from fbpc_ray.evaluation.evaluate import EvaluationResult
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.tracking.uri import serve_command

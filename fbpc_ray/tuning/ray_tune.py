@@ -22,7 +22,7 @@ from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place as located
-from fbpc_ray.distillation.worker import gradient_tasks
+from fbpc_ray.distillation.state import gradient_tasks
 from fbpc_ray.execution.ray.placement import Resources, infeasible_message, room, share
 from fbpc_ray.execution.ray.ray_backend import RayBackend, free, nodes
 from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial, steps_of

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fbpc_ray.commands.distill import Prepared, judge, log, says_how_to_resume, write_json
 from fbpc_ray.core import files
 from fbpc_ray.core.config import (
     MAY_CHANGE_ON_RESUME,
@@ -31,16 +30,19 @@ from fbpc_ray.core.config import (
 )
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import to_preset
+from fbpc_ray.core.progress import log, progress, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture, home
 from fbpc_ray.core.signals import Interrupted, Interruption
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset, denormalise
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import results
-from fbpc_ray.execution import session
+from fbpc_ray.execution import validation
+from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, open_backend, open_session
 from fbpc_ray.models import custom
 from fbpc_ray.reporting import image_grids
+from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
@@ -85,7 +87,8 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         with undamaged(path, "delete it, and the best trial is judged again"):
             result = json_format.loads(path.read_text())
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
-        write_json(json, result)
+        if json:
+            files.write_json(place(json).absolute(), result)
         return
     found = _prepared(base, settings, folder, resume, trusted, dry_run)
     if dry_run:
@@ -96,7 +99,8 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
             RunDirectory(folder).refuse_if_taken()  # by one that began when this one did, and is through
             _write_plan(found)
         result, board = _swept(found)
-    write_json(json, result)
+    if json:
+        files.write_json(place(json).absolute(), result)
     log(f"\n{(folder / 'trials.md').read_text()}")
     log(f"best:    trial {result['best']['trial']}, {trial.told(result['best']['flags'])}")
     log(f"\n{results.table(result['test']['coresets'])}\n")
@@ -110,7 +114,7 @@ def _swept(found: _Sweep) -> tuple[dict[str, Any], "_Board"]:
     """The result, and what was shown of it on the way."""
     folder, interruption = found.folder, Interruption()
     again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
-    with says_how_to_resume(again), session.backend(found.base, interruption, log) as workers:
+    with resume_hint(again), open_backend(found.base, interruption, log) as workers:
         log(f"sweep: {folder}")
         provenance = capture(workers.describe())
         d = found.dataset
@@ -138,8 +142,8 @@ def _folder(base: Config, resume: bool) -> Place:
 
 def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> _Sweep:
     """The trials, all of them checked. Writes nothing. Raises UserError."""
-    base, kept = session.canonical(base), None
-    session.check(base)
+    base, kept = validation.canonical(base), None
+    validation.check(base)
     _check(base, settings)
     if resume:
         kept = read_plan(folder)
@@ -151,8 +155,8 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
         check_resume(stored, base, MAY_CHANGE)
         kept = kept._replace(settings=settings)
     else:
-        base = base.updated(threads=session.threads(base), out=str(folder))
-    dataset = session.load_data(base.updated(download=base.data.download and not dry_run), log)
+        base = base.updated(threads=cpu_threads(base), out=str(folder))
+    dataset = load_data(base.updated(download=base.data.download and not dry_run), log)
     if kept is None:
         kept = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
     foreign = [each for flags in kept.trials for each in flags.get("architectures", []) if ":" in each]
@@ -162,7 +166,7 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
     placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
     configs = [trial.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
     for config in {each.networks: each for each in configs}.values():
-        session.specs(config, dataset)
+        network_specs(config, dataset)
     return _Sweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
 
 
@@ -250,10 +254,7 @@ def _train_shared_experts(found: _Sweep, workers: Any) -> None:
     recipe = {name for group in (Networks, Experts) for name in group.__dataclass_fields__}
     if any(recipe & flags.keys() for flags in found.plan.trials) or not any(map(trial.steps_of, found.task.configs)):
         return
-    settings, dataset = found.task.configs[0], found.task.dataset
-    specs = session.specs(settings, dataset)
-    stores = [session.store(settings, dataset, spec) for spec in specs]
-    loop.train_experts(stores, specs, settings.experts.expert_count, dataset, workers, log)
+    open_session(found.task.configs[0], log, found.task.dataset).train_experts(workers, log)
 
 
 def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenance) -> dict[str, Any]:
@@ -293,11 +294,10 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenan
 
 def _on_test(config: Config, dataset: Dataset, workers: Any, provenance: Provenance, tracker: Any) -> dict[str, Any]:
     """The coreset of a finished trial, as it is, beside random images: files in its folder as of any run."""
-    run, d = RunDirectory(place(config.output.out)), config.distillation
-    first, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
+    run, session = RunDirectory(place(config.output.out)), open_session(config, log, dataset)
+    first, labels = session.initial
     state, rows = run.restore(labels, dataset.image_shape) or (first, [])
-    job = Prepared(config, dataset, session.specs(config, dataset), [])
-    return judge(job, run, first, state, labels, rows, workers, provenance, tracker)
+    return evaluate_run(LiveRun(session, run, workers, provenance, tracker), state, rows)
 
 
 class _Board:
@@ -317,7 +317,7 @@ class _Board:
         if self._tracking and not self.parent.wait(60):
             log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
         self._summary()
-        self._bar = loop.progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
+        self._bar = progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
 
     def started(self, number: int) -> None:
         if number not in self._children:
@@ -441,7 +441,7 @@ class _Board:
     def _picture(self, outcome: Outcome) -> Place:
         config, dataset = self._found.task.configs[outcome.number], self._found.task.dataset
         run, d = RunDirectory(place(config.output.out)), config.distillation
-        first, labels = loop.first_state(dataset, d.ipc, d.seed)
+        first, labels = initial_state(dataset, d.ipc, d.seed)
         state, _ = run.restore(labels, dataset.image_shape) or (first, [])
         title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
         images = denormalise(state.images, dataset.mean, dataset.std).numpy()

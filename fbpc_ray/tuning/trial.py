@@ -14,24 +14,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from fbpc_ray.core import files
 from fbpc_ray.core.config import RENAMED, Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest, undamaged
 from fbpc_ray.core.presets import with_method
+from fbpc_ray.core.progress import Log
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place, place
-from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, Split
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.loop import Checkpointer, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.distillation.worker import State
+from fbpc_ray.distillation.state import State
+from fbpc_ray.distillation.worker import Backend
+from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.evaluation.results import Evaluated
-from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Backend
-from fbpc_ray.execution.session import Log
-from fbpc_ray.models.functional import Spec
+from fbpc_ray.execution import validation
+from fbpc_ray.execution.session import Session, num_steps, open_session
 
 MODES = {"nll": "min", "accuracy": "max"}
 SCORES = ("nll", "accuracy", "ece", "brier")
@@ -117,17 +116,17 @@ def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Plac
     try:
         method = flags.get("method", base.distillation.method)
         config = base if method == base.distillation.method else with_method(base, method, base.distillation.ipc)
-        found = session.canonical(config.updated(**flags))
+        found = validation.canonical(config.updated(**flags))
         every = base.output.val_every or max(1, base.distillation.steps // 4)
         found = found.updated(checkpoint_every=every, out=str(trial_folder(folder, number)), tracking=False)
-        session.check(found)
+        validation.check(found)
     except UserError as error:
         raise UserError(f"trial {number}: {error}") from None
     return found
 
 
 def steps_of(config: Config) -> int:
-    return 0 if config.distillation.method == "random" else config.distillation.steps
+    return num_steps(config)
 
 
 def trial_folder(folder: Place, number: int) -> Place:
@@ -141,15 +140,11 @@ def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
     return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=every)
 
 
-def judge(
-    state: State, labels: Tensor, config: Config, brief: Sweep, chosen: Sequence[Spec], dataset: Dataset,
-    workers: Backend, log: Log,
-) -> Evaluated:  # fmt: skip
-    """The scores of the pseudocoreset after a step on the validation split, by `shorter` chains."""
-    made = Coreset(state.images, labels, dataset.mean, dataset.std, dataset.classes)
-    short = replace(config, evaluation=shorter(config.evaluation, brief))
-    found = loop.evaluate({"coreset": made}, chosen, dataset, "validation", short, workers, log)
-    return found.table
+def validate(session: Session, state: State, settings: Sweep, workers: TaskRunner, log: Log) -> Evaluated:
+    """Score the pseudocoreset of `state` on the validation split, by `shorter` chains."""
+    short = replace(session.config, evaluation=shorter(session.config.evaluation, settings))
+    coresets = {"coreset": session.coreset(state)}
+    return evaluate(coresets, session.specs, session.dataset, "validation", short, workers, log).table
 
 
 def run_trial(task: Task, number: int, workers: Backend, report: Callable[[ValidationResult], None], log: Log) -> None:
@@ -162,7 +157,7 @@ def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Valid
     record = read_record(run.folder)
     run.write_config(settings)
     try:
-        _distil(task, settings, run, record, workers, report, log)
+        _distill(task, settings, run, record, workers, report, log)
     except UserError as error:
         if error.code != 2:
             raise
@@ -170,42 +165,34 @@ def run_trial(task: Task, number: int, workers: Backend, report: Callable[[Valid
         write_record(run.folder, record)
 
 
-def _distil(
-    task: Task,
-    settings: Config,
-    run: RunDirectory,
-    record: Record,
-    workers: Backend,
-    report: Callable[[ValidationResult], None],
-    log: Log,
-) -> None:
-    dataset, d, steps = task.dataset, settings.distillation, steps_of(settings)
-    chosen = session.specs(settings, dataset)
-    first, labels = loop.first_state(dataset, d.ipc, d.seed, d.inner_lr)
-    state, rows = run.restore(labels, dataset.image_shape) or (first, [])
+def _distill(
+    task: Task, config: Config, run: RunDirectory, record: Record, workers: Backend,
+    report: Callable[[ValidationResult], None], log: Log,
+) -> None:  # fmt: skip
+    session = open_session(config, log, task.dataset)
+    first, labels = session.initial
+    state, rows = run.restore(labels, session.dataset.image_shape) or (first, [])
     record.starts.append(state.step)
     write_record(run.folder, record)
 
-    def look(current: State) -> None:
-        table = judge(current, labels, settings, task.settings, chosen, dataset, workers, log)
+    def validate_and_report(current: State) -> None:
+        table = validate(session, current, task.settings, workers, log)
         before = record.looks[-1].step if record.looks else 0
-        found = look_of(table, current.step, losses(rows, before))
-        record.looks.append(found)
+        result = look_of(table, current.step, losses(rows, before))
+        record.looks.append(result)
         write_record(run.folder, record)
-        report(found)
+        report(result)
 
-    if not steps:
+    if not session.num_steps:
         if not record.looks:
-            look(state)
+            validate_and_report(state)
         return
-    stores = [session.store(settings, dataset, spec) for spec in chosen]
-    loop.train_experts(stores, chosen, settings.experts.expert_count, dataset, workers, log)
-    workers.start_workers(session.crew(settings, dataset, labels, chosen, stores))
-    seen = record.looks[-1].step if record.looks else 0
-    if state.step > seen and (state.step % d.checkpoint_every == 0 or state.step == steps):
-        look(state)  # a kill came between its checkpoint and its look
-    loop.distill(settings, run, state, rows, workers, Interruption(), lambda values, step: None, look)
-    workers.stop_workers()
+    session.train_experts(workers, log)
+    every, last = config.distillation.checkpoint_every, record.looks[-1].step if record.looks else 0
+    if state.step > last and (state.step % every == 0 or state.step == session.num_steps):
+        validate_and_report(state)  # a kill came between its checkpoint and its validation
+    checkpointer = Checkpointer(run, state, rows, config.distillation, on_checkpoint=validate_and_report)
+    follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 
 def look_of(table: Evaluated, step: int, since: list[list[float]]) -> ValidationResult:

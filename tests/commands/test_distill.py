@@ -20,8 +20,8 @@ from support.runs import ENVIRONMENT, distil, flags, images_of, refused, start, 
 from fbpc_ray.commands import distill, main
 from fbpc_ray.core.config import to_json
 from fbpc_ray.data import coreset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation import evaluate as evaluation
 
 
 @pytest.fixture
@@ -198,17 +198,17 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
 
 def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
     """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
-    folder, prepare = tmp_path / "run", distill.prepare
+    folder, open_session = tmp_path / "run", distill.open_session
     words = flags(small, backend="serial", method="random", out=str(folder))
 
     def slow(*arguments):
         monkeypatch.undo()
         main.main(["distill", *words])
         before.update({path: path.stat().st_ino for path in folder.rglob("*")})
-        return prepare(*arguments)
+        return open_session(*arguments)
 
     before: dict[Path, int] = {}
-    monkeypatch.setattr(distill, "prepare", slow)
+    monkeypatch.setattr(distill, "open_session", slow)
     with pytest.raises(SystemExit):
         main.main(["distill", *words])
     assert capsys.readouterr().err.endswith(
@@ -238,19 +238,19 @@ def test_no_evaluation_overwrites_another(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("evaluations"))
     words = ["evaluate", str(folder), "--architectures", "convnet-in", "--backend", "serial", "--chain-epochs", "2",
              "--chain-every", "1", "--num-chains", "1"]  # fmt: skip
-    evaluate = loop.evaluate
+    evaluate = evaluation.evaluate
 
     def files() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in (folder / "evaluations").glob("*.json")}
 
-    def overtaken(*arguments):
+    def overtaken(*arguments, **options):
         monkeypatch.undo()
         main.main(words)
         before.update(files())
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     before: dict[str, int] = {}
-    monkeypatch.setattr(loop, "evaluate", overtaken)
+    monkeypatch.setattr(evaluation, "evaluate", overtaken)
     main.main(words)
     assert sorted(files()) == ["001-test-convnet-in.json", "002-test-convnet-in.json"]
     assert before == {name: inode for name, inode in files().items() if name.startswith("001")}

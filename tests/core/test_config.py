@@ -13,7 +13,7 @@ from fbpc_ray.core.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, with_method
 from fbpc_ray.distillation.worker import METHODS
-from fbpc_ray.execution.session import check
+from fbpc_ray.execution.validation import check
 
 PAPER = Path(__file__).parents[3] / "shared" / "paper" / "fbpc.txt"
 

@@ -227,10 +227,10 @@ def loaders(small, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loaders")
     run, labels = RunDirectory(folder / "run"), torch.arange(10)
     config = small.updated(experts=str(folder / "experts"))
-    (spec, *_) = session.specs(config, digits)
+    (spec, *_) = session.network_specs(config, digits)
 
     def experts():
-        return session.store(config, digits, spec)
+        return session.expert_store(config, digits, spec)
 
     def checkpoint():
         return run.restore(labels, digits.image_shape)
@@ -260,8 +260,8 @@ def loaders(small, digits, tmp_path_factory):
 def good(small, digits, finished):
     """A state, a manifest and an expert that are whole, to stand beside the file in question."""
     config = small.updated(architectures=("convnet-in",))
-    (spec,) = session.specs(config, digits)
-    return RunDirectory(finished), session.store(config, digits, spec).folder
+    (spec,) = session.network_specs(config, digits)
+    return RunDirectory(finished), session.expert_store(config, digits, spec).folder
 
 
 LOADERS = (

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,40 +18,46 @@ from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.methods import fbpc
-from fbpc_ray.distillation.methods.common import Gradient, GradientContext, coreset_batches, draw_expert, expert_epochs
-from fbpc_ray.distillation.worker import (
-    EXPERT_SIDES,
-    METHODS,
+from fbpc_ray.distillation.methods.common import (
+    Gradient,
+    GradientContext,
+    GradientStats,
+    coreset_batches,
+    draw_expert,
+    expert_epochs,
+)
+from fbpc_ray.distillation.state import (
     GradientTask,
     State,
-    Worker,
-    check_finite,
-    check_updated,
+    check_gradients,
+    check_state,
     combine,
     gradient_tasks,
+    initial_state,
     update,
 )
+from fbpc_ray.distillation.worker import EXPERT_SIDES, METHODS, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 
-STATS = {"map_ending": "converged", "map_loss": 0.01}
+STATS = GradientStats(loss=1.0, map_status="converged", map_loss=0.5)
 
 
 @pytest.fixture
 def setting(small, digits):
     config = small.updated(posterior_steps=6, gamma=0.5)
     real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    state, labels = loop.first_state(digits, 2, 0)
+    state, labels = initial_state(digits, 2, 0)
     return config, digits, real, state, labels
 
 
 def compute(config, digits, real, images, labels, architecture=0, step=3, **changes):
-    spec = session.specs(config, digits)[architecture]
+    spec = session.network_specs(config, digits)[architecture]
     settings = replace(config.distillation, **{"batch_size": 100} | changes)
     problem = GradientContext(
-        Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1
+        Passes(Network(spec)), session.expert_store(config, digits, spec), real, labels, settings, "dsa", 1
     )
     return METHODS[settings.method](problem, step, images, settings.inner_lr)
 
@@ -60,14 +67,14 @@ def compute(config, digits, real, images, labels, architecture=0, step=3, **chan
 def test_gradient_equals_the_plain_reference(setting, architecture, step):
     """Same draws, obvious code: every sign, reduction, stop-gradient and stream of Eqs. 16-17 and the MAP solve."""
     config, digits, real, state, labels = setting
-    spec = session.specs(config, digits)[architecture]
-    store = session.store(config, digits, spec)
+    spec = session.network_specs(config, digits)[architecture]
+    store = session.expert_store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=100)
     expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
     found = compute(config, digits, real, state.images, labels, architecture, step)
     assert expected.norm() > 1e-4
-    assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+    assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
     torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
@@ -76,8 +83,8 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
 def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method):
     """Same draws, obvious code: where theta_0, mu_x and mu_u come from, and Eq. 7, the covariance, the distance."""
     config, digits, real, state, labels = setting
-    spec = session.specs(config, digits)[architecture]
-    store = session.store(config, digits, spec)
+    spec = session.network_specs(config, digits)[architecture]
+    store = session.expert_store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
     settings = replace(config.distillation, batch_size=100, **changes)
@@ -85,7 +92,7 @@ def test_weight_space_gradients_equal_the_plain_reference(setting, architecture,
     for step in (0, 3):
         expected = reference.weight_space(problem, snapshots, state.images, step)
         found = compute(config, digits, real, state.images, labels, architecture, step, **changes)
-        assert found.stats["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+        assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-3)
         torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
         assert (found.inner_lr != 0) == (method == "bpc-w")
 
@@ -102,14 +109,14 @@ def test_weight_space_minibatches_touch_their_images_only(setting, method):
 def test_the_learned_inner_rate_follows_its_gradient():
     """By hand: rate 0.1, gradients 2 + 3, learning rate 0.01, momentum 0.5: 0.1 - 0.05 = 0.05, then -0.025."""
     state = State(0, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.1)
-    parts = [Gradient(torch.zeros(1, 1, 1, 1), {}, value) for value in (2.0, 3.0)]
+    parts = [Gradient(torch.zeros(1, 1, 1, 1), STATS, value) for value in (2.0, 3.0)]
     state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
     assert (state.inner_lr, state.inner_velocity) == (pytest.approx(0.05), 5.0)
-    check_updated(state)
+    check_state(state)
     state = update(state, parts, alpha=1.0, momentum=0.5, inner_alpha=0.01)
     assert (state.inner_lr, state.inner_velocity) == (pytest.approx(-0.025), 7.5)
     with pytest.raises(UserError, match="--inner-alpha"):
-        check_updated(state)
+        check_state(state)
 
 
 def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
@@ -128,7 +135,7 @@ def test_gradient_depends_on_seed_step_and_architecture_alone(setting):
 
 def test_statistics_are_what_they_say(setting):
     config, digits, real, state, labels = setting
-    stats = compute(config, digits, real, state.images, labels).stats
+    stats: dict[str, Any] = compute(config, digits, real, state.images, labels).stats.row()
     assert stats["map_ending"] == "converged"
     assert 0 < stats["map_loss"] <= 0.5
     assert stats["map_steps"] > 0
@@ -144,7 +151,7 @@ def test_isotropic_takes_no_k_steps(setting):
     other = compute(
         config, digits, real, state.images, labels, method="fbpc-isotropic", posterior_steps=9, lambda_x=1e3
     )
-    assert (one.stats["psi_x"], one.stats["psi_u"]) == (1.0, 1.0)
+    assert (one.stats.psi_x, one.stats.psi_u) == (1.0, 1.0)
     assert torch.equal(one.value, other.value)
     assert not torch.equal(one.value, compute(config, digits, real, state.images, labels).value)
 
@@ -256,9 +263,9 @@ def test_a_single_draw_of_each_architecture_keeps_its_bits():
 
 
 def worker_of(config, digits, labels) -> Worker:
-    specs = session.specs(config, digits)
-    stores = [session.store(config, digits, spec) for spec in specs]
-    return Worker(**session.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+    specs = session.network_specs(config, digits)
+    stores = [session.expert_store(config, digits, spec) for spec in specs]
+    return Worker(**session.worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
 
 
 @pytest.mark.parametrize("architecture", [0, 1])
@@ -268,14 +275,13 @@ def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
     config, digits, _, state, labels = setting
     unit, images = GradientTask(architecture, draw), state.images.numpy()
     _, ahead = worker_of(config, digits, labels).expert_side(unit, 3)
-    specs = session.specs(config, digits)
+    specs = session.network_specs(config, digits)
     assert ahead.shape == (1 + config.distillation.posterior_steps, Network(specs[architecture]).parameter_count)
     alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
     helped = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead)
     assert (helped[0] == alone[0]).all()
-    assert {k: v for k, v in helped[1].items() if "seconds" not in k} == {
-        k: v for k, v in alone[1].items() if "seconds" not in k
-    }
+    timeless = [{k: v for k, v in each[1].row().items() if "seconds" not in k} for each in (helped, alone)]
+    assert timeless[0] == timeless[1]
     # Another x side would give another gradient: it is used, not computed again.
     assert (worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead * 1.1)[0] != alone[0]).any()
 
@@ -283,24 +289,24 @@ def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
 def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
     """FBPC-isotropic takes no K steps: there is nothing to gain, and its crew says so."""
     config, digits, _, _, labels = setting
-    specs = session.specs(config, digits)
-    stores = [session.store(config, digits, spec) for spec in specs]
+    specs = session.network_specs(config, digits)
+    stores = [session.expert_store(config, digits, spec) for spec in specs]
     largest = max(Network(spec).parameter_count for spec in specs)
     assert set(EXPERT_SIDES) == {"fbpc"}
-    assert session.crew(config, digits, labels, specs, stores).expert_side_bytes == 4 * largest * 7  # K = 6
+    assert session.worker_group(config, digits, labels, specs, stores).expert_side_bytes == 4 * largest * 7  # K = 6
     isotropic = config.updated(method="fbpc-isotropic")
-    assert session.crew(isotropic, digits, labels, specs, stores).expert_side_bytes == 0
+    assert session.worker_group(isotropic, digits, labels, specs, stores).expert_side_bytes == 0
 
 
 def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
     """M draws are independent: each has its own expert, prior, augmentation and noise; the first is that of M = 1."""
     config, digits, real, state, labels = setting
-    spec = session.specs(config, digits)[0]
+    spec = session.network_specs(config, digits)[0]
     settings = replace(config.distillation, batch_size=6)
 
     def draw(number):
         problem = GradientContext(
-            Passes(Network(spec)), session.store(config, digits, spec), real, labels, settings, "dsa", 1, number
+            Passes(Network(spec)), session.expert_store(config, digits, spec), real, labels, settings, "dsa", 1, number
         )
         drawn = [problem.rng(3, purpose).initial_seed() for purpose in ("expert", "prior", "augment", "monte-carlo")]
         return drawn, problem.batch(3), METHODS["fbpc"](problem, 3, state.images, 0.0).value
@@ -315,16 +321,17 @@ def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
 
 def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():
     """By hand: losses 1 and 3 of one architecture, 10 of the other, one draw skipped: 2 + 10."""
-    stats = [
-        {"loss": loss, "map_steps": steps, "map_ending": ending}
-        for loss, steps, ending in ((1.0, 4, "converged"), (3.0, 6, "max_steps"), (10.0, 7, "converged"))
+    draws = (("a", 1.0, 4, "converged"), ("a", 3.0, 6, "max_steps"), ("b", 10.0, 7, "converged"))
+    gradients = [
+        loop.TaskGradient(name, 0, Gradient(torch.zeros(1), GradientStats(loss, map_steps=steps, map_status=status)))
+        for name, loss, steps, status in draws
     ]
-    values = loop.metrics_of(["a", "a", "b"], stats, 0.5, skipped=1)
+    values = loop.step_metrics(gradients, 0.5, skipped=1)
     assert values == {
         "loss/a": 2.0, "loss/b": 10.0, "map_steps/a": 5.0, "map_steps/b": 7.0, "map_converged/a": 0.5,
         "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5, "skipped": 1.0,
     }  # fmt: skip
-    assert "skipped" not in loop.metrics_of(["a"], stats[:1], 0.5)
+    assert "skipped" not in loop.step_metrics(gradients[:1], 0.5)
 
 
 def test_sum_follows_the_order_of_the_architectures():
@@ -344,11 +351,11 @@ def test_sum_follows_the_order_of_the_architectures():
     "ending, value", [("nonfinite", 0.0), ("converged", float("nan")), ("converged", float("inf"))]
 )
 def test_what_is_not_finite_is_refused_by_name(ending, value):
-    bad = Gradient(torch.full((1, 1, 1, 1), value), STATS | {"map_ending": ending})
+    bad = Gradient(torch.full((1, 1, 1, 1), value), replace(STATS, map_status=ending))
     good = Gradient(torch.zeros(1, 1, 1, 1), STATS)
-    check_finite(["a"], [good], 0)
+    check_gradients(["a"], [good], 0)
     with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):
-        check_finite(["a", "b"], [good, bad], 6)
+        check_gradients(["a", "b"], [good, bad], 6)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,19 +9,22 @@ import torch
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.datasets import normalise
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation import expert_training
+from fbpc_ray.distillation.expert_training import short_training_note, train_missing_experts
+from fbpc_ray.evaluation.evaluate import describe_evaluation
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models.functional import Network
+from fbpc_ray.models.passes import count_macs
 from fbpc_ray.tracking.run_logging import run_params
 
 
 def trained(config, digits) -> tuple[list[str], list]:
     """What was said, and the stores."""
-    specs, lines = session.specs(config, digits), []
-    stores = [session.store(config, digits, spec) for spec in specs]
+    specs, lines = session.network_specs(config, digits), []
+    stores = [session.expert_store(config, digits, spec) for spec in specs]
     count = config.experts.expert_count
-    loop.train_experts(stores, specs, count, digits, Serial("cpu", Interruption()), lines.append)
+    train_missing_experts(stores, specs, count, digits, Serial("cpu", Interruption()), lines.append)
     return lines, stores
 
 
@@ -32,7 +35,7 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
     assert len(lines) == 3
     index = torch.linspace(0, 1436, 1000).long().numpy()
     images = normalise(torch.tensor(digits.train.images[index]), digits.mean, digits.std)
-    for line, store, spec in zip(lines[1:], stores, session.specs(small, digits), strict=True):
+    for line, store, spec in zip(lines[1:], stores, session.network_specs(small, digits), strict=True):
         network = Network(spec)
         shares = []
         for number in (0, 1):
@@ -53,8 +56,8 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
 def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, tmp_path):
     """Both found nothing; one of them is through before the other begins, and has the files open."""
     own = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
-    specs = session.specs(own, digits)
-    stores, made = [session.store(own, digits, spec) for spec in specs], []
+    specs = session.network_specs(own, digits)
+    stores, made = [session.expert_store(own, digits, spec) for spec in specs], []
 
     def files() -> dict:
         paths = Path(str(stores[0].folder)).iterdir()
@@ -67,7 +70,7 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
             return super().map(function, shared, items)
 
     lines = []
-    loop.train_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
+    train_missing_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
     assert lines[0] == "experts: 0 of 2 trajectories are there, training 2"
     assert re.fullmatch(r"experts of convnet-in: \d+ % of training images right .*", lines[-1])
     assert len(made[0]) == 5
@@ -77,21 +80,21 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
 def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     """1,437 images in batches of 256 are 6 steps an epoch: 12 in two epochs, and 102 in 17."""
     lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=2, expert_batch_size=256), digits)
-    notes = [line for line in lines if "hardly learns" in line]
+    notes = [line for line in lines if "too few to learn" in line]
     assert len(notes) == 1
-    assert notes[0].startswith("note: an expert takes 12 SGD steps (1437 images in batches of 256, 2 epochs)")
+    assert notes[0].startswith("note: each expert gets only 12 SGD steps (1437 images in batches of 256, 2 epochs)")
     assert "--expert-batch-size 32 --expert-lr 0.05" in notes[0]
     recipe = stores[0].recipe
-    assert loop.too_short(recipe._replace(epochs=16), 1437)
-    assert not loop.too_short(recipe._replace(epochs=17), 1437)
+    assert short_training_note(recipe._replace(epochs=16), 1437)
+    assert not short_training_note(recipe._replace(epochs=17), 1437)
 
 
 def test_hours_on_a_cpu_are_said_before_they_pass(small, digits, tmp_path, monkeypatch):
     """A forward pass costs two operations for each of `count_macs`, a backward pass twice that; 3 epochs of 2
     experts of 2 networks at a rate at which they take 2.4 hours."""
     config = small.updated(experts=str(tmp_path), expert_epochs=3)
-    each = [6 * loop.count_macs(Network(spec)) * 1437 * 3 * 2 for spec in session.specs(config, digits)]
-    monkeypatch.setattr(loop, "CPU_RATE", sum(each) / (2.4 * 3600))
+    each = [6 * count_macs(Network(spec)) * 1437 * 3 * 2 for spec in session.network_specs(config, digits)]
+    monkeypatch.setattr(expert_training, "CPU_FLOPS", sum(each) / (2.4 * 3600))
     assert "training 4, which takes something like 2 hours of a CPU core" in trained(config, digits)[0][0]
 
 
@@ -108,5 +111,5 @@ def test_what_methods_bring_is_logged_for_both_that_are_compared():
 
 def test_it_is_said_how_many_chains_judge():
     settings = preset("digits").updated(num_chains=3, chain_epochs=1000).evaluation
-    said = loop.judging({"random": 0, "fbpc": 1}, ["a"], "test", settings)
-    assert said == "judging on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"
+    said = describe_evaluation({"random": 0, "fbpc": 1}, ["a"], "test", settings)
+    assert said == "evaluating on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"

@@ -13,10 +13,10 @@ import torch
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import Recipe
 from fbpc_ray.distillation.methods import fbpc
 from fbpc_ray.distillation.methods.common import GradientContext
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.distillation.trajectory_cache import TrajectoryCache, TrajectoryKey
 from fbpc_ray.execution import session
 from fbpc_ray.inference.posterior import sgd_trajectory
@@ -53,10 +53,10 @@ def test_every_field_of_the_recipe_names_another_file(field):
 
 @pytest.fixture(scope="module")
 def context(small, digits) -> GradientContext:
-    spec = session.specs(small, digits)[0]
-    _, labels = loop.first_state(digits, 1, 0)
+    spec = session.network_specs(small, digits)[0]
+    _, labels = initial_state(digits, 1, 0)
     real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    store = session.store(small, digits, spec)
+    store = session.expert_store(small, digits, spec)
     return GradientContext(Passes(Network(spec)), store, real, labels, small.distillation, "dsa", 1)
 
 

@@ -6,11 +6,11 @@ import torch
 from support.runs import assert_same, run_on
 
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.methods.common import Gradient
+from fbpc_ray.distillation.methods.common import Gradient, GradientStats
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import GradientTask, State, initial_state, keep_solutions, map_start
 from fbpc_ray.distillation.warm_start import anew, begun_at, name, remembered
-from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start, remember
+from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.reproduction.rows import coreset_key
@@ -37,25 +37,25 @@ def test_only_with_the_pool_are_solutions_kept(small):
     state = State(7, torch.zeros(1), torch.zeros(1), 0.0)
     units, found = (
         [GradientTask(0, 0), GradientTask(0, 1)],
-        [Gradient(torch.zeros(1), {}, solution=torch.ones(2)), None],
+        [Gradient(torch.zeros(1), GradientStats(0.0), solution=torch.ones(2)), None],
     )
     settings = small.updated(map_init="warm", warm_pool_size=5, warm_pool_uses=100).distillation
-    after = remember(state, 7, units, found, settings)
+    after = keep_solutions(state, 7, units, found, settings)
     assert after.solutions.keys() == {"0/0/2"}
     start = map_start(after._replace(step=12), GradientTask(0, 0), settings)
     assert start is not None
     assert start.tolist() == [1, 1]
     assert map_start(after._replace(step=12), GradientTask(0, 0), small.distillation) is None
-    assert remember(state, 7, units, found, small.distillation) is state
+    assert keep_solutions(state, 7, units, found, small.distillation) is state
 
 
 @pytest.fixture
 def worker(small, digits):
     config = small.updated(map_init="warm")
-    specs = session.specs(config, digits)
-    stores = [session.store(config, digits, spec) for spec in specs]
-    state, labels = loop.first_state(digits, 1, 0)
-    worker = Worker(**session.crew(config, digits, labels, specs, stores).arguments, device="cpu")
+    specs = session.network_specs(config, digits)
+    stores = [session.expert_store(config, digits, spec) for spec in specs]
+    state, labels = initial_state(digits, 1, 0)
+    worker = Worker(**session.worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
     return worker, state.images.numpy()
 
 
@@ -63,16 +63,16 @@ def test_the_solve_begins_where_it_is_told(worker):
     """At its own solution hardly a step is left, and the solution is the start; at the prior's draw, all as before."""
     worker, images = worker
     value, stats, _, solution = worker.gradient(GradientTask(0, 0), 3, images, 0.0)
-    assert stats["map_steps"] > 5
+    assert stats.map_steps > 5
     _, again, _, moved = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=solution)
-    assert again["map_steps"] <= 2
-    assert again["map_steps"] or (moved == solution).all()
+    assert again.map_steps <= 2
+    assert again.map_steps or (moved == solution).all()
     assert np.linalg.norm(moved - solution) < 0.1 * np.linalg.norm(solution)
-    prior = worker.passes[0].network.init(worker._problem(GradientTask(0, 0)).rng(3, "prior"))
+    prior = worker.passes[0].network.init(worker._context(GradientTask(0, 0)).rng(3, "prior"))
     vector = torch.cat([each.flatten() for each in prior.values()]).numpy()
     told = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=vector)
     assert (told[0] == value).all()
-    assert told[1]["map_steps"] == stats["map_steps"]
+    assert told[1].map_steps == stats.map_steps
 
 
 def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small, digits, tmp_path):
@@ -86,7 +86,7 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     assert max(count for step, count in steps.items() if step not in fresh) < min(steps[step] for step in fresh)
     run_on(backend, config.updated(steps=5), digits, tmp_path / "part")
     run = RunDirectory(tmp_path / "part")
-    _, labels = loop.first_state(digits, 1, 0)
+    _, labels = initial_state(digits, 1, 0)
     restored = run.restore(labels, digits.image_shape)
     assert restored is not None
     state, rows = restored

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.chains import context_of
 from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
@@ -14,11 +15,10 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import chains
 from fbpc_ray.evaluation.chains import (
     Chain,
-    judge,
     ood_split,
     posterior_samples,
     predictive,
@@ -39,13 +39,13 @@ SETTINGS = Evaluation(chain_epochs=30, chain_every=10)
 
 @pytest.fixture(scope="module")
 def coreset(digits):
-    state, labels = loop.first_state(digits, 2, 0)
+    state, labels = initial_state(digits, 2, 0)
     return state.images, labels
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["convnet-in", "convnet-bn"])
 def network(request, small, digits):
-    return Network(session.specs(small, digits)[request.param])
+    return Network(session.network_specs(small, digits)[request.param])
 
 
 def same(one, other):
@@ -146,8 +146,10 @@ def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
 def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digits):
     """The task gives what its parts give, on the split of the judge."""
     settings, few = SETTINGS, Split(digits.test.images[:50], digits.test.labels[:50])
-    chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
-    result = run_chain(judge(digits._replace(validation=few), "validation", settings, "dsa"), chain, "cpu")
+    chain = Chain("x", network.spec, 0)
+    result = run_chain(
+        context_of(digits._replace(validation=few), "validation", settings, *arrays(coreset)), chain, "cpu"
+    )
     assert result.stats is not None
     assert result.stats.examples == 50
     samples = posterior_samples(Passes(network), *coreset, settings, "dsa", 0)
@@ -155,7 +157,7 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
         Passes(network), samples, coreset[0], DeviceDataset(*tensors(few, "cpu"), digits.mean, digits.std)
     )
     assert scores(result.stats) == scores(expected.stats)
-    assert result.familiar is result.strange is None, "sent though nobody asked"
+    assert result.in_distribution is result.out_of_distribution is None, "sent though nobody asked"
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
@@ -163,14 +165,18 @@ def test_a_chain_task_scores_the_split_it_is_given(network, coreset: Pair, digit
 def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypatch):
     """Batches of 20 test images and one of 5, BatchNorm's statistics among the arguments of what is compiled."""
     monkeypatch.setattr(chains, "TEST_BATCH", 20)
-    spec = session.specs(small, digits)[1]
+    spec = session.network_specs(small, digits)[1]
     assert spec.architecture == "convnet-bn"
-    state, labels = loop.first_state(digits, 2, 0)
+    state, labels = initial_state(digits, 2, 0)
     few = Split(digits.test.images[:45], digits.test.labels[:45])
-    chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0, keep=True)
+    chain = Chain("x", spec, 0, keep_samples=True)
     settings = replace(SETTINGS, chain_epochs=6, chain_every=3)
     eager, fast = (
-        run_chain(judge(digits._replace(test=few), "test", settings, "dsa", compiled=how), chain, "cpu")
+        run_chain(
+            context_of(digits._replace(test=few), "test", settings, state.images.numpy(), labels.numpy(), compiled=how),
+            chain,
+            "cpu",
+        )
         for how in ("off", "on")
     )
     assert len(list(compiling.folder().glob("*.pt2"))) >= 2
@@ -189,9 +195,11 @@ def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypa
 def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monkeypatch):
     """By hand for 20 images and a test set of 297: (3 x 20 x 1000 + 10 x 297) images forward, two operations for each
     of `count_macs`; auto compiles from there on. What can't be compiled is said, and stays eager."""
-    spec = session.specs(small, digits)[0]
-    chain = Chain("x", np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 10, spec, 0)
-    auto = judge(digits, "test", Evaluation(), "dsa", compiled="auto")
+    spec = session.network_specs(small, digits)[0]
+    chain = Chain("x", spec, 0)
+    auto = context_of(
+        digits, "test", Evaluation(), np.zeros((20, 1, 8, 8), np.float32), np.arange(20) % 10, compiled="auto"
+    )
     work = 2 * count_macs(Network(spec)) * (60_000 + 10 * len(digits.test.labels))
     monkeypatch.setattr(chains, "COMPILE_FROM", work)
     assert chains.compiles(auto, chain, Network(spec))
@@ -202,19 +210,24 @@ def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monk
     forced, lines = auto._replace(compiled="on"), []
     assert chains.compiles(forced, chain, Network(spec))
     monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
-    assert chains.feasible(forced, [chain], "cuda", lines.append) == forced  # there nothing is compiled
-    assert chains.feasible(auto, [chain], "cpu", lines.append) == auto
+    possible = chains.without_impossible_compilation
+    assert possible(forced, [chain], "cuda", lines.append) is forced  # nothing is compiled on CUDA
+    assert possible(auto, [chain], "cpu", lines.append) is auto
     assert not lines
-    assert chains.feasible(forced, [chain], "cpu", lines.append).compiled == "off"
+    assert chains.without_impossible_compilation(forced, [chain], "cpu", lines.append).compiled == "off"
     assert lines == ["note: the passes of chains stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
 def test_a_chain_that_explodes_says_so(network, coreset: Pair, digits):
     settings = replace(SETTINGS, chain_eta=1e20)
-    chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
-    result = run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu")
+    chain = Chain("x", network.spec, 0)
+    result = run_chain(context_of(digits, "test", settings, *arrays(coreset)), chain, "cpu")
     assert result.stats is None
     assert values(result) == {}
+
+
+def arrays(coreset: Pair) -> tuple[np.ndarray, np.ndarray]:
+    return coreset[0].numpy(), coreset[1].numpy()
 
 
 def noise(digits, shape=(1, 8, 8), count=70):
@@ -227,8 +240,8 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
     """By hand from the samples: the lineage's NLL in the order of the split, and how entropy and mutual information
     rank noise above digits. The scores are those without strange images."""
     strange = ood_split(digits, noise(digits))
-    judged = judge(digits, "test", SETTINGS, "dsa", strange)
-    chain = Chain("x", coreset[0].numpy(), coreset[1].numpy(), network.spec, 0)
+    judged = context_of(digits, "test", SETTINGS, *arrays(coreset), strange)
+    chain = Chain("x", network.spec, 0)
     found = values(run_chain(judged, chain, "cpu"))
     assert tuple(found) == quantities(judged)
 
@@ -284,13 +297,13 @@ def test_strange_images_are_fitted_or_refused(digits):
 
 def test_training_on_more_real_images_scores_better(small, digits):
     """10 images a class against 1, with chains of 200 epochs: the sampler learns something from its data."""
-    spec = session.specs(small, digits)[0]
+    spec = session.network_specs(small, digits)[0]
     accuracy = []
     for ipc in (1, 10):
-        state, labels = loop.first_state(digits, ipc, 0)
-        chain = Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
+        state, labels = initial_state(digits, ipc, 0)
+        chain = Chain("x", spec, 0)
         settings = replace(SETTINGS, chain_epochs=200, chain_every=100)
-        result = run_chain(judge(digits, "test", settings, "dsa"), chain, "cpu")
+        result = run_chain(context_of(digits, "test", settings, state.images.numpy(), labels.numpy()), chain, "cpu")
         assert result.stats is not None
         accuracy.append(scores(result.stats).accuracy)
     assert accuracy[0] > 0.3

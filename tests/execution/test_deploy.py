@@ -13,7 +13,7 @@ from support.runs import distil, flags, images_of, refused
 
 from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.execution import session
+from fbpc_ray.execution import validation
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +151,7 @@ def test_the_commands_of_the_jobs_are_ours(tmp_path):
         assert (ROOT / "jobs" / Path(script).name).is_file()
         words = [word.replace("s3://BUCKET", str(tmp_path)) for word in words]
         arguments = distill_arguments(words)
-        session.check(session.canonical(arguments.config))
+        validation.check(validation.canonical(arguments.config))
         if "--autoscale" in words:
             assert arguments.job.resume == "auto"
             assert (arguments.config.workers.autoscale, arguments.config.workers.device) == (True, "cuda")

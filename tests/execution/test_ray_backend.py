@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.chains import context_of
 from support.processes import all_cpus_free, gradient_workers, kill, processes_naming, soon
 from support.runs import assert_same, distil, flags, images_of, run_on, start, train_experts, wait_for
 
@@ -18,9 +19,10 @@ from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.chains import Chain, judge, run_chain
+from fbpc_ray.distillation.state import initial_state
+from fbpc_ray.evaluation.chains import Chain, run_chain
+from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 
@@ -97,11 +99,11 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
 
 def test_tasks_return_what_serial_returns(cluster, small, digits):
     """Chains as tasks: the scores are those of the serial backend, to the last digit."""
-    specs = session.specs(small, digits)[:1]
-    state, labels = loop.first_state(digits, 1, 0)
+    specs = session.network_specs(small, digits)[:1]
+    state, labels = initial_state(digits, 1, 0)
     candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
     one, other = (
-        loop.evaluate(candidates, specs, digits, "test", small, backend, print).table
+        evaluate(candidates, specs, digits, "test", small, backend, print).table
         for backend in (cluster, Serial("cpu", Interruption()))
     )
     assert one == other
@@ -120,11 +122,12 @@ def test_experts_trained_on_ray_are_those_of_serial(cluster, small, digits, tmp_
 
 
 def test_a_user_error_in_a_worker_arrives_as_itself(cluster, small, digits):
-    spec = session.specs(small, digits)[0]._replace(architecture="convnet-im")
-    state, labels = loop.first_state(digits, 1, 0)
-    chain = Chain("random", state.images.numpy(), labels.numpy(), spec, 0)
+    spec = session.network_specs(small, digits)[0]._replace(architecture="convnet-im")
+    state, labels = initial_state(digits, 1, 0)
+    chain = Chain("x", spec, 0)
+    context = context_of(digits, "test", small.evaluation, state.images.numpy(), labels.numpy())
     with pytest.raises(UserError, match="did you mean convnet-in"):
-        list(cluster.map(run_chain, judge(digits, "test", small.evaluation, "dsa"), [chain]))
+        list(cluster.map(run_chain, context, [chain]))
 
 
 def test_what_a_disk_says_to_a_worker_arrives_as_itself(cluster, small, digits, tmp_path):

@@ -26,7 +26,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import chains
-from fbpc_ray.execution import session
+from fbpc_ray.execution import session, validation
 from fbpc_ray.models import checks
 from fbpc_ray.models.convnet import default_depth
 from fbpc_ray.models.functional import ARCHITECTURES, Network, Spec, build, canonical, specify
@@ -186,13 +186,13 @@ def test_a_network_has_one_spec(name, width, depth, expected):
 def test_the_plan_uses_canonical_names_and_refuses_one_network_twice(digits):
     """In the configuration, so that files, metrics and --resume see one name, and in the networks made from it."""
     config = preset("digits").updated(architectures=("resnet18", "vgg11-bn"), width=8)
-    assert session.canonical(config).networks.architectures == ("resnet18-in", "vgg11-bn")
-    assert [spec.architecture for spec in session.specs(config, digits)] == ["resnet18-in", "vgg11-bn"]
-    for check in (session.canonical, session.check):
+    assert validation.canonical(config).networks.architectures == ("resnet18-in", "vgg11-bn")
+    assert [spec.architecture for spec in session.network_specs(config, digits)] == ["resnet18-in", "vgg11-bn"]
+    for check in (validation.canonical, validation.check):
         with pytest.raises(UserError, match="resnet18-in: resnet18-in is there twice; name each network once"):
             check(config.updated(architectures=("resnet18", "resnet18-in")))
     with pytest.raises(UserError, match="8x8 are too small for lenet"):
-        session.specs(config.updated(architectures=("lenet",)), digits)
+        session.network_specs(config.updated(architectures=("lenet",)), digits)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.methods.common import GradientContext
-from fbpc_ray.distillation.worker import METHODS, GradientTask, Worker
+from fbpc_ray.distillation.state import GradientTask, initial_state
+from fbpc_ray.distillation.worker import METHODS, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.compiler import CannotCompile, compiled
@@ -54,10 +54,10 @@ def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
     """All of Algorithm 1 for one architecture through machine code: MAP solve, both K steps, Psi. The batches are all
     of one size, so it takes two compiled passes, which the tests below meet again."""
     config = small.updated(gamma=0.5, posterior_steps=6, real_batch_size=SIZE, start_epoch=1)
-    state, labels = loop.first_state(digits, SIZE // 10, 0)
-    spec = session.specs(config, digits)[1]
+    state, labels = initial_state(digits, SIZE // 10, 0)
+    spec = session.network_specs(config, digits)[1]
     assert spec == network("convnet-bn").spec
-    store = session.store(config, digits, spec)
+    store = session.expert_store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=SIZE)
     real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
@@ -67,7 +67,7 @@ def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
     torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert len(list(folder.glob("*.pt2"))) == 2
     eager = METHODS["fbpc"](problem._replace(passes=Passes(Network(spec))), 3, state.images, 0.0)
-    assert found.stats["map_steps"] == eager.stats["map_steps"]
+    assert found.stats.map_steps == eager.stats.map_steps
     assert not torch.equal(found.value, eager.value)  # machine code did it, in another order of sums
 
 
@@ -173,22 +173,22 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     why = ""
     monkeypatch.setattr(compiling, "complaint", lambda folder: why)
     small = small.updated(device="cpu")
-    specs = session.specs(small, digits)
-    assert not session.compiled(small, digits, specs, lines.append)
-    assert session.compiled(small.updated(compiled="on"), digits, specs, lines.append)
+    specs = session.network_specs(small, digits)
+    assert not session.compiles_passes(small, digits, specs, lines.append)
+    assert session.compiles_passes(small.updated(compiled="on"), digits, specs, lines.append)
     large = small.updated(steps=100_000, posterior_steps=30, real_batch_size=256)
-    assert session.compiled(large, digits, specs, lines.append)
-    assert not session.compiled(large.updated(compiled="off"), digits, specs, lines.append)
-    assert not session.compiled(large.updated(device="cuda"), digits, specs, lines.append)
+    assert session.compiles_passes(large, digits, specs, lines.append)
+    assert not session.compiles_passes(large.updated(compiled="off"), digits, specs, lines.append)
+    assert not session.compiles_passes(large.updated(device="cuda"), digits, specs, lines.append)
     assert not lines
     why = "no g++"
-    assert not session.compiled(large, digits, specs, lines.append)
+    assert not session.compiles_passes(large, digits, specs, lines.append)
     assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
 def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
     """Each run has 2 experts x 3 epochs of 5 rows: with room for a quarter of that it is used, with less it isn't."""
-    specs = session.specs(small, digits)
+    specs = session.network_specs(small, digits)
     each = sum(4 * Network(spec).parameter_count * 5 for spec in specs)
     long = small.updated(steps=1000)
     assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.6 * each / 1e9), specs) == pytest.approx(
@@ -201,12 +201,14 @@ def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
 
 
 def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
-    specs = session.specs(small, digits)
-    stores = [session.store(small, digits, spec) for spec in specs]
-    state, labels = loop.first_state(digits, 1, 0)
+    specs = session.network_specs(small, digits)
+    stores = [session.expert_store(small, digits, spec) for spec in specs]
+    state, labels = initial_state(digits, 1, 0)
     found = []
     for gigabytes in (0.0, 1.0, 1.0):
-        arguments = session.crew(small.updated(trajectory_cache_gb=gigabytes), digits, labels, specs, stores).arguments
+        arguments = session.worker_group(
+            small.updated(trajectory_cache_gb=gigabytes), digits, labels, specs, stores
+        ).worker._asdict()
         found.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
     assert list((cache.folder() / "x-sides").glob("*.npy"))
     assert (found[0] == found[1]).all()

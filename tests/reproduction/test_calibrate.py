@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.chains import context_of
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import chains
-from fbpc_ray.evaluation.chains import judge
 
 FILE = Path(__file__).parents[2] / "jobs" / "calibrate_sghmc.py"
 FLAGS = {
@@ -66,11 +66,13 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
 
     (row,) = (row for row in rows if (row["ipc"], row["weight_decay"], row["dsa"]) == (10, 0.1, "off"))
     config = job.Config().updated(data="digits", width=8, architectures=("convnet-in",))
-    (spec,) = job.session.specs(config, digits)
-    state, labels = loop.first_state(digits, 10, 0)
+    (spec,) = job.session.network_specs(config, digits)
+    state, labels = initial_state(digits, 10, 0)
     own = job.Evaluation(chain_epochs=10, chain_every=1, chain_weight_decay=0.1, chain_augment=False)
-    shared = judge(digits, "test", own, "dsa")._replace(split=job.some(digits.test, 50, digits, 0))
-    chain = chains.Chain("x", state.images.numpy(), labels.numpy(), spec, 0)
+    shared = context_of(digits, "test", own, state.images.numpy(), labels.numpy())._replace(
+        split=job.some(digits.test, 50, digits, 0)
+    )
+    chain = chains.Chain("x", spec, 0)
     expected = chains.values(chains.run_chain(shared, chain, "cpu"))
     assert {name: row[name] for name in expected} == expected
 

@@ -12,13 +12,14 @@ import torch
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Backend
 
 SMALL = {
     "architectures": ("convnet-in", "convnet-bn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
@@ -29,31 +30,29 @@ SMALL = {
 """Settings with which a run on digits takes seconds and leaves nothing out."""
 
 
-def train_experts(config: Config, digits: Dataset, backend: Backend) -> list[ExpertStore]:
-    """The stores of the configuration, filled."""
-    specs = session.specs(config, digits)
-    stores = [session.store(config, digits, spec) for spec in specs]
-    count = config.experts.expert_count
-    loop.train_experts(stores, specs, count, digits, backend, lambda line: None)
-    return stores
+def train_experts(config: Config, dataset: Dataset, workers: TaskRunner) -> list[ExpertStore]:
+    """Train the experts of the configuration; return their stores."""
+    opened = session.open_session(config, lambda line: None, dataset)
+    opened.train_experts(workers, lambda line: None)
+    return opened.stores
 
 
 def run_on(
     backend: Backend, config: Config, digits: Dataset, folder: Path, on_step=lambda values, step: None, state=None,
     rows=None,
 ):  # fmt: skip
-    """Distil with `backend`: the images after the last step, and what each step and architecture reported of itself."""
-    specs = session.specs(config, digits)
-    stores = [session.store(config, digits, spec) for spec in specs]
-    first, labels = loop.first_state(digits, config.distillation.ipc, config.distillation.seed)
-    state, rows = state or first, rows or []
-    backend.start_workers(session.crew(config, digits, labels, specs, stores))
+    """Distil with `backend`; return the images after the last step and the rows of all steps, without seconds."""
+    opened = session.open_session(config, lambda line: None, digits)
+    state = state or opened.initial[0]
+    checkpointer = loop.Checkpointer(RunDirectory(folder), state, rows or [], config.distillation)
     try:
-        state = loop.distill(
-            config, RunDirectory(folder), state, rows, backend, Interruption(), on_step, lambda state: None
-        )
+        state = loop.follow(
+            opened.steps(state, backend), checkpointer,
+            [lambda step: on_step(step.metrics(), step.state.step)], Interruption(),
+        )  # fmt: skip
     finally:
         backend.stop_workers()
+    rows = checkpointer.rows
     return state.images, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 

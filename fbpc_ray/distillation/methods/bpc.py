@@ -17,7 +17,7 @@ from fbpc_ray.distillation.methods.common import (
     Clock,
     Gradient,
     GradientContext,
-    Stats,
+    GradientStats,
     coreset_batches,
     draw_expert,
     expert_epochs,
@@ -35,95 +35,96 @@ class _Start(NamedTuple):
     epoch: int
 
 
-def reverse(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def reverse(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-rKL: the covariance of the potentials under q_u."""
-    settings, clock = problem.settings, Clock(problem.network.device)
-    start = _start(problem, step)
-    mu_u = _trained(problem, step, images, start.theta_0, inner_lr)
-    seconds_u, chosen = clock.lap(), problem.batch(step)
+    settings, clock = context.settings, Clock(context.network.device)
+    start = _start(context, step)
+    mu_u = _trained(context, step, images, start.theta_0, inner_lr)
+    seconds_u, chosen = clock.lap(), context.batch(step)
     divergence = reverse_kl(
-        problem.network.forward,
+        context.network.forward,
         mu_u,
         images[chosen],
-        problem.labels[chosen],
-        AUGMENTATIONS[problem.augment](len(chosen), problem.rng(step, "augment")),
-        next(problem.real.stream(settings.real_batch_size, problem.augment, problem.rng(step, "real"))),
-        len(problem.real),
+        context.labels[chosen],
+        AUGMENTATIONS[context.augment](len(chosen), context.rng(step, "augment")),
+        next(context.real.stream(settings.real_batch_size, context.augment, context.rng(step, "real"))),
+        len(context.real),
         samples=settings.mc_samples,
         scale=settings.weight_noise,
-        source=problem.rng(step, "monte-carlo"),
+        source=context.rng(step, "monte-carlo"),
     )
-    return _scattered(divergence, chosen, images, start, {"seconds_u": seconds_u, "seconds_gradient": clock.lap()})
+    return _scattered(divergence, chosen, images, start, seconds_u, clock)
 
 
-def forward(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def forward(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-fKL: Eq. 7."""
-    settings, clock = problem.settings, Clock(problem.network.device)
-    start = _start(problem, step)
-    mu_x = _target(problem, start)
-    mu_u = _trained(problem, step, images, start.theta_0, inner_lr)
-    seconds_u, chosen = clock.lap(), problem.batch(step)
-    draws = problem.rng(step, "augment")
+    settings, clock = context.settings, Clock(context.network.device)
+    start = _start(context, step)
+    mu_x = _target(context, start)
+    mu_u = _trained(context, step, images, start.theta_0, inner_lr)
+    seconds_u, chosen = clock.lap(), context.batch(step)
+    draws = context.rng(step, "augment")
     divergence = forward_kl(
-        problem.network.forward,
+        context.network.forward,
         mu_x,
         mu_u,
         images[chosen],
-        problem.labels[chosen],
-        [AUGMENTATIONS[problem.augment](len(chosen), draws) for _ in range(settings.mc_samples)],
+        context.labels[chosen],
+        [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(settings.mc_samples)],
         scale=settings.weight_noise,
-        source=problem.rng(step, "monte-carlo"),
+        source=context.rng(step, "monte-carlo"),
     )
-    return _scattered(divergence, chosen, images, start, {"seconds_u": seconds_u, "seconds_gradient": clock.lap()})
+    return _scattered(divergence, chosen, images, start, seconds_u, clock)
 
 
-def distance(problem: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def distance(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
     """BPC-W: the distance of the means through the unrolled steps; their learning rate is learned with the images."""
-    settings, clock = problem.settings, Clock(problem.network.device)
-    start = _start(problem, step)
-    mu_x = _target(problem, start)
+    settings, clock = context.settings, Clock(context.network.device)
+    start = _start(context, step)
+    mu_x = _target(context, start)
     u, rate = images.detach().requires_grad_(), torch.tensor(inner_lr, device=images.device, requires_grad=True)
-    batches = coreset_batches(u, problem.labels, settings.batch_size, problem.augment, problem.rng(step, "coreset"))
-    mu_u = unrolled_sgd(problem.network.forward, start.theta_0, islice(batches, settings.syn_steps), rate)
+    batches = coreset_batches(u, context.labels, settings.batch_size, context.augment, context.rng(step, "coreset"))
+    mu_u = unrolled_sgd(context.network.forward, start.theta_0, islice(batches, settings.syn_steps), rate)
     seconds_u = clock.lap()
     loss = wasserstein(mu_u, mu_x, start.theta_0)
-    value, of_rate = torch.autograd.grad(loss, (u, rate))
+    value, rate_gradient = torch.autograd.grad(loss, (u, rate))
     value = value.cpu()
-    stats: Stats = {
-        "loss": loss.item(), "gradient_norm": value.norm().item(), "inner_lr": inner_lr,
-        "expert": start.expert, "expert_epoch": start.epoch,
-        "seconds_u": seconds_u, "seconds_gradient": clock.lap(),
-    }  # fmt: skip
-    return Gradient(value, stats, of_rate.item())
+    stats = GradientStats(
+        loss=loss.item(), gradient_norm=value.norm().item(), inner_lr=inner_lr, expert=start.expert,
+        expert_epoch=start.epoch, seconds_u=seconds_u, seconds_gradient=clock.lap(),
+    )  # fmt: skip
+    return Gradient(value, stats, rate_gradient.item())
 
 
-def _start(problem: GradientContext, step: int) -> _Start:
-    s = problem.settings
-    epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs, AHEAD[s.method])
-    expert, epoch = draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
-    return _Start(problem.network.parameters_of(problem.store.read(expert, epoch)), expert, epoch)
+def _start(context: GradientContext, step: int) -> _Start:
+    s = context.settings
+    epochs = expert_epochs(s.start_epoch, s.start_rule, context.store.recipe.epochs, AHEAD[s.method])
+    expert, epoch = draw_expert(context.expert_count, epochs, context.rng(step, "expert"))
+    return _Start(context.network.parameters_of(context.store.read(expert, epoch)), expert, epoch)
 
 
-def _target(problem: GradientContext, start: _Start) -> Params:
+def _target(context: GradientContext, start: _Start) -> Params:
     """mu_x."""
-    later = start.epoch + AHEAD[problem.settings.method]
-    return problem.network.parameters_of(problem.store.read(start.expert, later))
+    later = start.epoch + AHEAD[context.settings.method]
+    return context.network.parameters_of(context.store.read(start.expert, later))
 
 
-def _trained(problem: GradientContext, step: int, images: Tensor, theta_0: Params, inner_lr: float) -> Params:
+def _trained(context: GradientContext, step: int, images: Tensor, theta_0: Params, inner_lr: float) -> Params:
     """mu_u, without a graph."""
-    s = problem.settings
-    batches = coreset_batches(images, problem.labels, s.batch_size, problem.augment, problem.rng(step, "coreset"))
-    steps = islice(sgd_trajectory(problem.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)
+    s = context.settings
+    batches = coreset_batches(images, context.labels, s.batch_size, context.augment, context.rng(step, "coreset"))
+    steps = islice(sgd_trajectory(context.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)
     return deque(steps, maxlen=1).pop()
 
 
-def _scattered(divergence: WeightDivergence, chosen: Tensor, images: Tensor, start: _Start, seconds: Stats) -> Gradient:
+def _scattered(
+    divergence: WeightDivergence, chosen: Tensor, images: Tensor, start: _Start, seconds_u: float, clock: Clock
+) -> Gradient:
     """The batch's gradient at its place among all m images."""
     value = torch.zeros_like(images).index_copy(0, chosen.to(images.device), divergence.gradient).cpu()
-    stats: Stats = {
-        "loss": divergence.expected_x - divergence.expected_u,
-        "expected_x": divergence.expected_x, "expected_u": divergence.expected_u,
-        "gradient_norm": value.norm().item(), "expert": start.expert, "expert_epoch": start.epoch, **seconds,
-    }  # fmt: skip
+    stats = GradientStats(
+        loss=divergence.expected_x - divergence.expected_u, expected_x=divergence.expected_x,
+        expected_u=divergence.expected_u, gradient_norm=value.norm().item(), expert=start.expert,
+        expert_epoch=start.epoch, seconds_u=seconds_u, seconds_gradient=clock.lap(),
+    )  # fmt: skip
     return Gradient(value, stats)

@@ -1,8 +1,9 @@
 """What the gradients of all methods share: their arguments, their result, and the draws that they begin with."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,41 @@ from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 
-Stats = dict[str, Any]
-"""What one gradient reports: int, float and str by name."""
+
+@dataclass(frozen=True)
+class GradientStats:
+    """What one gradient reports of itself; None where a method has no such quantity."""
+
+    loss: float
+    """The method's divergence, or an unbiased part of it: nats an image for fbpc and bpc-fkl."""
+    expected_x: float | None = None
+    expected_u: float | None = None
+    """The two terms whose difference is the loss."""
+    psi_x: float | None = None
+    psi_u: float | None = None
+    """Means of diag Psi, squared logits."""
+    gradient_norm: float | None = None
+    inner_lr: float | None = None
+    map_steps: int | None = None
+    map_status: str | None = None
+    """A `SolverStatus`; the column `map_ending` on disk."""
+    map_loss: float | None = None
+    expert: int | None = None
+    expert_epoch: int | None = None
+    seconds_x: float | None = None
+    """theta_x with its K steps."""
+    seconds_map: float | None = None
+    seconds_u: float | None = None
+    """The K steps, or `syn_steps`, on u."""
+    seconds_gradient: float | None = None
+    others: Mapping[str, float | str] = field(default_factory=dict)
+    """Quantities of a method of one's own, by column."""
+
+    def row(self) -> dict[str, int | float | str]:
+        """Return the columns of metrics.parquet."""
+        values = {("map_ending" if f.name == "map_status" else f.name): getattr(self, f.name) for f in fields(self)}
+        del values["others"]
+        return {name: value for name, value in values.items() if value is not None} | dict(self.others)
 
 
 class GradientContext(NamedTuple):
@@ -59,7 +93,7 @@ class Gradient(NamedTuple):
 
     value: Tensor
     """(m, c, h, w) float32, on the CPU; zero for images outside the step's batch."""
-    stats: Stats
+    stats: GradientStats
     inner_lr: float = 0.0
     """With respect to the inner learning rate, where the method learns it (bpc-w)."""
     solution: Tensor | None = None

@@ -15,6 +15,7 @@ from fbpc_ray.distillation.methods.common import (
     Clock,
     Gradient,
     GradientContext,
+    GradientStats,
     coreset_batches,
     draw_expert,
     expert_epochs,
@@ -28,15 +29,15 @@ EXPERT_SIDE_FORMAT = 1
 """To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
 
 
-def expert_side(problem: GradientContext, step: int) -> np.ndarray:
+def expert_side(context: GradientContext, step: int) -> np.ndarray:
     """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
-    expert, epoch = _expert(problem, step)
-    found = _kept(problem, expert, epoch)
-    return np.stack(list(_rows(problem, expert, epoch))) if found is None else found
+    expert, epoch = _expert(context, step)
+    found = _kept(context, expert, epoch)
+    return np.stack(list(_rows(context, expert, epoch))) if found is None else found
 
 
 def gradient(
-    problem: GradientContext,
+    context: GradientContext,
     step: int,
     images: Tensor,
     inner_lr: float,
@@ -49,32 +50,32 @@ def gradient(
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
-    network, labels, settings, augment = problem.network, problem.labels, problem.settings, problem.augment
-    forward, loss_and_grad, logits = network.forward, problem.passes.loss_and_grad, problem.passes.logits
-    size, rng = settings.batch_size, problem.rng
+    network, labels, settings, augment = context.network, context.labels, context.settings, context.augment
+    forward, loss_and_grad, logits = network.forward, context.passes.loss_and_grad, context.passes.logits
+    size, rng = settings.batch_size, context.rng
     clock = Clock(network.device)
     u = images.detach().requires_grad_()
-    chosen = problem.batch(step)
+    chosen = context.batch(step)
     augmented = AUGMENTATIONS[augment](len(chosen), rng(step, "augment"))(u[chosen])
     isotropic = settings.method == "fbpc-isotropic"
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
-    expert, epoch = _expert(problem, step)
+    expert, epoch = _expert(context, step)
     if expert_side is None and not isotropic:
-        expert_side = _kept(problem, expert, epoch)
+        expert_side = _kept(context, expert, epoch)
     samples_x: Iterable[Params]
     if expert_side is None:
-        theta_x = _theta_x(problem, expert, epoch)
-        samples_x = _k_steps(problem, expert, epoch, theta_x)
+        theta_x = _theta_x(context, expert, epoch)
+        samples_x = _k_steps(context, expert, epoch, theta_x)
     else:
-        theta_x, samples_x = _params(problem, expert_side[0]), (_params(problem, row) for row in expert_side[1:])
+        theta_x, samples_x = _params(context, expert_side[0]), (_params(context, row) for row in expert_side[1:])
     posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
     seconds_x = clock.lap()
 
     # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
     solution = map_solve(
         loss_and_grad,
-        network.init(rng(step, "prior")) if start is None else _params(problem, start),
+        network.init(rng(step, "prior")) if start is None else _params(context, start),
         coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
         threshold=settings.gamma,
         learning_rate=settings.map_lr,
@@ -94,71 +95,68 @@ def gradient(
     divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
     (value,) = torch.autograd.grad(divergence.value, u)
     value = value.cpu()
-    return Gradient(
-        value,
-        {
-            "loss": divergence.value.item(),
-            "expected_x": divergence.expected_x.item(),
-            "expected_u": divergence.expected_u.item(),
-            "psi_x": posterior_x.variance.mean().item(),
-            "psi_u": posterior_u.variance.mean().item(),
-            "gradient_norm": value.norm().item(),
-            "map_steps": solution.stats.steps,
-            "map_ending": str(solution.status),
-            "map_loss": solution.stats.loss,
-            "expert": expert,
-            "expert_epoch": epoch,
-            "seconds_x": seconds_x,
-            "seconds_map": seconds_map,
-            "seconds_u": seconds_u,
-            "seconds_gradient": clock.lap(),
-        },
-        solution=_vector(solution.value).cpu() if settings.map_init == "warm" else None,
+    stats = GradientStats(
+        loss=divergence.value.item(),
+        expected_x=divergence.expected_x.item(),
+        expected_u=divergence.expected_u.item(),
+        psi_x=posterior_x.variance.mean().item(),
+        psi_u=posterior_u.variance.mean().item(),
+        gradient_norm=value.norm().item(),
+        map_steps=solution.stats.steps,
+        map_status=str(solution.status),
+        map_loss=solution.stats.loss,
+        expert=expert,
+        expert_epoch=epoch,
+        seconds_x=seconds_x,
+        seconds_map=seconds_map,
+        seconds_u=seconds_u,
+        seconds_gradient=clock.lap(),
     )
+    return Gradient(value, stats, solution=_vector(solution.value).cpu() if settings.map_init == "warm" else None)
 
 
-def _expert(problem: GradientContext, step: int) -> tuple[int, int]:
+def _expert(context: GradientContext, step: int) -> tuple[int, int]:
     """The step's trajectory and epoch."""
-    s = problem.settings
-    epochs = expert_epochs(s.start_epoch, s.start_rule, problem.store.recipe.epochs)
-    return draw_expert(problem.expert_count, epochs, problem.rng(step, "expert"))
+    s = context.settings
+    epochs = expert_epochs(s.start_epoch, s.start_rule, context.store.recipe.epochs)
+    return draw_expert(context.expert_count, epochs, context.rng(step, "expert"))
 
 
-def _theta_x(problem: GradientContext, expert: int, epoch: int) -> Params:
-    return problem.network.parameters_of(problem.store.read(expert, epoch))
+def _theta_x(context: GradientContext, expert: int, epoch: int) -> Params:
+    return context.network.parameters_of(context.store.read(expert, epoch))
 
 
-def _k_steps(problem: GradientContext, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
+def _k_steps(context: GradientContext, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
     """theta_x^(1..K), Eq. 16 on the x side. A snapshot has one such trajectory: its real images and their augmentation
     are drawn by the snapshot's name, so that every step, run and seed that meets it can share the work."""
-    s, recipe = problem.settings, problem.store.recipe
-    source = generator(recipe.seed, "x-side", problem.network.spec.architecture, expert, epoch)
-    batches = problem.real.stream(s.real_batch_size, problem.augment, source)
-    return islice(sgd_trajectory(problem.passes.loss_and_grad, theta_x, batches, s.lambda_x), s.posterior_steps)
+    s, recipe = context.settings, context.store.recipe
+    source = generator(recipe.seed, "x-side", context.network.spec.architecture, expert, epoch)
+    batches = context.real.stream(s.real_batch_size, context.augment, source)
+    return islice(sgd_trajectory(context.passes.loss_and_grad, theta_x, batches, s.lambda_x), s.posterior_steps)
 
 
-def _rows(problem: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]:
-    theta_x = _theta_x(problem, expert, epoch)
-    for params in chain([theta_x], _k_steps(problem, expert, epoch, theta_x)):
+def _rows(context: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]:
+    theta_x = _theta_x(context, expert, epoch)
+    for params in chain([theta_x], _k_steps(context, expert, epoch, theta_x)):
         yield _vector(params).cpu()
 
 
-def _kept(problem: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
-    """The rows from the cache, made where they aren't there; None where there is no cache for them."""
-    if problem.trajectory_cache is None:
+def _kept(context: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
+    """Return the rows from the trajectory cache, computed if missing; None without a cache for them."""
+    if context.trajectory_cache is None:
         return None
-    shape = 1 + problem.settings.posterior_steps, sum(size.numel() for size in problem.network.shapes.values())
-    key = trajectory_key(problem, expert, epoch).digest()
-    return problem.trajectory_cache.block(key, shape, lambda: _rows(problem, expert, epoch))
+    shape = 1 + context.settings.posterior_steps, sum(size.numel() for size in context.network.shapes.values())
+    key = trajectory_key(context, expert, epoch).digest()
+    return context.trajectory_cache.block(key, shape, lambda: _rows(context, expert, epoch))
 
 
-def trajectory_key(problem: GradientContext, expert: int, epoch: int) -> TrajectoryKey:
+def trajectory_key(context: GradientContext, expert: int, epoch: int) -> TrajectoryKey:
     """Name all that the bits of theta_x and its K steps depend on."""
-    s, device = problem.settings, problem.network.device
+    s, device = context.settings, context.network.device
     return TrajectoryKey(
-        EXPERT_SIDE_FORMAT, problem.store.recipe, expert, problem.store.checksum(expert), epoch,
-        s.lambda_x, s.real_batch_size, s.posterior_steps, problem.augment,
-        torch.__version__, torch.get_num_threads(), problem.passes.folder is not None,
+        EXPERT_SIDE_FORMAT, context.store.recipe, expert, context.store.checksum(expert), epoch,
+        s.lambda_x, s.real_batch_size, s.posterior_steps, context.augment,
+        torch.__version__, torch.get_num_threads(), context.passes.folder is not None,
         torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )  # fmt: skip
@@ -168,10 +166,10 @@ def _vector(params: Params) -> Tensor:
     return torch.cat([value.flatten() for value in params.values()])
 
 
-def _params(problem: GradientContext, row: np.ndarray) -> Params:
+def _params(context: GradientContext, row: np.ndarray) -> Params:
     """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
     where memory is aligned otherwise."""
-    shapes = problem.network.shapes
+    shapes = context.network.shapes
     ends = list(accumulate(shape.numel() for shape in shapes.values()))
     parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
-    return {name: torch.tensor(row[a:b], device=problem.network.device).view(shape) for (name, shape), a, b in parts}
+    return {name: torch.tensor(row[a:b], device=context.network.device).view(shape) for (name, shape), a, b in parts}

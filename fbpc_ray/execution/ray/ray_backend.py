@@ -23,9 +23,10 @@ from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.distillation.methods.common import Gradient
-from fbpc_ray.distillation.worker import GradientTask, State, Worker, map_start
-from fbpc_ray.distillation.worker import threads as torch_threads
+from fbpc_ray.distillation.state import GradientTask, State, map_start
+from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
 from fbpc_ray.execution.ray.placement import Node, Resources, infeasible_message, resources_of, room, steps_ahead
 from fbpc_ray.execution.ray.probe import probe, refused
 from fbpc_ray.execution.ray.worker_pool import (
@@ -37,7 +38,7 @@ from fbpc_ray.execution.ray.worker_pool import (
     first_line,
     raise_cause,
 )
-from fbpc_ray.execution.serial import WorkerGroupSpec, device_name, gradient_of
+from fbpc_ray.execution.serial import device_name, gradient_of
 
 ATTEMPTS = 5
 """Times a gradient is asked for before its loss of workers is taken for an illness of the machine."""
@@ -68,7 +69,7 @@ class RayBackend:
         """`init_options` go to ray.init where a cluster is started. Raises UserError."""
         self.settings, self.interruption, self.log = settings, interruption, log
         self.pool: Pool | None = None
-        self.crew = WorkerGroupSpec({}, [])
+        self._group: WorkerGroupSpec | None = None
         self.owned = not ray.is_initialized()
         self.alone = self.owned and _connect(settings.address, init_options, log)
         """Whether the cluster is ours: then a worker that isn't there yet is starting, not waiting for a place."""
@@ -85,20 +86,20 @@ class RayBackend:
     def map(self, function, shared, items):
         return self._on_workers(function, shared, items) if self.pool else self._as_tasks(function, shared, items)
 
-    def start_workers(self, crew: WorkerGroupSpec) -> None:
+    def start_workers(self, group: WorkerGroupSpec) -> None:
         here = nodes()
-        need = self.need(len(crew.units), crew.arguments["threads"])
+        need = self.need(len(group.tasks), group.worker.threads)
         self._refuse_what_fits_nowhere(need)
-        self.crew = crew
-        self._ahead = steps_ahead(self.settings.prefetch, len(crew.units), crew.expert_side_bytes, here)
+        self._group = group
+        self._ahead = steps_ahead(self.settings.prefetch, len(group.tasks), group.expert_side_bytes, here)
         self._expert_sides: dict[
             tuple[GradientTask, int], Any
         ] = {}  # references; there once no worker has the job any more
         self._seconds: dict[GradientTask, list[float]] = defaultdict(list)
         self._attempts = Counter[GradientTask]()
-        references = {name: _put(value) for name, value in crew.arguments.items()}
+        references = {name: _put(value) for name, value in group.worker._asdict().items()}
         make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
-        wanted = len(crew.units) * (2 if self._ahead else 1)
+        wanted = len(group.tasks) * (2 if self._ahead else 1)
         growing = self.settings.autoscale  # a worker that does not fit is what makes the cluster grow
         self.pool = Pool(
             make,
@@ -120,7 +121,7 @@ class RayBackend:
         found: dict[GradientTask, Gradient | None] = {}
         self._attempts.clear()
         self._expert_sides = {key: value for key, value in self._expert_sides.items() if key[1] >= state.step}
-        while len(found) < len(self.crew.units):
+        while len(found) < len(self.group.tasks):
             self._hand_out(state, images, found)
             for outcome in self.pool.outcomes():
                 kind, unit, step = outcome.key
@@ -136,12 +137,18 @@ class RayBackend:
                         found[unit] = gradient_of((value.copy(), stats, inner_lr, own))
                         self._seconds[unit] = [*self._seconds[unit][-19:], outcome.seconds]
             self._skip_stragglers(state.step, found)
-        return [found[unit] for unit in self.crew.units]
+        return [found[unit] for unit in self.group.tasks]
+
+    @property
+    def group(self) -> WorkerGroupSpec:
+        """What the workers were started from."""
+        assert self._group is not None
+        return self._group
 
     def stop_workers(self) -> None:
         if self.pool:
             self.pool.close()
-        self.pool, self.crew, self._expert_sides = None, WorkerGroupSpec({}, []), {}
+        self.pool, self._group, self._expert_sides = None, None, {}
 
     def describe(self) -> str:
         need = self.need(1, 1)
@@ -187,7 +194,7 @@ class RayBackend:
         """Gradients of this step to idle workers, what took longest first; x sides of later steps to those to spare."""
         pool, running, step = self.pool, self.pool.running() if self.pool else {}, state.step
         assert pool is not None
-        order = sorted(self.crew.units, key=lambda unit: -statistics.median(self._seconds[unit] or [0.0]))
+        order = sorted(self.group.tasks, key=lambda unit: -statistics.median(self._seconds[unit] or [0.0]))
         todo = [
             unit
             for unit in order
@@ -201,7 +208,7 @@ class RayBackend:
             member, unit = known[0] if known else (idle[0], todo[0])
             todo.remove(unit)
             expert_side = self._expert_sides.get((unit, step))
-            start = map_start(state, unit, self.crew.arguments["settings"])
+            start = map_start(state, unit, self.group.worker.settings)
 
             def ask(actor: Any, unit: GradientTask = unit, expert_side: Any = expert_side, start: Any = start) -> Any:
                 return actor.gradient.remote(unit, step, images, state.inner_lr, expert_side, start)
@@ -209,10 +216,10 @@ class RayBackend:
             pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
         if todo:
             return
-        last = self.crew.arguments["settings"].steps
+        last = self.group.worker.settings.steps
         for later in range(step + 1, min(step + 1 + self._ahead, last)):
             for unit in order:
-                spare = pool.standing - len(self.crew.units)
+                spare = pool.standing - len(self.group.tasks)
                 busy = sum(key[0] == "x-side" for key in pool.running())
                 if busy >= spare:
                     return
@@ -236,7 +243,7 @@ class RayBackend:
 
     def _say_lost(self, unit: GradientTask, step: int, why: str) -> None:
         self._attempts[unit] += 1
-        name = self.crew.arguments["specs"][unit.architecture].architecture
+        name = self.group.worker.specs[unit.architecture].architecture
         if self._attempts[unit] == ATTEMPTS:
             raise UserError(
                 f"the gradient of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and "
@@ -255,7 +262,7 @@ class RayBackend:
             taken = self._seconds[unit] if kind == "gradient" and of == step and unit not in found else []
             if len(taken) >= 3 and seconds > times * statistics.median(taken):
                 found[unit] = None
-                name = self.crew.arguments["specs"][unit.architecture].architecture
+                name = self.group.worker.specs[unit.architecture].architecture
                 self.log(
                     f"step {step + 1}: {name} is skipped after {seconds:.1f} s, it usually takes "
                     f"{statistics.median(taken):.1f} s; the others stand in for it"

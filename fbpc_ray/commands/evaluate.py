@@ -1,0 +1,145 @@
+"""`fbpc evaluate RUN`: SGHMC on the coresets of a run, on networks that need not be those of the run."""
+
+from typing import Any, NamedTuple
+
+from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.core import files
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import log, resume_hint
+from fbpc_ray.core.provenance import Provenance, capture
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.storage import Place, place
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.distillation.expert_store import slug
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation import evaluate as evaluation
+from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation.chains import ood_split
+from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
+from fbpc_ray.execution import validation
+from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
+from fbpc_ray.models.functional import Spec
+from fbpc_ray.reporting import charts
+from fbpc_ray.reporting.run_outputs import draw_reliability
+from fbpc_ray.tracking import model_export, run_logging
+
+
+class Options(NamedTuple):
+    """What `fbpc evaluate RUN` takes beside the configuration."""
+
+    split: str = "test"
+    """test | validation."""
+    ood: str = ""
+    """A data set, whose test images the uncertainty should tell from those of the run."""
+    ood_resize: bool = False
+    save_model: str = ""
+    """A folder for the samples of the first chain, as an MLflow model."""
+
+
+def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
+    """Evaluate the coreset of the run in `folder` and its random coreset, on the networks of `config`."""
+    if options.split not in ("test", "validation"):
+        raise UserError(f"--split {options.split}: choose test or validation")
+    run, config = RunDirectory(folder), validation.validate(config)
+    session, coresets = _open(run, config)
+    target = model_export.asked(options.save_model, session.specs)
+    ood = _ood_images(session, options) if options.ood else None
+    if dry_run:
+        describe(session)
+        return
+    with open_backend(config, Interruption(), log) as workers, resume_hint("nothing was written"):
+        provenance = capture(workers.describe())
+        path = _next_path(run, options.split, session.specs)
+        tags = {"evaluation": path.name, "split": options.split, **({"ood": options.ood} if options.ood else {})}
+        name = path.name.removesuffix(".json")
+        with run_logging.track_evaluation(config, session.dataset, run, name, tags, provenance, log) as tracker:
+            log(describe_evaluation(coresets, session.specs, options.split, config.evaluation))
+            scored = evaluation.evaluate(
+                coresets, session.specs, session.dataset, options.split, config, workers, log, ood,
+                keep_samples_of=config.distillation.method if target else "",
+            )  # fmt: skip
+            result = results.result_of(
+                config, session.dataset, [], scored.table, options.split, provenance, cpu_threads(config)
+            )
+            result |= {"ood": options.ood} if options.ood else {}
+            if path.exists():  # of an evaluation that began when this one did
+                path = _next_path(run, options.split, session.specs)
+                tracker.set_tags({"evaluation": path.name})
+            written = _write(path, result, scored, session.dataset, options.ood)
+            _log_result(run, session, scored, options.split, tracker, written)
+    if json:
+        files.write_json(place(json).absolute(), result)
+    log(f"\n{results.table(scored.table)}\n\nresult: {path} (pictures beside it)")
+    if target:
+        _save_model(run, session, coresets, scored, options.split, target, provenance)
+
+
+def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:
+    """Open a session without experts, and the run's coresets by name. Raises UserError if they don't fit together."""
+    coresets = {
+        "random": coreset.load(run.random_path), config.distillation.method: coreset.load(run.coreset_path)
+    }  # fmt: skip
+    dataset = load_data(config, log)
+    session = Session(config, dataset, network_specs(config, dataset), [])
+    for name, each in coresets.items():
+        if tuple(each.images.shape[1:]) != dataset.image_shape or each.classes != dataset.classes:
+            raise UserError(
+                f"the {name} coreset of {run.folder} is not of data set {dataset.name}: give the run of this data"
+            )
+    return session, coresets
+
+
+def _ood_images(session: Session, options: Options) -> Split:
+    other = load_data(session.config.updated(data=options.ood, normalisation="auto"), log)
+    return ood_split(session.dataset, other, options.ood_resize)
+
+
+def _next_path(run: RunDirectory, split: str, specs: list[Spec]) -> Place:
+    """Return a path for the result; its number is above those of all other evaluations."""
+    folder, suffix = run.folder / "evaluations", f"{split}-{'-'.join(spec.architecture for spec in specs)[:80]}"
+    numbers = [path.name.partition("-")[0] for path in folder.glob("*.json")]
+    return folder / f"{1 + max((int(each) for each in numbers if each.isdecimal()), default=0):03d}-{suffix}.json"
+
+
+def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, dataset: Dataset, ood: str) -> list[Place]:
+    """Write the result with its pictures beside it; return their paths."""
+    files.write_json(path, result)
+    draw_reliability(scored, path.with_suffix(".reliability.png"))
+    written = [path, path.with_suffix(".reliability.png")]
+    for (name, architecture), (inside, outside) in scored.uncertainty.items():
+        written.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
+        charts.entropy_histogram(
+            inside.entropy.numpy(), outside.entropy.numpy(), written[-1],
+            f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
+        )  # fmt: skip
+    return [each for each in written if each.exists()]
+
+
+def _log_result(
+    run: RunDirectory, session: Session, scored: EvaluationResult, split: str, tracker: Any, paths: list[Place]
+) -> None:
+    """Log scores, description and files to MLflow."""
+    step = coreset.metadata(run.coreset_path).get("step", "")
+    tracker.log_metrics(results.metrics(scored.table, split), int(step) if step.isdecimal() else 0)
+    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.table))
+    for path in paths:
+        tracker.log_artifact(path)
+
+
+def _save_model(
+    run: RunDirectory, session: Session, coresets: dict[str, Coreset], scored: EvaluationResult, split: str,
+    target: Any, provenance: Provenance,
+) -> None:  # fmt: skip
+    """Save the samples of the first chain as an MLflow model, in its folder and in the run."""
+    config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
+    method = config.distillation.method
+    samples = model_export.kept(scored, coresets[method], method, spec)
+    facts = model_export.facts(config, split, scored.table[method][spec.architecture], provenance)
+    command = model_export.save(samples, target, facts, images)
+    log(f"model:  {target}, which this serves: {command}")
+    if config.output.tracking and (reference := run_logging.read_run_reference(run)):
+        address = model_export.log_to_run(samples, reference["uri"], reference["run_id"], facts, images, log)
+        log(f"MLflow: {address}" if address else "note: the model is in its folder alone")

@@ -1,0 +1,20 @@
+"""The seam between what a driver wants computed and where it is computed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class TaskRunner(Protocol):
+    """Runs independent tasks: in this process or on a cluster."""
+
+    device: str
+    """cpu or cuda."""
+
+    def map(
+        self, function: Callable[[Any, Item, str], Result], shared: Any, items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield (index, function(shared, item, device)) as each task ends, each on one CPU thread."""
+        ...

@@ -1,0 +1,158 @@
+"""The driver's state between two steps, and Algorithm 1's last line: the sum over architectures moves the images."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fbpc_ray.core.config import Distillation
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import Dataset, tensors
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.distillation import warm_start
+from fbpc_ray.distillation.methods.common import Gradient
+from fbpc_ray.distillation.warm_start import Solutions
+from fbpc_ray.inference.solution import SolverStatus
+
+
+class GradientTask(NamedTuple):
+    """One gradient of a step."""
+
+    architecture: int
+    """Index among the run's architectures."""
+    draw: int
+    """Index among the M independent draws of the architecture."""
+
+
+def gradient_tasks(architectures: int, draws: int) -> list[GradientTask]:
+    """Return the gradients of a step, in the order in which the driver sums them."""
+    return [GradientTask(architecture, draw) for architecture in range(architectures) for draw in range(draws)]
+
+
+class State(NamedTuple):
+    """All that the driver holds between two steps."""
+
+    step: int
+    """Updates so far."""
+    images: Tensor
+    """u: (m, c, h, w) float32, normalised, on the CPU."""
+    velocity: Tensor
+    """Momentum of the pixels' SGD, of the shape of `images`."""
+    inner_lr: float
+    """Learning rate of the SGD steps on u in weight-space methods; bpc-w learns it."""
+    inner_velocity: float = 0.0
+    """Momentum of `inner_lr`."""
+    solutions: Solutions = {}  # noqa: RUF012  a Mapping: nobody changes it
+    """MAP solutions at which later solves start (warm starts)."""
+
+
+def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, Tensor]:
+    """Draw real images, balanced over classes, as the pseudocoreset before step 1; return the state and (m,) labels."""
+    real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
+    images, labels = real.batch(coreset.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
+    return State(0, images, torch.zeros_like(images), inner_lr), labels
+
+
+class SummedGradient(NamedTuple):
+    """The gradient of one architecture, averaged over its draws."""
+
+    value: Tensor
+    """(m, c, h, w) float32."""
+    inner_lr: float = 0.0
+    """With respect to the inner learning rate."""
+
+
+def combine(tasks: Sequence[GradientTask], gradients: Sequence[Gradient | None]) -> list[SummedGradient]:
+    """Average each architecture's gradients over its draws; architectures without one are left out.
+
+    The others are scaled such that their sum still estimates the sum over all architectures.
+    """
+    by_architecture: dict[int, list[Gradient]] = {task.architecture: [] for task in tasks}
+    for task, gradient in zip(tasks, gradients, strict=True):
+        if gradient is not None:
+            by_architecture[task.architecture].append(gradient)
+    present = [draws for draws in by_architecture.values() if draws]
+    if not present:
+        raise ValueError("a step needs at least one gradient")
+    share = len(by_architecture) / len(present)
+    return [_scaled_sum(draws, share / len(draws)) for draws in present]
+
+
+def _scaled_sum(gradients: list[Gradient], factor: float) -> SummedGradient:
+    """Sum the gradients and scale the sum; a single one times 1 keeps its bits."""
+    total = gradients[0].value
+    for gradient in gradients[1:]:
+        total = total + gradient.value
+    return SummedGradient(total * factor, sum(gradient.inner_lr for gradient in gradients) * factor)
+
+
+def update(
+    state: State, gradients: Sequence[SummedGradient | Gradient], *, alpha: float, momentum: float, inner_alpha: float
+) -> State:
+    """Apply Algorithm 1's last line: g = sum_a g^(a) in the given order, then SGD with momentum on the pixels.
+
+    The inner learning rate moves alike, with the learning rate `inner_alpha`; its gradient is 0 if no method learns it.
+    """
+    total = torch.zeros_like(state.images)
+    for gradient in gradients:
+        total = total + gradient.value
+    velocity = momentum * state.velocity + total
+    inner = momentum * state.inner_velocity + sum(gradient.inner_lr for gradient in gradients)
+    return state._replace(
+        step=state.step + 1, images=state.images - alpha * velocity, velocity=velocity,
+        inner_lr=state.inner_lr - inner_alpha * inner, inner_velocity=inner,
+    )  # fmt: skip
+
+
+def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient], step: int) -> None:
+    """Raise UserError for a gradient that is not finite."""
+    for name, gradient in zip(architectures, gradients, strict=True):
+        status = gradient.stats.map_status
+        finite = torch.isfinite(gradient.value).all() and math.isfinite(gradient.inner_lr)
+        if status == SolverStatus.NONFINITE or not finite:
+            solve = f" (MAP {status}, loss {gradient.stats.map_loss:g})" if status else ""
+            flags = "--alpha, --lambda-x or --lambda-u" if status else "--alpha or --inner-lr"
+            raise UserError(
+                f"non-finite loss at step {step + 1} on {name}{solve}: lower {flags}; the last checkpoint is kept"
+            )
+
+
+def check_state(state: State) -> None:
+    """Raise UserError for values that the next step can't start from."""
+    if not torch.isfinite(state.images).all():
+        raise UserError(f"non-finite pixels after step {state.step}: lower --alpha; the last checkpoint is kept")
+    if state.inner_velocity and not state.inner_lr > 0:
+        raise UserError(
+            f"the learned inner learning rate is {state.inner_lr:g} after step {state.step}: lower --inner-alpha; "
+            "the last checkpoint is kept"
+        )
+
+
+def map_start(state: State, task: GradientTask, settings: Distillation) -> np.ndarray | None:
+    """Return where the task's MAP solve starts in the next step: (P,), or None for a draw of the prior."""
+    if settings.map_init == "prior":
+        return None
+    start = warm_start.begun_at(state.solutions, *task, state.step, settings.warm_pool_size, settings.warm_pool_uses)
+    return None if start is None else start.numpy()
+
+
+def keep_solutions(
+    state: State,
+    step: int,
+    tasks: Sequence[GradientTask],
+    gradients: Sequence[Gradient | None],
+    settings: Distillation,
+) -> State:
+    """Add the MAP solutions of the gradients of `step` to `state`, if later solves start at earlier ones."""
+    if settings.map_init == "prior":
+        return state
+    solutions = [
+        (warm_start.name(*task, step, settings.warm_pool_size), gradient.solution if gradient else None)
+        for task, gradient in zip(tasks, gradients, strict=True)
+    ]
+    return state._replace(solutions=warm_start.remembered(state.solutions, solutions))

@@ -1,0 +1,103 @@
+"""Score coresets on a split: SGHMC chains on every coreset and network, run as tasks."""
+
+from collections.abc import Sequence, Sized
+from typing import NamedTuple
+
+from fbpc_ray.core.config import Config, Evaluation
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import Log, progress
+from fbpc_ray.core.tasks import TaskRunner
+from fbpc_ray.core.types import Params
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    ChainResult,
+    CoresetArrays,
+    evaluation_context,
+    quantities,
+    run_chain,
+    values,
+    without_impossible_compilation,
+)
+from fbpc_ray.evaluation.results import Evaluated
+from fbpc_ray.inference.metrics import PredictiveStats
+from fbpc_ray.inference.uncertainty import Uncertainty
+from fbpc_ray.models.functional import Spec
+
+
+class EvaluationResult(NamedTuple):
+    """Scores of every chain, and what charts and models are made from. Keys are (coreset, architecture)."""
+
+    table: Evaluated
+    stats: dict[tuple[str, str], PredictiveStats]
+    """The sums of all chains, for a reliability diagram; no entry where all chains diverged."""
+    uncertainty: dict[tuple[str, str], tuple[Uncertainty, Uncertainty]]
+    """Of in-distribution and out-of-distribution images, from the first chain; no entries without OOD images."""
+    samples: dict[tuple[str, str], list[Params]]
+    """Posterior samples of the first chain, for the coreset that `evaluate` was asked to keep."""
+
+    def add(self, chain: Chain, result: ChainResult) -> None:
+        """Add a chain that did not diverge."""
+        key = chain.coreset, chain.spec.architecture
+        for quantity, value in values(result).items():
+            self.table[chain.coreset][chain.spec.architecture][quantity][chain.seed] = value
+        if result.stats is not None:
+            self.stats[key] = self.stats[key] + result.stats if key in self.stats else result.stats
+        if chain.seed == 0 and result.in_distribution is not None and result.out_of_distribution is not None:
+            self.uncertainty[key] = result.in_distribution, result.out_of_distribution
+        if result.samples is not None:
+            self.samples[key] = result.samples
+
+
+def evaluate(
+    coresets: dict[str, Coreset], specs: Sequence[Spec], dataset: Dataset, split: str, config: Config,
+    workers: TaskRunner, log: Log, ood: Split | None = None, keep_samples_of: str = "",
+) -> EvaluationResult:  # fmt: skip
+    """Run SGHMC on every coreset and network and score the chains on `split` (test or validation).
+
+    Args:
+        coresets: by name.
+        ood: out-of-distribution images, for the AUROC of the uncertainty.
+        keep_samples_of: name of the coreset whose first chain's samples are returned.
+
+    A chain that left the finite numbers scores None, and the log says so. Raises UserError for an empty split.
+    """
+    settings = config.evaluation
+    arrays = {name: CoresetArrays(c.images.numpy(), c.labels.numpy()) for name, c in coresets.items()}
+    context = evaluation_context(
+        dataset, split, settings, config.networks.augment, arrays, ood, config.workers.compiled_chains
+    )
+    if not len(context.split.labels):
+        fix = "give --validation 0.1" if split == "validation" else "choose another data set"
+        raise UserError(f"the {split} split is empty: {fix}")
+    chains = [
+        Chain(name, spec, seed, keep_samples=name == keep_samples_of and seed == 0)
+        for name in coresets
+        for spec in specs
+        for seed in range(settings.num_chains)
+    ]
+    context = without_impossible_compilation(context, chains, workers.device, log)
+    empty = {quantity: [None] * settings.num_chains for quantity in quantities(context)}
+    table: Evaluated = {
+        name: {spec.architecture: {q: list(nones) for q, nones in empty.items()} for spec in specs} for name in coresets
+    }
+    evaluation = EvaluationResult(table, {}, {}, {})
+    with progress("evaluate", len(chains), "chain") as bar:
+        for index, result in workers.map(run_chain, context, chains):
+            bar.update()
+            chain = chains[index]
+            if result.stats is None:
+                which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
+                log(f"warning: a chain diverged ({which}): lower --chain-eta, or use --chain-noise consistent")
+            else:
+                evaluation.add(chain, result)
+    return evaluation
+
+
+def describe_evaluation(coresets: Sized, specs: Sized, split: str, settings: Evaluation) -> str:
+    """Return the line that announces an evaluation: it may take longer than the distillation."""
+    parts = ((len(coresets), "coreset"), (len(specs), "network"), (settings.num_chains, "seed"))
+    product = " x ".join(f"{count} {noun}{'s' if count > 1 else ''}" for count, noun in parts)
+    count = len(coresets) * len(specs) * settings.num_chains
+    return f"evaluating on the {split} split: {count} chains ({product}) of {settings.chain_epochs:,} epochs"

@@ -1,0 +1,98 @@
+"""What a run writes at its end: coresets, pictures, scores, result.json; and the same to MLflow."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fbpc_ray.core.progress import log
+from fbpc_ray.core.provenance import Provenance
+from fbpc_ray.data import coreset
+from fbpc_ray.data.datasets import Dataset, denormalise
+from fbpc_ray.distillation.loop import Row
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import State
+from fbpc_ray.distillation.worker import Backend
+from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation, evaluate
+from fbpc_ray.execution.session import Session, cpu_threads
+from fbpc_ray.reporting import charts, image_grids, run_figures
+from fbpc_ray.tracking import run_logging
+
+
+class LiveRun(NamedTuple):
+    """A run at work: its session, and what the session is connected to."""
+
+    session: Session
+    run: RunDirectory
+    workers: Backend
+    provenance: Provenance
+    tracker: Any
+
+
+def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]:
+    """Write coresets and pictures, evaluate both coresets, write and log the result; return it."""
+    session, run = live.session, live.run
+    coresets = _write_coresets(live, state)
+    _draw_pictures(live, state, rows)
+    log(describe_evaluation(coresets, session.specs, "test", session.config.evaluation))
+    scored = evaluate(coresets, session.specs, session.dataset, "test", session.config, live.workers, log)
+    draw_reliability(scored, run.reliability_path)
+    result = results.result_of(
+        session.config, session.dataset, rows, scored.table, "test", live.provenance, cpu_threads(session.config)
+    )
+    run.write_result(result)
+    _log_result(live, state, scored)
+    return result
+
+
+def _write_coresets(live: LiveRun, state: State) -> dict[str, coreset.Coreset]:
+    """Write the distilled coreset and the random one that it began as; return both by name."""
+    session, run, method = live.session, live.run, live.session.config.distillation.method
+    coresets = {"random": session.coreset(session.initial[0]), method: session.coreset(state)}
+    facts = {
+        "method": method, "data": session.dataset.name, "step": str(state.step), "commit": live.provenance.commit,
+    }  # fmt: skip
+    coreset.save(coresets[method], run.coreset_path, facts)
+    coreset.save(coresets["random"], run.random_path, {**facts, "method": "random", "step": "0"})
+    return coresets
+
+
+def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
+    """Draw the images, and what the steps did to them."""
+    session, run, d = live.session, live.run, live.session.config.distillation
+    dataset, labels = session.dataset, session.labels
+    title = f"{d.method}, {dataset.name}, {d.ipc} a class, step {state.step}"
+    image_grids.coreset_grid(pixels_of(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
+    if rows:
+        title = f"real images, before step 1 of {d.method}"
+        first = pixels_of(session.initial[0], dataset)
+        image_grids.coreset_grid(first, labels.numpy(), dataset.classes, run.before_path, title)
+        run_figures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
+        run_figures.course(rows, d.method, run.course_path)
+
+
+def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
+    """Log scores, description and files to MLflow."""
+    session, run, tracker = live.session, live.run, live.tracker
+    means = results.means(scored.table[session.config.distillation.method])
+    tracker.log_metrics(
+        {f"test/{name}": value for name, value in means.items()} | results.metrics(scored.table), state.step
+    )
+    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.table))
+    for path in (
+        run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
+        run.reliability_path, run.result_path, run.metrics_path,
+    ):  # fmt: skip
+        if path.exists():
+            tracker.log_artifact(path)
+
+
+def draw_reliability(scored: EvaluationResult, path: Any) -> None:
+    """Draw confidence against accuracy of every coreset and architecture, all chains together."""
+    if scored.stats:
+        charts.reliability({f"{name} on {network}": stats for (name, network), stats in scored.stats.items()}, path)
+
+
+def pixels_of(state: State, dataset: Dataset) -> np.ndarray:
+    """Return the pseudocoreset as (m, c, h, w) uint8."""
+    return denormalise(state.images, dataset.mean, dataset.std).numpy()
