@@ -365,8 +365,8 @@ def flags_of(kind: type) -> set[str]:
     return found
 
 
-FOREIGN = {"--help", "--version", "--runtime-env-json", "--working-dir"}
-"""Of Ray's own commands, and those that all have."""
+FOREIGN = {"--help", "--version", "--runtime-env-json", "--working-dir", "--again"}
+"""Of Ray's own commands, those that all have, and one of earlier code that docs/formats.md translates."""
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])

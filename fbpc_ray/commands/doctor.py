@@ -73,6 +73,8 @@ LIBRARIES = (
     Library("safetensors", "import safetensors.torch"),
     Library("scikit-learn", "import sklearn.datasets; sklearn.datasets.load_digits()", "needed by --data digits alone"),
     Library("pillow", "import PIL.Image"),
+    Library("jinja2", "import jinja2"),
+    Library("filelock", "import filelock"),
     Library("tyro", "import tyro"),
     Library("tqdm", "import tqdm"),
 )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the driver asks between two steps, not an exception in the middle of one."""
+"""Ctrl-C and SIGTERM as a flag that the driver checks between two steps, not an exception in the middle of one."""
 
 import signal
 import sys
@@ -16,21 +16,31 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Catches SIGINT and SIGTERM once installed; a second one ends the process at once. With no `signals` it leaves
-    them to the process, as a library must: Ctrl-C is the KeyboardInterrupt that a notebook expects."""
+    """Catches SIGINT and SIGTERM once installed; a second one ends the process at once.
+
+    With no `signals` it catches none, as a library must: Ctrl-C is the KeyboardInterrupt that a notebook expects."""
 
     def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
         self.number: int | None = None
         self.signals = signals
         self._raise_at_once = False
+        self._previous = {number: signal.getsignal(number) for number in signals}  # before ray.init sets its own
+        self._installed = False
 
     def install(self) -> None:
-        """Call after ray.init, whose own handler would end the driver within seconds of a SIGTERM."""
+        """Install the handlers, after ray.init, whose own would end the driver within seconds of a SIGTERM."""
         for number in self.signals:
             signal.signal(number, self._caught)
+        self._installed = True
+
+    def uninstall(self) -> None:
+        """Give the handlers back to whoever had them when this object was made."""
+        for number, handler in self._previous.items() if self._installed else ():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._installed = False
 
     def check(self) -> None:
-        """Raise Interrupted where a signal came."""
+        """Raise Interrupted if a signal came."""
         if self.number is not None:
             raise Interrupted(self.number)
 

@@ -192,7 +192,10 @@ def worker_group(
 
 @contextmanager
 def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterator[Backend]:
-    """The backend of a configuration, closed at the end; signals are caught from here on. Raises UserError."""
+    """Open the backend of a configuration and catch signals; at the end, close it and give the signals back.
+
+    Raises UserError.
+    """
     x = config.workers
     if x.backend == "serial":
         opened: Backend = Serial(x.device, interruption)
@@ -209,3 +212,4 @@ def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterat
         yield opened
     finally:
         opened.close()
+        interruption.uninstall()

@@ -23,15 +23,15 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place as located
 from fbpc_ray.distillation.state import gradient_tasks
-from fbpc_ray.execution.ray.placement import Resources, infeasible_message, room, share
+from fbpc_ray.execution.ray.placement import Resources, capacity, infeasible_message, share
 from fbpc_ray.execution.ray.ray_backend import RayBackend, free, nodes
 from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial, steps_of
 
 ATTEMPTS = 3
-"""Times a trial is started before the loss of its machine is taken for an illness of the cluster."""
+"""Attempts per trial before it counts as lost."""
 REDUCTION = 2
 """ASHA: a half goes on from each rung to the next, which has twice the steps."""
-SAY_AFTER = 60.0
+LOG_AFTER = 60.0
 """Seconds without any running trial before it is said; to start one takes ten."""
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours are the only files
@@ -70,7 +70,7 @@ def run(
     if not todo:
         return
     need, workers = place(task, len(todo), backend)
-    at_once = min(len(todo), room(nodes(), need) // workers) or 1
+    at_once = min(len(todo), capacity(nodes(), need) // workers) or 1
     out = located(task.configs[0].output.out)
     if isinstance(out, Path) and len([node for node in ray.nodes() if node["Alive"]]) > 1:
         log(f"note: all nodes must see {out.parent.parent}; where they don't share it (NFS), give --out s3://...")
@@ -92,7 +92,7 @@ def run(
             run_config=tune.RunConfig(
                 name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=scratch, verbose=0,
                 failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
-                callbacks=[_Ears(listener, interruption, log, waiting, backend.settings.placement_timeout)],
+                callbacks=[ProgressCallback(listener, interruption, log, waiting, backend.settings.placement_timeout)],
             ),
         )  # fmt: skip
         tuner.fit()
@@ -103,12 +103,12 @@ def place(task: Task, trials: int, backend: RayBackend) -> tuple[Resources, int]
     units = max(len(gradient_tasks(len(c.networks.architectures), c.distillation.draws_per_step)) for c in task.configs)
     here, x = nodes(), backend.settings
     need = backend.need(units, x.threads)
-    if not room(here, need) and not x.autoscale:
+    if not capacity(here, need) and not x.autoscale:
         raise UserError(infeasible_message(here, need))
     wanted = task.settings.workers_per_trial
-    if wanted > room(here, need) and not x.autoscale:
+    if wanted > capacity(here, need) and not x.autoscale:
         raise UserError(
-            f"--workers-per-trial {wanted} of {need} each, but the Ray cluster has room for {room(here, need)}: "
+            f"--workers-per-trial {wanted} of {need} each, but the Ray cluster has room for {capacity(here, need)}: "
             "lower it, or add nodes"
         )
     return need, wanted or share(here, need, units, trials)
@@ -172,7 +172,7 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
     return asha
 
 
-class _Ears(tune.Callback):
+class ProgressCallback(tune.Callback):
     """What Tune says, in the listener's words; and where it asks whether a signal came."""
 
     def __init__(
@@ -182,11 +182,11 @@ class _Ears(tune.Callback):
         log: Callable[[str], None],
         waiting: Callable[[], str],
         patience: float,
-        say_after: float = SAY_AFTER,
+        log_after: float = LOG_AFTER,
     ):
         """`waiting` puts into words what each trial waits for; after `patience` seconds without any it is an error."""
         self._listener, self._interruption, self._log, self._waiting = listener, interruption, log, waiting
-        self._patience, self._say_after = patience, say_after
+        self._patience, self._log_after = patience, log_after
         self._idle_since, self._said = time.monotonic(), False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,10 +198,10 @@ class _Ears(tune.Callback):
             self._idle_since, self._said = time.monotonic(), False
             return
         waited = time.monotonic() - self._idle_since
-        if waited > self._say_after and not self._said:
+        if waited > self._log_after and not self._said:
             self._said = True
             self._log(f"no trial runs yet: waiting for {self._waiting()}")
-        if waited > max(self._say_after, self._patience):
+        if waited > max(self._log_after, self._patience):
             raise UserError(
                 f"no trial started within {waited:.0f} s: waited for {self._waiting()}; end what holds them, add "
                 "nodes, or raise --placement-timeout, then --resume",

@@ -84,7 +84,7 @@ def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
              "2", "--override", "width=8", "chain_epochs=4", "chain_every=2", "--out", str(tmp_path / "out"),
              "--backend", "serial", "--no-tracking"]  # fmt: skip
     text = seen(lambda: main.main(["reproduce", *words]))
-    for what in ("distil", "judge"):
+    for what in ("distil", "evaluate"):
         assert_says_rate_and_time_left(bars(text, what))
     assert [line for line in re.split(r"[\r\n]", text) if re.fullmatch(r"coreset random-ipc1-\w+", line)]
 

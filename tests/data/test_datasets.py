@@ -125,6 +125,7 @@ def well_formed(data: Dataset) -> None:
 # ---- the shared data
 
 
+@pytest.mark.slow
 @needs_shared
 def test_cifar10_as_jpeg_parquet():
     data = load(f"parquet:{SHARED / 'cifar10-jpeg'}")

@@ -137,7 +137,7 @@ def await_all(backend):
     """Until the last worker stands: a run begins with its first one, and can be over before there is another."""
     import ray
 
-    births = [member.birth for member in pool_of(backend).members]
+    births = [member.ready_ref for member in pool_of(backend).members]
     assert len(ray.wait(births, num_returns=len(births), timeout=300)[0]) == len(births)
 
 
@@ -213,17 +213,17 @@ def test_a_node_that_comes_later_is_used(cluster, add, config, digits, tmp_path,
     """One CPU for two architectures; a second node comes after three steps, and a second worker with it."""
     add()
     backend, _ = backend_on(cluster)
-    standing = []
+    num_ready = []
 
     def on_step(values, step):
         pool = pool_of(backend)
         if step == 3:
             add()
-            assert soon(lambda: pool.outcomes() == [] and pool.standing == 2)
-        standing.append(pool.standing)
+            assert soon(lambda: pool.outcomes() == [] and pool.num_ready == 2)
+        num_ready.append(pool.num_ready)
 
     assert_same(run_on(backend, config, digits, tmp_path, on_step), expected)
-    assert (standing[0], standing[-1]) == (1, 2)
+    assert (num_ready[0], num_ready[-1]) == (1, 2)
     assert_nothing_is_held(cluster)
 
 

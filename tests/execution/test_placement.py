@@ -2,7 +2,7 @@
 
 import pytest
 
-from fbpc_ray.execution.ray.placement import Node, Resources, infeasible_message, resources_of, room, steps_ahead
+from fbpc_ray.execution.ray.placement import Node, Resources, capacity, infeasible_message, resources_of, steps_ahead
 
 
 def need(workers, nodes, **changes):
@@ -45,11 +45,11 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
 def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, each, fit):
     found = need(workers, nodes, **changes)
     assert found == each
-    assert room(nodes, found) == fit
+    assert capacity(nodes, found) == fit
 
 
 def test_what_does_not_fit_is_said_with_need_and_have():
-    assert room(LAPTOP, Resources(4, 0)) == 0
+    assert capacity(LAPTOP, Resources(4, 0)) == 0
     assert infeasible_message(LAPTOP, Resources(4, 0)) == (
         "one worker needs 4 CPU on one node, the nodes of the Ray cluster have 2 CPU and 0 GPU: "
         "lower --cpus-per-actor, or add nodes"

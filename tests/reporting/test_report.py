@@ -23,9 +23,8 @@ from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.data import coreset
-from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.reporting import document, html, markdown, report, run_usage
+from fbpc_ray.reporting import document, html, markdown, report, run_outputs, run_usage
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
 
@@ -231,7 +230,7 @@ def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(runs, small, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(loop, "evaluate", killed)
+        patched.setattr(run_outputs, "evaluate", killed)
         main.main(["distill", *words, "--resume"])
     with pytest.raises(UserError, match=r"has not ended \(its result is of step 4, its coreset of step 5\).* --resume"):
         report.report([str(folder)], str(tmp_path / "r.html"), print)

@@ -26,7 +26,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.execution import session
-from fbpc_ray.execution.ray.placement import Node, Resources, resources_of, room, share
+from fbpc_ray.execution.ray.placement import Node, Resources, capacity, resources_of, share
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning import trial as sweep
@@ -146,17 +146,17 @@ def test_a_trial_gets_bundles_in_which_its_workers_fit(nodes, units, trials, gpu
     more = {"gpu": gpu, "threads": 1, "cpus_per_actor": 0.0, "gpus_per_actor": 0.0}
     need = resources_of(units, nodes, **more)
     found = share(nodes, need, units, trials)
-    assert (found, min(trials, room(nodes, need) // found)) == (workers, together)
+    assert (found, min(trials, capacity(nodes, need) // found)) == (workers, together)
     bundles = [Node(need.cpus, need.gpus)] * found
     inside = resources_of(units, bundles, **more)
-    assert room(bundles, inside) >= found
+    assert capacity(bundles, inside) >= found
 
 
 def test_half_a_gpu_is_no_place_for_more_than_a_half():
-    assert room([Node(1, 0.5)], Resources(0.5, 0.25)) == 2
-    assert room([Node(1, 0.5)], Resources(1, 0.6)) == 0
-    assert room([Node(4, 1.5)], Resources(1, 0.5)) == 3
-    assert room([Node(4, 1.5)], Resources(1, 1)) == 1
+    assert capacity([Node(1, 0.5)], Resources(0.5, 0.25)) == 2
+    assert capacity([Node(1, 0.5)], Resources(1, 0.6)) == 0
+    assert capacity([Node(4, 1.5)], Resources(1, 0.5)) == 3
+    assert capacity([Node(4, 1.5)], Resources(1, 1)) == 1
 
 
 def outcome(number, how, *scores):
@@ -318,7 +318,7 @@ def test_a_sweep_that_finds_no_room_says_so_and_ends(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock.now))
     said, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
-    ears = on_ray._Ears(None, Interruption(), said.append, lambda: "1 CPU", 300.0, say_after=60.0)  # type: ignore[arg-type]
+    ears = on_ray.ProgressCallback(None, Interruption(), said.append, lambda: "1 CPU", 300.0, say_after=60.0)  # type: ignore[arg-type]
     for clock.now in (59.0, 61.0, 299.0):
         ears.on_step_begin(0, [pending])
         assert said == ["no trial runs yet: waiting for 1 CPU"] * (clock.now > 60)

@@ -49,14 +49,14 @@ def resources_of(
     return Resources(cpus_per_actor or min(1.0, _floor(min(shares, default=1.0), 2)), gpus)
 
 
-def room(nodes: Sequence[Node], need: Resources) -> int:
+def capacity(nodes: Sequence[Node], need: Resources) -> int:
     """How many workers fit."""
     return sum(_fits(node, need) for node in nodes)
 
 
 def share(nodes: Sequence[Node], need: Resources, units: int, trials: int) -> int:
     """How many workers each of several trials gets: an equal part of the room, one at least, `units` at most."""
-    return max(1, min(units, room(nodes, need) // trials))
+    return max(1, min(units, capacity(nodes, need) // trials))
 
 
 def infeasible_message(nodes: Sequence[Node], need: Resources) -> str:

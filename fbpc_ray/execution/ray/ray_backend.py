@@ -27,23 +27,23 @@ from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.state import GradientTask, State, map_start
 from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
-from fbpc_ray.execution.ray.placement import Node, Resources, infeasible_message, resources_of, room, steps_ahead
+from fbpc_ray.execution.ray.placement import Node, Resources, capacity, infeasible_message, resources_of, steps_ahead
 from fbpc_ray.execution.ray.probe import probe, refused
 from fbpc_ray.execution.ray.worker_pool import (
-    ALONE_SAY_AFTER,
-    SAY_AFTER,
+    LOG_AFTER,
+    OWN_CLUSTER_LOG_AFTER,
     STORE_FULL,
     Job,
-    Pool,
+    WorkerPool,
     first_line,
     raise_cause,
 )
 from fbpc_ray.execution.serial import device_name, gradient_of
 
 ATTEMPTS = 5
-"""Times a gradient is asked for before its loss of workers is taken for an illness of the machine."""
+"""Attempts per gradient before the run fails."""
 FIRST_DEADLINE, LEAST_DEADLINE, TIMES_USUAL = 1800.0, 300.0, 20.0
-"""Seconds that a first call may take, and a later one at least; else so many times what its unit took at most."""
+"""Deadlines in seconds: of a first call; the least of a later call; else this multiple of the longest call so far."""
 
 _Worker = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
 
@@ -61,18 +61,21 @@ def _device_name(device: str) -> str:
 
 
 class RayBackend:
-    """Work on a Ray cluster: the one that is there, or one started here. In a Tune trial: on the trial's share."""
+    """Runs work on a running Ray cluster, or on one that it starts; in a Tune trial, on the trial's share.
+
+    A `Backend`.
+    """
 
     def __init__(
         self, settings: Workers, interruption: Interruption, log: Callable[[str], None] = print, **init_options: Any
     ):
-        """`init_options` go to ray.init where a cluster is started. Raises UserError."""
+        """Connect; `init_options` go to ray.init if a cluster is started. Raises UserError."""
         self.settings, self.interruption, self.log = settings, interruption, log
-        self.pool: Pool | None = None
+        self.pool: WorkerPool | None = None
         self._group: WorkerGroupSpec | None = None
         self.owned = not ray.is_initialized()
-        self.alone = self.owned and _connect(settings.address, init_options, log)
-        """Whether the cluster is ours: then a worker that isn't there yet is starting, not waiting for a place."""
+        self.own_cluster = self.owned and _connect(settings.address, init_options, log)
+        """Whether this process started the cluster: then a missing worker is starting, not waiting for a place."""
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
@@ -89,7 +92,7 @@ class RayBackend:
     def start_workers(self, group: WorkerGroupSpec) -> None:
         here = nodes()
         need = self.need(len(group.tasks), group.worker.threads)
-        self._refuse_what_fits_nowhere(need)
+        self._check_capacity(need)
         self._group = group
         self._ahead = steps_ahead(self.settings.prefetch, len(group.tasks), group.expert_side_bytes, here)
         self._expert_sides: dict[
@@ -101,18 +104,18 @@ class RayBackend:
         make = partial(_Worker.options(num_cpus=need.cpus, num_gpus=need.gpus).remote, **references, device=self.device)
         wanted = len(group.tasks) * (2 if self._ahead else 1)
         growing = self.settings.autoscale  # a worker that does not fit is what makes the cluster grow
-        self.pool = Pool(
+        self.pool = WorkerPool(
             make,
             wanted,
-            lambda: wanted if growing else room(nodes(), need),
+            lambda: wanted if growing else capacity(nodes(), need),
             lambda: f"{need}; the Ray cluster has {free()} free",
             patience=self.settings.placement_timeout,
             check=self.interruption.check,
             log=self.log,
-            say_after=ALONE_SAY_AFTER if self.alone else SAY_AFTER,
+            log_after=OWN_CLUSTER_LOG_AFTER if self.own_cluster else LOG_AFTER,
         )
-        while not self.pool.standing:
-            self._refuse_what_fits_nowhere(need)
+        while not self.pool.num_ready:
+            self._check_capacity(need)
             self.pool.outcomes()
 
     def gradients(self, state: State) -> list[Gradient | None]:
@@ -122,7 +125,7 @@ class RayBackend:
         self._attempts.clear()
         self._expert_sides = {key: value for key, value in self._expert_sides.items() if key[1] >= state.step}
         while len(found) < len(self.group.tasks):
-            self._hand_out(state, images, found)
+            self._assign_work(state, images, found)
             for outcome in self.pool.outcomes():
                 kind, unit, step = outcome.key
                 if kind == "x-side" and outcome.lost:
@@ -130,7 +133,7 @@ class RayBackend:
                 elif kind == "gradient" and step == state.step and unit not in found:
                     if outcome.lost:
                         self._expert_sides.pop((unit, step), None)
-                        self._say_lost(unit, step, outcome.lost)
+                        self._count_loss(unit, step, outcome.lost)
                     else:
                         value, stats, inner_lr, solution = outcome.value
                         own = None if solution is None else solution.copy()  # what Ray gives lies in its store
@@ -141,7 +144,7 @@ class RayBackend:
 
     @property
     def group(self) -> WorkerGroupSpec:
-        """What the workers were started from."""
+        """The specification that the workers were started from."""
         assert self._group is not None
         return self._group
 
@@ -152,7 +155,7 @@ class RayBackend:
 
     def describe(self) -> str:
         need = self.need(1, 1)
-        self._refuse_what_fits_nowhere(need)
+        self._check_capacity(need)
         name = _device_name.options(num_cpus=need.cpus, num_gpus=need.gpus).remote(self.device)
         began, said = time.monotonic(), False
         while not ray.wait([name], timeout=0.5)[0]:
@@ -179,22 +182,29 @@ class RayBackend:
                 ray.shutdown()
 
     def need(self, workers: int, threads: int) -> Resources:
-        """What each of `workers` takes here."""
+        """Return the resources of each of `workers` on this cluster."""
         x = self.settings
         return resources_of(
             workers, nodes(), gpu=self.device == "cuda", threads=threads,
             cpus_per_actor=x.cpus_per_actor, gpus_per_actor=x.gpus_per_actor or (1.0 if x.autoscale else 0.0),
         )  # fmt: skip
 
-    def _refuse_what_fits_nowhere(self, need: Resources) -> None:
-        if not room(here := nodes(), need) and not self.settings.autoscale:
+    def _check_capacity(self, need: Resources) -> None:
+        if not capacity(here := nodes(), need) and not self.settings.autoscale:
             raise UserError(infeasible_message(here, need))
 
-    def _hand_out(self, state: State, images: Any, found: dict[GradientTask, Gradient | None]) -> None:
-        """Gradients of this step to idle workers, what took longest first; x sides of later steps to those to spare."""
+    def _assign_work(self, state: State, images: Any, found: dict[GradientTask, Gradient | None]) -> None:
+        """Assign this step's gradients to idle workers, the slowest first; to spare workers, later expert sides."""
+        order = sorted(self.group.tasks, key=lambda unit: -statistics.median(self._seconds[unit] or [0.0]))
+        if self._assign_gradients(state, images, order, found):
+            self._prefetch_expert_sides(state.step, order)
+
+    def _assign_gradients(
+        self, state: State, images: Any, order: list[GradientTask], found: dict[GradientTask, Gradient | None]
+    ) -> bool:
+        """Assign the gradients that nobody computes yet; return whether every one has a worker."""
         pool, running, step = self.pool, self.pool.running() if self.pool else {}, state.step
         assert pool is not None
-        order = sorted(self.group.tasks, key=lambda unit: -statistics.median(self._seconds[unit] or [0.0]))
         todo = [
             unit
             for unit in order
@@ -203,8 +213,8 @@ class RayBackend:
             and ("x-side", unit, step) not in running  # it began earlier, so it will be there earlier
         ]
         while todo and (idle := pool.idle()):
-            # A worker keeps to the architectures that it has had, where one of them is left.
-            known = [(m, unit) for m in idle for unit in todo if unit.architecture in m.skills]
+            # A worker prefers the architectures that it has computed before.
+            known = [(m, unit) for m in idle for unit in todo if unit.architecture in m.affinities]
             member, unit = known[0] if known else (idle[0], todo[0])
             todo.remove(unit)
             expert_side = self._expert_sides.get((unit, step))
@@ -214,12 +224,15 @@ class RayBackend:
                 return actor.gradient.remote(unit, step, images, state.inner_lr, expert_side, start)
 
             pool.assign(member, Job(("gradient", unit, step), ask, self._deadline(unit), unit.architecture))
-        if todo:
-            return
-        last = self.group.worker.settings.steps
+        return not todo
+
+    def _prefetch_expert_sides(self, step: int, order: list[GradientTask]) -> None:
+        """Assign the expert sides of later steps to workers that this step does not need."""
+        pool, last = self.pool, self.group.worker.settings.steps
+        assert pool is not None
         for later in range(step + 1, min(step + 1 + self._ahead, last)):
             for unit in order:
-                spare = pool.standing - len(self.group.tasks)
+                spare = pool.num_ready - len(self.group.tasks)
                 busy = sum(key[0] == "x-side" for key in pool.running())
                 if busy >= spare:
                     return
@@ -227,7 +240,7 @@ class RayBackend:
                     return
 
     def _expert_side_job(self, unit: GradientTask, step: int) -> Job:
-        """The block stays where it was made: what is fetched is the first of two results, empty or an error."""
+        """Return a job whose block stays on the worker's node: the driver fetches only the first, empty result."""
 
         def ask(actor: Any) -> Any:
             done, self._expert_sides[unit, step] = actor.expert_side.options(num_returns=2).remote(unit, step)
@@ -236,24 +249,24 @@ class RayBackend:
         return Job(("x-side", unit, step), ask, self._deadline(unit), unit.architecture)
 
     def _deadline(self, unit: GradientTask) -> float:
-        """Twice as long with each loss in this step: a deadline that is too short ends no run."""
+        """Return the deadline of a call; each loss in a step doubles it, so that a short deadline ends no run."""
         taken = self._seconds[unit]
         usual = max(LEAST_DEADLINE, TIMES_USUAL * max(taken)) if taken else FIRST_DEADLINE
         return (self.settings.step_deadline or usual) * 2 ** self._attempts[unit]
 
-    def _say_lost(self, unit: GradientTask, step: int, why: str) -> None:
+    def _count_loss(self, unit: GradientTask, step: int, why: str) -> None:
         self._attempts[unit] += 1
         name = self.group.worker.specs[unit.architecture].architecture
         if self._attempts[unit] == ATTEMPTS:
             raise UserError(
-                f"the gradient of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): mend the cluster and "
+                f"the gradient of {name} was lost {ATTEMPTS} times in step {step + 1} ({why}): fix the cluster and "
                 "run again with --resume",
                 code=1,
             )
-        self.log(f"the gradient of {name} was lost in step {step + 1} ({why}); it is asked for again")
+        self.log(f"the gradient of {name} was lost in step {step + 1} ({why}); another worker computes it")
 
     def _skip_stragglers(self, step: int, found: dict[GradientTask, Gradient | None]) -> None:
-        """On request, leave out what takes many times its usual time; one gradient at least is waited for."""
+        """Leave out gradients that take --skip-stragglers times their usual time; keep at least one."""
         times = self.settings.skip_stragglers
         if not times or not any(found.values()):
             return
@@ -270,7 +283,7 @@ class RayBackend:
 
     def _as_tasks(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
         need = self.need(len(items), 1)
-        self._refuse_what_fits_nowhere(need)
+        self._check_capacity(need)
         task = _task.options(num_cpus=need.cpus, num_gpus=need.gpus)
         reference = _put(shared)
         pending = {task.remote(function, reference, item, self.device): i for i, item in enumerate(items)}
@@ -284,7 +297,7 @@ class RayBackend:
                 ray.cancel(left, force=True)
 
     def _on_workers(self, function: Callable[..., Any], shared: Any, items: Any) -> Iterator[tuple[int, Any]]:
-        """As tasks of the workers, which hold all there may be."""
+        """Run tasks on the gradient workers, which may hold all resources."""
         assert self.pool is not None
         reference, attempts = _put(shared), Counter[int]()
         todo = list(enumerate(items))
@@ -308,14 +321,14 @@ class RayBackend:
                 attempts[index] += 1
                 if attempts[index] == ATTEMPTS:
                     raise UserError(
-                        f"a task lost its worker {ATTEMPTS} times ({outcome.lost}): mend the cluster and run again",
+                        f"a task lost its worker {ATTEMPTS} times ({outcome.lost}): fix the cluster and run again",
                         code=1,
                     )
                 todo.append((index, items[index]))
 
 
 def nodes() -> list[Node]:
-    """What there is to work on: the cluster's nodes or, inside a Tune trial, the bundles of its placement group."""
+    """Return the cluster's nodes or, inside a Tune trial, the bundles of its placement group."""
     group = ray.util.get_current_placement_group()
     if group is None:
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]

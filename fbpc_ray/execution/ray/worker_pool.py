@@ -1,7 +1,7 @@
-"""Workers that come and go: as many actors as are wanted and fit, each with at most one call at a time.
+"""A pool of actors that come and go: as many as wanted and as fit, each with at most one call at a time.
 
-A call is a pure function of its arguments, so one that is lost may be made again by any other worker. Nothing here
-knows what the calls compute.
+A call is a pure function of its arguments, so any other worker can repeat a lost one. Nothing here knows what the calls
+compute.
 """
 
 import time
@@ -26,114 +26,120 @@ from fbpc_ray.core.errors import UserError
 WORKER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
 LOOK_EVERY = 2.0
-"""Seconds between looks at what the cluster has."""
-SAY_AFTER = 10.0
-"""Seconds of waiting for a first worker before it is said; to start one takes some, more on a busy machine."""
-ALONE_SAY_AFTER = 60.0
-"""The same where nobody else can hold the cluster."""
+"""Seconds between checks of the cluster's capacity."""
+LOG_AFTER = 10.0
+"""Seconds without a worker before the log says so; starting one takes a few, more on a busy machine."""
+OWN_CLUSTER_LOG_AFTER = 60.0
+"""The same on a cluster that this process started, which nobody else can hold."""
 
 
 Key = tuple[str, Any, Any]
-"""By which the asker knows a job: its kind, and what it is about."""
+"""Names a job for its caller: (kind, subject, step or reference)."""
 
 
 class Job(NamedTuple):
-    """Something to be asked of a worker."""
+    """One call to a worker."""
 
     key: Key
     ask: Callable[[Any], Any]
-    """actor -> the reference that is waited for and whose value is fetched."""
+    """actor -> ObjectRef of the value."""
     seconds: float = float("inf")
-    """After which the worker is taken for lost."""
-    skill: Hashable = None
-    """Workers that had a job of this skill before are quicker at it."""
+    """Deadline, after which the pool replaces the worker."""
+    affinity: Hashable = None
+    """Workers that had a job with this affinity are faster at it."""
 
 
 class Outcome(NamedTuple):
-    """What became of a job."""
+    """How a job ended."""
 
     key: Key
     value: Any
     seconds: float
     lost: str = ""
-    """Why there is no value: the worker or an argument was lost, or found no room for it. Empty where there is one."""
+    """Why there is no value: a lost worker, a lost argument or a full object store; empty if there is a value."""
 
 
 @dataclass(eq=False)
-class Member:
-    """A worker."""
+class PooledWorker:
+    """An actor and its current job."""
 
     actor: Any
-    birth: Any
-    """Reference that is there once the worker stands."""
+    ready_ref: Any
+    """ObjectRef that resolves when the actor is ready."""
     ready: bool = False
     job: Job | None = None
     reference: Any = None
     began: float = 0.0
-    skills: set[Hashable] = field(default_factory=set)
+    affinities: set[Hashable] = field(default_factory=set)
 
 
-class Pool:
-    """At most `wanted` workers. Raises UserError where for `patience` seconds there was no worker at all."""
+class WorkerPool:
+    """Holds at most `wanted` workers. Raises UserError after `patience` seconds without any worker."""
 
     def __init__(
         self,
         make: Callable[[], Any],
         wanted: int,
-        room: Callable[[], int],
+        capacity: Callable[[], int],
         waiting: Callable[[], str],
         *,
         patience: float,
         check: Callable[[], None],
         log: Callable[[str], None],
-        say_after: float = SAY_AFTER,
+        log_after: float = LOG_AFTER,
     ):
-        """`make` starts an actor; `room` says how many fit on the cluster as it is now, whoever holds them; `waiting`
-        puts into words what is waited for; `check` may raise while there is no worker; `say_after` seconds of it
-        are said."""
-        self.members: list[Member] = []
-        self._make, self._wanted, self._room, self._waiting = make, wanted, room, waiting
-        self._patience, self._check, self._log, self._say_after = patience, check, log, say_after
+        """Start the first workers.
+
+        Args:
+            make: starts an actor.
+            capacity: returns how many workers fit on the cluster as it is now, whoever holds its resources.
+            waiting: describes the resources that the pool waits for.
+            check: called while there is no worker; may raise.
+            log_after: seconds without a worker before the log says so.
+        """
+        self.members: list[PooledWorker] = []
+        self._make, self._wanted, self._capacity, self._waiting = make, wanted, capacity, waiting
+        self._patience, self._check, self._log, self._log_after = patience, check, log, log_after
         self._looked = self._alone = time.monotonic()
         self._said = False
-        self._staff()
+        self._start_missing()
 
-    def idle(self) -> list[Member]:
-        """Workers that stand and have nothing to do, in the order in which they were started."""
+    def idle(self) -> list[PooledWorker]:
+        """Return ready workers without a job, in the order of their start."""
         return [member for member in self.members if member.ready and member.job is None]
 
     @property
-    def standing(self) -> int:
-        """Workers that can work or do."""
+    def num_ready(self) -> int:
+        """Workers that are ready, with or without a job."""
         return sum(member.ready for member in self.members)
 
     def give(self, job: Job) -> bool:
-        """Hand `job` to an idle worker, one with its skill first; False where all have something to do."""
+        """Assign `job` to an idle worker, one with its affinity first; return False if no worker is idle."""
         idle = self.idle()
         if not idle:
             return False
-        self.assign(next((member for member in idle if job.skill in member.skills), idle[0]), job)
+        self.assign(next((member for member in idle if job.affinity in member.affinities), idle[0]), job)
         return True
 
-    def assign(self, member: Member, job: Job) -> None:
-        """Hand `job` to an idle worker."""
+    def assign(self, member: PooledWorker, job: Job) -> None:
+        """Assign `job` to the idle worker `member`."""
         member.job, member.reference, member.began = job, job.ask(member.actor), time.monotonic()
-        member.skills.add(job.skill)
+        member.affinities.add(job.affinity)
 
     def running(self) -> dict[Key, float]:
-        """Seconds since each job that is being worked on was handed out."""
+        """Return the seconds since each current job was assigned."""
         now = time.monotonic()
         return {member.job.key: now - member.began for member in self.members if member.job}
 
     def outcomes(self, seconds: float = 0.5) -> list[Outcome]:
-        """Wait at most so long for something to happen; what became of which job. Lost workers are replaced.
+        """Wait up to `seconds` for an event; return the jobs that ended. Replaces lost workers.
 
-        Raises what a job raised, and UserError as `Pool` says.
+        Raises what a job raised, and UserError as the class says.
         """
         if time.monotonic() - self._looked > LOOK_EVERY:
-            self._staff()
-        self._mind_the_wait()
-        watched = {member.reference if member.ready else member.birth: member for member in self.members}
+            self._start_missing()
+        self._check_waiting()
+        watched = {member.reference if member.ready else member.ready_ref: member for member in self.members}
         watched = {reference: member for reference, member in watched.items() if reference is not None}
         if not watched:
             time.sleep(seconds)
@@ -143,9 +149,9 @@ class Pool:
         for reference in done:
             member = watched[reference]
             if not member.ready:
-                self._born(member)
+                self._start_finished(member)
             else:
-                found.append(self._ended(member))
+                found.append(self._call_finished(member))
         for member in list(self.members):
             if member.job and time.monotonic() - member.began > member.job.seconds:
                 found.append(self._lost(member, f"no answer within {member.job.seconds:g} s"))
@@ -157,20 +163,20 @@ class Pool:
             ray.kill(member.actor)
         self.members = []
 
-    def _staff(self) -> None:
-        """Start workers up to what is wanted and fits."""
+    def _start_missing(self) -> None:
+        """Start workers up to the number that is wanted and fits."""
         self._looked = time.monotonic()
-        for _ in range(len(self.members), min(self._wanted, self._room())):
+        for _ in range(len(self.members), min(self._wanted, self._capacity())):
             actor = self._make()
-            self.members.append(Member(actor, actor.__ray_ready__.remote()))
+            self.members.append(PooledWorker(actor, actor.__ray_ready__.remote()))
 
-    def _mind_the_wait(self) -> None:
-        if self.standing:
+    def _check_waiting(self) -> None:
+        if self.num_ready:
             self._alone, self._said = time.monotonic(), False
             return
         self._check()
         waited = time.monotonic() - self._alone
-        if waited > self._say_after and not self._said:
+        if waited > self._log_after and not self._said:
             self._said = True
             self._log(f"no worker yet: waiting for {self._waiting()}")
         if waited > self._patience:
@@ -180,16 +186,16 @@ class Pool:
                 code=1,
             )
 
-    def _born(self, member: Member) -> None:
+    def _start_finished(self, member: PooledWorker) -> None:
         try:
-            ray.get(member.birth)
+            ray.get(member.ready_ref)
             member.ready = True
         except WORKER_LOST as error:
             if getattr(error, "actor_init_failed", False):
                 raise
             self._remove(member)
 
-    def _ended(self, member: Member) -> Outcome:
+    def _call_finished(self, member: PooledWorker) -> Outcome:
         job, seconds = member.job, time.monotonic() - member.began
         assert job is not None
         try:
@@ -208,14 +214,14 @@ class Pool:
         member.job = member.reference = None
         return Outcome(job.key, value, seconds)
 
-    def _lost(self, member: Member, why: str) -> Outcome:
+    def _lost(self, member: PooledWorker, why: str) -> Outcome:
         job, seconds = member.job, time.monotonic() - member.began
         assert job is not None
         self._remove(member)
-        self._staff()
+        self._start_missing()
         return Outcome(job.key, None, seconds, why)
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, member: PooledWorker) -> None:
         ray.kill(member.actor)
         self.members.remove(member)
 
