@@ -43,14 +43,14 @@ ENVIRONMENT = {
 
 
 class Listener(Protocol):
-    """Hears in the driver what becomes of trials."""
+    """Follows the trials, in the driver."""
 
-    def started(self, number: int) -> None: ...
+    def trial_started(self, number: int) -> None: ...
 
-    def looked(self, number: int, look: ValidationResult) -> None: ...
+    def trial_validated(self, number: int, look: ValidationResult) -> None: ...
 
-    def ended(self, number: int, lost: str) -> None:
-        """`lost`: why its machine or its code couldn't go on; empty where it ended or was stopped."""
+    def trial_ended(self, number: int, lost: str) -> None:
+        """`lost`: why the trial can't go on here; empty if it finished or was stopped."""
         ...
 
 
@@ -209,18 +209,18 @@ class ProgressCallback(tune.Callback):
             )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._listener.started(trial.config["number"])
+        self._listener.trial_started(trial.config["number"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._listener.looked(trial.config["number"], ValidationResult(*result["look"]))
+        self._listener.trial_validated(trial.config["number"], ValidationResult(*result["look"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._listener.ended(trial.config["number"], "")
+        self._listener.trial_ended(trial.config["number"], "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._listener.ended(trial.config["number"], _reason(trial))
+        self._listener.trial_ended(trial.config["number"], _reason(trial))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._log(f"trial {trial.config['number']} was lost ({_reason(trial)}); it is started again")

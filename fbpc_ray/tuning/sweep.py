@@ -5,12 +5,10 @@ import json as json_format
 import shlex
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,52 +28,23 @@ from fbpc_ray.core.config import (
 )
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import to_preset
-from fbpc_ray.core.progress import log, progress, resume_hint
+from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture, home
-from fbpc_ray.core.signals import Interrupted, Interruption
+from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place, place
-from fbpc_ray.data.datasets import Dataset, denormalise
+from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
-from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, open_backend, open_session
 from fbpc_ray.models import custom
-from fbpc_ray.reporting import image_grids
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
-from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
-from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
-from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
+from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
+from fbpc_ray.tuning.trial import Task
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every", "val_every"}
 """Flags of a sweep that don't change what its trials find."""
-COMPARED = 5
-"""Runs that the printed MLflow page compares."""
-
-
-class Plan(NamedTuple):
-    """sweep.json."""
-
-    name: str
-    id: str
-    settings: Sweep
-    trials: list[dict[str, Any]]
-    """The flags of each trial that are its own."""
-
-
-class _Sweep(NamedTuple):
-    """A sweep and what it stands for."""
-
-    folder: Place
-    base: Config
-    plan: Plan
-    task: Task
-    dataset: Dataset
-    """Whole: the trials' is in `task`."""
-
-    def outcomes(self) -> list[Outcome]:
-        return [trial.outcome(config, number) for number, config in enumerate(self.task.configs)]
 
 
 def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run: bool, json: str) -> None:
@@ -98,7 +67,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         if not resume:
             RunDirectory(folder).refuse_if_taken()  # by one that began when this one did, and is through
             _write_plan(found)
-        result, board = _swept(found)
+        result, monitor = _run_sweep(found)
     if json:
         files.write_json(place(json).absolute(), result)
     log(f"\n{(folder / 'trials.md').read_text()}")
@@ -107,10 +76,10 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
     log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
     log(f"result:  {path}")
-    board.say_where()
+    monitor.print_addresses()
 
 
-def _swept(found: _Sweep) -> tuple[dict[str, Any], "_Board"]:
+def _run_sweep(found: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
     """The result, and what was shown of it on the way."""
     folder, interruption = found.folder, Interruption()
     again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
@@ -119,15 +88,15 @@ def _swept(found: _Sweep) -> tuple[dict[str, Any], "_Board"]:
         provenance = capture(workers.describe())
         d = found.dataset
         log(f"data: {d.name}, {len(d.train.labels)} images to train, {len(d.validation.labels)} to validate")
-        with _board(found, provenance) as board:
+        with open_monitor(found, provenance) as monitor:
             _train_shared_experts(found, workers)
-            from fbpc_ray.tuning import ray_tune as trials  # plan.backend has said it where there is no Ray
+            from fbpc_ray.tuning import ray_tune as trials  # open_backend has raised if Ray is missing
 
-            board.tracked()
-            trials.run(found.task, board.outcomes, workers, interruption, board, log)  # type: ignore[arg-type]
-            board.ran()
-            result = _conclude(found, board, workers, provenance)
-    return result, board
+            monitor.start()
+            trials.run(found.task, monitor.outcomes, workers, interruption, monitor, log)  # type: ignore[arg-type]
+            monitor.close_bar()
+            result = _conclude(found, monitor, workers, provenance)
+    return result, monitor
 
 
 def _folder(base: Config, resume: bool) -> Place:
@@ -140,7 +109,7 @@ def _folder(base: Config, resume: bool) -> Place:
     return run.folder
 
 
-def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> _Sweep:
+def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> OpenSweep:
     """The trials, all of them checked. Writes nothing. Raises UserError."""
     base, kept = validation.canonical(base), None
     validation.check(base)
@@ -167,7 +136,7 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
     configs = [trial.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
     for config in {each.networks: each for each in configs}.values():
         network_specs(config, dataset)
-    return _Sweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
+    return OpenSweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
 
 
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
@@ -209,7 +178,7 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
     return drawn
 
 
-def _write_plan(found: _Sweep) -> None:
+def _write_plan(found: OpenSweep) -> None:
     text = {**found.plan._asdict(), "settings": asdict(found.plan.settings)}
     files.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
     files.write_text(found.folder / "config.json", to_json(found.base))  # last: now there is a sweep
@@ -239,7 +208,7 @@ def read_base(folder: Place) -> Config:
     return base.updated(val_every=every) if every else base
 
 
-def _describe(found: _Sweep) -> None:
+def _describe(found: OpenSweep) -> None:
     """--dry-run: what would be done."""
     log(to_json(found.base).rstrip())
     for number, flags in enumerate(found.plan.trials):
@@ -249,7 +218,7 @@ def _describe(found: _Sweep) -> None:
     log("dry run: nothing was written")
 
 
-def _train_shared_experts(found: _Sweep, workers: Any) -> None:
+def _train_shared_experts(found: OpenSweep, workers: Any) -> None:
     """The experts of all trials, once, where these don't differ in how experts are made; else each trial makes its."""
     recipe = {name for group in (Networks, Experts) for name in group.__dataclass_fields__}
     if any(recipe & flags.keys() for flags in found.plan.trials) or not any(map(trial.steps_of, found.task.configs)):
@@ -257,10 +226,10 @@ def _train_shared_experts(found: _Sweep, workers: Any) -> None:
     open_session(found.task.configs[0], log, found.task.dataset).train_experts(workers, log)
 
 
-def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenance) -> dict[str, Any]:
+def _conclude(found: OpenSweep, monitor: SweepMonitor, workers: Any, provenance: Provenance) -> dict[str, Any]:
     """The table, the best preset, its coreset judged on the test images, the result."""
     folder, metric = found.folder, found.plan.settings.metric
-    outcomes = board.outcomes
+    outcomes = monitor.outcomes
     rows = trial.rows_of(outcomes, found.plan.trials)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
@@ -269,14 +238,14 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenan
     rest = [each.number for each in outcomes if each.number not in order]
     files.write_text(folder / "trials.md", trial.markdown([rows[number] for number in order + rest]))
     if not order:
-        raise UserError(f"no trial finished ({board.counted()}): see why in {folder / 'trials.md'}", code=1)
+        raise UserError(f"no trial finished ({monitor.count_statuses()}): see why in {folder / 'trials.md'}", code=1)
     best = outcomes[order[0]]
     assert best.look is not None
     config = found.task.configs[best.number]
     given, every = found.base.experts.experts, found.base.distillation.checkpoint_every
     files.write_text(folder / "best.json", to_preset(config.updated(experts=given, checkpoint_every=every)))
     log(f"best: trial {best.number}, {metric} {getattr(best.look, metric):.4g} on the validation split; now on test")
-    tested = _on_test(config, found.dataset, workers, provenance, board.parent)
+    tested = _on_test(config, found.dataset, workers, provenance, monitor.parent)
     result = {
         "sweep": found.plan.name, "metric": metric, "scheduler": found.plan.settings.scheduler,
         "trials": dict(Counter(each.how for each in outcomes)),
@@ -288,7 +257,7 @@ def _conclude(found: _Sweep, board: "_Board", workers: Any, provenance: Provenan
     }  # fmt: skip
     files.write_text(folder / "result.json", json_format.dumps(result, indent=2, allow_nan=False) + "\n")
     for name in ("best.json", "trials.md", "trials.parquet", "result.json"):
-        board.parent.log_artifact(folder / name)
+        monitor.parent.log_artifact(folder / name)
     return result
 
 
@@ -298,201 +267,3 @@ def _on_test(config: Config, dataset: Dataset, workers: Any, provenance: Provena
     first, labels = session.initial
     state, rows = run.restore(labels, dataset.image_shape) or (first, [])
     return evaluate_run(LiveRun(session, run, workers, provenance, tracker), state, rows)
-
-
-class _Board:
-    """Hears of the trials: a line on the terminal, their files, and MLflow."""
-
-    def __init__(self, found: _Sweep, parent: Any, tracking: Any):
-        self.parent = parent
-        self.outcomes = found.outcomes()
-        self._found, self._tracking = found, tracking
-        self._children: dict[int, Any] = {}
-        self._page = ""
-        self._steps = {each.number: each.look.step if each.look else 0 for each in self.outcomes}
-        self._bar: Any = None
-
-    def tracked(self) -> None:
-        """Before the first trial: wait for the parent's id, which the runs of the trials carry."""
-        if self._tracking and not self.parent.wait(60):
-            log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
-        self._summary()
-        self._bar = progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
-
-    def started(self, number: int) -> None:
-        if number not in self._children:
-            self._children[number] = self._child(number)
-            record = self.outcomes[number].record
-            before = f", goes on after step {record.looks[-1].step}" if record.looks else ""
-            log(f"trial {number} runs{before}: {trial.told(self._found.plan.trials[number])}")
-
-    def looked(self, number: int, look: ValidationResult) -> None:
-        log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
-        self._steps[number] = look.step
-        self._advance()
-        if number in self._children:
-            _send(self._children[number], look, self._found.plan.settings.metric)
-
-    def ended(self, number: int, lost: str) -> None:
-        config = self._found.task.configs[number]
-        now = trial.outcome(config, number)
-        if lost:
-            trial.end(place(config.output.out), "lost", lost)
-        elif now.how not in ("finished", "failed"):
-            step = now.look.step if now.look else 0
-            trial.end(place(config.output.out), "stopped", f"at step {step} of {trial.steps_of(config)}")
-        now = self.outcomes[number] = trial.outcome(config, number)
-        log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.counted()})")
-        self._advance()
-        if child := self._children.pop(number, None):
-            self._finish(child, now)
-        self._summary()
-
-    def ran(self) -> None:
-        """After the last trial."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update(self._done() - self._bar.n)
-
-    def _all_of(self, number: int) -> int:
-        return trial.steps_of(self._found.task.configs[number])
-
-    def _done(self) -> int:
-        """Steps done, and those that nobody will do: what an ended trial left out."""
-        ended = {each.number for each in self.outcomes if each.how in ("finished", "stopped", "failed")}
-        return sum(self._all_of(number) if number in ended else step for number, step in self._steps.items())
-
-    def counted(self) -> str:
-        counts = Counter(each.how for each in self.outcomes)
-        return ", ".join(f"{counts[how]} {how}" for how in sorted(counts))
-
-    def close(self, status: str) -> None:
-        """End what MLflow would show as running: the trials' runs of this process and of those before, the sweep's."""
-        self.ran()
-        for child in self._children.values():
-            child.finish(status)
-        self._children.clear()
-        if not self._tracking:
-            return
-        runs = self._runs()
-        for each in self.outcomes:
-            run = runs.get(self._key(each.number))
-            if run and run.running:  # its end, or that of its process, came after the last word to MLflow
-                if each.how == "open":
-                    self._child(each.number).finish(status)
-                else:
-                    self._finish(self._child(each.number), each)
-        best = trial.best_first(self.outcomes, self._found.plan.settings.metric)[:COMPARED]
-        keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
-        if keys:
-            ids = [runs[key].run_id for key in keys]
-            self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
-            self.parent.set_tags({"compare": self._page})
-        self.parent.finish(status)
-
-    def say_where(self) -> None:
-        if self._tracking:
-            log(f"MLflow:  {ui_command(self.parent.uri)}")
-            if self._page:
-                log(f"compare: {self._page}")
-
-    def _key(self, number: int) -> str:
-        return f"{self._found.plan.id}/{number}"
-
-    def _runs(self) -> dict[str, Any]:
-        found = self._found
-        return self._tracking.find_runs(self.parent.uri, found.base.output.experiment, "sweep_id", found.plan.id)
-
-    def _child(self, number: int) -> Any:
-        """The MLflow run of a trial, the same one after any resume, with all that the trial found so far."""
-        if not self._tracking:
-            return NullTracker()
-        found, config = self._found, self._found.task.configs[number]
-        parent = {"mlflow.parentRunId": self.parent.run_id} if self.parent.run_id else {}
-        child = self._tracking.Tracker(
-            self.parent.uri,
-            found.base.output.experiment,
-            run_name=f"{found.plan.name}/{number}",
-            key=self._key(number),
-            tags={
-                **parent, **run_tags(config, found.dataset.name),
-                "sweep": found.plan.name, "sweep_id": found.plan.id, "trial": str(number), "folder": config.output.out,
-            },
-            params=found.plan.trials[number],
-            log=log,
-            finish_seconds=15.0,
-        )  # fmt: skip
-        for look in self.outcomes[number].record.looks:
-            _send(child, look, found.plan.settings.metric)
-        return child
-
-    def _finish(self, child: Any, outcome: Outcome) -> None:
-        """End the run of a trial that is over, with a picture of its images."""
-        if isinstance(child, NullTracker):
-            return
-        child.set_tags({"ended": f"{outcome.how} {outcome.why}".strip()})
-        if outcome.look:
-            child.log_artifact(self._picture(outcome))
-        child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
-
-    def _picture(self, outcome: Outcome) -> Place:
-        config, dataset = self._found.task.configs[outcome.number], self._found.task.dataset
-        run, d = RunDirectory(place(config.output.out)), config.distillation
-        first, labels = initial_state(dataset, d.ipc, d.seed)
-        state, _ = run.restore(labels, dataset.image_shape) or (first, [])
-        title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
-        images = denormalise(state.images, dataset.mean, dataset.std).numpy()
-        image_grids.coreset_grid(images, labels.numpy(), dataset.classes, run.picture_path, title)
-        return run.picture_path
-
-    def _summary(self) -> None:
-        """The sweep after so many ended trials, which is the step."""
-        counts = Counter(each.how for each in self.outcomes)
-        values = {f"trials/{how}": float(counts[how]) for how in ("finished", "stopped", "failed", "lost")}
-        if best := trial.best_first(self.outcomes, self._found.plan.settings.metric):
-            assert best[0].look is not None
-            values |= {f"best/val/{name}": getattr(best[0].look, name) for name in trial.SCORES}
-            values["best/trial"] = float(best[0].number)
-        self.parent.log_metrics(values, len(self.outcomes) - counts["open"])
-
-
-@contextmanager
-def _board(found: _Sweep, provenance: Provenance) -> Iterator[_Board]:
-    """The board of a sweep, with its MLflow run, ended as the block ends."""
-    output, settings = found.base.output, found.plan.settings
-    tracking = mlflow_module(f"everything is in {found.folder}", log) if output.tracking else None
-    parent: Any = NullTracker()
-    if tracking:
-        parent = tracking.MlflowTracker(
-            default_uri(home()),
-            output.experiment,
-            run_name=found.plan.name,
-            key=found.plan.id,
-            tags={
-                "sweep": found.plan.name, "sweep_id": found.plan.id, **run_tags(found.base, found.dataset.name),
-                **provenance_tags(provenance), "folder": str(found.folder), "flags": " ".join(found.plan.trials[0]),
-            },
-            params={**run_params(found.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
-            log=log,
-        )  # fmt: skip
-    board = _Board(found, parent, tracking)
-    status = "FAILED"
-    try:
-        yield board
-        status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    finally:
-        board.close(status)
-
-
-def _send(child: Any, look: ValidationResult, metric: str) -> None:
-    """What is compared goes first: MLflow's plot of several runs begins with the first metric that they have."""
-    scores = {f"val/{name}": getattr(look, name) for name in trial.SCORES}
-    child.log_metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
-    for step, loss in look.losses:
-        child.log_metrics({"training/loss": loss}, int(step))

@@ -14,8 +14,8 @@ from support.runs import flags
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Sweep
 from fbpc_ray.tracking import run_logging
+from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
-from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import ValidationResult
 
 QUICK = {"backend": "serial", "steps": 4, "num_chains": 1, "chain_epochs": 4, "chain_every": 2}
@@ -99,15 +99,15 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         return ValidationResult(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = tuning._Board(found, run_logging.NullTracker(), None)
-        board.tracked()
+        board = monitor.SweepMonitor(found, run_logging.NullTracker(), None)
+        board.start()
         for number, step in ((0, 1), (1, 1), (0, 2)):
-            board.looked(number, look(number, step))
+            board.trial_validated(number, look(number, step))
         trial.write_record(tmp_path / "sweep" / "trials" / "00001", trial.Record([0], [look(1, 1)]))
-        board.ended(1, "")
-        board.looked(0, look(0, 3))
+        board.trial_ended(1, "")
+        board.trial_validated(0, look(0, 3))
         board._bar.refresh()
-        board.ran()
+        board.close_bar()
 
     text = seen(act)
     assert "trial 1 stopped: at step 1 of 4" in text

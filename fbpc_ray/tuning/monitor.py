@@ -1,0 +1,246 @@
+"""Follow a sweep while its trials run: terminal, files and MLflow."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from fbpc_ray.core.config import Config, Sweep
+from fbpc_ray.core.progress import log, progress
+from fbpc_ray.core.provenance import Provenance, home
+from fbpc_ray.core.signals import Interrupted
+from fbpc_ray.core.storage import Place, place
+from fbpc_ray.data.datasets import Dataset, denormalise
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import initial_state
+from fbpc_ray.reporting import image_grids
+from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
+from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
+from fbpc_ray.tuning import trial
+from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
+
+COMPARED = 5
+"""Runs that the printed MLflow page compares."""
+
+
+class Plan(NamedTuple):
+    """sweep.json."""
+
+    name: str
+    id: str
+    settings: Sweep
+    trials: list[dict[str, Any]]
+    """Per trial, the flags in which it differs from the others."""
+
+
+class OpenSweep(NamedTuple):
+    """A sweep with its data set and its trials' configurations."""
+
+    folder: Place
+    base: Config
+    plan: Plan
+    task: Task
+    dataset: Dataset
+    """With test images; the trials' own, in `task`, has none."""
+
+    def outcomes(self) -> list[Outcome]:
+        return [trial.outcome(config, number) for number, config in enumerate(self.task.configs)]
+
+
+class SweepMonitor:
+    """Follows the trials: a line on the terminal, the files of ended trials, and MLflow."""
+
+    def __init__(self, sweep: OpenSweep, parent: Any, tracking: Any):
+        self.parent = parent
+        self.outcomes = sweep.outcomes()
+        self._sweep, self._tracking = sweep, tracking
+        self._children: dict[int, Any] = {}
+        self._page = ""
+        self._steps = {each.number: each.look.step if each.look else 0 for each in self.outcomes}
+        self._bar: Any = None
+
+    def start(self) -> None:
+        """Wait for the id of the parent's MLflow run, which the trials' runs carry, and open the bar."""
+        if self._tracking and not self.parent.wait(60):
+            log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
+        self._summary()
+        self._bar = progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
+
+    def trial_started(self, number: int) -> None:
+        if number not in self._children:
+            self._children[number] = self._child(number)
+            record = self.outcomes[number].record
+            before = f", goes on after step {record.looks[-1].step}" if record.looks else ""
+            log(f"trial {number} runs{before}: {trial.told(self._sweep.plan.trials[number])}")
+
+    def trial_validated(self, number: int, look: ValidationResult) -> None:
+        log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
+        self._steps[number] = look.step
+        self._advance()
+        if number in self._children:
+            _send(self._children[number], look, self._sweep.plan.settings.metric)
+
+    def trial_ended(self, number: int, lost: str) -> None:
+        config = self._sweep.task.configs[number]
+        now = trial.outcome(config, number)
+        if lost:
+            trial.end(place(config.output.out), "lost", lost)
+        elif now.how not in ("finished", "failed"):
+            step = now.look.step if now.look else 0
+            trial.end(place(config.output.out), "stopped", f"at step {step} of {trial.steps_of(config)}")
+        now = self.outcomes[number] = trial.outcome(config, number)
+        log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.count_statuses()})")
+        self._advance()
+        if child := self._children.pop(number, None):
+            self._finish(child, now)
+        self._summary()
+
+    def close_bar(self) -> None:
+        """Close the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._done() - self._bar.n)
+
+    def _all_of(self, number: int) -> int:
+        return trial.steps_of(self._sweep.task.configs[number])
+
+    def _done(self) -> int:
+        """Count the steps done, and those that ended trials left out."""
+        ended = {each.number for each in self.outcomes if each.how in ("finished", "stopped", "failed")}
+        return sum(self._all_of(number) if number in ended else step for number, step in self._steps.items())
+
+    def count_statuses(self) -> str:
+        counts = Counter(each.how for each in self.outcomes)
+        return ", ".join(f"{counts[how]} {how}" for how in sorted(counts))
+
+    def close(self, status: str) -> None:
+        """End the MLflow runs that are still open: the trials', also of earlier processes, and the sweep's."""
+        self.close_bar()
+        for child in self._children.values():
+            child.finish(status)
+        self._children.clear()
+        if not self._tracking:
+            return
+        runs = self._runs()
+        for each in self.outcomes:
+            run = runs.get(self._key(each.number))
+            if run and run.running:  # the trial, or its process, ended after the last message to MLflow
+                if each.how == "open":
+                    self._child(each.number).finish(status)
+                else:
+                    self._finish(self._child(each.number), each)
+        best = trial.best_first(self.outcomes, self._sweep.plan.settings.metric)[:COMPARED]
+        keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
+        if keys:
+            ids = [runs[key].run_id for key in keys]
+            self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
+            self.parent.set_tags({"compare": self._page})
+        self.parent.finish(status)
+
+    def print_addresses(self) -> None:
+        if self._tracking:
+            log(f"MLflow:  {ui_command(self.parent.uri)}")
+            if self._page:
+                log(f"compare: {self._page}")
+
+    def _key(self, number: int) -> str:
+        return f"{self._sweep.plan.id}/{number}"
+
+    def _runs(self) -> dict[str, Any]:
+        sweep = self._sweep
+        return self._tracking.find_runs(self.parent.uri, sweep.base.output.experiment, "sweep_id", sweep.plan.id)
+
+    def _child(self, number: int) -> Any:
+        """Open the MLflow run of a trial, the same one after any resume, with the validations so far."""
+        if not self._tracking:
+            return NullTracker()
+        sweep, config = self._sweep, self._sweep.task.configs[number]
+        parent = {"mlflow.parentRunId": self.parent.run_id} if self.parent.run_id else {}
+        child = self._tracking.MlflowTracker(
+            self.parent.uri,
+            sweep.base.output.experiment,
+            run_name=f"{sweep.plan.name}/{number}",
+            key=self._key(number),
+            tags={
+                **parent, **run_tags(config, sweep.dataset.name),
+                "sweep": sweep.plan.name, "sweep_id": sweep.plan.id, "trial": str(number), "folder": config.output.out,
+            },
+            params=sweep.plan.trials[number],
+            log=log,
+            finish_seconds=15.0,
+        )  # fmt: skip
+        for look in self.outcomes[number].record.looks:
+            _send(child, look, sweep.plan.settings.metric)
+        return child
+
+    def _finish(self, child: Any, outcome: Outcome) -> None:
+        """End the MLflow run of an ended trial, with a picture of its images."""
+        if isinstance(child, NullTracker):
+            return
+        child.set_tags({"ended": f"{outcome.how} {outcome.why}".strip()})
+        if outcome.look:
+            child.log_artifact(self._picture(outcome))
+        child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
+
+    def _picture(self, outcome: Outcome) -> Place:
+        config, dataset = self._sweep.task.configs[outcome.number], self._sweep.task.dataset
+        run, d = RunDirectory(place(config.output.out)), config.distillation
+        first, labels = initial_state(dataset, d.ipc, d.seed)
+        state, _ = run.restore(labels, dataset.image_shape) or (first, [])
+        title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
+        images = denormalise(state.images, dataset.mean, dataset.std).numpy()
+        image_grids.coreset_grid(images, labels.numpy(), dataset.classes, run.picture_path, title)
+        return run.picture_path
+
+    def _summary(self) -> None:
+        """Log the state of the sweep; the step is the number of ended trials."""
+        counts = Counter(each.how for each in self.outcomes)
+        values = {f"trials/{how}": float(counts[how]) for how in ("finished", "stopped", "failed", "lost")}
+        if best := trial.best_first(self.outcomes, self._sweep.plan.settings.metric):
+            assert best[0].look is not None
+            values |= {f"best/val/{name}": getattr(best[0].look, name) for name in trial.SCORES}
+            values["best/trial"] = float(best[0].number)
+        self.parent.log_metrics(values, len(self.outcomes) - counts["open"])
+
+
+@contextmanager
+def open_monitor(sweep: OpenSweep, provenance: Provenance) -> Iterator[SweepMonitor]:
+    """Open the monitor of a sweep and its MLflow run; end both with the block."""
+    output, settings = sweep.base.output, sweep.plan.settings
+    tracking = mlflow_module(f"everything is in {sweep.folder}", log) if output.tracking else None
+    parent: Any = NullTracker()
+    if tracking:
+        parent = tracking.MlflowTracker(
+            default_uri(home()),
+            output.experiment,
+            run_name=sweep.plan.name,
+            key=sweep.plan.id,
+            tags={
+                "sweep": sweep.plan.name, "sweep_id": sweep.plan.id, **run_tags(sweep.base, sweep.dataset.name),
+                **provenance_tags(provenance), "folder": str(sweep.folder), "flags": " ".join(sweep.plan.trials[0]),
+            },
+            params={**run_params(sweep.base), **{f"sweep/{name}": value for name, value in asdict(settings).items()}},
+            log=log,
+        )  # fmt: skip
+    monitor = SweepMonitor(sweep, parent, tracking)
+    status = "FAILED"
+    try:
+        yield monitor
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        monitor.close(status)
+
+
+def _send(child: Any, look: ValidationResult, metric: str) -> None:
+    """Log a validation; the objective first, because MLflow's plot of several runs opens with their first metric."""
+    scores = {f"val/{name}": getattr(look, name) for name in trial.SCORES}
+    child.log_metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
+    for step, loss in look.losses:
+        child.log_metrics({"training/loss": loss}, int(step))
