@@ -66,7 +66,7 @@ def main(images: int, steps: int, experts: str, out: str, quick: bool) -> None:
     print(f"\n{'3 images':<11}accuracy %  NLL    (own network, {len(test)} test images, 3 chains as one ensemble)")
     short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
     for name, each in rivals.items():
-        samples = posterior(each, network, chains=3, **short)
+        samples = posterior(each, network, num_chains=3, **short)
         scores = samples.predict(data.test.images).scores(data.test.labels)
         print(f"{name:<11}{100 * scores.accuracy:<12.1f}{scores.nll:.3f}")
     print(f"\ncoreset: {path}")

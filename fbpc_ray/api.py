@@ -153,23 +153,25 @@ def posterior(
     architecture: Architecture = "convnet-in",
     *,
     seed: int = 0,
-    chains: int = 1,
+    num_chains: int = 1,
     width: int = 128,
     depth: int = 0,
     augment: str = "dsa",
     device: str = "auto",
     **settings: Any,
 ) -> Ensemble:
-    """Samples of a Bayesian network on `coreset`, by SGHMC: those that `fbpc evaluate` scores, of its chains `seed`,
-    `seed` + 1, ... A sample every `chain_every` of `chain_epochs` epochs, for each chain.
+    """Sample a Bayesian network on `coreset` by SGHMC: the samples that `fbpc evaluate` scores.
 
     Args:
         architecture: any network, not only those that it was distilled on.
+        num_chains: chains, of seeds `seed`, `seed` + 1, ...; each gives a sample every `chain_every` of `chain_epochs`
+            epochs. `chains`, its earlier name, is still taken.
         width, depth, augment, device: as for `distill`.
         settings: those of the chains, chain_epochs, chain_every, chain_eta ...
 
     Raises UserError for a chain that left the finite numbers.
     """
+    num_chains = settings.pop("chains", num_chains)
     _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
     (name,) = _names(architecture)
     chosen = Config().updated(architectures=(name,), width=width, depth=depth, augment=augment, **settings)
@@ -180,8 +182,8 @@ def posterior(
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
     e, samples = chosen.evaluation, []
-    with progress("sample", chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
-        for number in range(seed, seed + chains):
+    with progress("sample", num_chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
+        for number in range(seed, seed + num_chains):
             for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
                     raise UserError(

@@ -143,7 +143,7 @@ def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
 
 def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
     """Chains 1 and 2: the mean of both chains' probabilities, and what they disagree about is more than within one."""
-    both = api.posterior(made, "convnet-bn", seed=1, chains=2, **CHAIN)
+    both = api.posterior(made, "convnet-bn", seed=1, num_chains=2, **CHAIN)
     other = api.posterior(made, "convnet-bn", seed=2, **CHAIN)
     images = digits.test.images[:50]
     one, two, all_ = (each.predict(images) for each in (samples, other, both))
@@ -151,6 +151,10 @@ def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
     assert (all_.entropy >= (one.entropy + two.entropy) / 2 - 1e-9).all()
     assert all_.mutual_information.mean() > (one.mutual_information.mean() + two.mutual_information.mean()) / 2
     assert repr(both) == "<4 posterior samples of convnet-bn, 10 classes>"
+    earlier: Any = {"chains": 2}  # the argument's earlier name
+    assert torch.equal(
+        api.posterior(made, "convnet-bn", seed=1, **earlier, **CHAIN).predict(images).entropy, all_.entropy
+    )
 
 
 # ---- own data
