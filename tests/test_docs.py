@@ -29,7 +29,7 @@ from support.runs import train_experts
 
 from fbpc_ray.commands import help, main
 from fbpc_ray.commands.arguments import KINDS
-from fbpc_ray.commands.parsing import parse
+from fbpc_ray.commands.parsing import current_words, parse
 from fbpc_ray.core import config
 from fbpc_ray.core.config import Sweep
 from fbpc_ray.core.errors import UserError
@@ -171,7 +171,7 @@ def parsed(command: str, words: list[str]) -> Any:
         raise AssertionError(f"no command {command}")
     kind = KINDS[command]["--coreset" in words]
     try:
-        return parse(kind, words, f"fbpc {command}")
+        return parse(kind, current_words(words, KINDS[command]), f"fbpc {command}")
     except UserError as error:
         raise AssertionError(str(error)) from None
 

@@ -125,18 +125,20 @@ class Checkpointer:
     ):
         self.run, self.state, self.rows, self.settings = run, state, rows, settings
         self.on_checkpoint = on_checkpoint
+        self._unsaved = False
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError | Interrupted) and self.state.step and self.rows:
+        if isinstance(error, UserError | Interrupted) and self._unsaved:  # False if saving is what failed
             self._save()
 
     def record(self, step: Step) -> None:
         """Take the state and the rows of a step."""
         self.state = step.state
         self.rows += step.rows
+        self._unsaved = True
 
     def save_if_due(self, now: bool = False) -> None:
         """Save at the end of an interval, after the last step, or `now`. Raises OSError, the last checkpoint intact."""
@@ -146,6 +148,7 @@ class Checkpointer:
             self.on_checkpoint(self.state)
 
     def _save(self) -> None:
+        self._unsaved = False
         if self.run:
             self.run.save(self.state, self.rows)
 
