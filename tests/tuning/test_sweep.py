@@ -318,7 +318,7 @@ def test_a_sweep_that_finds_no_room_says_so_and_ends(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock.now))
     said, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
-    ears = on_ray.ProgressCallback(None, Interruption(), said.append, lambda: "1 CPU", 300.0, say_after=60.0)  # type: ignore[arg-type]
+    ears = on_ray.ProgressCallback(None, Interruption(), said.append, lambda: "1 CPU", 300.0, log_after=60.0)  # type: ignore[arg-type]
     for clock.now in (59.0, 61.0, 299.0):
         ears.on_step_begin(0, [pending])
         assert said == ["no trial runs yet: waiting for 1 CPU"] * (clock.now > 60)
