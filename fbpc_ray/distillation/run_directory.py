@@ -124,7 +124,7 @@ class RunDirectory(Generic[Where]):
             return {}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        files.write_text(self.result_path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        files.write_json(self.result_path, result)
 
     def read_result(self) -> dict[str, Any] | None:
         """The result; None where there is none yet. Raises UserError for damage."""

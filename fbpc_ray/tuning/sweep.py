@@ -255,7 +255,7 @@ def _conclude(found: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
         },
         "test": tested, "rows": rows,
     }  # fmt: skip
-    files.write_text(folder / "result.json", json_format.dumps(result, indent=2, allow_nan=False) + "\n")
+    files.write_json(folder / "result.json", result)
     for name in ("best.json", "trials.md", "trials.parquet", "result.json"):
         monitor.parent.log_artifact(folder / name)
     return result
