@@ -116,7 +116,7 @@ def chaos(argv: Sequence[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fr", dir="/tmp"))
     os.environ["RAY_TMPDIR"] = str(folder / "r")
     try:
-        from fbpc_ray.execution.ray.ray_backend import on_loopback
+        from fbpc_ray.execution.ray.connection import on_loopback
 
         with on_loopback():
             found = soak(args, folder)

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.chains import context_of
@@ -63,11 +64,49 @@ def test_ray_gives_the_bits_of_serial(cluster, small, digits, tmp_path, expected
     assert soon(all_cpus_free)
 
 
-def test_ray_gives_the_bits_of_serial_with_a_pool_of_solutions(cluster, small, digits, tmp_path):
-    """`--map-init warm`: the solutions travel to whichever worker goes on from them."""
-    config = small.updated(map_init="warm", warm_pool_size=2)
+def test_ray_gives_the_bits_of_serial_with_warm_starts_and_several_draws(cluster, small, digits, tmp_path):
+    """`--map-init warm`: the solutions travel to the worker that continues from them; six gradients on two workers."""
+    config = small.updated(map_init="warm", warm_pool_size=2, draws_per_step=3)
     serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
     assert_same(run_on(cluster, config, digits, tmp_path / "ray"), serial)
+    assert [(row["step"], row["architecture"], row["draw"]) for row in serial[1][:6]] == [
+        (1, name, draw) for name in ("convnet-in", "convnet-bn") for draw in range(3)
+    ]
+
+
+def test_a_map_holds_its_shared_object_once_and_frees_it(cluster, monkeypatch):
+    """20 MB shared by six tasks: the object store never holds twice as much, and nothing of it after the map. The same
+    if the caller leaves in the middle."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    from fbpc_ray.execution.ray import mapping
+
+    def store_bytes():
+        context = ray.get_runtime_context()
+        (node,) = ray.nodes()
+        state = get_state_from_address(context.gcs_address)
+        reply = get_memory_info_reply(state, node["NodeManagerAddress"], node["NodeManagerPort"])
+        return reply.store_stats.object_store_bytes_used
+
+    def add(shared, item, device):
+        return float(shared[item]) + item
+
+    size, sizes = 20_000_000, []
+    shared, puts = np.full(size // 8, 0.5), []
+    monkeypatch.setattr(mapping, "put", lambda value: puts.append(value) or ray.put(value))
+    assert soon(lambda: store_bytes() < size / 10)
+    results = {}
+    for index, value in cluster.map(add, shared, range(6)):
+        results[index] = value
+        sizes.append(store_bytes())
+    assert results == {index: index + 0.5 for index in range(6)}
+    assert len(puts) == 1
+    assert size <= max(sizes) < 1.5 * size
+    assert soon(lambda: store_bytes() < size / 10)
+    for _ in cluster.map(add, shared, range(6)):
+        break
+    assert soon(lambda: store_bytes() < size / 10)
 
 
 def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, tmp_path, expected):
@@ -83,7 +122,7 @@ def test_killed_workers_are_replaced_and_change_no_bit(cluster, small, digits, t
 
     def on_step(values, step):
         if step == 1:
-            ray.kill(cluster.pool.members[0].actor)
+            ray.kill(cluster.workers.pool.workers[0].actor)
         if step == 2:
             timer.start()
         if step == 3:  # the last step but one: it may have been over sooner

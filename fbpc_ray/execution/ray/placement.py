@@ -1,17 +1,17 @@
-"""How many workers fit where, and what each of them takes. Pure arithmetic on plain data."""
+"""The resources of a worker, and how many workers fit on a cluster. Pure arithmetic on plain data."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHARING = 4
-"""Most workers that share a GPU unless --gpus-per-actor says otherwise."""
+MAX_SHARING = 4
+"""Most workers that share a GPU unless --gpus-per-actor is set."""
 STORE_SHARE = 0.3
-"""Part of a node's object store that what is computed ahead may fill."""
+"""Part of a node's object store that expert sides computed ahead may fill."""
 
 
 class Node(NamedTuple):
-    """What a node, or a bundle of a placement group, has in all."""
+    """Total resources of a node, or of a bundle of a placement group."""
 
     cpus: float
     gpus: float
@@ -20,7 +20,7 @@ class Node(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What one worker takes. It must find it on one node."""
+    """Resources of one worker, all on one node."""
 
     cpus: float
     gpus: float
@@ -32,10 +32,11 @@ class Resources(NamedTuple):
 def resources_of(
     workers: int, nodes: Sequence[Node], *, gpu: bool, threads: int, cpus_per_actor: float, gpus_per_actor: float
 ) -> Resources:
-    """What each of `workers` takes; 0 for either setting means as much as makes sense.
+    """Return the resources of each of `workers`; 0 for either setting means the default.
 
-    A GPU each where there are as many, else a fraction, such that at most `SHARING` work on one. A CPU for each
-    thread, as far as the largest node has them; beside a GPU one CPU, or an equal part of fewer.
+    The default is one GPU for each worker if there are as many, else a fraction, such that at most `MAX_SHARING`
+    workers share one; and one CPU for each thread, at most those of the largest node. Beside a GPU it is one CPU, or an
+    equal part of the node's CPUs if there are fewer.
     """
     if not gpu:
         return Resources(
@@ -44,49 +45,50 @@ def resources_of(
     total = sum(node.gpus for node in nodes)
     gpus = gpus_per_actor
     if not gpus:
-        gpus = 1.0 if total >= workers or not total else _floor(1 / min(SHARING, math.ceil(workers / total)), 4)
+        gpus = 1.0 if total >= workers or not total else _floor(1 / min(MAX_SHARING, math.ceil(workers / total)), 4)
     shares = [node.cpus / _slots(node.gpus, gpus) for node in nodes if _slots(node.gpus, gpus)]
     return Resources(cpus_per_actor or min(1.0, _floor(min(shares, default=1.0), 2)), gpus)
 
 
 def capacity(nodes: Sequence[Node], need: Resources) -> int:
-    """How many workers fit."""
+    """Return how many workers fit."""
     return sum(_fits(node, need) for node in nodes)
 
 
-def share(nodes: Sequence[Node], need: Resources, units: int, trials: int) -> int:
-    """How many workers each of several trials gets: an equal part of the room, one at least, `units` at most."""
-    return max(1, min(units, capacity(nodes, need) // trials))
+def share(nodes: Sequence[Node], need: Resources, tasks: int, trials: int) -> int:
+    """Return the workers of each trial: an equal part of the capacity, at least one, at most `tasks`."""
+    return max(1, min(tasks, capacity(nodes, need) // trials))
 
 
 def infeasible_message(nodes: Sequence[Node], need: Resources) -> str:
-    """Why not one worker fits: one line."""
+    """Return the error message for a cluster on which not one worker fits."""
     have = ", ".join(sorted({f"{node.cpus:g} CPU and {node.gpus:g} GPU" for node in nodes})) or "nothing"
     flags = "--gpus-per-actor or --cpus-per-actor" if need.gpus else "--cpus-per-actor"
     return f"one worker needs {need} on one node, the nodes of the Ray cluster have {have}: lower {flags}, or add nodes"
 
 
-def steps_ahead(wanted: int, units: int, bytes_each: int, nodes: Sequence[Node]) -> int:
-    """For how many steps the x sides of all units may lie in the object store at a time."""
-    if not bytes_each:
+def steps_ahead(wanted: int, tasks: int, expert_side_bytes: int, nodes: Sequence[Node]) -> int:
+    """Return for how many steps, at most `wanted`, the expert sides of all tasks fit into the object store."""
+    if not expert_side_bytes:
         return 0
     store = min((node.store for node in nodes), default=0.0)
-    return int(min(wanted, STORE_SHARE * store / (bytes_each * units)))
+    return int(min(wanted, STORE_SHARE * store / (expert_side_bytes * tasks)))
 
 
 def _fits(node: Node, need: Resources) -> int:
+    """Return how many workers fit on a node."""
     slots = [int(node.cpus / need.cpus + 1e-6)] if need.cpus else []
     if need.gpus:
         slots.append(_slots(node.gpus, need.gpus))
     return min(slots, default=1)
 
 
-def _slots(gpus: float, each: float) -> int:
-    """A fraction lies on one GPU; what a bundle has beyond whole ones is a part of one."""
-    whole = int(gpus + 1e-6)
-    if each >= 1:
-        return int(gpus / each + 1e-6)
-    return whole * int(1 / each + 1e-6) + int((gpus - whole) / each + 1e-6)
+def _slots(gpus: float, need: float) -> int:
+    """Return how many workers that need `need` GPUs fit on `gpus`; a worker's fraction lies on one GPU."""
+    whole = int(gpus + 1e-6)  # a bundle may have a fraction of a GPU beside whole ones
+    if need >= 1:
+        return int(gpus / need + 1e-6)
+    return whole * int(1 / need + 1e-6) + int((gpus - whole) / need + 1e-6)
 
 
 def _floor(value: float, digits: int) -> float:

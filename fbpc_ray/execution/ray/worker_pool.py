@@ -1,13 +1,13 @@
 """A pool of actors that come and go: as many as wanted and as fit, each with at most one call at a time.
 
-A call is a pure function of its arguments, so any other worker can repeat a lost one. Nothing here knows what the calls
-compute.
+A call is a pure function of its arguments, so any worker can repeat a lost one. The pool does not know what the calls
+compute, and reaches Ray only through `Runtime`, which tests replace.
 """
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import ray
 from ray.exceptions import (
@@ -22,37 +22,81 @@ from ray.exceptions import (
 )
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray.waiting import Wait
 
 WORKER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
-LOOK_EVERY = 2.0
+CAPACITY_INTERVAL = 2.0
 """Seconds between checks of the cluster's capacity."""
 LOG_AFTER = 10.0
-"""Seconds without a worker before the log says so; starting one takes a few, more on a busy machine."""
+"""Seconds without a worker until the pool logs it; starting one takes a few, more on a busy machine."""
 OWN_CLUSTER_LOG_AFTER = 60.0
-"""The same on a cluster that this process started, which nobody else can hold."""
+"""The same on a cluster that this process started, whose resources nobody else can hold."""
 
 
-Key = tuple[str, Any, Any]
-"""Names a job for its caller: (kind, subject, step or reference)."""
+class Runtime(Protocol):
+    """The calls to Ray, and the clock, that the pool needs."""
+
+    def now(self) -> float:
+        """Return the seconds of a clock that never goes back."""
+        ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def wait(self, references: Sequence[Any], seconds: float) -> list[Any]:
+        """Wait up to `seconds` for one of the references; return those that resolved."""
+        ...
+
+    def get(self, reference: Any) -> Any:
+        """Return the value of a reference, or raise what its call raised."""
+        ...
+
+    def ready_ref(self, actor: Any) -> Any:
+        """Return a reference that resolves when the actor is ready."""
+        ...
+
+    def kill(self, actor: Any) -> None: ...
+
+
+class RayRuntime:
+    """The `Runtime` of a cluster to which this process is connected."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def wait(self, references: Sequence[Any], seconds: float) -> list[Any]:
+        return ray.wait(list(references), num_returns=1, timeout=seconds)[0]
+
+    def get(self, reference: Any) -> Any:
+        return ray.get(reference)
+
+    def ready_ref(self, actor: Any) -> Any:
+        return actor.__ray_ready__.remote()
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
 
 
 class Job(NamedTuple):
     """One call to a worker."""
 
-    key: Key
-    ask: Callable[[Any], Any]
+    key: Hashable
+    """Names the job for its caller."""
+    submit: Callable[[Any], Any]
     """actor -> ObjectRef of the value."""
-    seconds: float = float("inf")
-    """Deadline, after which the pool replaces the worker."""
+    deadline: float = float("inf")
+    """Seconds after which the pool replaces the worker."""
     affinity: Hashable = None
     """Workers that had a job with this affinity are faster at it."""
 
 
-class Outcome(NamedTuple):
+class JobResult(NamedTuple):
     """How a job ended."""
 
-    key: Key
+    key: Any
     value: Any
     seconds: float
     lost: str = ""
@@ -68,166 +112,175 @@ class PooledWorker:
     """ObjectRef that resolves when the actor is ready."""
     ready: bool = False
     job: Job | None = None
-    reference: Any = None
-    began: float = 0.0
+    result_ref: Any = None
+    started: float = 0.0
+    """Time at which the current job was assigned."""
     affinities: set[Hashable] = field(default_factory=set)
+
+    def release(self) -> None:
+        """Drop the job that ended, and with it the arguments that it holds in the object store."""
+        self.job = self.result_ref = None
 
 
 class WorkerPool:
-    """Holds at most `wanted` workers. Raises UserError after `patience` seconds without any worker."""
+    """Holds at most `wanted` workers. Raises UserError after `patience` seconds without a ready worker."""
 
     def __init__(
         self,
-        make: Callable[[], Any],
+        start_actor: Callable[[], Any],
         wanted: int,
         capacity: Callable[[], int],
-        waiting: Callable[[], str],
+        waiting_for: Callable[[], str],
         *,
         patience: float,
         check: Callable[[], None],
         log: Callable[[str], None],
         log_after: float = LOG_AFTER,
+        runtime: Runtime | None = None,
     ):
         """Start the first workers.
 
         Args:
-            make: starts an actor.
-            capacity: returns how many workers fit on the cluster as it is now, whoever holds its resources.
-            waiting: describes the resources that the pool waits for.
-            check: called while there is no worker; may raise.
-            log_after: seconds without a worker before the log says so.
+            start_actor: starts an actor.
+            capacity: returns how many workers fit on the cluster, whoever holds its resources.
+            waiting_for: describes the resources that the pool waits for.
+            check: called while no worker is ready; may raise.
+            log_after: seconds without a ready worker until the pool logs it.
+            runtime: by default, the cluster to which this process is connected.
         """
-        self.members: list[PooledWorker] = []
-        self._make, self._wanted, self._capacity, self._waiting = make, wanted, capacity, waiting
-        self._patience, self._check, self._log, self._log_after = patience, check, log, log_after
-        self._looked = self._alone = time.monotonic()
-        self._said = False
+        self.workers: list[PooledWorker] = []
+        self._runtime: Runtime = runtime or RayRuntime()
+        self._start_actor, self._wanted, self._capacity, self._check = start_actor, wanted, capacity, check
+        self._wait = Wait(
+            self._runtime.now, log, log_after=log_after, patience=patience,
+            message=lambda: f"no worker yet: waiting for {waiting_for()}",
+            error=lambda seconds: (
+                f"no worker within {patience:g} s: waited for {waiting_for()}; add nodes, end what holds them, "
+                "or raise --placement-timeout"
+            ),
+        )  # fmt: skip
         self._start_missing()
 
     def idle(self) -> list[PooledWorker]:
         """Return ready workers without a job, in the order of their start."""
-        return [member for member in self.members if member.ready and member.job is None]
+        return [worker for worker in self.workers if worker.ready and worker.job is None]
 
     @property
     def num_ready(self) -> int:
         """Workers that are ready, with or without a job."""
-        return sum(member.ready for member in self.members)
+        return sum(worker.ready for worker in self.workers)
 
-    def give(self, job: Job) -> bool:
+    def submit(self, job: Job) -> bool:
         """Assign `job` to an idle worker, one with its affinity first; return False if no worker is idle."""
         idle = self.idle()
         if not idle:
             return False
-        self.assign(next((member for member in idle if job.affinity in member.affinities), idle[0]), job)
+        self.assign(next((worker for worker in idle if job.affinity in worker.affinities), idle[0]), job)
         return True
 
-    def assign(self, member: PooledWorker, job: Job) -> None:
-        """Assign `job` to the idle worker `member`."""
-        member.job, member.reference, member.began = job, job.ask(member.actor), time.monotonic()
-        member.affinities.add(job.affinity)
+    def assign(self, worker: PooledWorker, job: Job) -> None:
+        """Assign `job` to the idle worker `worker`."""
+        worker.job, worker.result_ref, worker.started = job, job.submit(worker.actor), self._runtime.now()
+        worker.affinities.add(job.affinity)
 
-    def running(self) -> dict[Key, float]:
-        """Return the seconds since each current job was assigned."""
-        now = time.monotonic()
-        return {member.job.key: now - member.began for member in self.members if member.job}
+    def running(self) -> dict[Any, float]:
+        """Return the seconds since each current job was assigned, by key."""
+        now = self._runtime.now()
+        return {worker.job.key: now - worker.started for worker in self.workers if worker.job}
 
-    def outcomes(self, seconds: float = 0.5) -> list[Outcome]:
+    def results(self, seconds: float = 0.5) -> list[JobResult]:
         """Wait up to `seconds` for an event; return the jobs that ended. Replaces lost workers.
 
         Raises what a job raised, and UserError as the class says.
         """
-        if time.monotonic() - self._looked > LOOK_EVERY:
+        if self._runtime.now() - self._capacity_checked > CAPACITY_INTERVAL:
             self._start_missing()
-        self._check_waiting()
-        watched = {member.reference if member.ready else member.ready_ref: member for member in self.members}
-        watched = {reference: member for reference, member in watched.items() if reference is not None}
+        self._check_wait()
+        watched = {worker.result_ref if worker.ready else worker.ready_ref: worker for worker in self.workers}
+        watched = {reference: worker for reference, worker in watched.items() if reference is not None}
         if not watched:
-            time.sleep(seconds)
+            self._runtime.sleep(seconds)
             return []
-        done, _ = ray.wait(list(watched), num_returns=1, timeout=seconds)
-        found = []
-        for reference in done:
-            member = watched[reference]
-            if not member.ready:
-                self._start_finished(member)
+        results = []
+        for reference in self._runtime.wait(list(watched), seconds):
+            worker = watched[reference]
+            if worker.ready:
+                results.append(self._finish_job(worker))
             else:
-                found.append(self._call_finished(member))
-        for member in list(self.members):
-            if member.job and time.monotonic() - member.began > member.job.seconds:
-                found.append(self._lost(member, f"no answer within {member.job.seconds:g} s"))
-        return found
+                self._finish_start(worker)
+        return results + self._end_late_jobs()
 
     def close(self) -> None:
         """End all workers."""
-        for member in self.members:
-            ray.kill(member.actor)
-        self.members = []
+        for worker in self.workers:
+            self._runtime.kill(worker.actor)
+        self.workers = []
 
     def _start_missing(self) -> None:
         """Start workers up to the number that is wanted and fits."""
-        self._looked = time.monotonic()
-        for _ in range(len(self.members), min(self._wanted, self._capacity())):
-            actor = self._make()
-            self.members.append(PooledWorker(actor, actor.__ray_ready__.remote()))
+        self._capacity_checked = self._runtime.now()
+        for _ in range(len(self.workers), min(self._wanted, self._capacity())):
+            actor = self._start_actor()
+            self.workers.append(PooledWorker(actor, self._runtime.ready_ref(actor)))
 
-    def _check_waiting(self) -> None:
+    def _check_wait(self) -> None:
         if self.num_ready:
-            self._alone, self._said = time.monotonic(), False
-            return
-        self._check()
-        waited = time.monotonic() - self._alone
-        if waited > self._log_after and not self._said:
-            self._said = True
-            self._log(f"no worker yet: waiting for {self._waiting()}")
-        if waited > self._patience:
-            raise UserError(
-                f"no worker within {self._patience:g} s: waited for {self._waiting()}; add nodes, end what holds them, "
-                "or raise --placement-timeout",
-                code=1,
-            )
+            self._wait.restart()
+        else:
+            self._check()
+            self._wait.check()
 
-    def _start_finished(self, member: PooledWorker) -> None:
+    def _finish_start(self, worker: PooledWorker) -> None:
+        """Note that a worker is ready, or remove it if its process or node died. Raises an error of its constructor."""
         try:
-            ray.get(member.ready_ref)
-            member.ready = True
+            self._runtime.get(worker.ready_ref)
+            worker.ready = True
         except WORKER_LOST as error:
             if getattr(error, "actor_init_failed", False):
                 raise
-            self._remove(member)
+            self._remove(worker)
 
-    def _call_finished(self, member: PooledWorker) -> Outcome:
-        job, seconds = member.job, time.monotonic() - member.began
+    def _finish_job(self, worker: PooledWorker) -> JobResult:
+        """Fetch the value of a job that ended; replace the worker if it was lost."""
+        job, seconds = worker.job, self._runtime.now() - worker.started
         assert job is not None
         try:
-            value = ray.get(member.reference)
+            value = self._runtime.get(worker.result_ref)
         except WORKER_LOST as error:
-            return self._lost(member, first_line(error))
+            return self._replace(worker, first_line(error))
         except ObjectLostError as error:
-            member.job = member.reference = None
-            return Outcome(job.key, None, seconds, first_line(error))
+            worker.release()
+            return JobResult(job.key, None, seconds, first_line(error))
         except RayTaskError as error:
-            member.job = member.reference = None
+            worker.release()
             cause = innermost(error)
-            if isinstance(cause, (*WORKER_LOST, ObjectLostError, *STORE_FULL)):  # of an argument, or of the result
-                return Outcome(job.key, None, seconds, first_line(cause))
+            if isinstance(cause, (*WORKER_LOST, ObjectLostError, *STORE_FULL)):  # of an argument, or of the value
+                return JobResult(job.key, None, seconds, first_line(cause))
             raise_cause(error)
-        member.job = member.reference = None
-        return Outcome(job.key, value, seconds)
+        worker.release()
+        return JobResult(job.key, value, seconds)
 
-    def _lost(self, member: PooledWorker, why: str) -> Outcome:
-        job, seconds = member.job, time.monotonic() - member.began
+    def _end_late_jobs(self) -> list[JobResult]:
+        """Replace the workers whose job has passed its deadline; return these jobs as lost."""
+        now = self._runtime.now()
+        late = [(w, w.job.deadline) for w in self.workers if w.job and now - w.started > w.job.deadline]
+        return [self._replace(worker, f"no answer within {deadline:g} s") for worker, deadline in late]
+
+    def _replace(self, worker: PooledWorker, reason: str) -> JobResult:
+        """Remove a worker, start those that are missing, and return its job as lost."""
+        job, seconds = worker.job, self._runtime.now() - worker.started
         assert job is not None
-        self._remove(member)
+        self._remove(worker)
         self._start_missing()
-        return Outcome(job.key, None, seconds, why)
+        return JobResult(job.key, None, seconds, reason)
 
-    def _remove(self, member: PooledWorker) -> None:
-        ray.kill(member.actor)
-        self.members.remove(member)
+    def _remove(self, worker: PooledWorker) -> None:
+        self._runtime.kill(worker.actor)
+        self.workers.remove(worker)
 
 
 def innermost(error: RayTaskError) -> BaseException:
-    """What a remote function raised."""
+    """Return what a remote function raised."""
     cause: BaseException = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
@@ -235,7 +288,7 @@ def innermost(error: RayTaskError) -> BaseException:
 
 
 def raise_cause(error: RayTaskError) -> NoReturn:
-    """A UserError that a worker raised as itself; an OSError too, with the worker's traceback behind it."""
+    """Raise a worker's UserError or OSError as itself, the latter with the worker's traceback; else `error`."""
     cause = innermost(error)
     if isinstance(cause, UserError):
         raise cause from None
@@ -245,4 +298,5 @@ def raise_cause(error: RayTaskError) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,107 @@
+"""Connect to a Ray cluster or start one; read its nodes, its free resources and its object store."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import ray
+from ray._private import ray_constants, services
+from ray.exceptions import AuthenticationError as RayAuthenticationError
+from ray.exceptions import RayTaskError
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray import set_environment
+from fbpc_ray.execution.ray.placement import Node
+from fbpc_ray.execution.ray.probe import probe, refused
+from fbpc_ray.execution.ray.worker_pool import STORE_FULL, first_line, raise_cause
+
+
+def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> bool:
+    """Join the cluster at `address`, or start one on loopback; return whether this process started it.
+
+    Raises UserError.
+    """
+    set_environment()
+    requested = address or os.environ.get("RAY_ADDRESS", "")
+    is_local = requested.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    init_address: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
+    try:
+        with on_loopback() if is_local else nullcontext():
+            resolved = services.canonicalize_bootstrap_address(init_address, options.get("_temp_dir"))
+        starts = resolved is None
+        if starts:
+            init_address, options = "local", {"include_dashboard": False, **options}
+        elif "://" not in requested:
+            probe(resolved)
+        with on_loopback() if starts or is_local else nullcontext():
+            ray.init(address=init_address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except RayAuthenticationError as error:
+        raise refused(first_line(error)) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at '{requested}' ({first_line(error)}): check --address and RAY_ADDRESS, or use "
+            "--address local"
+        ) from error
+    if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
+        log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
+    return starts
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Make the Ray processes that start in this block listen on 127.0.0.1 only.
+
+    Ray does so by itself on macOS and Windows, by this switch; elsewhere it replaces 127.0.0.1, also where it connects,
+    by the machine's address.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def nodes() -> list[Node]:
+    """Return the cluster's nodes or, inside a Tune trial, the bundles of its placement group."""
+    group = ray.util.get_current_placement_group()
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources = alive
+    if group is not None:
+        resources = [dict(bundle) for bundle in group.bundle_specs]
+        for name, amount in ray.get_runtime_context().get_assigned_resources().items():
+            resources[0][name] = resources[0].get(name, 0.0) - amount  # the trial's own process is in the first
+    store = min((amounts.get("object_store_memory", 0.0) for amounts in alive), default=0.0)
+    return [Node(amounts.get("CPU", 0.0), amounts.get("GPU", 0.0), store) for amounts in resources]
+
+
+def num_nodes() -> int:
+    """Return the number of nodes that are alive."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def free() -> str:
+    """Describe the free resources of the cluster."""
+    resources = ray.available_resources()
+    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
+
+
+def put(value: Any) -> Any:
+    """Put `value` into the object store; return its ObjectRef. Raises UserError if the store is full."""
+    try:
+        return ray.put(value)
+    except STORE_FULL as error:
+        raise UserError(
+            f"Ray's object store is full ({first_line(error)}): free memory or disk, then run again with --resume",
+            code=1,
+        ) from error
+
+
+def get(reference: Any) -> Any:
+    """Get the value of `reference`. Raises a worker's UserError or OSError as itself."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise_cause(error)
