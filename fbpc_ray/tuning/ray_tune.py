@@ -1,8 +1,8 @@
-"""The trials of a sweep under Ray Tune: which run at a time, where their workers are, which are stopped early.
+"""Run the trials of a sweep with Ray Tune: how many at a time, with which workers, and which to stop early.
 
-Tune schedules; what a sweep has found is in its own files (`tuning.trial`), so a sweep that goes on is a new `Tuner`
-over the trials that are left. `Tuner.restore` would unpickle a file, forget what ASHA compared, and stand as far behind
-as its last snapshot.
+Tune only schedules. The results of a sweep are in its own files (`tuning.trial`), so a resumed sweep is a new `Tuner`
+over the trials that are left. `Tuner.restore` would unpickle a file, forget what ASHA compared, and miss whatever
+happened after its last snapshot.
 """
 
 import os
@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
@@ -22,21 +21,22 @@ from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place as located
-from fbpc_ray.distillation.state import gradient_tasks
+from fbpc_ray.execution.ray.connection import free, nodes, num_nodes
 from fbpc_ray.execution.ray.placement import Resources, capacity, infeasible_message, share
-from fbpc_ray.execution.ray.ray_backend import RayBackend, free, nodes
+from fbpc_ray.execution.ray.ray_backend import RayBackend
+from fbpc_ray.execution.ray.waiting import Wait
 from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial, steps_of
 
 ATTEMPTS = 3
 """Attempts per trial before it counts as lost."""
 REDUCTION = 2
-"""ASHA: a half goes on from each rung to the next, which has twice the steps."""
+"""ASHA: half of the trials continue from each rung to the next, which has twice the steps."""
 LOG_AFTER = 60.0
-"""Seconds without any running trial before it is said; to start one takes ten."""
+"""Seconds without a running trial until the log says so; starting one takes ten."""
 ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ours are the only files
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials write their own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports nothing
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Interruption has it
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Interruption handles SIGINT
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -62,73 +62,77 @@ def run(
     listener: Listener,
     log: Callable[[str], None],
 ) -> None:
-    """Run all trials that are open. A signal ends it with Interrupted; what the trials wrote stays.
+    """Run all open trials. Files that the trials have written stay if the sweep is interrupted.
 
-    Raises UserError where not one worker can be placed.
+    Raises Interrupted after a signal, and UserError if not one worker fits on the cluster.
     """
-    todo = [each for each in outcomes if each.how in ("open", "lost")]
-    if not todo:
+    unfinished = [outcome.number for outcome in outcomes if outcome.how in ("open", "lost")]
+    if not unfinished:
         return
-    need, workers = place(task, len(todo), backend)
-    at_once = min(len(todo), capacity(nodes(), need) // workers) or 1
+    need, workers = place(task, len(unfinished), backend)
+    parallel = min(len(unfinished), capacity(nodes(), need) // workers) or 1
     out = located(task.configs[0].output.out)
-    if isinstance(out, Path) and len([node for node in ray.nodes() if node["Alive"]]) > 1:
+    if isinstance(out, Path) and num_nodes() > 1:
         log(f"note: all nodes must see {out.parent.parent}; where they don't share it (NFS), give --out s3://...")
-    log(f"{len(todo)} trials to run, {at_once} at a time, each on {workers} worker{'s' * (workers != 1)} of {need}")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    size = f"{workers} worker{'s' * (workers != 1)} of {need}"
+    log(f"{len(unfinished)} trials to run, {parallel} at a time, each on {size}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
-    def waiting() -> str:
+    def waiting_for() -> str:
         return f"{workers} x {need} for a trial; the Ray cluster has {free()} free"
 
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
-    # For what Tune writes of its own, which a thread of its may still do as a signal ends it.
+    callback = ProgressCallback(listener, interruption, log, waiting_for, backend.settings.placement_timeout)
+    # A thread of Tune may still write to its folder while a signal ends the sweep: ignore_cleanup_errors.
     with tempfile.TemporaryDirectory(prefix="fbpc-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
-            param_space={"number": tune.grid_search([each.number for each in todo])},
+            param_space={"number": tune.grid_search(unfinished)},
             tune_config=tune.TuneConfig(
                 scheduler=_scheduler(task, outcomes), trial_name_creator=_name, trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
                 name=f"{datetime.now():%Y%m%d-%H%M%S}", storage_path=scratch, verbose=0,
                 failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
-                callbacks=[ProgressCallback(listener, interruption, log, waiting, backend.settings.placement_timeout)],
+                callbacks=[callback],
             ),
         )  # fmt: skip
         tuner.fit()
 
 
 def place(task: Task, trials: int, backend: RayBackend) -> tuple[Resources, int]:
-    """What each worker of a trial takes, and how many a trial has. Raises UserError where not one fits."""
-    units = max(len(gradient_tasks(len(c.networks.architectures), c.distillation.draws_per_step)) for c in task.configs)
-    here, x = nodes(), backend.settings
-    need = backend.need(units, x.threads)
-    if not capacity(here, need) and not x.autoscale:
-        raise UserError(infeasible_message(here, need))
+    """Return the resources of each worker and the workers of each trial. Raises UserError if not one fits."""
+    num_tasks = max(len(c.networks.architectures) * c.distillation.draws_per_step for c in task.configs)
+    all_nodes, x = nodes(), backend.settings
+    need = backend.need(num_tasks, x.threads)
+    fitting = capacity(all_nodes, need)
+    if not fitting and not x.autoscale:
+        raise UserError(infeasible_message(all_nodes, need))
     wanted = task.settings.workers_per_trial
-    if wanted > capacity(here, need) and not x.autoscale:
+    if wanted > fitting and not x.autoscale:
         raise UserError(
-            f"--workers-per-trial {wanted} of {need} each, but the Ray cluster has room for {capacity(here, need)}: "
+            f"--workers-per-trial {wanted} of {need} each, but the Ray cluster has room for {fitting}: "
             "lower it, or add nodes"
         )
-    return need, wanted or share(here, need, units, trials)
+    return need, wanted or share(all_nodes, need, num_tasks, trials)
 
 
 def _trial(config: dict[str, Any], task: Task) -> None:
-    """In a process of its own, in a thread of Tune's: the driver of a distillation in the trial's placement group."""
-    number = config["number"]
-    own = task.configs[number]
-    path = located(own.output.out) / "log.txt"
-    said = [path.read_text()] if path.is_file() else []
+    """Drive the distillation of a trial, in its placement group. Tune calls it in a thread of the trial's process."""
+    number, metric = config["number"], task.settings.metric
+    trial_config = task.configs[number]
+    path = located(trial_config.output.out) / "log.txt"
+    lines = [path.read_text()] if path.is_file() else []
 
     def log(line: str) -> None:
-        said.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
-        files.write_text(path, "".join(said))
+        lines.append(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        files.write_text(path, "".join(lines))
 
-    def report(look: ValidationResult) -> None:
-        tune.report({"step": look.step, task.settings.metric: getattr(look, task.settings.metric), "look": look})
+    def report(result: ValidationResult) -> None:
+        tune.report({"step": result.step, metric: getattr(result, metric), "look": result})
 
-    backend = RayBackend(own.workers, Interruption(), log)
+    backend = RayBackend(trial_config.workers, Interruption(), log)
     try:
         run_trial(task, number, backend, report, log)
     finally:
@@ -136,20 +140,23 @@ def _trial(config: dict[str, Any], task: Task) -> None:
 
 
 class _Asha(ASHAScheduler):
-    """ASHA that knows what was found before it was made: its rungs are those of the whole sweep."""
+    """ASHA that starts with the results of earlier sessions: its rungs are those of the whole sweep."""
 
-    past: dict[int, list[dict[str, Any]]] = {}  # noqa: RUF012  by number of a trial that is not over
+    past: dict[int, list[dict[str, Any]]] = {}  # noqa: RUF012
+    """Earlier results of the unfinished trials, by number."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
-        self.remember(trial, self.past.get(trial.config["number"], []))
+        self.add_results(trial, self.past.get(trial.config["number"], []))
 
-    def remember(self, trial: Any, results: list[dict[str, Any]]) -> None:
+    def add_results(self, trial: Any, results: list[dict[str, Any]]) -> None:
+        """Put the earlier results of a trial on the rungs."""
         for result in results:
             super().on_trial_result(None, trial, result)  # type: ignore[arg-type]
 
 
 def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
+    """Return the scheduler of a sweep, which knows the results of earlier sessions."""
     metric = task.settings.metric
     if task.settings.scheduler == "none":
         return FIFOScheduler()
@@ -159,54 +166,57 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
         max_t=max(1 + every, *(1 + steps_of(config) for config in task.configs)),
     )  # fmt: skip
     asha.set_search_properties(metric, MODES[metric])
-    past = {
-        each.number: [{"step": look.step, metric: getattr(look, metric)} for look in each.record.looks]
-        for each in outcomes
-    }
-    asha.past = {each.number: past[each.number] for each in outcomes if each.how in ("open", "lost")}
-    for each in outcomes:
-        if each.number not in asha.past:
-            over = SimpleNamespace(trial_id=f"over-{each.number}", config={"number": each.number})
-            asha.on_trial_add(None, over)
-            asha.remember(over, past[each.number])
+    asha.past = past = {}
+    for outcome in outcomes:
+        results = [{"step": look.step, metric: getattr(look, metric)} for look in outcome.record.looks]
+        if outcome.how in ("open", "lost"):
+            past[outcome.number] = results  # added once Tune adds the trial
+        else:
+            trial = SimpleNamespace(trial_id=f"over-{outcome.number}", config={"number": outcome.number})
+            asha.on_trial_add(None, trial)
+            asha.add_results(trial, results)
     return asha
 
 
 class ProgressCallback(tune.Callback):
-    """What Tune says, in the listener's words; and where it asks whether a signal came."""
+    """Passes the events of Tune on to a listener, and checks for signals and for a sweep without a running trial."""
 
     def __init__(
         self,
         listener: Listener,
         interruption: Interruption,
         log: Callable[[str], None],
-        waiting: Callable[[], str],
+        waiting_for: Callable[[], str],
         patience: float,
         log_after: float = LOG_AFTER,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """`waiting` puts into words what each trial waits for; after `patience` seconds without any it is an error."""
-        self._listener, self._interruption, self._log, self._waiting = listener, interruption, log, waiting
-        self._patience, self._log_after = patience, log_after
-        self._idle_since, self._said = time.monotonic(), False
+        """Start to wait for the first trial.
+
+        Args:
+            waiting_for: describes the resources that a trial waits for.
+            patience: seconds without a running trial after which the sweep fails.
+            log_after: seconds without a running trial until the log says so.
+        """
+        self._listener, self._interruption, self._log = listener, interruption, log
+        self._wait = Wait(
+            clock, log, log_after=log_after, patience=max(log_after, patience),
+            message=lambda: f"no trial runs yet: waiting for {waiting_for()}",
+            error=lambda seconds: (
+                f"no trial started within {seconds:.0f} s: waited for {waiting_for()}; end what holds them, add "
+                "nodes, or raise --placement-timeout, then --resume"
+            ),
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes a pickle of all that it is given; nobody reads it
+        return {}  # Tune pickles its callbacks into a file that nobody reads
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._interruption.check()
         if any(trial.status == "RUNNING" for trial in trials):
-            self._idle_since, self._said = time.monotonic(), False
-            return
-        waited = time.monotonic() - self._idle_since
-        if waited > self._log_after and not self._said:
-            self._said = True
-            self._log(f"no trial runs yet: waiting for {self._waiting()}")
-        if waited > max(self._log_after, self._patience):
-            raise UserError(
-                f"no trial started within {waited:.0f} s: waited for {self._waiting()}; end what holds them, add "
-                "nodes, or raise --placement-timeout, then --resume",
-                code=1,
-            )
+            self._wait.restart()
+        else:
+            self._wait.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.trial_started(trial.config["number"])
@@ -227,10 +237,10 @@ class ProgressCallback(tune.Callback):
 
 
 def _reason(trial: Any) -> str:
-    """Why a trial was lost, in a line."""
+    """Return the line of a trial's error that names it."""
     lines = [line for line in (trial.get_error() or "").splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line]  # a traceback names it last, Ray explains it below
-    return (named or lines or ["its process or its machine ended"])[-1].strip()[:200]
+    errors = [line for line in lines if "Error: " in line]  # the last one; Ray's explanation follows it
+    return (errors or lines or ["its process or its machine ended"])[-1].strip()[:200]
 
 
 def _name(trial: Any) -> str:

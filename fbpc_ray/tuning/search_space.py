@@ -1,4 +1,4 @@
-"""Search spaces in the words of ray.tune, and the configurations that are drawn from them. Needs no cluster."""
+"""Search spaces of ray.tune, and the flags drawn from them. Needs no cluster."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from ray.tune.search.variant_generator import generate_variants
 from fbpc_ray.core.config import Config
 
 DIGITS = 4
-"""Significant digits of a drawn number: what is written down is what was run."""
+"""Significant digits of a drawn number, so that the number in the files is the one that ran."""
 
 
 def default_space(config: Config, classes: int) -> dict[str, Any]:
-    """The hyperparameters of Table 4 around those of `config`."""
+    """Return the search space of Table 4's hyperparameters around the values of `config`."""
     d, last = config.distillation, config.experts.expert_epochs
     m = d.ipc * classes
     return {
@@ -29,25 +29,25 @@ def default_space(config: Config, classes: int) -> dict[str, Any]:
 
 
 def gridded(space: dict[str, Any], grid: dict[str, list[Any]]) -> dict[str, Any]:
-    """`space` with all values of `grid` in turn."""
+    """Add a grid over all values of `grid` to `space`."""
     return space | {name: tune.grid_search(values) for name, values in grid.items()}
 
 
 def variants(space: dict[str, Any], samples: int, seed: int) -> list[dict[str, Any]]:
-    """The flags of each trial: `samples` draws of each combination of the grids in `space`. The same for a seed."""
+    """Return the flags of each trial: `samples` draws of each combination of the grids in `space`."""
     functions = {name: value for name, value in space.items() if callable(value) and not isinstance(value, Domain)}
     drawn = {name: value for name, value in space.items() if name not in functions}
-    source, found = np.random.default_rng(seed), []
+    source, trials = np.random.default_rng(seed), []
     for _ in range(samples):
         for _, flags in generate_variants(drawn, random_state=source):
             flags = {name: _plain(value, isinstance(drawn[name], Domain)) for name, value in flags.items()}
             for name, function in functions.items():
                 flags[name] = _plain(function(dict(flags)), True)
-            found.append({name: flags[name] for name in space})
-    return found
+            trials.append({name: flags[name] for name in space})
+    return trials
 
 
 def _plain(value: Any, drawn: bool) -> Any:
-    """A value as JSON holds it."""
+    """Return a value for JSON; round a drawn float to `DIGITS` significant digits."""
     value = value.item() if isinstance(value, np.generic) else value
     return float(f"{value:.{DIGITS}g}") if drawn and isinstance(value, float) else value

@@ -311,23 +311,24 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
         assert asha.on_trial_result(None, trial, {"step": 2, "nll": nll}) == decision
 
 
-def test_a_sweep_that_finds_no_room_says_so_and_ends(monkeypatch):
+def test_a_sweep_that_finds_no_room_says_so_and_ends():
     """Asked at each turn of Tune's loop."""
     from fbpc_ray.tuning import ray_tune as on_ray
 
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    said, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
-    ears = on_ray.ProgressCallback(None, Interruption(), said.append, lambda: "1 CPU", 300.0, log_after=60.0)  # type: ignore[arg-type]
+    lines, running, pending = [], SimpleNamespace(status="RUNNING"), SimpleNamespace(status="PENDING")
+    callback = on_ray.ProgressCallback(
+        None, Interruption(), lines.append, lambda: "1 CPU", 300.0, log_after=60.0, clock=lambda: clock.now,  # type: ignore[arg-type]
+    )  # fmt: skip
     for clock.now in (59.0, 61.0, 299.0):
-        ears.on_step_begin(0, [pending])
-        assert said == ["no trial runs yet: waiting for 1 CPU"] * (clock.now > 60)
-    ears.on_step_begin(0, [pending, running])
+        callback.on_step_begin(0, [pending])
+        assert lines == ["no trial runs yet: waiting for 1 CPU"] * (clock.now > 60)
+    callback.on_step_begin(0, [pending, running])
     clock.now = 1000.0
-    ears.on_step_begin(0, [pending, running])  # while any runs, the others may wait
+    callback.on_step_begin(0, [pending, running])  # while any trial runs, the others may wait
     clock.now = 1301.0
     with pytest.raises(UserError, match=r"no trial started within 301 s: waited for 1 CPU; .*--placement-timeout"):
-        ears.on_step_begin(0, [pending])
+        callback.on_step_begin(0, [pending])
 
 
 def trial_files(folder: Path) -> dict[int, Path]:
