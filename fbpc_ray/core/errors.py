@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input or a bad machine. The message is one line: the cause, then the mend. The command line prints it
-    without a traceback and exits with `code`."""
+    """Bad input, or a machine that can't do the work: one line with the cause and the fix.
+
+    The command line prints the message without a traceback and exits with `code`.
+    """
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -14,7 +16,7 @@ class UserError(Exception):
 
 
 def closest(name: str, known: list[str]) -> str:
-    """`known` as text, with the names nearest to `name` first: ' Did you mean a, b? Known: ...'."""
+    """List the names nearest to `name`, then all known ones: 'did you mean a or b? known: ...'."""
     import difflib
 
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -23,9 +25,9 @@ def closest(name: str, known: list[str]) -> str:
 
 
 @contextmanager
-def undamaged(path: object, mend: str) -> Iterator[None]:
-    """Inside the block `path` is read, a file of ours; what fails there is a UserError that says so, and `mend`."""
+def undamaged(path: object, fix: str) -> Iterator[None]:
+    """Turn what fails in the block, which reads our file `path`, into a UserError that ends with `fix`."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!r:.80}): {mend}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({error!r:.80}): {fix}") from None

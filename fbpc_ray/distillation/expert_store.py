@@ -238,7 +238,7 @@ class ExpertStore:
             raise UserError(f"{self.folder} has no whole expert {index}: make it with `fbpc experts`") from error
         if isinstance(error, OSError) and error.errno:  # the system's word; Arrow's own have no number
             raise UserError(
-                f"{self._arrow(index)} cannot be read ({error.strerror}): mend that and run again"
+                f"{self._arrow(index)} cannot be read ({error.strerror}): fix that and run again"
             ) from error
         reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
         raise UserError(f"{self._arrow(index)} is damaged ({reason}): delete it and run again") from error

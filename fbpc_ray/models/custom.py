@@ -85,5 +85,5 @@ def users_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION")
         where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
         what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         missing = isinstance(error, ImportError | AttributeError | ValueError) and not places
-        mend = f"give MODULE:{kind} as Python imports it from this folder" if missing else "mend it"
-        raise UserError(f"{flag} {name} fails{where} ({what}): {mend}") from error
+        fix = f"give MODULE:{kind} as Python imports it from this folder" if missing else "fix it"
+        raise UserError(f"{flag} {name} fails{where} ({what}): {fix}") from error

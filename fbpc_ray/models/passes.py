@@ -62,7 +62,7 @@ class Passes:
                 self._compiled[key] = compiled(function, arguments, self.folder)
             except CannotCompile as error:
                 raise UserError(
-                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): mend it on "
+                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): fix it on "
                     "every node, or start again with --compiled off --compiled-chains off",
                     code=1,
                 ) from error

@@ -322,7 +322,7 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         ),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_mend(capsys, tmp_path, monkeypatch, words, said):
+def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch, words, said):
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     out = [] if "--out" in words or "--resume" in words else ["--out", str(tmp_path / "out")]
     assert said in refused(capsys, *SERIAL, *words, *out)

@@ -261,10 +261,10 @@ def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 
 def test_user_error_keeps_its_code_between_processes():
     """Ray pickles what a worker raises: type, message and exit status come back; 2 is the default."""
-    for error, code in ((UserError("cause: mend"), 2), (UserError("cause: mend", code=4), 4)):
+    for error, code in ((UserError("cause: fix"), 2), (UserError("cause: fix", code=4), 4)):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is UserError
-        assert (str(copy), copy.code) == ("cause: mend", code)
+        assert (str(copy), copy.code) == ("cause: fix", code)
 
 
 def test_closest_names_the_nearest_first_and_then_all():

@@ -664,7 +664,7 @@ def test_experts_of_another_network_are_refused():
     ],
 )
 def test_what_cannot_be_built_says_why_in_one_line(changes, words):
-    """The cause, and the flag or the names that mend it."""
+    """The cause, and the flag or the names that fix it."""
     with pytest.raises(UserError) as caught:
         network(**changes)
     message = str(caught.value)
