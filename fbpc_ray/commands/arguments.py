@@ -67,6 +67,12 @@ class EvaluateArguments:
     images from those of the run (AUROC)."""
     ood_resize: bool = False
     """Resize its images to the size of the run's."""
+    data_root: str = ""
+    """As for `distill`; empty means that of the run."""
+    download: bool = False
+    """As for `distill`."""
+    tracking_uri: str = ""
+    """MLflow store; empty means MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db. A run's own file chooses none."""
     save_model: str = ""
     """Also save the posterior samples of the first chain on the run's coreset as an MLflow model, in this new folder
     (and in the run's MLflow run), for mlflow models serve and mlflow.pyfunc.load_model. Needs one network, see

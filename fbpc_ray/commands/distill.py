@@ -118,7 +118,8 @@ def _restore(session: Session, run: RunDirectory, resume: bool) -> tuple[State, 
 
 
 def _resume_command(config: Config, run: RunDirectory) -> str:
-    repeated = [word for words in configuration.never_from_a_file(config).values() for word in words]
+    flags = configuration.never_from_a_file(config)
+    repeated = [word for name, words in flags.items() if name != "out" for word in words]
     return shlex.join(["fbpc", "distill", "--out", str(run.folder), "--resume", *repeated])
 
 

@@ -37,6 +37,8 @@ class Options(NamedTuple):
     ood_resize: bool = False
     save_model: str = ""
     """A folder for the samples of the first chain, as an MLflow model."""
+    tracking_uri: str = ""
+    """The MLflow store; empty means the default one."""
 
 
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
@@ -55,7 +57,8 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
         path = _next_path(run, options.split, session.specs)
         tags = {"evaluation": path.name, "split": options.split, **({"ood": options.ood} if options.ood else {})}
         name = path.name.removesuffix(".json")
-        with run_logging.track_evaluation(config, session.dataset, run, name, tags, provenance, log) as tracker:
+        uri = run_logging.chosen_uri(options.tracking_uri)
+        with run_logging.track_evaluation(config, session.dataset, run, name, tags, provenance, log, uri) as tracker:
             log(describe_evaluation(coresets, session.specs, options.split, config.evaluation))
             scored = evaluation.evaluate(
                 coresets, session.specs, session.dataset, options.split, config, workers, log, ood,
@@ -74,7 +77,8 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
         files.write_json(place(json).absolute(), result)
     log(f"\n{results.table(scored.table)}\n\nresult: {path} (pictures beside it)")
     if target:
-        _save_model(run, session, coresets, scored, options.split, target, provenance)
+        run_id = run_logging.model_run(run, uri, tracker, log)
+        _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)
 
 
 def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:
@@ -130,16 +134,17 @@ def _log_result(
 
 
 def _save_model(
-    run: RunDirectory, session: Session, coresets: dict[str, Coreset], scored: EvaluationResult, split: str,
-    target: Any, provenance: Provenance,
+    session: Session, coresets: dict[str, Coreset], scored: EvaluationResult, split: str, target: Any,
+    provenance: Provenance, uri: str, run_id: str,
 ) -> None:  # fmt: skip
-    """Save the samples of the first chain as an MLflow model, in its folder and in the run."""
+    """Save the samples of the first chain as an MLflow model: in its folder, and in the run `run_id` of the store `uri`
+    unless `run_id` is empty."""
     config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
     method = config.distillation.method
     samples = model_export.kept(scored, coresets[method], method, spec)
     facts = model_export.facts(config, split, scored.table[method][spec.architecture], provenance)
     command = model_export.save(samples, target, facts, images)
     log(f"model:  {target}, which this serves: {command}")
-    if config.output.tracking and (reference := run_logging.read_run_reference(run)):
-        address = model_export.log_to_run(samples, reference["uri"], reference["run_id"], facts, images, log)
+    if run_id:
+        address = model_export.log_to_run(samples, uri, run_id, facts, images, log)
         log(f"MLflow: {address}" if address else "note: the model is in its folder alone")

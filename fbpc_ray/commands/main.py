@@ -27,6 +27,7 @@ from fbpc_ray.commands.arguments import (
     UiArguments,
 )
 from fbpc_ray.commands.parsing import base_config, current_words, distill_arguments, parse, resumes
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.signals import Interrupted
@@ -89,7 +90,7 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str]) -> None
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redacted(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -125,11 +126,13 @@ def evaluate(words: Sequence[str]) -> None:
         architectures=args.architectures or stored.networks.architectures,
         width=args.width or stored.networks.width,
     )
-    config = replace(stored, networks=networks, evaluation=args.evaluation, workers=args.workers)
-    refuse_unasked(config, {"address"} | ({"architectures"} if args.architectures else set()), args.run)
+    data = replace(stored.data, data_root=args.data_root or stored.data.data_root, download=args.download)
+    config = replace(stored, data=data, networks=networks, evaluation=args.evaluation, workers=args.workers)
+    unused = {"experts", "out"}
+    refuse_unasked(config, {"address"} | unused | ({"architectures"} if args.architectures else set()), args.run)
     from fbpc_ray.commands import evaluate as commands
 
-    options = commands.Options(args.split, args.ood, args.ood_resize, args.save_model)
+    options = commands.Options(args.split, args.ood, args.ood_resize, args.save_model, args.tracking_uri)
     commands.evaluate(place(args.run), config, options, dry_run=args.dry_run, json=args.json)
 
 

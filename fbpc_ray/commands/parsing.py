@@ -91,7 +91,7 @@ def base_config(words: Sequence[str]) -> Config:
     Raises UserError.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--data", "--ipc", "--out", "--method", "--address"):
+    for flag in ("--preset", "--data", "--ipc", "--out", "--method", "--address", "--experts"):
         early.add_argument(flag)
     early.add_argument("--architectures", nargs="*")
     early.add_argument("--resume", nargs="?", const="yes", default="no")
@@ -103,7 +103,7 @@ def base_config(words: Sequence[str]) -> Config:
     if known.out and not known.preset and resumes(known.resume, known.out):
         stored = read_config(place(known.out), NOT_STARTED)
         refuse_unasked(stored, given, known.out)
-        return stored
+        return stored.updated(download=False)  # into a folder that the file names: only where the command line asks
     base = default(known.data, known.ipc, known.preset or "", known.method)
     if known.preset and known.preset not in PRESETS:
         refuse_unasked(base, given, known.preset)

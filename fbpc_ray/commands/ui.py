@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import IO, NoReturn
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.signals import Interrupted
@@ -34,6 +35,8 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
 }
+STORE = "MLFLOW_BACKEND_STORE_URI"
+"""Variable in which the server finds its store: a command line, which all users see, could show a password."""
 
 
 def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
@@ -49,7 +52,7 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
     """
     uri = absolute(uri) if uri else default_uri(home())
     if remote(uri):
-        log(f"MLflow: {uri} is a server already: open it in a browser")
+        log(f"MLflow: {redacted(uri)} is a server already: open it in a browser")
         return
     file = database(uri)
     if file is not None and not file.is_file():
@@ -60,7 +63,7 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
     moved = f" ({PORT} is taken)" if not port and chosen != PORT else ""
     with _signals(), _server(uri, chosen) as (process, output):
         _wait(process, output, chosen)
-        log(f"MLflow: {_first_page(chosen)}{moved} shows {uri}; Ctrl-C ends it")
+        log(f"MLflow: {_first_page(chosen)}{moved} shows {redacted(uri)}; Ctrl-C ends it")
         process.wait()
         raise UserError(f"MLflow ended: {_cause(output)}", code=1)
 
@@ -109,12 +112,12 @@ def _signals() -> Iterator[None]:
 @contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """Start the server, yield its process and its output, and end it with all its children after the block."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST]
     command += ["--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            process_group=0,
+            command, env={**os.environ, **ENVIRONMENT, STORE: uri}, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, process_group=0,
         )  # fmt: skip
         try:
             yield process, output
@@ -183,4 +186,4 @@ def _cause(output: IO[bytes]) -> str:
     output.seek(0)
     lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line or "Exception: " in line]
-    return (errors or lines or ["it printed nothing"])[-1][:300]
+    return redacted((errors or lines or ["it printed nothing"])[-1])[:300]

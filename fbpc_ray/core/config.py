@@ -5,6 +5,7 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.settings import Data, Distillation, Evaluation, Experts, Networks, Output, Workers
 from fbpc_ray.core.storage import Place, place
@@ -185,9 +186,10 @@ def started(folder: str) -> bool:
 
 
 def refuse_unasked(stored: Config, given: Set[str], source: str) -> None:
-    """Raise UserError if a stored configuration would run code that the command line doesn't name.
+    """Raise UserError if a stored configuration has code or a destination that the command line doesn't name.
 
-    It does so by a network with an import path, or by a cluster, whose answers are unpickled.
+    Such are a network with an import path, a cluster, whose answers are unpickled, and an object store, which gets the
+    user's credentials.
 
     Args:
         given: Flags on the command line.
@@ -195,19 +197,27 @@ def refuse_unasked(stored: Config, given: Set[str], source: str) -> None:
     """
     for name, words in never_from_a_file(stored).items():
         if name not in given:
-            what = "imports no code" if name == "architectures" else "connects to no Ray cluster"
-            raise UserError(f"{source} asks for {' '.join(words)}, but a file alone {what}: repeat it if you trust it")
+            text = redacted(" ".join(words))
+            raise UserError(f"{source} asks for {text}, but a file alone {UNASKED[name]}: repeat it if you trust it")
+
+
+UNASKED = {
+    "architectures": "imports no code", "address": "connects to no Ray cluster", "experts": "opens no object store",
+    "out": "opens no object store",
+}  # fmt: skip
+"""{flag of `never_from_a_file`: what `refuse_unasked` keeps a file from}."""
 
 
 def never_from_a_file(config: Config) -> dict[str, list[str]]:
     """Return {flag: words} of the settings that `refuse_unasked` wants on the command line."""
     names, address = config.networks.architectures, config.workers.address
+    folders = {"experts": config.experts.experts, "out": config.output.out}
     words = {}
     if any(":" in name for name in names):
         words["architectures"] = ["--architectures", *names]
     if address not in ("", "local"):
         words["address"] = ["--address", address]
-    return words
+    return words | {name: [f"--{name}", text] for name, text in folders.items() if "://" in text}
 
 
 def from_json(text: str | bytes, source: str) -> Config:

@@ -17,8 +17,10 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote
 
 
-def write_bytes(path: Place, data: bytes) -> None:
+def write_bytes(path: Place, data: bytes, private: bool = False) -> None:
     """Replace `path` by `data` atomically: readers, and crashes, see the old file or the new one, never a part.
+
+    A `private` local file is readable by its owner alone.
 
     Raises:
         OSError: the disk is full or not writable; the old file is intact and no temporary file is left.
@@ -31,6 +33,8 @@ def write_bytes(path: Place, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

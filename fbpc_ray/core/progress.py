@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.signals import Interrupted
 
 Log = Callable[[str], None]
@@ -15,8 +16,8 @@ Log = Callable[[str], None]
 
 
 def log(line: str) -> None:
-    """Print one line, above the progress bar if there is one."""
-    tqdm.write(line)
+    """Print one line, without secrets, above the progress bar if there is one."""
+    tqdm.write(redacted(line))
     sys.stdout.flush()
 
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError
 
 CONNECT, SILENT, ATTEMPTS = 4.0, 6.0, 5
@@ -157,12 +158,18 @@ Place = Path | Remote
 
 
 def place(text: str) -> Place:
-    """Parse a local path or an object store's address. Raises UserError for an unknown scheme or a missing bucket."""
+    """Parse a local path or an object store's address.
+
+    Raises UserError for an unknown scheme, a missing bucket, or keys in the address.
+    """
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text).expanduser()
     if scheme not in ("s3", "gs"):
-        raise UserError(f"{text}: give a local path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+        raise UserError(f"{redacted(text)}: give a local path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    if redacted(text) != text:
+        fix = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if scheme == "s3" else "GOOGLE_APPLICATION_CREDENTIALS"
+        raise UserError(f"{redacted(text)}: an address holds no keys; set {fix}")
     key = re.sub("/+", "/", rest).strip("/")
     if not key:
         raise UserError(f"{text} names no bucket: write {scheme}://BUCKET/PREFIX")
@@ -232,7 +239,7 @@ def _translate_errors(where: Remote, action: str) -> Iterator[None]:
     except (OSError, ValueError, pa.ArrowException) as error:
         reason, fix = _explain(where.scheme, str(error))
         note = "; what was there before is whole, and --resume goes on" if action == "written" else ""
-        raise UserError(f"{where} cannot be {action} ({reason}): {fix}{note}", code=1) from error
+        raise UserError(f"{where} cannot be {action} ({redacted(reason)}): {fix}{note}", code=1) from error
 
 
 CREDENTIALS = {

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.evaluation.results import finite, unique
@@ -72,7 +73,7 @@ def comparison(found: Sequence[EndedRun]) -> list[Block]:
 
 
 def _word(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value) or "''"
+    return redacted(" ".join(value) if isinstance(value, tuple) else str(value)) or "''"
 
 
 def provenance(found: Sequence[EndedRun]) -> list[Block]:

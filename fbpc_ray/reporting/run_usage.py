@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, Output, Workers
 from fbpc_ray.core.presets import start_of, with_method
 from fbpc_ray.core.storage import Remote
@@ -50,7 +51,7 @@ def command(config: Config) -> list[str]:
 def how_to_repeat(found: EndedRun) -> list[Block]:
     commit = found.result["commit"]
     note = f"It makes a new folder, at commit {commit}; what isn't named is the default there."
-    return [Heading("To repeat it", 3), Code(wrap_command(command(found.config)), "sh"), Text(note)]
+    return [Heading("To repeat it", 3), Code(redacted(wrap_command(command(found.config))), "sh"), Text(note)]
 
 
 def wrap_command(words: Sequence[str], width: int = 88) -> str:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.tracking.mlflow_client import MAX_METRICS, Metric, MlflowClient, MlflowException, milliseconds, reason
 from fbpc_ray.tracking.mlflow_run import MlflowRun
 
@@ -43,10 +44,10 @@ class Notes:
         self.kinds: set[str] = set()
 
     def add(self, kind: str, line: str) -> None:
-        """Queue `line`, unless a line of its kind was queued before."""
+        """Queue `line`, without secrets, unless a line of its kind was queued before."""
         if kind not in self.kinds:
             self.kinds.add(kind)
-            self._lines.append(line)
+            self._lines.append(redacted(line))
 
     def print(self, log: Callable[[str], None]) -> None:
         while self._lines:

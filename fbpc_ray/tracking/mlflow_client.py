@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.files import file_lock
 from fbpc_ray.tracking.uri import absolute, database
 
@@ -102,7 +103,7 @@ def open_store(uri: str, file: Path | None) -> MlflowClient:
 
 def send_tags(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:
     """Set tags, as many requests as MLflow's limit needs."""
-    tags = [RunTag(valid_name(key), cut(value, MAX_TAG)) for key, value in values.items()]
+    tags = [RunTag(valid_name(key), cut(redacted(value), MAX_TAG)) for key, value in values.items()]
     for start in range(0, len(tags), MAX_PARAMS):
         client.log_batch(run_id, tags=tags[start : start + MAX_PARAMS], synchronous=True)
 
@@ -110,7 +111,7 @@ def send_tags(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> N
 def send_params(client: MlflowClient, run_id: str, values: Mapping[str, object]) -> None:
     """Log the params that the run doesn't have; MLflow can't change params, so changed ones become tags."""
     old = client.get_run(run_id).data.params
-    texts = {valid_name(key): cut(value, MAX_PARAM) for key, value in values.items()}
+    texts = {valid_name(key): cut(redacted(value), MAX_PARAM) for key, value in values.items()}
     params = [Param(key, text) for key, text in texts.items() if key not in old]
     for start in range(0, len(params), MAX_PARAMS):
         client.log_batch(run_id, params=params[start : start + MAX_PARAMS], synchronous=True)
@@ -143,8 +144,8 @@ def stored_value(value: float) -> float:
 
 
 def reason(error: Exception) -> str:
-    """Return an error's text in one line of at most 120 characters, its end, which names the cause, kept."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return an error's text in one line of at most 120 characters, without secrets; its end names the cause."""
+    text = redacted(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.tracking.mlflow_client import reason, silence_warnings
 from fbpc_ray.tracking.uri import absolute
 
@@ -58,7 +59,7 @@ def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable
             made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
         return made.model_uri
     except Exception as error:  # noqa: BLE001  whatever MLflow, SQL or the network raises
-        log(f"MLflow: {uri} does not take the model ({reason(error)}).")
+        log(f"MLflow: {redacted(uri)} does not take the model ({reason(error)}).")
         return None
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from fbpc_ray.core import files
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Config
 from fbpc_ray.core.errors import undamaged
 from fbpc_ray.core.presets import start_of
@@ -19,7 +20,7 @@ from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution.session import Log
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
-from fbpc_ray.tracking.uri import default_uri
+from fbpc_ray.tracking.uri import absolute, default_uri
 
 
 def mlflow_module(fallback: str, log: Log) -> ModuleType | None:
@@ -100,30 +101,34 @@ def track_evaluation(
     tags: Mapping[str, str],
     provenance: Provenance,
     log: Log,
+    uri: str = "",
 ) -> Iterator[Tracker]:
-    """Yield the tracker of an evaluation called `name`, a child of the distillation's MLflow run.
+    """Yield the tracker of an evaluation called `name`, in the store `uri`, else the default one.
 
-    Its metrics have the names of the distillation's. The run ends with the block.
+    Its MLflow run is a child of the distillation's, where the store has that, and ends with the block. Its metrics have
+    the names of the distillation's.
     """
-    parent = _run_id(run, default_uri(home()))
+    uri = chosen_uri(uri)
+    parent = _run_id(run, uri)
     tags = {
         **({"mlflow.parentRunId": parent} if parent else {}),
         **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
     }  # fmt: skip
-    tracker = _start_tracker(config, run, log, run_name=f"{run.folder.name}/{name}", run_id=None, tags=tags)
+    tracker = _start_tracker(config, run, log, run_name=f"{run.folder.name}/{name}", run_id=None, tags=tags, uri=uri)
     with _finishing(tracker):
         yield tracker
 
 
 def _start_tracker(
-    config: Config, run: RunDirectory, log: Log, *, run_name: str, run_id: str | None, tags: Mapping[str, str]
-) -> Tracker:
+    config: Config, run: RunDirectory, log: Log, *, run_name: str, run_id: str | None, tags: Mapping[str, str],
+    uri: str = "",
+) -> Tracker:  # fmt: skip
     """Return a tracker; one that logs nothing with --no-tracking and where MLflow is missing."""
     mlflow = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
     if mlflow is None:
         return NullTracker()
     return mlflow.MlflowTracker(
-        default_uri(home()),
+        chosen_uri(uri),
         config.output.experiment,
         run_name=run_name,
         run_id=run_id,
@@ -147,6 +152,29 @@ def _finishing(tracker: Tracker) -> Iterator[None]:
         tracker.finish(status)
 
 
+def chosen_uri(uri: str) -> str:
+    """Return `uri`, absolute; where it is empty MLFLOW_TRACKING_URI, else the SQLite database of HOME."""
+    return absolute(uri) if uri else default_uri(home())
+
+
+def model_run(run: RunDirectory, uri: str, tracker: Tracker, log: Log) -> str:
+    """Return the id of the MLflow run in the store `uri` that gets a model of `run`; empty where there is none.
+
+    That is the distillation's run, else the one of this evaluation. mlflow.json may be a stranger's: it chooses a run,
+    never a store, which would get the user's token.
+    """
+    if not tracker.uri:
+        return ""
+    if run_id := _run_id(run, uri):
+        return run_id
+    if other := read_run_reference(run).get("uri"):
+        log(
+            f"MLflow: the model goes to {redacted(uri)}, as your settings say; {_reference_path(run)} names "
+            f"{redacted(other)}, which only --tracking-uri or MLFLOW_TRACKING_URI can choose"
+        )
+    return tracker.run_id or ""
+
+
 def _reference_path(run: RunDirectory) -> Place:
     return run.folder / "mlflow.json"
 
@@ -158,19 +186,20 @@ def read_run_reference(run: RunDirectory) -> dict[str, str]:
         return {}
     with undamaged(path, "delete it, and the run is logged as a new one"):
         reference = json.loads(path.read_text())
-        return {name: str(reference[name]) for name in ("uri", "run_id")}
+        texts = {name: str(reference[name]) for name in ("uri", "run_id")}
+        return {name: "".join(c if c.isprintable() else "?" for c in text) for name, text in texts.items()}
 
 
 def write_run_reference(run: RunDirectory, tracker: Tracker) -> None:
     """Write the id of the MLflow run, so that --resume continues it; nothing while the run has no id."""
     path = _reference_path(run)
     if tracker.run_id:
-        text = json.dumps({"uri": tracker.uri, "run_id": tracker.run_id}) + "\n"
+        text = json.dumps({"uri": redacted(tracker.uri), "run_id": tracker.run_id}) + "\n"
         if not path.exists() or path.read_text() != text:
-            files.write_text(path, text)
+            files.write_bytes(path, text.encode(), private=True)
 
 
 def _run_id(run: RunDirectory, uri: str) -> str | None:
     """Return the id of the run in the store `uri`; None where that store has no such run."""
     reference = read_run_reference(run)
-    return reference.get("run_id") if reference.get("uri") == uri else None
+    return reference.get("run_id") if redacted(reference.get("uri", "")) == redacted(uri) else None

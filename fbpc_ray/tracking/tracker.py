@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.storage import Place, local
 from fbpc_ray.tracking.delivery import Notes, Record, Sender
 from fbpc_ray.tracking.mlflow_client import (
@@ -157,12 +158,13 @@ class MlflowTracker:
             return
         self._sender.finish(status, self._finish_seconds)
         self._notes.print(self._log)
+        uri = redacted(self.uri)
         if self.pending:
-            self._log(f"MLflow: {self.pending} records not delivered to {self.uri}; the run's folder has everything.")
+            self._log(f"MLflow: {self.pending} records not delivered to {uri}; the run's folder has everything.")
         elif not self._sender.run_ended:
-            self._log(f"MLflow: {self.uri} did not take the end of the run; it may still read RUNNING there.")
+            self._log(f"MLflow: {uri} did not take the end of the run; it may still read RUNNING there.")
         elif "silent" in self._notes.kinds:
-            self._log(f"MLflow: {self.uri} answered in the end, all records are delivered.")
+            self._log(f"MLflow: {uri} answered in the end, all records are delivered.")
 
     def _put(self, record: Record) -> None:
         self._sender.put(record)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from fbpc_ray.core.addresses import redacted
+
 SQLITE = "sqlite:///"
 TRAINING = "workflowType=machine_learning"
 """What makes MLflow show the pages of trained models, not those of language models, which it begins with."""
@@ -39,8 +41,8 @@ def remote(uri: str) -> bool:
 
 
 def server(uri: str) -> str:
-    """Return the address of the pages: the server, or where `fbpc ui` will show a local store."""
-    return uri.rstrip("/") if remote(uri) else f"http://127.0.0.1:{PORT}"
+    """Return the address of the pages, without secrets: the server, or where `fbpc ui` will show a local store."""
+    return redacted(uri).rstrip("/") if remote(uri) else f"http://127.0.0.1:{PORT}"
 
 
 def list_url(uri: str, experiment_id: str) -> str:
@@ -60,9 +62,14 @@ def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """Return how to see `uri`: the address of a server, or the shell command that shows a local store."""
+    """Return how to see `uri`: the address of a server, or the shell command that shows a local store.
+
+    The command leaves out an address with a password, which `fbpc ui` reads from MLFLOW_TRACKING_URI.
+    """
     if remote(uri):
-        return uri
+        return redacted(uri)
+    if redacted(uri) != uri:
+        return f"{_program('fbpc')} ui"
     return f"{_program('fbpc')} ui --tracking-uri {shlex.quote(absolute(uri))}"
 
 

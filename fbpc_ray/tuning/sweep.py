@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core import files
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import (
     MAY_CHANGE_ON_RESUME,
     NOT_STARTED,
@@ -23,6 +24,7 @@ from fbpc_ray.core.config import (
     Networks,
     Sweep,
     current_names,
+    never_from_a_file,
     read_config,
     to_json,
 )
@@ -82,7 +84,9 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
 def _run_sweep(found: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
     """The result, and what was shown of it on the way."""
     folder, interruption = found.folder, Interruption()
-    again = f"resume with: fbpc tune --out {shlex.quote(str(folder))} --resume"
+    flags = never_from_a_file(found.base)
+    repeated = [word for name, words in flags.items() if name != "out" for word in words]
+    again = f"resume with: {shlex.join(['fbpc', 'tune', '--out', str(folder), '--resume', *repeated])}"
     with resume_hint(again), open_backend(found.base, interruption, log) as workers:
         log(f"sweep: {folder}")
         provenance = capture(workers.describe())
@@ -128,15 +132,28 @@ def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, truste
     dataset = load_data(base.updated(download=base.data.download and not dry_run), log)
     if kept is None:
         kept = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
-    foreign = [each for flags in kept.trials for each in flags.get("architectures", []) if ":" in each]
-    if resume and foreign and not trusted:
-        raise UserError(f"{folder} asks for {foreign[0]}, but a file alone imports no code: repeat --space to trust it")
+    if resume and not trusted:
+        _refuse_untrusted(kept, base, folder)
     root = place(base.experts.experts) if base.experts.experts else home() / "experts"
     placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
     configs = [trial.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
     for config in {each.networks: each for each in configs}.values():
         network_specs(config, dataset)
     return OpenSweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
+
+
+def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
+    """Raise UserError if the trials of a stored sweep have code or destinations that the command line doesn't name."""
+    for number, flags in enumerate(stored.trials):
+        if shared := sorted(trial.SHARED & flags.keys()):
+            flag = f"--{shared[0].replace('_', '-')}"
+            raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which is the same for all trials")
+        names, experts = flags.get("architectures", []), flags.get("experts", "")
+        foreign = [f"{name}, but a file alone imports no code" for name in names if ":" in name]
+        if "://" in experts and experts != base.experts.experts:
+            foreign.append(f"--experts {redacted(experts)}, but a file alone opens no object store")
+        if foreign:
+            raise UserError(f"{folder} asks for {foreign[0]}: repeat --space to trust it")
 
 
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,6 +38,8 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
             probe(resolved)
         with on_loopback() if starts or is_local else nullcontext():
             ray.init(address=init_address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        if starts:
+            make_private(Path.home() / ".ray" / "auth_token")
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -47,6 +50,13 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
     if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
         log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
     return starts
+
+
+def make_private(path: Path) -> None:
+    """Take other users' permissions from the file of Ray's token, which Ray creates readable by all."""
+    with suppress(OSError):  # no file, or another user's
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 @contextmanager
