@@ -1,29 +1,29 @@
-"""Which noise and which prior of SGHMC give the paper's Random rows: `python jobs/calibrate_sghmc.py --help`.
+"""Which settings of SGHMC give the paper's Random rows: `python jobs/calibrate_sghmc.py --help`.
 
 The Random rows of the paper's Table 1 (CIFAR-10, real images, nothing distilled) say what an evaluation should give,
-and need no distillation. Every setting of the grid is run on the same random coresets, whose spread is larger than
-that between settings, and its accuracy and NLL are compared with the paper's:
+and need no distillation. Every setting of the grid runs on the same random coresets; the table compares its accuracy
+and NLL with the paper's:
 
-    misfit = sum over ipc of  (log NLL - log paper's)^2 / variance + (accuracy - paper's)^2 / variance
-    variance = (1 + 1/C) s^2 + (paper's +-)^2        s: standard deviation between the C coresets, pooled over settings
+    distance = root mean square, over ipc and {accuracy, NLL}, of (ours - paper's) / tolerance
+    tolerance: 1.5 points of accuracy, 0.15 nats of NLL
 
-with the paper's coreset taken for one more draw. Relative NLL, because its spread grows with it; s is pooled, so that
-no setting gains by being noisy (with C = 1 it is 0.1 of the NLL and 0.01 of accuracy). The NLL is taken once per
-example and once as the lineage computes it (metrics.batch_nll, batches of 256), which says what the paper printed.
+The NLL is taken once per example and once as the lineage computes it (metrics.batch_nll, batches of 128).
 
-The prior is read twice from the same rows, too. `sum`: one --chain-weight-decay for every ipc, which is divided by m
-and so is one Gaussian prior, of one variance, beside the *summed* loss. `mean`: one weight decay on the mean loss for
-every ipc, as a --chain-weight-decay that grows with the ipc. They agree at ipc 1.
+--grid lists the values of each knob (d, eta, prior, init, dsa, noise, friction); the first one is the base. A number
+followed by m is multiplied by m = ipc x classes: eta=0.0009m is the step size of the lineage, prior=0.0005m a weight
+decay of 0.0005 on the mean loss (without m, one Gaussian prior for every ipc). init is own or the std of N(0, s^2).
 
-A row is written as soon as its chain ends; the same command goes on where it stopped, and more coresets, settings or
-ipc add rows to the same file. Chains of other lengths are other rows.
+    --grid d=0.01,0,1e-3 eta=0.03,0.0009m prior=0.05,3 init=own,0.1 dsa=on,off --search one-at-a-time
+
+A row is appended to --out, a file of JSON lines, as soon as its chain ends. The same command continues where it
+stopped; more coresets, settings or ipc add rows to the same file. Chains of other lengths are other rows.
 """
 
 import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -34,13 +34,13 @@ import torch
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import current_words, parse
-from fbpc_ray.core import files
-from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers, current_names
-from fbpc_ray.core.errors import UserError, undamaged
+from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers
+from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.progress import progress
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.state import initial_state
@@ -73,40 +73,45 @@ PAPER = {
 }
 """ipc -> CIFAR-10, ConvNet."""
 
+ACCURACY_TOLERANCE = 0.015
+NLL_TOLERANCE = 0.15
+
 DEFINITIONS = ("nll", "batch_nll")
 """What the paper's NLL may be."""
 
-Setting = tuple[str, str, float, str]
-"""(prior: sum | mean, noise, --chain-weight-decay at ipc 1, DSA)."""
+KNOBS = {
+    "d": "chain_d", "eta": "chain_eta", "prior": "chain_weight_decay", "init": "chain_init", "dsa": "chain_augment",
+    "noise": "chain_noise", "friction": "chain_friction",
+}  # fmt: skip
+"""Knob of --grid -> setting of a chain."""
 
-SPREAD_OF_ONE = {"log_nll": 0.1, "accuracy": 0.01}
-"""s where there is one coreset."""
+Setting = dict[str, str]
+"""Knob -> value as --grid has it."""
 
 
 @dataclass(frozen=True)
 class Search:
     """The grid, and on what it is scored."""
 
+    grid: tuple[str, ...] = ("d=0.01,0,1e-4,1e-3", "dsa=on,off")
+    """KNOB=VALUE,VALUE ...: d, eta, prior, init, dsa, noise, friction. The first value of a knob is the base; a number
+    followed by m is multiplied by m; other knobs keep the default of `fbpc evaluate`."""
+    search: Literal["product", "one-at-a-time"] = "product"
+    """product: all combinations; one-at-a-time: the base, and each other value with all else at the base."""
     ipc: tuple[int, ...] = (1, 10)
     """Images a class: rows of Table 1 (1, 10, 50)."""
-    noise: tuple[Literal["consistent", "gradient", "literal"], ...] = ("consistent", "gradient")
-    """Readings of the noise (--chain-noise)."""
-    weight_decay: tuple[float, ...] = (0.0, 0.005, 0.05, 0.2)
-    """Strengths of the prior (--chain-weight-decay)."""
-    dsa: tuple[Literal["on", "off"], ...] = ("on", "off")
-    """Augmentation inside the chains."""
     coresets: int = 3
     """Random coresets, seeds 0, 1, ...; those of --seed."""
     chain_epochs: tuple[int, ...] = (1000,)
     """Epochs of a chain, one value or one for each --ipc; 10 samples are taken [paper: 1000]."""
-    test_images: int = 1000
+    test_images: int = 2000
     """Test images, drawn by class; 0 means all."""
     test_seed: int = 0
     """Seed of that draw."""
-    out: str = "benchmarks/results/sghmc-calibration.json"
-    """The rows, and what made them."""
+    out: str = "benchmarks/results/sghmc-calibration.jsonl"
+    """JSON lines, one for each chain."""
     dry_run: bool = False
-    """Print the table of the rows that are there, and how many are missing."""
+    """Print the settings, how many chains are missing, and the table of the rows that exist; run nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +128,19 @@ class Trial(NamedTuple):
     """One chain to run."""
 
     key: dict[str, Any]
-    """All that decides its numbers: what its row begins with, and what tells whether it is there."""
+    """All that decides its numbers: its row begins with it."""
     settings: Evaluation
     chain: Chain
     arrays: CoresetArrays
 
 
 def run_trial(shared: EvaluationContext, trial: Trial, device: str) -> ChainResult:
-    """One task: a chain under the settings of its trial."""
+    """Run one chain under the settings of its trial."""
     return run_chain(shared._replace(settings=trial.settings), trial.chain, device)
 
 
 def calibrate(argv: Sequence[str]) -> None:
+    """Run the missing chains of a search, append their rows, and print the table."""
     argv = current_words(argv, [Arguments])
     args = parse(Arguments, argv, "jobs/calibrate_sghmc.py", about=__doc__)
     search, config = args.search, Config(data=args.data, networks=args.networks, workers=args.workers)
@@ -142,55 +148,115 @@ def calibrate(argv: Sequence[str]) -> None:
     dataset = session.load_data(config, print)
     trials = plan_trials(search, config, dataset)
     path = Path(search.out)
-    done: dict[str, list[dict[str, Any]]] = {"runs": [], "rows": []}
-    if path.exists():
-        with undamaged(path, "restore it, or give another --out"):
-            found = json.loads(path.read_text())
-            done = {name: [current_names(each) for each in found[name]] for name in done}
-    missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in done["rows"])]
+    rows = read_rows(path)
+    missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in rows)]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
         with session.open_backend(config, Interruption(), print) as workers:
             provenance = capture(workers.describe())
-            number = len(done["runs"])
-            words = [word.replace(config.data.data, _name(config.data.data)) for word in argv]
-            done["runs"].append({**provenance._asdict(), "command": " ".join(["jobs/calibrate_sghmc.py", *words])})
-            how = config.workers.compiled_chains
-            coresets = {trial.chain.coreset: trial.arrays for trial in missing}
-            augment = config.networks.augment
-            shared = evaluation_context(dataset, "test", missing[0].settings, augment, coresets, compiled=how)
-            shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
-            shared = without_impossible_compilation(shared, [trial.chain for trial in missing], workers.device, print)
+            made = {"commit": provenance.commit, "torch": provenance.versions["torch"], "device": provenance.device}
+            shared = _context(search, config, dataset, missing, workers.device)
             with progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
-                    row = {**missing[index].key, **_numbers(result), "run": number}
-                    done["rows"].append(row)
-                    _write(path, done)
+                    rows.append({**missing[index].key, **_numbers(result), **made})
+                    append_row(path, rows[-1])
                     bar.update()
-                    bar.write(_line(row))
-    keys = [trial.key for trial in trials]
-    print(report([row for row in done["rows"] if any(key.items() <= row.items() for key in keys)]))
+                    bar.write(_line(rows[-1]))
+    if comparable := _comparable(rows, trials):
+        print(report(comparable))
+
+
+def _context(
+    search: Search, config: Config, dataset: Dataset, missing: Sequence[Trial], device: str
+) -> EvaluationContext:
+    """Collect what all chains share; each replaces the settings by its own."""
+    coresets = {trial.chain.coreset: trial.arrays for trial in missing}
+    compiled = config.workers.compiled_chains
+    shared = evaluation_context(
+        dataset, "test", missing[0].settings, config.networks.augment, coresets, compiled=compiled
+    )
+    shared = shared._replace(split=some(shared.split, search.test_images, dataset, search.test_seed))
+    return without_impossible_compilation(shared, [trial.chain for trial in missing], device, print)
+
+
+def settings_of(search: Search) -> list[Setting]:
+    """Return the settings of the search, the base first. Raises UserError."""
+    base = {knob: _text(knob, getattr(Evaluation(), name)) for knob, name in KNOBS.items()}
+    values = {knob: [text] for knob, text in base.items()}
+    for word in search.grid:
+        knob, _, texts = word.partition("=")
+        if knob not in KNOBS:
+            raise UserError(f"--grid {word}: {closest(knob, list(KNOBS))}")
+        values[knob] = list(dict.fromkeys(_canonical(knob, text) for text in texts.split(",")))
+    if search.search == "product":
+        return [dict(zip(values, texts, strict=True)) for texts in product(*values.values())]
+    base = {knob: texts[0] for knob, texts in values.items()}
+    return [base, *({**base, knob: text} for knob, texts in values.items() for text in texts[1:])]
+
+
+def value_of(knob: str, text: str, m: int) -> float | bool | str:
+    """Return the value of a knob for a coreset of m images. Raises UserError."""
+    if knob == "noise" and text in ("consistent", "gradient", "literal"):
+        return text
+    if knob == "dsa" and text in ("on", "off"):
+        return text == "on"
+    if knob == "init" and text == "own":
+        return 0.0
+    if knob not in ("noise", "dsa"):
+        try:
+            scale = m if text.endswith("m") and knob in ("d", "eta", "prior") else 1
+            value = scale * float(text.removesuffix("m") if scale == m else text)
+        except ValueError:
+            value = math.nan
+        if 0 <= value < math.inf and (value > 0 or knob != "eta") and (value < 1 or knob != "friction"):
+            return value
+    expected = _EXPECTED.get(knob, "a number of 0 or more, with or without m")
+    raise UserError(f"--grid {knob}={text}: expected {expected}")
+
+
+_EXPECTED = {
+    "noise": "consistent, gradient or literal", "dsa": "on or off", "init": "own or a standard deviation",
+    "eta": "a number above 0, with or without m", "friction": "from 0 to below 1",
+}  # fmt: skip
+
+
+def _canonical(knob: str, text: str) -> str:
+    """Write equal values alike: 1e-2 as 0.01. Raises UserError."""
+    scaled = text.endswith("m") and knob in ("d", "eta", "prior")
+    return _text(knob, value_of(knob, text.removesuffix("m") if scaled else text, 1)) + ("m" if scaled else "")
+
+
+def _text(knob: str, value: Any) -> str:
+    """Invert `value_of`."""
+    if knob == "dsa":
+        return "on" if value else "off"
+    if knob == "init" and not value:
+        return "own"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def name_of(setting: Setting) -> str:
+    """Write a setting as --grid would have it, without knobs that have their default."""
+    default = Evaluation()
+    words = [f"{k}={v}" for k, v in setting.items() if v != _text(k, getattr(default, KNOBS[k]))]
+    return " ".join(words) or "default"
 
 
 def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]:
-    """Every chain of the search, coreset by coreset, so that an interrupted search compares all settings."""
+    """List the chains of the search, coreset by coreset, so that an interrupted search compares all settings."""
     (spec,) = session.network_specs(config, dataset)
     lengths = search.chain_epochs * (len(search.ipc) if len(search.chain_epochs) == 1 else 1)
     trials = []
-    for number, (ipc, steps) in product(range(search.coresets), zip(search.ipc, lengths, strict=True)):
+    for number, (ipc, epochs) in product(range(search.coresets), zip(search.ipc, lengths, strict=True)):
         state, labels = initial_state(dataset, ipc, number)
         chain = Chain(f"random-{ipc}-{number}", spec, number)
         arrays = CoresetArrays(state.images.numpy(), labels.numpy())
-        for noise, decay, dsa in product(search.noise, search.weight_decay, search.dsa):
-            settings = Evaluation(
-                chain_epochs=steps, chain_every=max(1, steps // 10),
-                chain_noise=noise, chain_weight_decay=decay, chain_augment=dsa == "on",
-            )  # fmt: skip
+        for setting in settings_of(search):
+            values = {KNOBS[knob]: value_of(knob, text, len(labels)) for knob, text in setting.items()}
+            settings = Config().updated(chain_epochs=epochs, chain_every=max(1, epochs // 10), **values).evaluation
             key = {
-                "ipc": ipc, "noise": noise, "weight_decay": decay, "prior": "weight_decay / m", "dsa": dsa,
-                "coreset": number, "chain_seed": number,
-                "chain_epochs": steps, "chain_every": settings.chain_every, "chain_eta": settings.chain_eta,
-                "chain_friction": settings.chain_friction, "chain_d": settings.chain_d,
+                "ipc": ipc, "coreset": number, **setting,
+                "chain_epochs": epochs, "chain_every": settings.chain_every,
                 "architecture": spec.architecture, "width": spec.width, "depth": spec.depth,
                 "augment": config.networks.augment, "data": _name(dataset.name), "fingerprint": dataset.fingerprint,
                 "test_images": search.test_images, "test_seed": search.test_seed,
@@ -201,150 +267,123 @@ def plan_trials(search: Search, config: Config, dataset: Dataset) -> list[Trial]
 
 
 def some(split: Split, count: int, dataset: Dataset, seed: int) -> Split:
-    """`count` images, as many of each class, in the order of the split; all of them for 0."""
+    """Draw `count` images, as many of each class, in the order of the split; all of them for 0."""
     if not count:
         return split
-    labels, each = torch.from_numpy(split.labels), max(1, count // len(dataset.classes))
-    index = coreset.balanced(labels, each, dataset.classes, generator(seed, "calibration", "test"))
+    labels, per_class = torch.from_numpy(split.labels), max(1, count // len(dataset.classes))
+    index = coreset.balanced(labels, per_class, dataset.classes, generator(seed, "calibration", "test"))
     index = index.sort().values.numpy()
     return Split(np.ascontiguousarray(split.images[index]), np.ascontiguousarray(split.labels[index]))
 
 
-class Fit(NamedTuple):
-    """How a setting compares, under one definition of the NLL."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a last line that a killed writer left incomplete is removed. Raises UserError."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete)
+    try:
+        rows = [json.loads(line) for line in complete.splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{path}: expected one JSON object a line; restore it, or give another --out") from None
+    return rows
 
-    setting: Setting
-    definition: str
-    misfit: float
-    """Infinite where a chain diverged."""
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def fits(rows: Sequence[dict[str, Any]], definition: str) -> list[Fit]:
-    """Every setting that has rows at each ipc that the paper has, best first."""
-    by = _grouped(rows)
-    ipcs = sorted({ipc for _, ipc in by} & PAPER.keys())
-    found = []
-    for setting in sorted({setting for setting, _ in by}):
-        cells = [by.get((setting, ipc), []) for ipc in ipcs]
-        if ipcs and all(cells):
-            found.append(Fit(setting, definition, sum(_misfit(rows, ipc, cell, definition) for ipc, cell in zip(
-                ipcs, cells, strict=True))))  # fmt: skip
-    return sorted(found, key=lambda fit: fit.misfit)
+def _comparable(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return the rows of the planned chains' data, network, lengths and images, of all settings and coresets."""
+    free = ("coreset", *KNOBS)
+    kinds = {json.dumps({k: v for k, v in trial.key.items() if k not in free}) for trial in trials}
+    wanted = [json.loads(kind).items() for kind in sorted(kinds)]
+    return [row for row in rows if any(items <= row.items() for items in wanted)]
+
+
+def distance(cells: dict[int, list[dict[str, Any]]], definition: str) -> float:
+    """Return the root mean square of the differences from the paper, in tolerances; infinite where a chain diverged.
+
+    Args:
+        cells: {ipc: rows of one setting}.
+        definition: of the NLL.
+    """
+    terms = []
+    for ipc, rows in cells.items():
+        if any(row[definition] is None for row in rows):
+            return math.inf
+        terms.append((statistics.fmean(row["accuracy"] for row in rows) - PAPER[ipc].accuracy) / ACCURACY_TOLERANCE)
+        terms.append((statistics.fmean(row[definition] for row in rows) - PAPER[ipc].nll) / NLL_TOLERANCE)
+    return math.sqrt(statistics.fmean(term**2 for term in terms))
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The fits as a Markdown table, best first, the paper's values beside ours, and the winner in words."""
-    by = _grouped(rows)
-    ipcs = sorted({ipc for _, ipc in by} & PAPER.keys())
-    ranked = {definition: {fit.setting: fit.misfit for fit in fits(rows, definition)} for definition in DEFINITIONS}
-    order = sorted(ranked["nll"], key=lambda setting: min(each[setting] for each in ranked.values()))
-    if not order:
-        return "no setting has rows at every ipc yet"
-    head = ["prior", "noise", "weight decay x m at ipc 1", "DSA", "misfit by NLL", "misfit by NLL of batches"]
+    """Format the settings as a Markdown table, nearest to the paper first among those with rows at as many ipc."""
+    cells: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: row["ipc"]):
+        if row["ipc"] in PAPER:
+            name = name_of({knob: row[knob] for knob in KNOBS})
+            cells.setdefault(name, {}).setdefault(row["ipc"], []).append(row)
+    ipcs = sorted({ipc for of_setting in cells.values() for ipc in of_setting})
+    distances = {
+        name: [distance(of_setting, definition) for definition in DEFINITIONS] for name, of_setting in cells.items()
+    }
+    header = ["setting", "distance", "distance by batch NLL"]
     for ipc in ipcs:
         p = PAPER[ipc]
-        steps = "/".join(str(each) for each in sorted({row["chain_epochs"] for row in rows if row["ipc"] == ipc}))
-        head += [
-            f"ipc {ipc}: n", f"accuracy % (paper {100 * p.accuracy:.2f}; {steps} epochs)", f"NLL (paper {p.nll:.2f})",
-            f"NLL of batches (paper {p.nll:.2f})", "NLL of a sample",
+        header += [
+            f"ipc {ipc}: n", f"accuracy % (paper {100 * p.accuracy:.2f})", f"NLL (paper {p.nll:.2f})",
+            "batch NLL", "sample NLL", "ECE",
         ]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
-    for setting in order:
-        prior, noise, decay, dsa = setting
-        cells = [prior, noise, f"{decay:g}", dsa, *(f"{ranked[definition][setting]:.1f}" for definition in DEFINITIONS)]
+    lines = []
+    for name in sorted(cells, key=lambda name: (-len(cells[name]), min(distances[name]))):
+        line = [name, *(f"{value:.2f}" for value in distances[name])]
         for ipc in ipcs:
-            its = [row for row in by[setting, ipc] if row["nll"] is not None]
-            cells += [f"{len(its)} of {len(by[setting, ipc])}" if len(its) < len(by[setting, ipc]) else str(len(its))]
-            cells += [_mean([100 * row["accuracy"] for row in its], 1)]
-            cells += [_mean([row[name] for row in its], 2) for name in (*DEFINITIONS, "mean_sample_nll")]
-        lines.append(cells)
-    prior, noise, decay, dsa = order[0]
-    decays = [decay if prior == "sum" else decay * ipc for ipc in ipcs]
-    shown = f"{decay:g}" if len(set(decays)) == 1 else " / ".join(f"{each:g}" for each in decays)
-    definition = min(DEFINITIONS, key=lambda each: ranked[each][order[0]])
-    winner = (
-        f"winner: --chain-noise {noise} --chain-weight-decay {shown} {'' if dsa == 'on' else '--no-chain-augment '}"
-        f"(misfit {ranked[definition][order[0]]:.1f} over {2 * len(ipcs)} values, by {definition})"
-    )
-    best = []
-    for name, each in ranked.items():
-        setting = min(each, key=each.__getitem__)
-        best.append(f"best by {name}: {' '.join(map(str, setting))}, misfit {each[setting]:.1f}")
-    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), "", *best, winner])
-
-
-def _misfit(rows: Sequence[dict[str, Any]], ipc: int, cell: Sequence[dict[str, Any]], definition: str) -> float:
-    """The squared z-distances of one setting at one ipc; see the head of this file."""
-    if any(row[definition] is None for row in cell):
-        return math.inf
-    paper = PAPER[ipc]
-    count = 1 + 1 / len(cell)
-    total = 0.0
-    for name, of, target, spread in (
-        ("log_nll", lambda row: math.log(row[definition]), math.log(paper.nll), paper.nll_spread / paper.nll),
-        ("accuracy", lambda row: row["accuracy"], paper.accuracy, paper.accuracy_spread),
-    ):
-        between = _pooled([row for row in rows if row["ipc"] == ipc and row[definition] is not None], of)
-        variance = count * (SPREAD_OF_ONE[name] ** 2 if between is None else between) + spread**2
-        total += (statistics.mean(of(row) for row in cell) - target) ** 2 / variance
-    return total
-
-
-def _pooled(rows: Sequence[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float | None:
-    """Variance between coresets within a setting, pooled over settings; None where no setting has two."""
-    # Rows of one ipc: one prior, so that none is counted twice.
-    groups = [[of(row) for row in cell] for cell in _grouped(rows).values() if len(cell) > 1]
-    freedom = sum(len(group) - 1 for group in groups)
-    return sum((len(group) - 1) * statistics.variance(group) for group in groups) / freedom if freedom else None
-
-
-def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[Setting, int], list[dict[str, Any]]]:
-    """{(setting, ipc): its rows}: each row under both priors, but for those without one, where they are the same."""
-    by: dict[tuple[Setting, int], list[dict[str, Any]]] = {}
-    several = len({row["ipc"] for row in rows}) > 1
-    for row in rows:
-        decays = {"sum": row["weight_decay"]}
-        if several and row["weight_decay"]:
-            decays["mean"] = float(f"{row['weight_decay'] / row['ipc']:.6g}")
-        for prior, decay in decays.items():
-            by.setdefault(((prior, row["noise"], decay, row["dsa"]), row["ipc"]), []).append(row)
-    return by
+            group = cells[name].get(ipc, [])
+            finite = [row for row in group if row["nll"] is not None]
+            line += [f"{len(finite)} of {len(group)}" if len(finite) < len(group) else str(len(group))]
+            line += [_mean([100 * row["accuracy"] for row in finite], 1)]
+            line += [_mean([row[key] for row in finite], 2) for key in (*DEFINITIONS, "mean_sample_nll")]
+            line += [_mean([row["ece"] for row in finite], 3)]
+        lines.append(line)
+    return "\n" + markdown_table(header, lines)
 
 
 def _numbers(result: ChainResult) -> dict[str, float | None]:
-    found = chains.values(result)
+    numbers = chains.values(result)
     names = ("accuracy", "nll", "batch_nll", "mean_sample_nll", "ece", "brier")
-    finite = all(math.isfinite(value) for value in found.values())
-    return {**{name: found.get(name) if finite else None for name in names}, "seconds": round(result.seconds, 2)}
+    finite = all(math.isfinite(value) for value in numbers.values())
+    return {**{name: numbers.get(name) if finite else None for name in names}, "seconds": round(result.seconds, 2)}
 
 
 def _name(data: str) -> str:
-    """A data set without the folder it lies in: parquet:/somewhere/cifar10 -> parquet:cifar10."""
+    """Return a data set without the folder it lies in: parquet:/somewhere/cifar10 -> parquet:cifar10."""
     kind, colon, path = data.partition(":")
     return f"{kind}{colon}{Path(path).name}"
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
     if not values:
-        return "diverged"
+        return "-"
     spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _line(row: dict[str, Any]) -> str:
-    said = f"ipc {row['ipc']} coreset {row['coreset']} {row['noise']} wd {row['weight_decay']:g} DSA {row['dsa']}: "
+    title = f"ipc {row['ipc']} coreset {row['coreset']}, {name_of({knob: row[knob] for knob in KNOBS})}: "
     if row["nll"] is None:
-        return f"{said}diverged ({row['seconds']:.0f} s)"
+        return f"{title}diverged ({row['seconds']:.0f} s)"
     return (
-        f"{said}accuracy {100 * row['accuracy']:.1f} %, NLL {row['nll']:.2f}, of batches {row['batch_nll']:.2f}, "
-        f"of a sample {row['mean_sample_nll']:.2f} ({row['seconds']:.0f} s)"
+        f"{title}accuracy {100 * row['accuracy']:.1f} %, NLL {row['nll']:.2f}, batch NLL {row['batch_nll']:.2f}, "
+        f"sample NLL {row['mean_sample_nll']:.2f}, ECE {row['ece']:.3f} ({row['seconds']:.0f} s)"
     )
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """One line a row, so that a diff shows what came."""
-    lines = [",\n".join(f"  {json.dumps(each, allow_nan=False)}" for each in found[name]) for name in ("runs", "rows")]
-    files.write_text(path, f'{{\n "runs": [\n{lines[0]}\n ],\n "rows": [\n{lines[1]}\n ]\n}}\n')
 
 
 def _check(search: Search, config: Config) -> None:
@@ -356,11 +395,9 @@ def _check(search: Search, config: Config) -> None:
     for name, values in (("ipc", search.ipc), ("chain-epochs", search.chain_epochs), ("coresets", [search.coresets])):
         if min(values, default=0) < 1:
             raise UserError(f"--{name} is {' '.join(map(str, values))}: it must be 1 or more")
-    for grid in ("noise", "weight_decay", "dsa"):
-        if not getattr(search, grid):
-            raise UserError(f"--{grid.replace('_', '-')} is empty: give at least one value")
-    if search.test_images < 0 or min(search.weight_decay) < 0:
-        raise UserError("--test-images and --weight-decay must be 0 or more")
+    if search.test_images < 0:
+        raise UserError(f"--test-images is {search.test_images}: it must be 0 or more")
+    settings_of(search)
 
 
 if __name__ == "__main__":

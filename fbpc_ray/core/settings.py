@@ -144,6 +144,9 @@ class Evaluation:
     chain_weight_decay: float = 0.05
     """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior.
     Calibrated on the paper's Random rows [jobs/calibrate_sghmc.py]."""
+    chain_init: float = 0.0
+    """Standard deviation of N(0, s^2), from which every parameter of a chain starts [lineage: 0.1]; 0: the network's
+    own initialisation [method]."""
     chain_augment: bool = True
     """Use --augment in the chains too."""
     chain_batch_size: int = 256

@@ -34,7 +34,7 @@ from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes, count_macs
 
 TEST_BATCH = ensemble.BATCH
-LINEAGE_BATCH = 256
+LINEAGE_BATCH = 128
 """Images of a batch in `batch_nll`, which does depend on it: that of the code it is compared with."""
 
 
@@ -92,7 +92,7 @@ def sampling(
     name = passes.network.spec.architecture
     chain = sghmc(
         potential_gradient(passes.loss_and_grad, settings.chain_weight_decay / m),
-        passes.network.init(generator(seed, "chain", name, "init")),
+        initial_params(passes.network, settings.chain_init, generator(seed, "chain", name, "init")),
         _batches(
             images, labels, size, augment if settings.chain_augment else "none", generator(seed, "chain", name, "batch")
         ),
@@ -107,6 +107,14 @@ def sampling(
     for step, params in enumerate(islice(chain, last), 1):
         if step % (settings.chain_every * steps_per_epoch) == 0:
             yield params
+
+
+def initial_params(network: Network, std: float, source: torch.Generator) -> Params:
+    """Draw a chain's first parameters: every one from N(0, std^2), or the network's own initialisation for std 0."""
+    if not std:
+        return network.init(source)
+    draws = {name: torch.randn(shape, generator=source) for name, shape in network.shapes.items()}
+    return {name: (std * draw).to(network.device) for name, draw in draws.items()}
 
 
 class Scored(NamedTuple):

@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
     "trajectory_cache_gb": _NOT_NEGATIVE, "val_every": _NOT_NEGATIVE,
     "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
-    "chain_d": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
+    "chain_d": _NOT_NEGATIVE, "chain_init": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
     "chain_full_batch": _NOT_NEGATIVE, "momentum": _FRACTION, "chain_friction": _FRACTION, "validation": _FRACTION,
 }  # fmt: skip

@@ -228,8 +228,8 @@ POSITIVE = (
     "alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr", "placement_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_weight_decay", "inner_alpha", "weight_noise", "prefetch",
-    "step_deadline", "skip_stragglers",
+    "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_init", "chain_weight_decay", "inner_alpha", "weight_noise",
+    "prefetch", "step_deadline", "skip_stragglers",
 )  # fmt: skip
 FRACTION = ("momentum", "chain_friction", "validation")
 

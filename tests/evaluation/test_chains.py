@@ -256,7 +256,7 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
         expected = auroc(getattr(inside.uncertainty, name), getattr(outside.uncertainty, name))
         assert found[f"ood_auroc_{name}"] == expected
         assert expected != 0.5
-    assert found["batch_nll"] == batch_nll(inside.losses, 256)
+    assert found["batch_nll"] == batch_nll(inside.losses, 128)
     assert found["mean_sample_nll"] == inside.losses.mean().item()
     assert found["nll"] < found["batch_nll"] < found["mean_sample_nll"]
 
@@ -321,6 +321,25 @@ def test_the_prior_is_scaled_to_the_size_of_the_coreset(network, coreset: Pair):
     free, pulled = first(0.0), first(40.0)
     for name, value in start.items():
         torch.testing.assert_close(pulled[name] - free[name], -0.03 * 40 / 20 * value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_chain_starts_where_chain_init_says(network, coreset: Pair):
+    """Without steps, theta is the draw: N(0, .1^2) for every parameter, norms included, or that of the network."""
+    name = network.spec.architecture
+
+    def start(std, seed=0):
+        settings = replace(SETTINGS, chain_epochs=1, chain_every=1, chain_d=0.0, chain_eta=0.0, chain_init=std)
+        return posterior_samples(Passes(network), *coreset, settings, "none", seed=seed)[0]
+
+    assert same(start(0.0), network.init(generator(0, "chain", name, "init")))
+    drawn = start(0.1)
+    assert {name: value.shape for name, value in drawn.items()} == network.shapes
+    values = torch.cat([value.flatten() for value in drawn.values()])
+    assert values.mean().abs() < 4 * 0.1 / len(values) ** 0.5
+    assert values.std().item() == pytest.approx(0.1, rel=4 / (2 * len(values)) ** 0.5)
+    assert all(not torch.equal(value, torch.ones_like(value)) for value in drawn.values())
+    assert same(drawn, start(0.1))
+    assert not same(drawn, start(0.1, seed=1))
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from fbpc_ray.evaluation import chains
 FILE = Path(__file__).parents[2] / "jobs" / "calibrate_sghmc.py"
 FLAGS = {
     "data": "digits", "width": "8", "backend": "serial", "device": "cpu", "ipc": "1 10", "chain-epochs": "20 10",
-    "test-images": "50", "weight-decay": "0 0.1", "noise": "consistent", "dsa": "on off", "coresets": "1",
+    "test-images": "50", "grid": "prior=0,0.1 dsa=on,off", "coresets": "1",
 }  # fmt: skip
 
 
@@ -46,25 +45,25 @@ def job() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def out(job, tmp_path_factory) -> Path:
     """The file of a search that is done."""
-    path = tmp_path_factory.mktemp("calibration") / "rows.json"
+    path = tmp_path_factory.mktemp("calibration") / "rows.jsonl"
     job.calibrate(words(path))
     return path
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_every_row_is_the_chain_that_it_names(job, out, digits):
     """Eight chains, each with its settings, numbers and cause; one of them again by hand."""
-    found = json.loads(out.read_text())
-    rows = found["rows"]
-    settings = {(row["ipc"], row["weight_decay"], row["dsa"]) for row in rows}
-    assert settings == {(ipc, decay, dsa) for ipc in (1, 10) for decay in (0.0, 0.1) for dsa in ("on", "off")}
+    rows = rows_of(out)
+    settings = {(row["ipc"], row["prior"], row["dsa"]) for row in rows}
+    assert settings == {(ipc, prior, dsa) for ipc in (1, 10) for prior in ("0", "0.1") for dsa in ("on", "off")}
     assert {(row["ipc"], row["chain_epochs"], row["chain_every"]) for row in rows} == {(1, 20, 2), (10, 10, 1)}
-    (run,) = found["runs"]
-    assert run["versions"]["torch"]
-    assert run["device"]
-    assert run["commit"]
-    assert run["command"].startswith("jobs/calibrate_sghmc.py --data digits --width 8")
+    assert {(row["d"], row["eta"], row["init"], row["lineage_batch"]) for row in rows} == {("0.01", "0.03", "own", 128)}
+    assert all(row["torch"] and row["device"] and row["commit"] for row in rows)
 
-    (row,) = (row for row in rows if (row["ipc"], row["weight_decay"], row["dsa"]) == (10, 0.1, "off"))
+    (row,) = (row for row in rows if (row["ipc"], row["prior"], row["dsa"]) == (10, "0.1", "off"))
     config = job.Config().updated(data="digits", width=8, architectures=("convnet-in",))
     (spec,) = job.session.network_specs(config, digits)
     state, labels = initial_state(digits, 10, 0)
@@ -74,31 +73,53 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
     )
     chain = chains.Chain("x", spec, 0)
     expected = chains.values(chains.run_chain(shared, chain, "cpu"))
-    assert {name: row[name] for name in expected} == expected
+    names = ("accuracy", "nll", "batch_nll", "mean_sample_nll", "ece", "brier")
+    assert {name: row[name] for name in names} == {name: expected[name] for name in names}
 
 
 def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
-    """Nothing is run twice; what is missing is added, with what made it; another length is another row."""
+    """Nothing is run twice; missing rows are added, after a line that a kill cut off too; another length is new."""
     ran = []
     monkeypatch.setattr(job, "run_chain", lambda *each: ran.append(each) or chains.run_chain(*each))
-    path = tmp_path / "rows.json"
-    done = json.loads(out.read_text())
-    path.write_text(json.dumps({**done, "rows": done["rows"][:5]}))
+    path = tmp_path / "rows.jsonl"
+    lines = out.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])
     job.calibrate(words(path))
     assert len(ran) == 3
-    again = json.loads(path.read_text())
-    assert [row["run"] for row in again["rows"]] == [0] * 5 + [1] * 3
-    forget = ("seconds", "run")
-    assert [{k: v for k, v in row.items() if k not in forget} for row in again["rows"]] == [
-        {k: v for k, v in row.items() if k not in forget} for row in done["rows"]
-    ]
+    assert [{**row, "seconds": 0} for row in rows_of(path)] == [{**row, "seconds": 0} for row in rows_of(out)]
     before = path.read_bytes()
     job.calibrate([*words(path, coresets="2"), "--dry-run"])
     assert "8 of 16 chains" in capsys.readouterr().out
     assert path.read_bytes() == before
     job.calibrate(words(path, chain_epochs="10", ipc="1"))
     assert len(ran) == 3 + 4
-    assert len(json.loads(path.read_text())["rows"]) == 12
+    assert len(rows_of(path)) == 12
+    path.write_text('["no row"]\n')
+    with pytest.raises(UserError, match="expected one JSON object a line"):
+        job.calibrate(words(path))
+
+
+def settings(job, *grid: str, search: str = "product") -> list[str]:
+    return [job.name_of(setting) for setting in job.settings_of(job.Search(grid=grid, search=search))]
+
+
+def test_the_grid_is_a_product_or_one_at_a_time(job):
+    """The first value of a knob is the base; equal values are one; names leave out defaults."""
+    grid = ("d=0.01,0,1e-2", "eta=3e-2,9e-4m", "init=own,0.1")
+    assert settings(job, *grid) == [
+        "default", "init=0.1", "eta=0.0009m", "eta=0.0009m init=0.1",
+        "d=0", "d=0 init=0.1", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=0.1",
+    ]  # fmt: skip
+    assert settings(job, *grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=0.1"]
+
+
+def test_a_value_followed_by_m_grows_with_the_coreset(job):
+    """The lineage's step size is eps^2 m with eps .03: .009, .09 and .45 at ipc 1, 10 and 50."""
+    assert [job.value_of("eta", "0.0009m", m) for m in (10, 100, 500)] == pytest.approx([0.009, 0.09, 0.45])
+    assert job.value_of("prior", "0.05", 100) == 0.05
+    assert job.value_of("init", "own", 10) == 0.0
+    assert job.value_of("dsa", "off", 10) is False
+    assert job.value_of("noise", "gradient", 10) == "gradient"
 
 
 def test_a_row_is_on_disk_as_soon_as_its_chain_ends(job, tmp_path, monkeypatch):
@@ -113,8 +134,8 @@ def test_a_row_is_on_disk_as_soon_as_its_chain_ends(job, tmp_path, monkeypatch):
 
     monkeypatch.setattr(job, "run_chain", failing)
     with pytest.raises(KeyboardInterrupt):
-        job.calibrate(words(tmp_path / "rows.json"))
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+        job.calibrate(words(tmp_path / "rows.jsonl"))
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 2
 
 
 def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
@@ -125,84 +146,45 @@ def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
         for kind, name in (("x", "images"), ("y", "labels"))
     }
     np.savez(tmp_path / "few.npz", **arrays)
-    path = tmp_path / "out" / "rows.json"
-    few = words(path, data=f"npz:{tmp_path / 'few.npz'}", ipc="1", chain_epochs="2", dsa="off")
+    path = tmp_path / "out" / "rows.jsonl"
+    few = words(path, data=f"npz:{tmp_path / 'few.npz'}", ipc="1", chain_epochs="2", grid="dsa=off")
     job.calibrate(few)
     text = path.read_text().replace(str(path), "")
     assert str(tmp_path) not in text
     assert "npz:few.npz" in text
 
 
-def row(setting=("consistent", 0.0, "on"), ipc=1, coreset=0, **numbers: Any) -> dict[str, Any]:
-    noise, decay, dsa = setting
-    accuracy, nll = numbers.pop("accuracy", 0.163), numbers.pop("nll", 4.66)
-    return {
-        "noise": noise, "weight_decay": decay, "dsa": dsa, "ipc": ipc, "coreset": coreset, "chain_epochs": 1000,
-        "accuracy": accuracy, "nll": nll, "batch_nll": nll, "mean_sample_nll": nll, **numbers,
-    }  # fmt: skip
+def row(ipc: int = 1, coreset: int = 0, **changes: Any) -> dict[str, Any]:
+    setting = {"d": "0.01", "eta": "0.03", "prior": "0.05", "init": "own", "dsa": "on", "noise": "consistent"}
+    numbers = {"accuracy": 0.163, "nll": 4.66, "batch_nll": 4.66, "mean_sample_nll": 5.0, "ece": 0.2}
+    return {"ipc": ipc, "coreset": coreset, **setting, "friction": "0.1", **numbers, "seconds": 1.0, **changes}
 
 
-def test_the_misfit_is_its_formula(job):
-    """Two settings, two coresets, one ipc, by hand: log NLL and accuracy, the spread pooled over both settings."""
-    a, b = ("consistent", 0.005, "on"), ("gradient", 0.005, "on")
-    rows = [
-        row(a, accuracy=0.15, nll=4.0), row(a, coreset=1, accuracy=0.17, nll=5.0),
-        row(b, accuracy=0.13, nll=6.0), row(b, coreset=1, accuracy=0.19, nll=9.0),
-    ]  # fmt: skip
-    log_spread = (statistics.variance([math.log(4), math.log(5)]) + statistics.variance([math.log(6), math.log(9)])) / 2
-    spread = (statistics.variance([0.15, 0.17]) + statistics.variance([0.13, 0.19])) / 2
-    expected = {}
-    for setting, accuracy, nll in ((a, 0.16, math.sqrt(20)), (b, 0.16, math.sqrt(54))):
-        expected[setting] = (math.log(nll) - math.log(4.66)) ** 2 / (1.5 * log_spread + (0.03 / 4.66) ** 2)
-        expected[setting] += (accuracy - 0.163) ** 2 / (1.5 * spread + 0.0074**2)
-    found = {fit.setting[1:]: fit.misfit for fit in job.fits(rows, "nll")}
-    assert found == pytest.approx(expected)
-    assert [fit.setting for fit in job.fits(rows, "nll")] == [("sum", *a), ("sum", *b)]
+def test_the_distance_is_its_formula(job):
+    """Means over coresets in tolerances of 1.5 points and .15 nats, by hand; infinite where a chain diverged."""
+    cells = {
+        1: [row(accuracy=0.15, nll=4.0), row(coreset=1, accuracy=0.17, nll=5.0)],
+        10: [row(10, accuracy=0.3098, nll=3.28, batch_nll=2.98)],
+    }
+    terms = [(0.16 - 0.163) / 0.015, (4.5 - 4.66) / 0.15, -1.0, 2.0]
+    assert job.distance(cells, "nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
+    terms[1], terms[3] = 0.0, 0.0
+    assert job.distance(cells, "batch_nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
+    diverged = row(accuracy=None, nll=None, batch_nll=None, mean_sample_nll=None, ece=None)
+    assert job.distance({1: [row(), diverged]}, "nll") == math.inf
+    assert "| 1 of 2 |" in job.report([row(), diverged])
 
 
-def test_one_prior_on_the_mean_loss_is_a_weight_decay_that_grows_with_the_ipc(job):
-    """Rows of 0.05 at ipc 1 and of 0.5 at ipc 10 fit, each bad at the other: no setting of the sum does, the mean's
-    does, and the winner says both numbers. A row without prior is in one setting."""
-    rows = [
-        row(("gradient", decay, "on"), ipc, accuracy=job.PAPER[ipc].accuracy, nll=job.PAPER[ipc].nll * factor)
-        for ipc, decay, factor in ((1, 0.05, 1.0), (1, 0.5, 0.5), (10, 0.05, 2.0), (10, 0.5, 1.0))
-    ] + [row(("gradient", 0.0, "on"), ipc) for ipc in (1, 10)]
-    found = {fit.setting: fit.misfit for fit in job.fits(rows, "nll")}
-    assert next(iter(found)) == ("mean", "gradient", 0.05, "on")
-    assert found["mean", "gradient", 0.05, "on"] == pytest.approx(0)
-    assert {setting[:3] for setting in found} == {
-        ("mean", "gradient", 0.05), ("sum", "gradient", 0.05), ("sum", "gradient", 0.5), ("sum", "gradient", 0.0),
-    }  # fmt: skip
-    assert "winner: --chain-noise gradient --chain-weight-decay 0.05 / 0.5 (" in job.report(rows)
-
-
-def test_the_definition_that_fits_wins_and_a_setting_needs_every_ipc(job):
-    """By the NLL setting a is best, by the lineage's b is, and better, however bad by the other: b is named, with its
-    definition."""
-    a, b, c = ("consistent", 0.0, "on"), ("gradient", 0.005, "off"), ("gradient", 0.02, "on")
-    rows = []
-    for ipc, paper in ((1, 4.66), (10, 2.98)):
-        accuracy = job.PAPER[ipc].accuracy
-        rows += [row(a, ipc, accuracy=accuracy, nll=1.1 * paper, batch_nll=1.5 * paper)]
-        rows += [row(b, ipc, accuracy=accuracy, nll=0.5 * paper, batch_nll=paper)]
-    rows += [row(c, 1)]
-    assert [fit.setting for fit in job.fits(rows, "nll")] == [("sum", *a), ("sum", *b)]
-    text = job.report(rows)
-    assert "winner: --chain-noise gradient --chain-weight-decay 0.005 --no-chain-augment" in text
-    assert "by batch_nll" in text
-    (line,) = (line for line in text.splitlines() if line.startswith("| sum | gradient"))
-    assert "| 32.5 |" in line
-    assert "| 1.49 | 2.98 |" in line
-    assert "16.30" in text
-    assert "2.98" in text
-    assert job.report([row(c, 1), row(b, 10)]) == "no setting has rows at every ipc yet"
-
-
-def test_a_chain_that_diverged_is_last_and_said(job):
-    rows = [row(), row(coreset=1), row(("literal", 0.0, "on")), row(("literal", 0.0, "on"), coreset=1)]
-    rows[3] |= {"accuracy": None, "nll": None, "batch_nll": None, "mean_sample_nll": None}
-    assert [fit.misfit for fit in job.fits(rows, "nll")] == [pytest.approx(0), math.inf]
-    assert "| 1 of 2 |" in job.report(rows)
+def test_the_table_has_the_nearest_setting_first(job):
+    """By either NLL, settings with more ipc before others; the paper's numbers beside ours."""
+    rows = [row(accuracy=0.13), row(10, accuracy=0.31, nll=3.05, batch_nll=3.1)]
+    rows += [row(d="0", nll=9.0), row(10, d="0", accuracy=0.3248, nll=9.0, batch_nll=2.98)]
+    rows += [row(d="0.001")]
+    header, _, *lines = job.report(rows).strip().splitlines()
+    assert "accuracy % (paper 16.30)" in header
+    assert "NLL (paper 2.98)" in header
+    assert [line.split(" | ")[0] for line in lines] == ["| d=0", "| default", "| d=0.001"]
+    assert "| 1 | 32.5 | 9.00 | 2.98 | 5.00 | 0.200 |" in lines[0]
 
 
 def test_the_images_are_drawn_by_class_and_keep_their_order(job, digits):
@@ -221,10 +203,14 @@ def test_the_images_are_drawn_by_class_and_keep_their_order(job, digits):
         ("chain_epochs", "1 2 3", "--chain-epochs has 3 values"),
         ("coresets", "0", "--coresets is 0"),
         ("architectures", "convnet-in convnet-bn", "one network"),
-        ("weight_decay", "-1", "0 or more"),
+        ("test_images", "-1", "0 or more"),
+        ("grid", "eta=0", "--grid eta=0: expected a number above 0"),
+        ("grid", "prior=-1", "--grid prior=-1: expected a number of 0 or more"),
+        ("grid", "noise=loud", "consistent, gradient or literal"),
+        ("grid", "temperature=1", "--grid temperature=1: "),
     ],
 )
 def test_bad_flags_are_one_line(job, tmp_path, flag, value, message):
     with pytest.raises(UserError, match=message) as error:
-        job.calibrate(words(tmp_path / "rows.json", **{flag: value}))
+        job.calibrate(words(tmp_path / "rows.jsonl", **{flag: value}))
     assert "\n" not in str(error.value)
