@@ -114,7 +114,8 @@ def distill(
     Args:
         data: from `dataset`, or what that takes first.
         architectures: one network or several, distilled on at once; None: those of the preset, else convnet-in.
-        ipc: images a class.  method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | random (real images).
+        ipc: images a class.
+        method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | vbpc | frepo | random (real images).
         preset: a row of the paper's Table 4, or `digits`, which is small; `settings` change it.
         backend: serial, or ray: a worker for each network, here or on the cluster at `address`.
         log: is told what happens.  on_step: is called after each step with its metrics and its number.

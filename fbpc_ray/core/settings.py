@@ -66,9 +66,10 @@ class Experts:
 class Distillation:
     """Algorithm 1. Letters are the paper's."""
 
-    method: Literal["fbpc", "fbpc-isotropic", "bpc-fkl", "bpc-rkl", "bpc-w", "random"] = "fbpc"
+    method: Literal["fbpc", "fbpc-isotropic", "bpc-fkl", "bpc-rkl", "bpc-w", "vbpc", "frepo", "random"] = "fbpc"
     """fbpc | fbpc-isotropic (Psi = I, no K steps) | the weight-space baselines bpc-fkl, bpc-rkl, bpc-w, whose defaults
-    are those of their own paper | random (real images, nothing is learned)."""
+    are those of their own paper | vbpc, frepo (a last layer in closed form; no experts, learned labels) | random (real
+    images, nothing is learned)."""
     ipc: int = 1
     """Images a class; m = ipc x classes."""
     steps: int = 1000
@@ -105,7 +106,7 @@ class Distillation:
     lambda_u: float = 0.01
     """lambda_u: learning rate of the K steps on the pseudocoreset [Table 4]."""
     real_batch_size: int = 256
-    """Real images a step of the K steps [method]."""
+    """Real images a step of the K steps; vbpc, frepo: real images of a gradient [method]."""
     mc_samples: int = 30
     """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
     syn_steps: int = 50
@@ -118,7 +119,29 @@ class Distillation:
     """bpc-fkl, bpc-rkl: standard deviation of the weights under q_x and q_u, Eq. 6."""
     draws_per_step: int = 1
     """M: independent draws of (theta_x, theta_u) for each architecture and step, whose gradients are averaged [paper:
-    1]; more use more workers."""
+    1]; vbpc, frepo: networks of the pool that a step uses. More use more workers."""
+    image_lr: float = 0.003
+    """vbpc, frepo: Adam learning rate of the pixels, in normalised pixel space [tuned]."""
+    label_lr: float = 0.01
+    """vbpc, frepo: Adam learning rate of the soft labels, logits; 0: the labels stay as they begin [tuned]."""
+    label_scale: float = 1.0
+    """vbpc, frepo: soft labels begin at this times (one-hot - 1/classes), logits [tuned]."""
+    ridge: float = 0.01
+    """lambda, to which an eigenvalue of the kernel phi . phi' / h is compared. vbpc: rho x variance of the noise of the
+    targets [tuned]; frepo: a share of the mean of |phi|^2 / h over the coreset [FRePo: 1e-6]."""
+    precision: float = 1.0
+    """vbpc: rho, the precision of the Gaussian prior of a weight of the last layer."""
+    kl_weight: float = 1.0
+    """vbpc: weight of KL(q || prior) / number of real images; 1 gives the evidence bound."""
+    mirror: bool = True
+    """vbpc, frepo: add each image's mirror image to the coreset, and mirror half of the real images."""
+    pool_size: int = 10
+    """vbpc, frepo: networks in the pool of each architecture, also in the checkpoint [FRePo: 10]."""
+    pool_steps: int = 100
+    """vbpc, frepo: gradients after which a network of the pool is begun anew; each but the first follows one training
+    step on the coreset [FRePo: 100]."""
+    pool_lr: float = 0.0003
+    """vbpc, frepo: Adam learning rate of those steps [FRePo: 0.0003]."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
 

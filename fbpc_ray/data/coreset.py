@@ -1,7 +1,7 @@
-"""A pseudocoreset as plain data: its images, its fixed labels and what is needed to look at them.
+"""A pseudocoreset as plain data: its images, their labels and what is needed to look at them.
 
-One safetensors file holds one coreset: the tensors `images` and `labels`, and in the metadata the format version, the
-normalisation and the names of the classes as JSON. Nothing is pickled.
+One safetensors file holds one coreset: the tensors `images`, `labels` and, if labels were learned, `soft_labels`; and
+in the metadata the format version, the normalisation and the names of the classes as JSON. Nothing is pickled.
 """
 
 import json
@@ -28,13 +28,20 @@ class Coreset(NamedTuple):
     images: Tensor
     """(m, c, h, w) float32, normalised."""
     labels: Tensor
-    """(m,) int64."""
+    """(m,) int64: the class of each image; of learned soft labels, the class that it began as."""
     mean: tuple[float, ...]
     """(c,): pixels in 0..1 are images * std + mean."""
     std: tuple[float, ...]
     """(c,)."""
     classes: tuple[str, ...]
     """Label -> its name."""
+    soft_labels: Tensor | None = None
+    """(m, d) float32 logits, where labels were learned: softmax gives p(class | image)."""
+
+    @property
+    def likelihood_labels(self) -> Tensor:
+        """Labels as cross-entropy takes them: (m,) int64, or (m, d) float32 probabilities of soft labels."""
+        return self.labels if self.soft_labels is None else self.soft_labels.softmax(1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,7 +90,8 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
     wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
     if wrong:
         raise ValueError(f"not a coreset to save: {wrong}")
-    tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in ("images", "labels")}
+    names = ("images", "labels") if coreset.soft_labels is None else ("images", "labels", "soft_labels")
+    tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in names}
     return _ordered(to_bytes(tensors, {**(metadata or {}), **own}))
 
 
@@ -111,7 +119,8 @@ def load(path: Place) -> Coreset:
         with storage.local(path) as near, safe_open(near, framework="pt") as file:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
-        coreset = Coreset(images, labels, *_facts(facts))
+            soft = file.get_tensor("soft_labels").clone() if "soft_labels" in file.keys() else None  # noqa: SIM118
+        coreset = Coreset(images, labels, *_facts(facts), soft)
         if wrong := problem(coreset):
             raise ValueError(wrong)
         return coreset
@@ -150,8 +159,8 @@ def _ordered(data: bytes) -> bytes:
 
 
 def problem(coreset: Coreset) -> str | None:
-    """Why these five things do not belong together, or None."""
-    images, labels, mean, std, classes = coreset
+    """Why these things do not belong together, or None."""
+    images, labels, mean, std, classes, soft_labels = coreset
     if images.dtype != torch.float32 or images.ndim != 4 or not images.numel():
         return f"images are {images.dtype} {tuple(images.shape)}, expected float32 (m, c, h, w)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -160,6 +169,10 @@ def problem(coreset: Coreset) -> str | None:
         return "some pixels are not finite"
     if wrong := _problem_of_facts(mean, std, classes, images.shape[1]):
         return wrong
+    if soft_labels is not None:
+        shape = len(images), len(classes)
+        if soft_labels.dtype != torch.float32 or soft_labels.shape != shape or not soft_labels.isfinite().all():
+            return f"soft labels are {soft_labels.dtype} {tuple(soft_labels.shape)}, expected finite float32 {shape}"
     if labels.min() < 0 or labels.max() >= len(classes):
         return f"labels from {int(labels.min())} to {int(labels.max())}, but {len(classes)} classes"
     return None

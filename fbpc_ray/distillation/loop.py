@@ -22,6 +22,7 @@ from fbpc_ray.distillation.state import (
     gradient_tasks,
     keep_solutions,
     update,
+    update_by_adam,
 )
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.inference.solution import SolverStatus
@@ -85,10 +86,13 @@ def take_step(settings: Distillation, architectures: Sequence[str], state: State
         if gradient is not None
     ]
     check_gradients([name for name, _, _ in gradients], [gradient for _, _, gradient in gradients], state.step)
-    after = update(
-        state, combine(tasks, answers),
-        alpha=settings.alpha, momentum=settings.momentum, inner_alpha=settings.inner_alpha,
-    )  # fmt: skip
+    combined = combine(tasks, answers)
+    if state.soft_labels is not None:
+        after = update_by_adam(state, combined, image_lr=settings.image_lr, label_lr=settings.label_lr)
+    else:
+        after = update(
+            state, combined, alpha=settings.alpha, momentum=settings.momentum, inner_alpha=settings.inner_alpha
+        )
     check_state(after)
     after = keep_solutions(after, state.step, tasks, answers, settings)
     seconds = time.perf_counter() - start

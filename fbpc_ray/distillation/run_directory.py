@@ -32,7 +32,9 @@ REMEMBERED = 16
 
 
 _SOLUTION = "solution/"
-"""How the names of MAP solutions begin in a checkpoint."""
+"""How the names of MAP solutions, and of the networks of a pool, begin in a checkpoint."""
+_MOMENT = "moment/"
+"""How the names of Adam's other moments begin."""
 
 
 class RunDirectory(Generic[Where]):
@@ -77,6 +79,9 @@ class RunDirectory(Generic[Where]):
         inner = torch.tensor([state.inner_lr, state.inner_velocity], dtype=torch.float64)
         tensors = {"images": state.images, "velocity": state.velocity, "inner": inner}
         tensors |= {f"{_SOLUTION}{name}": value for name, value in state.solutions.items()}
+        tensors |= {f"{_MOMENT}{name}": value for name, value in state.moments.items()}
+        if state.soft_labels is not None:
+            tensors["soft_labels"] = state.soft_labels
         files.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
@@ -86,11 +91,12 @@ class RunDirectory(Generic[Where]):
         try:
             with storage.local(self.state_path) as path, safetensors.safe_open(path, "pt") as file:
                 images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
-                solutions = {
-                    name.removeprefix(_SOLUTION): file.get_tensor(name)
-                    for name in file.keys()  # noqa: SIM118  it is no dict
-                    if name.startswith(_SOLUTION)
-                }
+                names = list(file.keys())
+                solutions, moments = (
+                    {name.removeprefix(start): file.get_tensor(name) for name in names if name.startswith(start)}
+                    for start in (_SOLUTION, _MOMENT)
+                )
+                soft_labels = file.get_tensor("soft_labels") if "soft_labels" in names else None
                 step = int(file.metadata()["step"])
             shape = (len(labels), *image_shape)
             if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
@@ -100,7 +106,9 @@ class RunDirectory(Generic[Where]):
             raise UserError(
                 f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
             ) from None
-        return State(step, images, velocity, *inner.tolist(), solutions=solutions), rows
+        inner_lr, inner_velocity = inner.tolist()
+        state = State(step, images, velocity, inner_lr, inner_velocity, solutions, soft_labels, moments)
+        return state, rows
 
     def remember(self, step: int, images: Tensor) -> None:
         """Add `images` (k, c, h, w) uint8, as they are after `step`, to those of earlier steps; what is there of this

@@ -1,7 +1,7 @@
 """The driver's state between two steps, and Algorithm 1's last line: the sum over architectures moves the images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,11 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import warm_start
+from fbpc_ray.distillation import network_pool, warm_start
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.warm_start import Solutions
+from fbpc_ray.inference.adam import AdamState, adam_step
+from fbpc_ray.inference.last_layer import one_hot_targets
 from fbpc_ray.inference.solution import SolverStatus
 
 
@@ -42,13 +44,17 @@ class State(NamedTuple):
     images: Tensor
     """u: (m, c, h, w) float32, normalised, on the CPU."""
     velocity: Tensor
-    """Momentum of the pixels' SGD, of the shape of `images`."""
+    """Momentum of the pixels' SGD, or the first moment of their Adam, of the shape of `images`."""
     inner_lr: float
     """Learning rate of the SGD steps on u in weight-space methods; bpc-w learns it."""
     inner_velocity: float = 0.0
     """Momentum of `inner_lr`."""
     solutions: Solutions = {}  # noqa: RUF012  a Mapping: nobody changes it
-    """MAP solutions at which later solves start (warm starts)."""
+    """MAP solutions at which later solves start (warm starts), or the networks of the pool (vbpc, frepo)."""
+    soft_labels: Tensor | None = None
+    """(m, d) float32 logits, centred, for methods that learn them, on the CPU."""
+    moments: Mapping[str, Tensor] = {}
+    """Other moments of Adam: images/second, labels/first, labels/second."""
 
 
 def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, Tensor]:
@@ -58,6 +64,11 @@ def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) 
     return State(0, images, torch.zeros_like(images), inner_lr), labels
 
 
+def with_soft_labels(state: State, labels: Tensor, classes: int, scale: float) -> State:
+    """Add the soft labels with which vbpc and frepo begin: `scale` times (one-hot - 1/classes)."""
+    return state._replace(soft_labels=one_hot_targets(labels, classes, scale))
+
+
 class SummedGradient(NamedTuple):
     """The gradient of one architecture, averaged over its draws."""
 
@@ -65,6 +76,8 @@ class SummedGradient(NamedTuple):
     """(m, c, h, w) float32."""
     inner_lr: float = 0.0
     """With respect to the inner learning rate."""
+    soft_labels: Tensor | None = None
+    """(m, d) float32, where the method learns them."""
 
 
 def combine(tasks: Sequence[GradientTask], gradients: Sequence[Gradient | None]) -> list[SummedGradient]:
@@ -88,7 +101,12 @@ def _scaled_sum(gradients: list[Gradient], factor: float) -> SummedGradient:
     total = gradients[0].value
     for gradient in gradients[1:]:
         total = total + gradient.value
-    return SummedGradient(total * factor, sum(gradient.inner_lr for gradient in gradients) * factor)
+    by_labels = None
+    for gradient in gradients:
+        if gradient.soft_labels is not None:
+            by_labels = gradient.soft_labels if by_labels is None else by_labels + gradient.soft_labels
+    inner_lr = sum(gradient.inner_lr for gradient in gradients) * factor
+    return SummedGradient(total * factor, inner_lr, None if by_labels is None else by_labels * factor)
 
 
 def update(
@@ -109,14 +127,42 @@ def update(
     )  # fmt: skip
 
 
+def update_by_adam(state: State, gradients: Sequence[SummedGradient], *, image_lr: float, label_lr: float) -> State:
+    """Sum the gradients of the architectures in the given order, and move images and soft labels by Adam.
+
+    The gradients must have parts for the soft labels; those are centred after the step: softmax ignores a constant.
+    """
+    assert state.soft_labels is not None
+    by_images, by_labels = torch.zeros_like(state.images), torch.zeros_like(state.soft_labels)
+    for gradient in gradients:
+        assert gradient.soft_labels is not None
+        by_images, by_labels = by_images + gradient.value, by_labels + gradient.soft_labels
+
+    def moment(name: str, like: Tensor) -> Tensor:
+        return state.moments.get(name, torch.zeros_like(like))
+
+    images = AdamState(state.images, state.velocity, moment("images/second", state.images), state.step)
+    images = adam_step(images, by_images, image_lr)
+    first, second = (moment(f"labels/{name}", by_labels) for name in ("first", "second"))
+    labels = AdamState(state.soft_labels, first, second, state.step)
+    labels = adam_step(labels, by_labels, label_lr)
+    return state._replace(
+        step=state.step + 1, images=images.value, velocity=images.first,
+        soft_labels=labels.value - labels.value.mean(1, keepdim=True) if label_lr else state.soft_labels,
+        moments={"images/second": images.second, "labels/first": labels.first, "labels/second": labels.second},
+    )  # fmt: skip
+
+
 def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient], step: int) -> None:
     """Raise UserError for a gradient that is not finite."""
     for name, gradient in zip(architectures, gradients, strict=True):
         status = gradient.stats.map_status
         finite = torch.isfinite(gradient.value).all() and math.isfinite(gradient.inner_lr)
+        pooled = gradient.soft_labels is not None
         if status == SolverStatus.NONFINITE or not finite:
             solve = f" (MAP {status}, loss {gradient.stats.map_loss:g})" if status else ""
             flags = "--alpha, --lambda-x or --lambda-u" if status else "--alpha or --inner-lr"
+            flags = "--image-lr or --label-lr, or raise --ridge" if pooled else flags
             raise UserError(
                 f"non-finite loss at step {step + 1} on {name}{solve}: lower {flags}; the last checkpoint is kept"
             )
@@ -125,7 +171,8 @@ def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient],
 def check_state(state: State) -> None:
     """Raise UserError for values that the next step can't start from."""
     if not torch.isfinite(state.images).all():
-        raise UserError(f"non-finite pixels after step {state.step}: lower --alpha; the last checkpoint is kept")
+        flag = "--alpha" if state.soft_labels is None else "--image-lr"
+        raise UserError(f"non-finite pixels after step {state.step}: lower {flag}; the last checkpoint is kept")
     if state.inner_velocity and not state.inner_lr > 0:
         raise UserError(
             f"the learned inner learning rate is {state.inner_lr:g} after step {state.step}: lower --inner-alpha; "
@@ -133,8 +180,19 @@ def check_state(state: State) -> None:
         )
 
 
+def labels_of(state: State) -> np.ndarray | None:
+    """Return the soft labels as an array, (m, d), for methods that learn them."""
+    return None if state.soft_labels is None else state.soft_labels.numpy()
+
+
 def map_start(state: State, task: GradientTask, settings: Distillation) -> np.ndarray | None:
-    """Return where the task's MAP solve starts in the next step: (P,), or None for a draw of the prior."""
+    """Return where the task's MAP solve starts in the next step: (P,), or None for a draw of the prior.
+
+    For methods with a pool it is the network of the task's slot.
+    """
+    if settings.method in network_pool.METHODS:
+        member = state.solutions.get(_pool_name(task, state.step, settings))
+        return None if member is None else member.numpy()
     if settings.map_init == "prior":
         return None
     start = warm_start.begun_at(state.solutions, *task, state.step, settings.warm_pool_size, settings.warm_pool_uses)
@@ -148,11 +206,19 @@ def keep_solutions(
     gradients: Sequence[Gradient | None],
     settings: Distillation,
 ) -> State:
-    """Add the MAP solutions of the gradients of `step` to `state`, if later solves start at earlier ones."""
-    if settings.map_init == "prior":
+    """Add the MAP solutions of the gradients of `step` to `state`, if later solves start at earlier ones.
+
+    For methods with a pool, put its networks back.
+    """
+    if settings.method in network_pool.METHODS:
+        names = [_pool_name(task, step, settings) for task in tasks]
+    elif settings.map_init == "warm":
+        names = [warm_start.name(*task, step, settings.warm_pool_size) for task in tasks]
+    else:
         return state
-    solutions = [
-        (warm_start.name(*task, step, settings.warm_pool_size), gradient.solution if gradient else None)
-        for task, gradient in zip(tasks, gradients, strict=True)
-    ]
-    return state._replace(solutions=warm_start.remembered(state.solutions, solutions))
+    solutions = [gradient.solution if gradient else None for gradient in gradients]
+    return state._replace(solutions=warm_start.remembered(state.solutions, list(zip(names, solutions, strict=True))))
+
+
+def _pool_name(task: GradientTask, step: int, settings: Distillation) -> str:
+    return network_pool.name(task.architecture, network_pool.slot(settings, step, task.draw))

@@ -18,7 +18,7 @@ from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.methods import bpc, fbpc
+from fbpc_ray.distillation.methods import bpc, fbpc, vbpc
 from fbpc_ray.distillation.methods.common import ExpertSide, Gradient, GradientContext, GradientStats, Method
 from fbpc_ray.distillation.state import GradientTask, State
 from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
@@ -32,11 +32,23 @@ METHODS: dict[str, Method] = {
     "bpc-fkl": bpc.forward,
     "bpc-rkl": bpc.reverse,
     "bpc-w": bpc.distance,
+    "vbpc": vbpc.gradient,
+    "frepo": vbpc.gradient,
 }
 """Values of `--method`, beside `random`, which learns nothing."""
 
 EXPERT_SIDES: dict[str, ExpertSide] = {"fbpc": fbpc.expert_side}
 """Methods whose gradient has a costly part that does not depend on u; the gradient takes it as `expert_side`."""
+
+
+class GradientArrays(NamedTuple):
+    """A `Gradient` with numpy arrays."""
+
+    value: np.ndarray
+    stats: GradientStats
+    inner_lr: float = 0.0
+    solution: np.ndarray | None = None
+    soft_labels: np.ndarray | None = None
 
 
 class WorkerArguments(NamedTuple):
@@ -129,16 +141,26 @@ class Worker:
         inner_lr: float,
         expert_side: np.ndarray | None = None,
         start: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, GradientStats, float, np.ndarray | None]:
-        """Return the parts of a `Gradient` as numpy arrays, which travel between processes without a copy.
-        `expert_side`: from the method of that name, where it was computed ahead; `start`: from `map_start`."""
-        optional = {"expert_side": expert_side, "start": start}
+        soft_labels: np.ndarray | None = None,
+    ) -> GradientArrays:
+        """Return a `Gradient` as numpy arrays, which travel between processes without a copy.
+
+        Args:
+            expert_side: from the method of that name, where it was computed ahead.
+            start: from `map_start`.
+            soft_labels: (m, d), where the method learns them.
+        """
+        labels = None if soft_labels is None else torch.tensor(soft_labels, device=self.device)
+        optional = {"expert_side": expert_side, "start": start, "soft_labels": labels}
         with torch_threads(self.threads):
-            gradient, stats, inner_lr_gradient, solution = METHODS[self.settings.method](
+            gradient = METHODS[self.settings.method](
                 self._context(task), step, torch.tensor(images, device=self.device), inner_lr,
                 **{name: value for name, value in optional.items() if value is not None},
             )  # fmt: skip
-        return gradient.numpy(), stats, inner_lr_gradient, None if solution is None else solution.numpy()
+        return GradientArrays(
+            gradient.value.numpy(), gradient.stats, gradient.inner_lr, _array(gradient.solution),
+            _array(gradient.soft_labels),
+        )  # fmt: skip
 
     def expert_side(self, task: GradientTask, step: int) -> tuple[None, np.ndarray]:
         """Compute what `gradient` needs for `task` at `step` whatever the images are.
@@ -157,6 +179,10 @@ class Worker:
         if index not in self.passes:
             self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled)
         return GradientContext(
-            self.passes[index], self.stores[index], self.real, self.labels, self.settings, self.augment,
-            self.expert_count, task.draw, self.trajectory_cache,
+            self.passes[index], self.stores[index] if self.stores else None, self.real, self.labels, self.settings,
+            self.augment, self.expert_count, task.draw, self.trajectory_cache,
         )  # fmt: skip
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.numpy()

@@ -4,22 +4,23 @@ import os
 import platform
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.threads import torch_threads
-from fbpc_ray.distillation.methods.common import Gradient, GradientStats
-from fbpc_ray.distillation.state import GradientTask, State, map_start
-from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
+from fbpc_ray.distillation.methods.common import Gradient
+from fbpc_ray.distillation.state import GradientTask, State, labels_of, map_start
+from fbpc_ray.distillation.worker import GradientArrays, Worker, WorkerGroupSpec
 
 
-def gradient_of(answer: tuple[np.ndarray, GradientStats, float, np.ndarray | None]) -> Gradient:
+def gradient_of(answer: GradientArrays) -> Gradient:
     """Rebuild the `Gradient` that `Worker.gradient` returned as arrays."""
-    value, stats, inner_lr, solution = answer
-    return Gradient(torch.from_numpy(value), stats, inner_lr, None if solution is None else torch.from_numpy(solution))
+    solution, soft_labels = (
+        None if array is None else torch.from_numpy(array) for array in (answer.solution, answer.soft_labels)
+    )
+    return Gradient(torch.from_numpy(answer.value), answer.stats, answer.inner_lr, solution, soft_labels)
 
 
 class Serial:
@@ -48,7 +49,9 @@ class Serial:
         gradients: list[Gradient | None] = []
         for task in self.tasks:
             start = map_start(state, task, self.worker.settings)
-            answer = self.worker.gradient(task, state.step, state.images.numpy(), state.inner_lr, start=start)
+            answer = self.worker.gradient(
+                task, state.step, state.images.numpy(), state.inner_lr, start=start, soft_labels=labels_of(state)
+            )
             gradients.append(gradient_of(answer))
         return gradients
 

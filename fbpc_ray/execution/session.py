@@ -19,10 +19,11 @@ from fbpc_ray.data import datasets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import expert_store as expert_files
+from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
-from fbpc_ray.distillation.state import State, gradient_tasks, initial_state
+from fbpc_ray.distillation.state import State, gradient_tasks, initial_state, with_soft_labels
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import checks, functional
@@ -39,7 +40,7 @@ class Session:
     dataset: Dataset
     specs: list[Spec]
     stores: list[ExpertStore]
-    """The experts of each network; none for a method that learns nothing."""
+    """The experts of each network; none for a method without experts."""
 
     @property
     def num_steps(self) -> int:
@@ -50,7 +51,10 @@ class Session:
     def initial(self) -> tuple[State, Tensor]:
         """The state before step 1, and the labels (m,)."""
         d = self.config.distillation
-        return initial_state(self.dataset, d.ipc, d.seed, d.inner_lr)
+        state, labels = initial_state(self.dataset, d.ipc, d.seed, d.inner_lr)
+        if d.method in network_pool.METHODS:
+            state = with_soft_labels(state, labels, len(self.dataset.classes), d.label_scale)
+        return state, labels
 
     @property
     def labels(self) -> Tensor:
@@ -59,10 +63,12 @@ class Session:
     def coreset(self, state: State) -> Coreset:
         """Return the pseudocoreset of `state`."""
         data = self.dataset
-        return Coreset(state.images, self.labels, data.mean, data.std, data.classes)
+        return Coreset(state.images, self.labels, data.mean, data.std, data.classes, state.soft_labels)
 
     def train_experts(self, workers: TaskRunner, log: Log) -> None:
-        """Train the trajectories that are missing."""
+        """Train the trajectories that are missing; none for a method without experts."""
+        if not self.stores:
+            return
         count = self.config.experts.expert_count
         train_missing_experts(self.stores, self.specs, count, self.dataset, workers, log)
 
@@ -86,13 +92,18 @@ def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Se
     """
     dataset = load_data(config, log) if dataset is None else dataset
     specs = network_specs(config, dataset)
-    stores = [expert_store(config, dataset, spec) for spec in specs] if num_steps(config) else []
+    stores = [expert_store(config, dataset, spec) for spec in specs] if uses_experts(config) else []
     return Session(config, dataset, specs, stores)
 
 
 def num_steps(config: Config) -> int:
     """Return the steps of a distillation; 0 for a method that learns nothing."""
     return 0 if config.distillation.method == "random" else config.distillation.steps
+
+
+def uses_experts(config: Config) -> bool:
+    """Return whether the method compares u with experts."""
+    return config.distillation.method not in ("random", *network_pool.METHODS)
 
 
 def load_data(config: Config, log: Log) -> Dataset:
@@ -152,7 +163,7 @@ tens of seconds that each pass takes to compile."""
 def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log: Log = lambda line: None) -> bool:
     """Whether the passes of a distillation are compiled."""
     d, x = config.distillation, config.workers
-    if x.compiled == "off" or x.device == "cuda":
+    if x.compiled == "off" or x.device == "cuda" or d.method in network_pool.METHODS:
         return False
     if x.compiled == "auto":
         m = min(d.batch_size, d.ipc * len(dataset.classes))

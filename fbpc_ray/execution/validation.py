@@ -5,6 +5,7 @@ from typing import Any
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.bpc import AHEAD
 from fbpc_ray.distillation.methods.common import expert_epochs
 from fbpc_ray.models import registry
@@ -25,6 +26,9 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gpus_per_actor": _NOT_NEGATIVE, "placement_timeout": _POSITIVE, "prefetch": _NOT_NEGATIVE,
     "trajectory_cache_gb": _NOT_NEGATIVE, "val_every": _NOT_NEGATIVE,
     "step_deadline": _NOT_NEGATIVE, "skip_stragglers": _NOT_NEGATIVE, "draws_per_step": _COUNT,
+    "image_lr": _POSITIVE, "label_lr": _NOT_NEGATIVE, "label_scale": _POSITIVE, "ridge": _POSITIVE,
+    "precision": _POSITIVE, "kl_weight": _NOT_NEGATIVE, "pool_size": _COUNT, "pool_steps": _COUNT,
+    "pool_lr": _POSITIVE,
     "chain_d": _NOT_NEGATIVE, "chain_init": _NOT_NEGATIVE, "chain_weight_decay": _NOT_NEGATIVE,
     "inner_alpha": _NOT_NEGATIVE, "weight_noise": _NOT_NEGATIVE,
     "chain_full_batch": _NOT_NEGATIVE, "momentum": _FRACTION, "chain_friction": _FRACTION, "validation": _FRACTION,
@@ -63,7 +67,13 @@ def check(config: Config) -> None:
         raise UserError(f"--val-every {flat['val_every']} looks at the validation split: add --validation 0.1")
     canonical(config)
     method = config.distillation.method
-    if method != "random":
+    if method in network_pool.METHODS:
+        if flat["draws_per_step"] > flat["pool_size"]:
+            raise UserError(
+                f"--draws-per-step {flat['draws_per_step']}: {method} draws networks of the pool without replacement; "
+                "raise --pool-size to it, or lower it"
+            )
+    elif method != "random":
         expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
     if method == "bpc-rkl" and flat["mc_samples"] < 2:
         raise UserError("--mc-samples is 1: the covariance of bpc-rkl needs 2 or more draws")

@@ -20,7 +20,7 @@ class AdamState(NamedTuple):
     """m, of the shape of `value`."""
     second: Tensor
     """v, of the shape of `value`."""
-    count: int = 0
+    steps: int = 0
     """t: steps so far."""
 
 
@@ -31,8 +31,8 @@ def adam_start(value: Tensor) -> AdamState:
 
 def adam_step(state: AdamState, gradient: Tensor, learning_rate: float) -> AdamState:
     """Take one step; `state` is left as it is."""
-    count = state.count + 1
+    steps = state.steps + 1
     first = BETA_1 * state.first + (1 - BETA_1) * gradient
     second = BETA_2 * state.second + (1 - BETA_2) * gradient.square()
-    scale = (second / (1 - BETA_2**count)).sqrt() + EPSILON
-    return AdamState(state.value - (learning_rate / (1 - BETA_1**count)) * first / scale, first, second, count)
+    scale = (second / (1 - BETA_2**steps)).sqrt() + EPSILON
+    return AdamState(state.value - (learning_rate / (1 - BETA_1**steps)) * first / scale, first, second, steps)

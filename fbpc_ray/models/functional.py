@@ -47,6 +47,40 @@ class Network:
         """Logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of these images."""
         return functional_call(self._training, params, (images,))
 
+    def features(self, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (b, h), which the last linear layer takes, and logits (b, d); BatchNorm as in `forward`.
+
+        Raises UserError for a network that doesn't end in a linear layer.
+        """
+        return self._features(self._training, params, images)
+
+    @torch.no_grad()
+    def predict_features(self, params: Params, statistics: Params, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`features`, each image on its own: BatchNorm uses `statistics`."""
+        return self._features(self._predicting, {**params, **statistics}, images)
+
+    def _features(self, module: nn.Module, tensors: Params, images: Tensor) -> tuple[Tensor, Tensor]:
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs.append(arguments[0])
+            outputs.append(output)
+
+        handles = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            logits = functional_call(module, tensors, (images,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not outputs or outputs[-1] is not logits or inputs[-1].ndim != 2:
+            raise UserError(
+                f"--architectures {self.spec.architecture}: its logits are not the output of a linear layer, which "
+                "last-layer inference and --method vbpc and frepo need; end it in nn.Linear, or take another method"
+            )
+        return inputs[-1], logits
+
     @torch.no_grad()
     def statistics(self, params: Params, batches: Iterable[Tensor]) -> Params:
         """Buffers for `predict`: BatchNorm's mean and variance over `batches` of images, averaged; else empty."""

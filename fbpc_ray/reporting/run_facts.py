@@ -16,6 +16,8 @@ METHODS = {
     "bpc-fkl": "BPC-fKL: forward KL of weight-space posteriors",
     "bpc-rkl": "BPC-rKL: reverse KL of weight-space posteriors",
     "bpc-w": "BPC-W: Wasserstein distance of weight-space posteriors",
+    "vbpc": "VBPC: a Bayesian last layer in closed form, on a pool of networks; learned labels, no experts",
+    "frepo": "FRePo: ridge regression on the features of a pool of networks; learned labels, no experts",
     "random": "random real images, nothing is learned",
 }
 

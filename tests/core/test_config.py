@@ -191,7 +191,8 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
-        "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
+        "compiled", "map_init", "warm_pool_size", "warm_pool_uses", "image_lr", "label_lr", "label_scale", "ridge",
+        "precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 

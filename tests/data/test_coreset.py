@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.coreset import Coreset, balanced, load, metadata, save
+from fbpc_ray.data.coreset import Coreset, balanced, dumps, load, metadata, save
 
 NAMES = ("cat", "dog", "ship")
 
@@ -79,13 +79,32 @@ def test_more_images_than_a_class_has_are_refused():
 # The file
 
 
+def test_soft_labels_come_back_to_the_bit_and_are_probabilities_for_a_likelihood(tmp_path):
+    hard = coreset()
+    assert torch.equal(hard.likelihood_labels, hard.labels)
+    logits = torch.randn(len(hard.labels), len(hard.classes), generator=generator(1))
+    save(hard._replace(soft_labels=logits), tmp_path / "soft.safetensors")
+    back = load(tmp_path / "soft.safetensors")
+    assert back.soft_labels is not None and torch.equal(back.soft_labels, logits)
+    assert torch.equal(back.labels, hard.labels)
+    torch.testing.assert_close(back.likelihood_labels, logits.exp() / logits.exp().sum(1, keepdim=True))
+
+
+def test_soft_labels_of_another_shape_type_or_that_are_not_finite_are_refused():
+    hard = coreset()
+    good = torch.zeros(len(hard.labels), len(hard.classes))
+    for bad in (good[:, :-1], good[1:], good.double(), good + torch.inf):
+        with pytest.raises(ValueError, match="soft labels are"):
+            dumps(hard._replace(soft_labels=bad))
+
+
 def test_a_coreset_comes_back_to_the_bit(tmp_path):
     saved, path = coreset(), tmp_path / "new" / "coreset.safetensors"
     save(saved._replace(images=saved.images.clone().requires_grad_()), path, {"commit": "abc", "ipc": "2"})
     back = load(path)
     assert back.images.dtype == torch.float32 and torch.equal(back.images, saved.images)
     assert back.labels.dtype == torch.int64 and torch.equal(back.labels, saved.labels)
-    assert back[2:] == saved[2:] and all(isinstance(value, tuple) for value in back[2:])
+    assert back[2:] == saved[2:] and all(isinstance(value, tuple) for value in back[2:5])
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["commit"] == "abc" and file.metadata()["ipc"] == "2"

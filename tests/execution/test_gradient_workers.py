@@ -14,7 +14,7 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.distillation.methods.common import GradientStats
 from fbpc_ray.distillation.state import GradientTask, State, gradient_tasks
-from fbpc_ray.distillation.worker import WorkerArguments, WorkerGroupSpec
+from fbpc_ray.distillation.worker import GradientArrays, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution.ray.gradient_workers import GradientWorkers
 from fbpc_ray.execution.ray.mapping import map_on_pool
 from fbpc_ray.execution.ray.scheduling import ExpertSideKey
@@ -53,12 +53,12 @@ class Fleet:
         if method == "expert_side":
             seconds = self.expert_side_seconds
             return (1.0, seconds) if isinstance(seconds, BaseException) else (seconds, None)
-        task, step, images, _, expert_side, _ = arguments
+        task, step, images, _, expert_side, _, _ = arguments
         self.used.append((task, step, expert_side is not None))
         seconds = self.seconds(task, step)
         if isinstance(seconds, BaseException):
             return 1.0, seconds
-        return seconds, (np.full(images.shape, value_of(task, step), np.float32), GradientStats(loss=0.0), 0.0, None)
+        return seconds, GradientArrays(np.full(images.shape, value_of(task, step), np.float32), GradientStats(loss=0.0))
 
     def step(self, step: int) -> list[float | None]:
         """Return the values of the gradients of a step; None for a skipped one."""

@@ -14,7 +14,7 @@ def test_steps_are_those_of_torch():
         theirs.grad = torch.randn(5, generator=source)
         ours = adam_step(ours, theirs.grad, 0.03)
         optimizer.step()
-    assert ours.count == 20
+    assert ours.steps == 20
     torch.testing.assert_close(ours.value, theirs.detach(), rtol=1e-6, atol=1e-6)
 
 

@@ -61,7 +61,8 @@ class GradientContext(NamedTuple):
     """What a worker holds between two steps: one architecture, its experts, the data and the settings."""
 
     passes: Passes
-    store: ExpertStore
+    experts: ExpertStore | None
+    """None for a method that has none."""
     real: DeviceDataset
     labels: Tensor
     """(m,) int64: the pseudocoreset's, fixed."""
@@ -76,6 +77,11 @@ class GradientContext(NamedTuple):
     @property
     def network(self) -> Network:
         return self.passes.network
+
+    @property
+    def store(self) -> ExpertStore:
+        assert self.experts is not None, "this method has no experts"
+        return self.experts
 
     def rng(self, step: int, purpose: str) -> torch.Generator:
         """The stream of one purpose in one step, this architecture's and this draw's own."""
@@ -97,7 +103,10 @@ class Gradient(NamedTuple):
     inner_lr: float = 0.0
     """With respect to the inner learning rate, where the method learns it (bpc-w)."""
     solution: Tensor | None = None
-    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map-init warm`)."""
+    """(P,) float32, on the CPU: theta_u as one vector, where later solves begin at it (`--map-init warm`); vbpc, frepo:
+    the network of the pool (network_pool.dump)."""
+    soft_labels: Tensor | None = None
+    """(m, d) float32, on the CPU: with respect to the soft labels, where the method learns them."""
 
 
 Method = Callable[..., Gradient]

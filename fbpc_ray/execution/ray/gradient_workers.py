@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fbpc_ray.distillation.methods.common import Gradient
-from fbpc_ray.distillation.state import GradientTask, State, map_start
-from fbpc_ray.distillation.worker import WorkerGroupSpec
+from fbpc_ray.distillation.state import GradientTask, State, labels_of, map_start
+from fbpc_ray.distillation.worker import GradientArrays, WorkerGroupSpec
 from fbpc_ray.execution.ray import scheduling
 from fbpc_ray.execution.ray.scheduling import Durations, ExpertSideKey, GradientKey, LossCounter
 from fbpc_ray.execution.ray.worker_pool import Job, JobResult, WorkerPool
@@ -84,7 +84,7 @@ class GradientWorkers:
         start = map_start(state, task, self.group.worker.settings)
 
         def submit(actor: Any) -> Any:
-            return actor.gradient.remote(task, state.step, images, state.inner_lr, expert_side, start)
+            return actor.gradient.remote(task, state.step, images, state.inner_lr, expert_side, start, labels_of(state))
 
         return Job(GradientKey(task, state.step), submit, self._deadline(task), task.architecture)
 
@@ -108,9 +108,12 @@ class GradientWorkers:
                     self.expert_sides.pop(ExpertSideKey(task, step), None)
                     self._count_loss(task, step, result.lost)
                     return
-                value, stats, inner_lr, solution = result.value
-                solution = None if solution is None else solution.copy()  # Ray's arrays are views of its store
-                gradients[task] = gradient_of((value.copy(), stats, inner_lr, solution))
+                arrays: GradientArrays = result.value  # views of Ray's store: copied
+                parts = {
+                    name: None if part is None else part.copy()
+                    for name, part in (("solution", arrays.solution), ("soft_labels", arrays.soft_labels))
+                }
+                gradients[task] = gradient_of(arrays._replace(value=arrays.value.copy(), **parts))
                 self._durations.add(task, result.seconds)
 
     def _deadline(self, task: GradientTask) -> float:

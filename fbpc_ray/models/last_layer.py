@@ -1,0 +1,64 @@
+"""A network seen as features and a linear last layer: its closed-form posterior, and its training by squared loss.
+
+BatchNorm: while distilling, the features of u use the statistics of u, those of real images the statistics of their
+batch; in evaluation both use the statistics of u (`Network.statistics`).
+"""
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fbpc_ray.core.types import Params
+from fbpc_ray.inference import last_layer
+from fbpc_ray.inference.adam import AdamState, adam_step
+from fbpc_ray.inference.last_layer import LastLayer, squared_loss
+from fbpc_ray.models.functional import Network
+
+
+class Targets(NamedTuple):
+    """Images and regression targets."""
+
+    images: Tensor
+    """(n, c, h, w) float32, normalised."""
+    targets: Tensor
+    """(n, d) float32."""
+
+    def with_mirror_images(self) -> "Targets":
+        """Return twice as many: the images, then each mirrored left and right, with the same targets."""
+        return Targets(torch.cat([self.images, self.images.flip(3)]), torch.cat([self.targets, self.targets]))
+
+
+def scaled(features: Tensor) -> Tensor:
+    """Divide features (n, h) by sqrt h: the kernel phi . phi' is then of order 1 for a network of any width."""
+    return features / math.sqrt(features.shape[1])
+
+
+def posterior(features: Tensor, targets: Tensor, ridge: float, precision: float, relative: bool = False) -> LastLayer:
+    """Return the last layer's posterior given scaled features (n, h); `relative`: the ridge is a share of tr K / n."""
+    value = last_layer.relative_ridge(features, ridge) if relative else ridge
+    return last_layer.posterior(features, targets, ridge=value, precision=precision)
+
+
+def train_step(network: Network, state: AdamState, data: Targets, learning_rate: float) -> AdamState:
+    """Take one Adam step on the squared loss of the network's own outputs; `state.value` is its parameters (P,)."""
+    leaves = {name: value.requires_grad_() for name, value in unflatten(state.value, network.shapes).items()}
+    with torch.enable_grad():
+        loss = squared_loss(network.forward(leaves, data.images), data.targets)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return adam_step(state, torch.cat([gradient.flatten() for gradient in gradients]), learning_rate)
+
+
+def flatten(params: Params) -> Tensor:
+    """Return parameters as one vector (P,)."""
+    return torch.cat([value.flatten() for value in params.values()])
+
+
+def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
+    """Invert `flatten`. Each tensor has its own memory: kernels may sum in another order at another alignment."""
+    ends = list(accumulate(shape.numel() for shape in shapes.values()))
+    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
+    return {name: vector[a:b].clone().view(shape) for (name, shape), a, b in parts}
