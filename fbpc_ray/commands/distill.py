@@ -103,7 +103,7 @@ def _distill(session: Session, run: RunDirectory, resume: bool) -> tuple[dict[st
             if session.num_steps:
                 state = run_steps(live, state, rows, interruption)
             result = evaluate_run(live, state, rows)
-    return result, tracker.uri
+    return result, tracker.uri if tracker.in_store else ""
 
 
 def _restore(session: Session, run: RunDirectory, resume: bool) -> tuple[State, list[Row]]:

@@ -1,7 +1,8 @@
 """`fbpc doctor`: check what a run needs, and print a line with its fix for each problem.
 
-This file imports the standard library and core alone, and tries each library in a process of its own, so that a library
-that is missing, broken, or aborts its process, is a line. `python -m fbpc_ray.commands.doctor` needs not even tyro.
+This file imports the standard library, core, and of tracking what needs no library, and tries each library in a process
+of its own, so that a library that is missing, broken, or aborts its process, is a line. `python -m
+fbpc_ray.commands.doctor` needs not even tyro.
 """
 
 import json
@@ -15,6 +16,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +25,8 @@ from fbpc_ray import __version__
 from fbpc_ray.core import cache
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
+from fbpc_ray.tracking.database import inspect, upgrade_command
+from fbpc_ray.tracking.uri import database, default_uri
 
 PYTHON = (3, 11)
 SECONDS = 180
@@ -325,6 +329,34 @@ def temporary_finding() -> Finding:
     return finding
 
 
+def store() -> Iterator[Finding]:
+    """Check the database that runs are logged to."""
+    with suppress(UserError, RuntimeError, OSError):  # of the home, which `folders` checks
+        uri = default_uri(home())
+        if file := database(uri):
+            yield store_finding(file, uri)
+
+
+def store_finding(file: Path, uri: str) -> Finding:
+    """Check MLflow's database: a half-made one ends tracking with MLflow's own errors."""
+    try:
+        state = inspect(file)
+    except OSError as error:
+        return Finding("note", f"mlflow.db: {file} is not readable ({error})", "runs go on, untracked")
+    message = f"mlflow.db: {file} is {state.kind}{f' ({state.reason})' if state.reason else ''}"
+    match state.kind:
+        case "missing":
+            return Finding("ok", f"mlflow.db: the first run creates {file}")
+        case "whole":
+            return Finding("ok", message)
+        case "half-made" | "damaged":
+            return Finding("note", message, "the next run moves it aside and creates a new one")
+        case "other":
+            return Finding("note", f"mlflow.db: {file} is of another MLflow ({state.reason})", upgrade_command(uri))
+        case "foreign":
+            return Finding("note", f"mlflow.db: {file} is no store of MLflow ({state.reason})", "move it")
+
+
 def token() -> Iterator[Finding]:
     yield token_finding(os.environ)
 
@@ -359,7 +391,7 @@ def token_finding(environment: Mapping[str, str]) -> Finding:
     return Finding("note", "RAY_AUTH_MODE is not set, and no token exists", fix)
 
 
-CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (python_version, libraries, cuda, compiler, folders, token)
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (python_version, libraries, cuda, compiler, folders, store, token)
 """In the order in which doctor prints their findings."""
 
 

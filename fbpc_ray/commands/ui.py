@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
@@ -23,6 +24,7 @@ from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.signals import Interrupted
+from fbpc_ray.tracking.database import DatabaseState, inspect_quiet, moved_line, upgrade_command
 from fbpc_ray.tracking.uri import PORT, absolute, database, default_uri, list_url, remote
 
 HOST = "127.0.0.1"
@@ -54,9 +56,8 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
     if remote(uri):
         log(f"MLflow: {redacted(uri)} is a server already: open it in a browser")
         return
-    file = database(uri)
-    if file is not None and not file.is_file():
-        raise UserError(f"--tracking-uri: {file} not found; log a run first, or name another store")
+    if file := database(uri):
+        _check_database(file, uri)
     if find_spec("mlflow") is None:
         raise UserError("mlflow is not installed: pip install mlflow")
     chosen = _port(port)
@@ -66,6 +67,19 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
         log(f"MLflow: {_first_page(chosen)}{moved} shows {redacted(uri)}; Ctrl-C ends it")
         process.wait()
         raise UserError(f"MLflow ended: {_cause(output)}", code=1)
+
+
+def _check_database(file: Path, uri: str) -> None:
+    """Raise UserError unless `file` is a database of the installed MLflow; move a useless one aside."""
+    state = inspect_quiet(file) if file.is_file() else DatabaseState("missing")
+    if state.is_useless:
+        raise UserError(f"--tracking-uri: {moved_line(file, state)}; log a run first, or name another store", code=1)
+    if state.kind == "missing":
+        raise UserError(f"--tracking-uri: {file} not found; log a run first, or name another store")
+    if state.kind == "other":
+        raise UserError(f"--tracking-uri: {file} is of another MLflow ({state.reason}): {upgrade_command(uri)}", code=1)
+    if state.kind == "foreign":
+        raise UserError(f"--tracking-uri: {file} is no store of MLflow ({state.reason}); name another", code=1)
 
 
 def _port(port: int) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.tracking.mlflow_client import MAX_METRICS, Metric, MlflowClient, MlflowException, milliseconds, reason
 from fbpc_ray.tracking.mlflow_run import MlflowRun
 
@@ -197,4 +198,5 @@ class Sender:
 
     def _note_silence(self, error: Exception) -> None:
         tail = "" if self._status else f"; going on without it, trying again every {self._retry_seconds:g} s"
-        self._notes.add("silent", f"MLflow: {self._run.uri} does not answer ({reason(error)}){tail}.")
+        cause = str(error) if isinstance(error, UserError) else f"{self._run.uri} does not answer ({reason(error)})"
+        self._notes.add("silent", f"MLflow: {cause}{tail}.")

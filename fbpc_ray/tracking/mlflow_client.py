@@ -6,18 +6,21 @@ can see half-made modules.
 
 import os
 import re
+import secrets
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.files import file_lock
-from fbpc_ray.tracking.uri import absolute, database
+from fbpc_ray.tracking.database import SIDECARS, inspect_quiet, moved_line, upgrade_command
+from fbpc_ray.tracking.uri import absolute, database, sqlite_uri
 
 ENVIRONMENT = {  # defaults that MLflow reads at import and later; variables that the user has set win
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -93,12 +96,42 @@ def silence_warnings() -> None:
     warnings.filterwarnings("ignore", message=r"The ``noload`` loader strategy", category=DeprecationWarning)
 
 
-def open_store(uri: str, file: Path | None) -> MlflowClient:
-    """Return a client. A database `file` is opened by one process at a time: two first uses at once break it."""
+def open_store(uri: str, file: Path | None, note: Callable[[str, str], None] = lambda kind, line: None) -> MlflowClient:
+    """Return a client; create the database `file` if it is missing.
+
+    A database is opened by one process at a time: two first uses at once break it. A half-made or damaged one is moved
+    aside.
+
+    Args:
+        note: called with (kind, line) for what the user should know.
+
+    Raises UserError for a database of another version of MLflow.
+    """
     if file is None:
         return MlflowClient(uri)
     with file_lock(file.with_name(".mlflow.lock")):
+        state = inspect_quiet(file)
+        if state.is_useless:
+            note("moved", moved_line(file, state))
+        if state.kind == "other":
+            raise UserError(f"{file} is of another MLflow ({state.reason}): {upgrade_command(uri)}")
+        if state.is_useless or state.kind == "missing":
+            _create_database(file)
         return MlflowClient(uri)
+
+
+def _create_database(file: Path) -> None:
+    """Create a database under another name and move it in place: a kill leaves none, or the whole.
+
+    The caller holds the lock, so that a temporary file of another process is one that was killed.
+    """
+    for leftover in file.parent.glob(f".{file.name}.*.tmp*"):
+        leftover.unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    MlflowClient(sqlite_uri(temporary))._tracking_client.store.engine.dispose()
+    for suffix in SIDECARS:  # of a database that was deleted: SQLite would apply a journal to the new one
+        Path(f"{file}{suffix}").unlink(missing_ok=True)
+    temporary.replace(file)
 
 
 def send_tags(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:

@@ -48,7 +48,7 @@ class MlflowRun:
     def open(self) -> MlflowClient:
         """Find or create experiment and run. May be called again after it raised anywhere."""
         file = database(self.uri)
-        client = open_store(self.uri, file)
+        client = open_store(self.uri, file, self._note)
         run = self._existing(client)
         if run is None:
             experiment_id = self._open_experiment(client, file.parent if file else None)

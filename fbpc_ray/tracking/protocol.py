@@ -21,6 +21,11 @@ class Tracker(Protocol):
         """Of the store; empty where there is none."""
         ...
 
+    @property
+    def in_store(self) -> bool:
+        """Whether the store has the run."""
+        ...
+
     def wait(self, seconds: float) -> bool:
         """Wait until the run has an id, `seconds` at most; return whether it has one."""
         ...
@@ -47,6 +52,7 @@ class NullTracker:
 
     run_id: str | None = None
     uri: str = ""
+    in_store: bool = False
 
     def wait(self, seconds: float) -> bool:
         return False

@@ -88,6 +88,11 @@ class MlflowTracker:
         return self._run.experiment_id
 
     @property
+    def in_store(self) -> bool:
+        """Whether the store has the run; not all of its records, see `pending`."""
+        return self.experiment_id is not None
+
+    @property
     def url(self) -> str | None:
         """The run's page: on its server, or where `fbpc ui` will show it; None while the run has no id."""
         return run_url(self.uri, self.experiment_id, str(self.run_id)) if self.experiment_id else None

@@ -20,8 +20,12 @@ PORT = 5000
 
 def default_uri(root: Path) -> str:
     """Return MLFLOW_TRACKING_URI, or the SQLite database of the folder `root`; always absolute."""
-    path = str(root.absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes it
-    return absolute(os.environ.get("MLFLOW_TRACKING_URI") or SQLITE + path)
+    return absolute(os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root.absolute() / "mlflow.db"))
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of a SQLite file; SQLAlchemy decodes it."""
+    return SQLITE + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def absolute(uri: str) -> str:

@@ -142,7 +142,7 @@ class SweepMonitor:
         self.parent.finish(status)
 
     def print_addresses(self) -> None:
-        if self._tracking:
+        if self.parent.in_store:
             log(f"MLflow:  {ui_command(self.parent.uri)}")
             if self._page:
                 log(f"compare: {self._page}")
