@@ -36,7 +36,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     run, config = _open_run(validation.canonical(config), resume)
     validation.check(config)
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
-        table = results.table(result["coresets"])
+        table = results.table(results.from_json(result["coresets"]))
         log(f"this run is complete; raise --steps above {result['steps']} to go on\n\n{table}")
         if json:
             files.write_json(place(json).absolute(), result)
@@ -51,7 +51,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
         result, uri = _distill(session, run, resume)
     if json:
         files.write_json(place(json).absolute(), result)
-    log(f"\n{results.table(result['coresets'])}\n")
+    log(f"\n{results.table(results.from_json(result['coresets']))}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
     if uri:
@@ -168,13 +168,14 @@ class Validator:
         if not self.every:
             return {}
         live = self.live
-        scores = trial.validate(live.session, state, Sweep(), live.workers, log)["coreset"]
-        if means := results.means(scores):
+        scores = trial.validate(live.session, state, Sweep(), live.workers, log)
+        if means := results.mean_scores(scores):
             live.tracker.log_metrics({f"val/{name}": value for name, value in means.items()}, state.step)
             log(f"step {state.step}: validation NLL {means['nll']:.4g}, accuracy {100 * means['accuracy']:.1f} %")
         return {
-            architecture: {f"val_{quantity}": value for quantity, value in results.means({architecture: s}).items()}
-            for architecture, s in scores.items()
+            architecture: {f"val_{quantity}": value for quantity, value in results.mean_scores(chains).items()}
+            for architecture in results.unique(score.architecture for score in scores)
+            for chains in [results.select(scores, architecture=architecture)]
         }
 
 

@@ -65,7 +65,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
                 keep_samples_of=config.distillation.method if target else "",
             )  # fmt: skip
             result = results.result_of(
-                config, session.dataset, [], scored.table, options.split, provenance, cpu_threads(config)
+                config, session.dataset, [], scored.to_json(), options.split, provenance, cpu_threads(config)
             )
             result |= {"ood": options.ood} if options.ood else {}
             if path.exists():  # of an evaluation that began when this one did
@@ -75,7 +75,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
             _log_result(run, session, scored, options.split, tracker, written)
     if json:
         files.write_json(place(json).absolute(), result)
-    log(f"\n{results.table(scored.table)}\n\nresult: {path} (pictures beside it)")
+    log(f"\n{results.table(scored.scores)}\n\nresult: {path} (pictures beside it)")
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
         _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)
@@ -127,8 +127,8 @@ def _log_result(
 ) -> None:
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
-    tracker.log_metrics(results.metrics(scored.table, split), int(step) if step.isdecimal() else 0)
-    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.table))
+    tracker.log_metrics(results.metrics(scored.scores, split), int(step) if step.isdecimal() else 0)
+    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in paths:
         tracker.log_artifact(path)
 
@@ -142,7 +142,8 @@ def _save_model(
     config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
     method = config.distillation.method
     samples = model_export.kept(scored, coresets[method], method, spec)
-    facts = model_export.facts(config, split, scored.table[method][spec.architecture], provenance)
+    samples_score = results.select(scored.scores, method, spec.architecture)[0]
+    facts = model_export.facts(config, split, samples_score, provenance)
     command = model_export.save(samples, target, facts, images)
     log(f"model:  {target}, which this serves: {command}")
     if run_id:

@@ -120,8 +120,9 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
     ]  # fmt: skip
     if result:
         versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+        table = results.table(results.from_json(result["coresets"]))
         lines += [
-            f"* on {result.get('device', 'unknown')}; {versions}", "", "```", results.table(result["coresets"]), "```",
+            f"* on {result.get('device', 'unknown')}; {versions}", "", "```", table, "```",
             "", f"Of SGHMC, mean and standard deviation over chains, on {result.get('images_scored')} images of "
             f"{result.get('split')}.",
         ]  # fmt: skip
@@ -177,13 +178,13 @@ def evaluate(
     with open_backend(settings, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())
         log(describe_evaluation(candidates, specs, split, settings.evaluation))
-        scored = evaluate_coresets(candidates, specs, dataset, split, settings, workers, log).table
-    result = results.result_of(settings, dataset, [], scored, split, provenance, cpu_threads(settings))
+        scored = evaluate_coresets(candidates, specs, dataset, split, settings, workers, log)
+    result = results.result_of(settings, dataset, [], scored.to_json(), split, provenance, cpu_threads(settings))
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
     if json:
         files.write_json(place(json).absolute(), result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
-    log(f"\n{results.table(scored)}")
+    log(f"\n{results.table(scored.scores)}")
 
 
 def _random(dataset: Dataset, ipc: int | None, seed: int) -> dict[str, Coreset]:

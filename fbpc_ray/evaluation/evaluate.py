@@ -1,7 +1,7 @@
 """Score coresets on a split: SGHMC chains on every coreset and network, run as tasks."""
 
 from collections.abc import Sequence, Sized
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
@@ -20,7 +20,7 @@ from fbpc_ray.evaluation.chains import (
     values,
     without_impossible_compilation,
 )
-from fbpc_ray.evaluation.results import Evaluated
+from fbpc_ray.evaluation.results import ChainScore, to_json
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.models.functional import Spec
@@ -29,7 +29,10 @@ from fbpc_ray.models.functional import Spec
 class EvaluationResult(NamedTuple):
     """Scores of every chain, and what charts and models are made from. Keys are (coreset, architecture)."""
 
-    table: Evaluated
+    scores: list[ChainScore]
+    """By coreset, architecture and seed, in their orders."""
+    quantities: tuple[str, ...]
+    """Names of the values of a chain that did not diverge."""
     stats: dict[tuple[str, str], PredictiveStats]
     """The sums of all chains, for a reliability diagram; no entry where all chains diverged."""
     uncertainty: dict[tuple[str, str], tuple[Uncertainty, Uncertainty]]
@@ -37,17 +40,24 @@ class EvaluationResult(NamedTuple):
     samples: dict[tuple[str, str], list[Params]]
     """Posterior samples of the first chain, for the coreset that `evaluate` was asked to keep."""
 
-    def add(self, chain: Chain, result: ChainResult) -> None:
-        """Add a chain that did not diverge."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys of result.json that hold scores."""
+        return {"coresets": to_json(self.scores, self.quantities)}
+
+
+def collect(chains: Sequence[Chain], results: Sequence[ChainResult], quantities: tuple[str, ...]) -> EvaluationResult:
+    """Collect the results of chains, in the order of `chains`."""
+    evaluation = EvaluationResult([], quantities, {}, {}, {})
+    for chain, result in zip(chains, results, strict=True):
         key = chain.coreset, chain.spec.architecture
-        for quantity, value in values(result).items():
-            self.table[chain.coreset][chain.spec.architecture][quantity][chain.seed] = value
+        evaluation.scores.append(ChainScore(*key, chain.seed, values(result) or None))
         if result.stats is not None:
-            self.stats[key] = self.stats[key] + result.stats if key in self.stats else result.stats
+            evaluation.stats[key] = evaluation.stats[key] + result.stats if key in evaluation.stats else result.stats
         if chain.seed == 0 and result.in_distribution is not None and result.out_of_distribution is not None:
-            self.uncertainty[key] = result.in_distribution, result.out_of_distribution
+            evaluation.uncertainty[key] = result.in_distribution, result.out_of_distribution
         if result.samples is not None:
-            self.samples[key] = result.samples
+            evaluation.samples[key] = result.samples
+    return evaluation
 
 
 def evaluate(
@@ -61,7 +71,7 @@ def evaluate(
         ood: out-of-distribution images, for the AUROC of the uncertainty.
         keep_samples_of: name of the coreset whose first chain's samples are returned.
 
-    A chain that left the finite numbers scores None, and the log says so. Raises UserError for an empty split.
+    The log names the chains that diverged: they left the finite numbers. Raises UserError for an empty split.
     """
     settings = config.evaluation
     arrays = {name: CoresetArrays(c.images.numpy(), c.labels.numpy()) for name, c in coresets.items()}
@@ -78,21 +88,16 @@ def evaluate(
         for seed in range(settings.num_chains)
     ]
     context = without_impossible_compilation(context, chains, workers.device, log)
-    empty = {quantity: [None] * settings.num_chains for quantity in quantities(context)}
-    table: Evaluated = {
-        name: {spec.architecture: {q: list(nones) for q, nones in empty.items()} for spec in specs} for name in coresets
-    }
-    evaluation = EvaluationResult(table, {}, {}, {})
+    results: dict[int, ChainResult] = {}
     with progress("evaluate", len(chains), "chain") as bar:
         for index, result in workers.map(run_chain, context, chains):
             bar.update()
-            chain = chains[index]
+            results[index] = result
             if result.stats is None:
+                chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
                 log(f"warning: a chain diverged ({which}): lower --chain-eta, or use --chain-noise consistent")
-            else:
-                evaluation.add(chain, result)
-    return evaluation
+    return collect(chains, [results[index] for index in range(len(chains))], quantities(context))
 
 
 def describe_evaluation(coresets: Sized, specs: Sized, split: str, settings: Evaluation) -> str:

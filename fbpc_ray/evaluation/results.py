@@ -60,15 +60,6 @@ NestedScores = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
 """{coreset: {architecture: {quantity: [one value a seed, None where the chain diverged]}}}: the form of result.json."""
 
 
-Evaluated = dict[str, dict[str, dict[str, list[float | None]]]]
-"""What `evaluate` returns; the functions below take both forms."""
-
-
-def as_scores(scores: Sequence[ChainScore] | NestedScores) -> list[ChainScore]:
-    """Return chain scores, whichever form they have."""
-    return from_json(scores) if isinstance(scores, Mapping) else list(scores)
-
-
 def to_json(scores: Sequence[ChainScore], quantities: Sequence[str] = ()) -> dict[str, Any]:
     """Nest scores as result.json holds them.
 
@@ -140,14 +131,8 @@ def mean_scores(scores: Sequence[ChainScore]) -> dict[str, float]:
     return {name: statistics.fmean(values_of(scores, name)) for name in MAIN_QUANTITIES}
 
 
-def means(by_architecture: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, float]:
-    """Apply `mean_scores` to the nested form of one coreset."""
-    return mean_scores(from_json({"": by_architecture}))
-
-
-def table(scores: Sequence[ChainScore] | NestedScores) -> str:
+def table(scores: Sequence[ChainScore]) -> str:
     """Format mean +- standard deviation over seeds as a text table, with the AUROC of OOD data where there is one."""
-    scores = as_scores(scores)
     names = [*MAIN_QUANTITIES, *(name for name in OOD_QUANTITIES if values_of(scores, name))]
     rows = []
     for architecture in unique(score.architecture for score in scores):
@@ -165,9 +150,8 @@ def _cell(values: Sequence[float], name: str) -> str:
     return f"{statistics.mean(scaled):.{digits}f} +- {deviation:.{digits}f}"
 
 
-def metrics(scores: Sequence[ChainScore] | NestedScores, split: str = "test") -> dict[str, float]:
+def metrics(scores: Sequence[ChainScore], split: str = "test") -> dict[str, float]:
     """Return the means over seeds as flat metrics: test/quantity/coreset/architecture, val/... for `validation`."""
-    scores = as_scores(scores)
     prefix = "test" if split == "test" else "val"
     return {
         f"{prefix}/{quantity}/{coreset}/{architecture}": statistics.mean(values)
@@ -182,7 +166,7 @@ def result_of(
     config: Config,
     dataset: Dataset,
     rows: list[dict[str, Any]],
-    scores: Sequence[ChainScore] | NestedScores,
+    scores: Mapping[str, Any],
     split: str,
     provenance: Provenance,
     threads: int,
@@ -191,6 +175,7 @@ def result_of(
 
     Args:
         rows: of metrics.parquet.
+        scores: of `EvaluationResult.to_json`.
         threads: CPU threads of a gradient.
     """
     d = config.distillation
@@ -202,7 +187,7 @@ def result_of(
         "map_endings": map_endings(rows),
         "split": split, "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.num_chains)),
-        "coresets": scores if isinstance(scores, Mapping) else to_json(scores),
+        **scores,
         **provenance._asdict(), "threads": threads,
     }  # fmt: skip
 

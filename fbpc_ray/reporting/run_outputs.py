@@ -38,7 +38,7 @@ def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]
     scored = evaluate(coresets, session.specs, session.dataset, "test", session.config, live.workers, log)
     draw_reliability(scored, run.reliability_path)
     result = results.result_of(
-        session.config, session.dataset, rows, scored.table, "test", live.provenance, cpu_threads(session.config)
+        session.config, session.dataset, rows, scored.to_json(), "test", live.provenance, cpu_threads(session.config)
     )
     run.write_result(result)
     _log_result(live, state, scored)
@@ -74,11 +74,11 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
 def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
     """Log scores, description and files to MLflow."""
     session, run, tracker = live.session, live.run, live.tracker
-    means = results.means(scored.table[session.config.distillation.method])
+    means = results.mean_scores(results.select(scored.scores, session.config.distillation.method))
     tracker.log_metrics(
-        {f"test/{name}": value for name, value in means.items()} | results.metrics(scored.table), state.step
+        {f"test/{name}": value for name, value in means.items()} | results.metrics(scored.scores), state.step
     )
-    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.table))
+    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in (
         run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
         run.reliability_path, run.result_path, run.metrics_path,

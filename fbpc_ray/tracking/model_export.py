@@ -18,6 +18,7 @@ from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.evaluation.evaluate import EvaluationResult
+from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.tracking.uri import serve_command
@@ -51,13 +52,13 @@ def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec) -> En
     return ensemble.gathered(Network(spec), samples, found)
 
 
-def facts(config: Config, split: str, scored: dict[str, list[float | None]], provenance: Provenance) -> dict[str, Any]:
+def facts(config: Config, split: str, score: ChainScore, provenance: Provenance) -> dict[str, Any]:
     """Return a model's metadata: what it was sampled on, and the scores of its chain on `split`."""
     kind, colon, path = config.data.data.partition(":")
     return {
         "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
         "ipc": config.distillation.ipc, "seed": 0, "split": split, "commit": provenance.commit,
-        "scores": {name: values[0] for name, values in scored.items()},
+        "scores": score.values,
     }  # fmt: skip
 
 

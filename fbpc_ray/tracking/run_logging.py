@@ -66,7 +66,7 @@ def provenance_tags(provenance: Provenance) -> dict[str, str]:
     return {"commit": provenance.commit, "device": provenance.device, **versions}
 
 
-def description_tag(config: Config, data: str, scores: Sequence[ChainScore] | results.NestedScores) -> dict[str, str]:
+def description_tag(config: Config, data: str, scores: Sequence[ChainScore]) -> dict[str, str]:
     """Return the tag that MLflow shows as a run's description: method and data, and the table of scores."""
     d = config.distillation
     text = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"

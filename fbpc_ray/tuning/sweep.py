@@ -74,7 +74,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         files.write_json(place(json).absolute(), result)
     log(f"\n{(folder / 'trials.md').read_text()}")
     log(f"best:    trial {result['best']['trial']}, {trial.told(result['best']['flags'])}")
-    log(f"\n{results.table(result['test']['coresets'])}\n")
+    log(f"\n{results.table(results.from_json(result['test']['coresets']))}\n")
     log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
     log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
     log(f"result:  {path}")

@@ -28,7 +28,7 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import State
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.evaluation.evaluate import evaluate
-from fbpc_ray.evaluation.results import Evaluated
+from fbpc_ray.evaluation.results import ChainScore, mean_scores, select, unique
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import Session, num_steps, open_session
 
@@ -140,11 +140,11 @@ def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
     return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=every)
 
 
-def validate(session: Session, state: State, settings: Sweep, workers: TaskRunner, log: Log) -> Evaluated:
+def validate(session: Session, state: State, settings: Sweep, workers: TaskRunner, log: Log) -> list[ChainScore]:
     """Score the pseudocoreset of `state` on the validation split, by `shorter` chains."""
     short = replace(session.config, evaluation=shorter(session.config.evaluation, settings))
     coresets = {"coreset": session.coreset(state)}
-    return evaluate(coresets, session.specs, session.dataset, "validation", short, workers, log).table
+    return evaluate(coresets, session.specs, session.dataset, "validation", short, workers, log).scores
 
 
 def run_trial(task: Task, number: int, workers: Backend, report: Callable[[ValidationResult], None], log: Log) -> None:
@@ -176,9 +176,9 @@ def _distill(
     write_record(run.folder, record)
 
     def validate_and_report(current: State) -> None:
-        table = validate(session, current, task.settings, workers, log)
+        scores = validate(session, current, task.settings, workers, log)
         before = record.looks[-1].step if record.looks else 0
-        result = look_of(table, current.step, losses(rows, before))
+        result = look_of(scores, current.step, losses(rows, before))
         record.looks.append(result)
         write_record(run.folder, record)
         report(result)
@@ -195,16 +195,14 @@ def _distill(
     follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 
-def look_of(table: Evaluated, step: int, since: list[list[float]]) -> ValidationResult:
-    """The mean over architectures and chains. Raises UserError where a chain diverged: it has no mean."""
-    found: dict[str, list[float]] = {name: [] for name in SCORES}
-    for name, by_quantity in next(iter(table.values())).items():
-        for quantity in SCORES:
-            values = by_quantity[quantity]
-            if None in values:
-                raise UserError(f"a chain of {name} on the coreset of step {step} diverged: lower chain_eta or alpha")
-            found[quantity] += [value for value in values if value is not None]
-    return ValidationResult(step, **{name: statistics.fmean(values) for name, values in found.items()}, losses=since)
+def look_of(scores: Sequence[ChainScore], step: int, since: list[list[float]]) -> ValidationResult:
+    """Return the means over architectures and chains. Raises UserError where a chain diverged."""
+    for architecture in unique(score.architecture for score in scores):
+        if not mean_scores(select(scores, architecture=architecture)):
+            raise UserError(
+                f"a chain of {architecture} on the coreset of step {step} diverged: lower chain_eta or alpha"
+            )
+    return ValidationResult(step, **mean_scores(scores), losses=since)
 
 
 def losses(rows: Sequence[dict[str, Any]], after: int) -> list[list[float]]:

@@ -142,7 +142,7 @@ def test_tasks_return_what_serial_returns(cluster, small, digits):
     state, labels = initial_state(digits, 1, 0)
     candidates = {"random": coreset.Coreset(state.images, labels, digits.mean, digits.std, digits.classes)}
     one, other = (
-        evaluate(candidates, specs, digits, "test", small, backend, print).table
+        evaluate(candidates, specs, digits, "test", small, backend, print).scores
         for backend in (cluster, Serial("cpu", Interruption()))
     )
     assert one == other
