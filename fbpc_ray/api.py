@@ -226,7 +226,7 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
 def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
     custom.search_current_folder()
     several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
-    return tuple(each if isinstance(each, str) else custom.given(each) for each in several)
+    return tuple(each if isinstance(each, str) else custom.register(each) for each in several)
 
 
 def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:

@@ -195,7 +195,7 @@ def map_start(state: State, task: GradientTask, settings: Distillation) -> np.nd
         return None if member is None else member.numpy()
     if settings.map_init == "prior":
         return None
-    start = warm_start.begun_at(state.solutions, *task, state.step, settings.warm_pool_size, settings.warm_pool_uses)
+    start = warm_start.start_of(state.solutions, *task, state.step, settings.warm_pool_size, settings.warm_pool_uses)
     return None if start is None else start.numpy()
 
 
@@ -213,11 +213,13 @@ def keep_solutions(
     if settings.method in network_pool.METHODS:
         names = [_pool_name(task, step, settings) for task in tasks]
     elif settings.map_init == "warm":
-        names = [warm_start.name(*task, step, settings.warm_pool_size) for task in tasks]
+        names = [warm_start.slot_of(*task, step, settings.warm_pool_size) for task in tasks]
     else:
         return state
     solutions = [gradient.solution if gradient else None for gradient in gradients]
-    return state._replace(solutions=warm_start.remembered(state.solutions, list(zip(names, solutions, strict=True))))
+    return state._replace(
+        solutions=warm_start.with_solutions(state.solutions, list(zip(names, solutions, strict=True)))
+    )
 
 
 def _pool_name(task: GradientTask, step: int, settings: Distillation) -> str:

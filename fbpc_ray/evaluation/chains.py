@@ -231,7 +231,7 @@ def without_impossible_compilation(
     """Turn compilation off, and say so, where chains should be compiled and this machine can't."""
     sizes = {(chain.spec, len(context.coresets[chain.coreset].labels)): chain for chain in chains}
     wanted = device == "cpu" and any(compiles(context, chain, Network(chain.spec)) for chain in sizes.values())
-    if wanted and not compiling.possible("the passes of chains", log):
+    if wanted and not compiling.can_compile("the passes of chains", log):
         return context._replace(compiled="off")
     return context
 

@@ -172,7 +172,7 @@ def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log
         most = max(2 * count_macs(Network(spec)) for spec in specs)
         if most * d.steps * d.draws_per_step * (u_side + expert_side) < COMPILE_FROM:
             return False
-    return compiling.possible("the passes of a step", log)
+    return compiling.can_compile("the passes of a step", log)
 
 
 def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:

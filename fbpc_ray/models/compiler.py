@@ -1,10 +1,10 @@
-"""Functions of tensors compiled ahead of time by torch's Inductor, each for one set of shapes.
+"""Compile functions of tensors ahead of time with torch's Inductor, each for one set of shapes.
 
-A function is traced to the operations that it makes of its arguments, and what is compiled of them is kept on disk
-under a checksum of these operations, of the versions and of the kind of processor: processes and runs share it, and a
-changed network can't meet old code. Loading takes milliseconds; compiling tens of seconds and a C++ compiler.
+A function is traced to a graph of operations. The compiled graph is a file whose name is a checksum of the operations,
+the versions and the processor: processes and runs share the file, and a changed network never loads old code. Loading
+takes milliseconds; compiling takes tens of seconds and needs a C++ compiler.
 
-What is loaded is machine code. So the folder is one that only its user can write to, and a folder of others is refused.
+The files are machine code. So only the user may write to their folder; a folder that others can write to is refused.
 """
 
 import functools
@@ -32,38 +32,41 @@ Function = Callable[..., list[Tensor]]
 
 
 def folder() -> Path:
-    """Where it is kept: below $FBPC_CACHE, else below the user's cache folder."""
+    """Return the folder of compiled functions: below $FBPC_CACHE, else below the user's cache folder."""
     return cache.folder() / "compiled"
 
 
-class CannotCompile(Exception):
-    """Why, in one line."""
+class CompileError(Exception):
+    """A function can't be compiled here; the message is one line."""
 
 
-def compiled(function: Function, arguments: Sequence[Tensor], folder: Path) -> Function:
-    """`function`, tensors to a list of tensors, compiled for arguments like these and for as many CPU threads as torch
-    has now. Its results differ from the function's own by rounding alone, and carry no gradient.
+def compile_function(function: Function, arguments: Sequence[Tensor], folder: Path) -> Function:
+    """Compile `function`, tensors -> list of tensors, for the shapes of `arguments`.
 
-    Raises CannotCompile where there is no compiler, or where it fails.
+    The compiled function uses torch's present number of threads. Its results equal those of `function` but for
+    rounding, and carry no gradient.
+
+    Raises:
+        CompileError: there is no compiler, or the compiler failed.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
-            from torch.fx.experimental.proxy_tensor import make_fx  # a second or two, for those who compile
+            warnings.simplefilter("ignore")  # torch warns about its own code
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # silences "no CUDA runtime"
+            from torch.fx.experimental.proxy_tensor import make_fx  # takes a second or two
 
-            _own(folder)
+            _claim(folder)
             graph = make_fx(function)(*arguments)
-            path = folder / f"{_name(graph, arguments)}.pt2"
+            path = folder / f"{_checksum(graph, arguments)}.pt2"
             if not path.exists():
-                _make(graph, arguments, path)
+                _compile(graph, arguments, path)
             return torch._inductor.aoti_load_package(str(path))
     except Exception as error:
-        raise CannotCompile(str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)) from error
+        raise CompileError(str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)) from error
 
 
-def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
-    """Compile `graph` to `path`; of several processes that want the same, one does."""
+def _compile(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> None:
+    """Compile `graph` to `path`; one of several processes compiles, the others wait."""
     with files.file_lock(path.with_suffix(".lock")):
         if path.exists():
             return
@@ -73,8 +76,8 @@ def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) 
                 program = torch.export.export(graph, tuple(arguments))
             from torch._inductor import config
 
-            # Headers that are compiled beforehand lie in a folder of /tmp whose name anybody can guess.
-            with _scratch(path.parent), config.patch({"aot_inductor.precompile_headers": False}):
+            # Precompiled headers would lie in a folder of /tmp with a predictable name.
+            with _inductor_cache(path.parent), config.patch({"aot_inductor.precompile_headers": False}):
                 torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
             temporary.replace(path)
         finally:
@@ -82,8 +85,8 @@ def _make(graph: torch.fx.GraphModule, arguments: Sequence[Tensor], path: Path) 
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[None]:
-    """Inductor's intermediate files lie below `folder` and go after the block, instead of gathering in /tmp."""
+def _inductor_cache(folder: Path) -> Iterator[None]:
+    """Put Inductor's intermediate files below `folder`, not in /tmp, and delete them after the block."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder, ignore_cleanup_errors=True) as scratch:
@@ -94,21 +97,24 @@ def _scratch(folder: Path) -> Iterator[None]:
             os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-def _own(folder: Path) -> None:
-    """Make the folder, for its user alone, and clear what killed compilations left a day ago. Raises CannotCompile
-    where others can write to it, or put another in its place."""
+def _claim(folder: Path) -> None:
+    """Create the folder for its user alone, and remove files that killed compilations left a day ago.
+
+    Raises:
+        CompileError: others can write to the folder, or replace it.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if place := cache.open_to_others(folder):
-        raise CannotCompile(f"{place} can be written to by others: set FBPC_CACHE to a folder of your own")
-    for left in (*folder.glob(".inductor-*"), *folder.glob(".*.pt2")):
+        raise CompileError(f"{place} can be written to by others: set FBPC_CACHE to a folder of your own")
+    for stale in (*folder.glob(".inductor-*"), *folder.glob(".*.pt2")):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if time.time() - stale.stat().st_mtime > 86_400:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """The processor and the compiler: machine code is for the very kind that it was compiled on."""
+    """Describe the processor and the compiler: machine code runs only on the kind it was compiled for."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
@@ -118,30 +124,30 @@ def _machine() -> tuple[str, ...]:
 
 
 @functools.cache
-def complaint(folder: Path) -> str:
-    """Why nothing can be compiled here, found out on the smallest function; empty where it can."""
+def compile_failure(folder: Path) -> str:
+    """Compile the smallest function; return why that failed, or "" if it worked."""
     try:
-        compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
-    except CannotCompile as error:
+        compile_function(lambda x: [x + 1], [torch.zeros(2)], folder)
+    except CompileError as error:
         return str(error)
     return ""
 
 
-def possible(what: str, log: Callable[[str], None]) -> bool:
-    """Whether `what` can be compiled here, as far as the cache and the compiler go. It is said where it can't."""
-    if why := complaint(folder()):
-        log(f"note: {what} stay eager, which is slower: they cannot be compiled here ({why})")
-    return not why
+def can_compile(subject: str, log: Callable[[str], None]) -> bool:
+    """Tell whether the cache and the compiler work; log a note about `subject` if they don't."""
+    if reason := compile_failure(folder()):
+        log(f"note: {subject} stay eager, which is slower: they cannot be compiled here ({reason})")
+    return not reason
 
 
-def _name(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> str:
-    """The checksum of all that the machine code depends on."""
+def _checksum(graph: torch.fx.GraphModule, arguments: Sequence[Tensor]) -> str:
+    """Hash everything that the machine code depends on."""
     digest = hashlib.blake2b(digest_size=20)
-    about: list[Any] = [
+    key: list[Any] = [
         torch.__version__, platform.machine(), _machine(), torch.get_num_threads(),
-        graph.code, [(tuple(each.shape), str(each.dtype), each.stride(), str(each.device)) for each in arguments],
+        graph.code, [(tuple(t.shape), str(t.dtype), t.stride(), str(t.device)) for t in arguments],
     ]  # fmt: skip
-    digest.update(repr(about).encode())
+    digest.update(repr(key).encode())
     for name, value in sorted(graph.state_dict().items()):
         digest.update(repr((name, value.shape, value.dtype)).encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The ConvNet of the dataset-distillation literature, and the normalisation layers of the paper's Fig. 2.
+"""ConvNet of the dataset-distillation literature, and the normalisation layers of Fig. 2.
 
 depth x (conv 3x3 - norm - ReLU - average pool 2x2), then one linear layer.
 """
@@ -14,7 +14,7 @@ NORMS: dict[str, Callable[[int, int], nn.Module]] = {
     "bn": lambda channels, size: nn.BatchNorm2d(channels),
     "none": lambda channels, size: nn.Identity(),
 }
-"""Norm layer by name for (channels, height = width of the feature map). `in` is GroupNorm with a group a channel."""
+"""Norm layers by name, from (channels, side of the feature map). `in` is GroupNorm with one channel a group."""
 
 
 class ConvNet(nn.Module):
@@ -39,5 +39,5 @@ class ConvNet(nn.Module):
 
 
 def default_depth(size: int) -> int:
-    """The literature's depth for square images of `size` pixels: 3 at 28 and 32, 4 at 64; at least 2."""
+    """Return the literature's depth for images of size x size: 3 at 28 and 32, 4 at 64, at least 2."""
     return max(2, round(size / 8).bit_length())

@@ -1,8 +1,8 @@
-"""A user's own network by import path: `package.module:build`, found from the current folder.
+"""Build a user's own network by import path, `package.module:build`, relative to the current folder.
 
     build(image_shape, classes) -> nn.Module        image_shape = (c, h, w)
 
-The module maps normalised images (b, c, h, w) to logits (b, classes); what else it must hold to is in contract.py.
+The module maps normalised images (b, c, h, w) to logits (b, classes); checks.py lists its further requirements.
 """
 
 import importlib
@@ -18,62 +18,67 @@ from torch import nn
 
 from fbpc_ray.core.errors import UserError
 
-_GIVEN: dict[str, Callable[..., object]] = {}
-"""Functions of this process that no import path leads to, such as a notebook's, by the names that `given` gave."""
+_REGISTERED: dict[str, Callable[..., object]] = {}
+"""Functions of this process that can't be imported, such as a notebook's, by the names that `register` returned."""
 
 
-def given(function: Callable[..., object]) -> str:
-    """The name of a network that `function` builds: its import path, or, for one that can't be imported, the same
-    pattern, known to this process alone. Raises UserError for what is no function with a name."""
+def register(function: Callable[..., object]) -> str:
+    """Return the name of the network that `function` builds: its import path.
+
+    The path of a function that can't be imported is registered, for this process alone.
+
+    Raises:
+        UserError: `function` is no function, or has no name.
+    """
     name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
     if isinstance(function, nn.Module) or not callable(function):
         raise UserError(
-            f"a network is given as {type(function).__name__}: give a function of (image_shape, classes) that builds "
-            "it, for it is drawn anew for every expert and chain"
+            f"a network must be a function, got {type(function).__name__}: pass a function of (image_shape, classes) "
+            "that builds the network; every expert and chain calls it for a new initialisation"
         )
     if "<lambda>" in name or name.startswith(":") or name.endswith(":"):
-        raise UserError("a network is given as a function without a name: define it with def, for its experts are kept")
+        raise UserError("a network's function must have a name, under which its experts are stored: define it with def")
     with suppress(Exception):
         if pkgutil.resolve_name(name) is function and function.__module__ != "__main__":
             return name
-    _GIVEN[name] = function
+    _REGISTERED[name] = function
     return name
 
 
 def importable(name: str) -> bool:
-    """Whether other processes find the network called `name` too."""
-    return name not in _GIVEN
+    """Tell whether other processes can build the network called `name`."""
+    return name not in _REGISTERED
 
 
 def build(name: str, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """What the function at import path `name` builds. Raises UserError."""
-    with users_code(name):
-        make = _GIVEN.get(name) or pkgutil.resolve_name(name)
+    """Call the function at import path `name`. Raises UserError if that fails or returns no module."""
+    with user_code(name):
+        make = _REGISTERED.get(name) or pkgutil.resolve_name(name)
         if not callable(make):
-            raise UserError(f"{name} is no function: name one that takes (image_shape, classes)")
+            raise UserError(f"{name} is not a function: name one that takes (image_shape, classes)")
         module = make(image_shape, classes)
     if not isinstance(module, nn.Module):
-        raise UserError(f"{name} returns {type(module).__name__}: it must return a torch.nn.Module")
+        raise UserError(f"{name} must return a torch.nn.Module, got {type(module).__name__}")
     return module
 
 
-def named(name: str, flag: str, kind: str) -> object:
-    """What `flag` names by import path, a `kind` in the user's words. Raises UserError."""
+def import_object(name: str, flag: str, kind: str) -> object:
+    """Import the object that `flag` names, of `kind` as `--help` calls it. Raises UserError."""
     search_current_folder()
-    with users_code(name, flag, kind):
+    with user_code(name, flag, kind):
         return pkgutil.resolve_name(name)
 
 
 def search_current_folder() -> None:
-    """Look for modules in the current folder first, as `python -m` does. Ray gives its workers the driver's itself."""
+    """Put the current folder first on sys.path, as `python -m` does; Ray does so for its workers."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
 
 
 @contextmanager
-def users_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION") -> Iterator[None]:
-    """Around code of the user: whatever it raises is a UserError of one line that names the place in that code."""
+def user_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION") -> Iterator[None]:
+    """Turn any exception of the user's code into a UserError of one line, with its place in that code."""
     try:
         yield
     except UserError:
@@ -83,7 +88,7 @@ def users_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION")
         ours = "<", pkgutil.__file__, *folders
         places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
         where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
-        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         missing = isinstance(error, ImportError | AttributeError | ValueError) and not places
         fix = f"give MODULE:{kind} as Python imports it from this folder" if missing else "fix it"
-        raise UserError(f"{flag} {name} fails{where} ({what}): {fix}") from error
+        raise UserError(f"{flag} {name} fails{where} ({reason}): {fix}") from error

@@ -1,4 +1,4 @@
-"""Networks in the functional form that the mathematics uses.
+"""Networks as pure functions of their parameters.
 
 BatchNorm: distillation uses batch statistics throughout; a posterior sample that predicts on test data uses statistics
 re-estimated on the pseudocoreset, so that predictions don't depend on which test images share a batch.
@@ -26,7 +26,7 @@ class Network:
     def __init__(self, spec: Spec, device: str | torch.device = "cpu"):
         self.spec = spec._replace(architecture=canonical(spec.architecture))
         self.device = torch.device(device)
-        with torch.random.fork_rng(devices=[]):  # its parameters are never used
+        with torch.random.fork_rng(devices=[]):  # these initial parameters are never used
             self._predicting = build(spec).to(self.device).eval()
         self._training = _with_batch_statistics(self._predicting)
         self._estimating = _with_averaged_statistics(self._predicting)
@@ -35,16 +35,16 @@ class Network:
         self.buffer_names = self._buffers.keys()
 
     def init(self, source: torch.Generator) -> Params:
-        """A draw of the parameters from the prior pi_0: PyTorch's default initialisation."""
+        """Draw the parameters from the prior pi_0: PyTorch's default initialisation."""
         return {name: value.detach() for name, value in self.module(source).named_parameters()}
 
     def module(self, source: torch.Generator) -> nn.Module:
-        """A freshly initialised nn.Module in training mode, on the device."""
+        """Build an nn.Module with new initial parameters, in training mode, on the device."""
         with seeded_globally(source):
             return build(self.spec).to(self.device).train()
 
     def forward(self, params: Params, images: Tensor) -> Tensor:
-        """Logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of these images."""
+        """Return logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of this batch."""
         return functional_call(self._training, params, (images,))
 
     def features(self, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class Network:
 
     @torch.no_grad()
     def statistics(self, params: Params, batches: Iterable[Tensor]) -> Params:
-        """Buffers for `predict`: BatchNorm's mean and variance over `batches` of images, averaged; else empty."""
+        """Average BatchNorm's mean and variance over `batches` of images, for `predict`; {} without BatchNorm."""
         buffers = {name: value.clone() for name, value in self._buffers.items()}
         for images in batches if buffers else ():
             functional_call(self._estimating, {**params, **buffers}, (images,))  # changes `buffers` in place
@@ -91,18 +91,26 @@ class Network:
 
     @torch.no_grad()
     def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
-        """Logits (b, d), each image on its own: BatchNorm uses `statistics`. Raises ValueError without them."""
+        """Return logits (b, d), each image on its own: BatchNorm uses `statistics`.
+
+        Raises:
+            ValueError: `statistics` are not those of `Network.statistics`.
+        """
         if statistics.keys() != self._buffers.keys():
-            raise ValueError(f"{self.spec.architecture} predicts with the statistics that `statistics` returns")
+            raise ValueError(f"{self.spec.architecture}: predict needs the return value of `statistics`")
         return functional_call(self._predicting, {**params, **statistics}, (images,))
 
     def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
-        """The parameters in a module's state (without its buffers), on the device. Raises UserError for another's."""
+        """Take the parameters out of a module's state dict, onto the device.
+
+        Raises:
+            UserError: the state is another network's.
+        """
         for name, shape in self.shapes.items():
             if name not in snapshot or snapshot[name].shape != shape:
                 raise UserError(
-                    f"the experts of {self.spec.architecture} were made when it was another network ({name} differs): "
-                    "give another --experts folder, or the network another name"
+                    f"the experts of {self.spec.architecture} belong to another network ({name} differs): "
+                    "give another --experts folder, or rename the network"
                 )
         return {name: snapshot[name].to(self.device) for name in self.shapes}
 
@@ -112,7 +120,7 @@ class Network:
 
 
 def _with_batch_statistics(module: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm layers keep no statistics, so that they always use those of the batch."""
+    """Copy a module; BatchNorm layers of the copy always use the statistics of the batch."""
     module = deepcopy(module)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
@@ -122,7 +130,7 @@ def _with_batch_statistics(module: nn.Module) -> nn.Module:
 
 
 def _with_averaged_statistics(module: nn.Module) -> nn.Module:
-    """A copy in training mode whose BatchNorm layers average the statistics of the batches they see."""
+    """Copy a module in training mode; BatchNorm layers of the copy average over batches."""
     module = deepcopy(module).train()
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):

@@ -1,4 +1,4 @@
-"""The passes of a network that the inner loops repeat thousands of times: eager, or compiled for each shape."""
+"""Passes of a network that the inner loops repeat: eager, or compiled for each shape."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +11,15 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.inference.posterior import loss_and_grad
-from fbpc_ray.models.compiler import CannotCompile, Function, compiled
+from fbpc_ray.models.compiler import CompileError, Function, compile_function
 from fbpc_ray.models.functional import Network
 
 
 class Passes:
     """The loss with its gradient, the logits and the predictions of one network on one device.
 
-    With a folder for what is compiled, each is compiled for each number of images at its first use. Compiled or not is
-    part of the bits: where it can't be, a UserError says so, for a worker that went on by itself would change them.
+    With a folder for compiled functions, a pass is compiled for each number of images at its first use. Compiled and
+    eager passes differ in the last bits, so a worker that can't compile raises UserError instead of going on eagerly.
     """
 
     def __init__(self, network: Network, folder: Path | None = None):
@@ -28,7 +28,7 @@ class Passes:
         self._eager_loss_and_grad = loss_and_grad(network.forward)
 
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """() mean cross-entropy, nats an image, and its gradient by parameter. A `LossAndGrad`."""
+        """Return the mean cross-entropy (), nats an image, and its gradient by parameter. A `LossAndGrad`."""
         arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
         run = self._run("gradient", batch.images.shape, self._loss_and_gradients, arguments)
         if run is None:
@@ -38,16 +38,16 @@ class Passes:
 
     @torch.no_grad()
     def logits(self, params: Params, images: Tensor) -> Tensor:
-        """Logits (b, d), through which no gradient flows. A `Forward`."""
+        """Return logits (b, d), through which no gradient flows. A `Forward`."""
         arguments = (*(params[name] for name in self.network.shapes), images)
         run = self._run("logits", images.shape, self._logits, arguments)
         return self.network.forward(params, images) if run is None else run(*arguments)[0]
 
     @torch.no_grad()
     def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
-        """Logits (b, d), each image on its own: BatchNorm uses `statistics`, those of `Network.statistics`."""
-        names, kept = self.network.shapes, self.network.buffer_names
-        arguments = (*(params[name] for name in names), *(statistics[name] for name in kept), images)
+        """Return logits (b, d), each image on its own; `statistics` are those of `Network.statistics`."""
+        names, buffers = self.network.shapes, self.network.buffer_names
+        arguments = (*(params[name] for name in names), *(statistics[name] for name in buffers), images)
         run = self._run("predict", images.shape, self._predict, arguments)
         return self.network.predict(params, statistics, images) if run is None else run(*arguments)[0]
 
@@ -59,10 +59,10 @@ class Passes:
         key = kind, shape
         if key not in self._compiled:
             try:
-                self._compiled[key] = compiled(function, arguments, self.folder)
-            except CannotCompile as error:
+                self._compiled[key] = compile_function(function, arguments, self.folder)
+            except CompileError as error:
                 raise UserError(
-                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): fix it on "
+                    f"the passes of {self.network.spec.architecture} cannot be compiled here ({error}): fix that on "
                     "every node, or start again with --compiled off --compiled-chains off",
                     code=1,
                 ) from error
@@ -88,7 +88,7 @@ class Passes:
 
 
 def count_macs(network: Network) -> int:
-    """Of one image's forward pass, in its convolutions and linear layers."""
+    """Count the multiply-accumulates of one image's forward pass, in convolutions and linear layers."""
     total = 0
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -97,9 +97,9 @@ def count_macs(network: Network) -> int:
         total += output[0].numel() * module.weight[0].numel()
 
     module = network.module(generator(0, "count")).eval()
-    for each in module.modules():
-        if isinstance(each, nn.Conv2d | nn.Linear):
-            each.register_forward_hook(count)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
     with torch.no_grad():
         module(torch.zeros(1, *network.spec.image_shape, device=network.device))
     return total

@@ -1,4 +1,4 @@
-"""Networks by name: the paper's, each with the norms of its Fig. 2, and a user's own by import path (own.py)."""
+"""Networks by name: the paper's, with the norms of Fig. 2, and a user's own by import path."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,20 +14,20 @@ from fbpc_ray.models.vgg_alexnet_lenet import alexnet, lenet, vgg11
 
 
 class Spec(NamedTuple):
-    """All that defines a network. `specify` makes it: one network has one Spec."""
+    """Everything that defines a network. Make it with `specify`, so that one network has one Spec."""
 
     architecture: str
     image_shape: tuple[int, int, int]
     """(c, h, w)."""
     classes: int
     width: int
-    """Channels of ConvNet's convolutions, 128 in the paper; others scale with it, 0 for those that don't."""
+    """Channels of ConvNet's convolutions, 128 in the paper; other networks scale with it. 0 if they don't."""
     depth: int
-    """Blocks of ConvNet, 0 for others."""
+    """Blocks of ConvNet; 0 for other networks."""
 
 
 def _fitting(spec: Spec, smallest: int, multiple: int) -> tuple[int, int, int]:
-    """(channels, size, classes) of a network for square images from `smallest` on. Raises UserError."""
+    """Check images and width for a network; return (channels, size, classes). Raises UserError."""
     (channels, height, width), name = spec.image_shape, spec.architecture
     if height != width:
         raise UserError(f"{name} takes square images, not {height}x{width}: crop or resize them")
@@ -37,8 +37,8 @@ def _fitting(spec: Spec, smallest: int, multiple: int) -> tuple[int, int, int]:
             "enlarge them or choose another network"
         )
     if spec.width % multiple:
-        why = "its 4 groups do not divide the channels" if name.endswith("-gn") else "it would have half a channel"
-        raise UserError(f"{name} at --width {spec.width}: {why}; make --width a multiple of {multiple}")
+        reason = "its 4 groups do not divide the channels" if name.endswith("-gn") else "it would have half a channel"
+        raise UserError(f"{name} at --width {spec.width}: {reason}; make --width a multiple of {multiple}")
     return channels, height, spec.classes
 
 
@@ -72,30 +72,30 @@ ARCHITECTURES: dict[str, Callable[[Spec], nn.Module]] = {
     **{f"{name}-{norm}": partial(make, norm) for name, make in _NORMED.items() for norm in NORMS},
     **_PLAIN,
 }
-"""Network builders by their canonical names."""
+"""Builders of networks by canonical name."""
 
 
 def canonical(name: str) -> str:
-    """The one name of a network that `--architectures` calls `name`: resnet18 is resnet18-in. Raises UserError."""
+    """Return the canonical name of a network: resnet18-in for resnet18. Raises UserError if unknown."""
     if name in ARCHITECTURES or ":" in name:
         return name
     if f"{name}-in" in ARCHITECTURES:
         return f"{name}-in"
     if (family := name.split("-")[0]) in _PLAIN:
-        raise UserError(f"unknown architecture '{name}': {family} has no norm to choose, its name is {family}")
+        raise UserError(f"unknown architecture '{name}': {family} has no norms to choose from; give {family}")
     known = closest(name, list(ARCHITECTURES))
     raise UserError(f"unknown architecture '{name}': {known}, or MODULE:FUNCTION for your own")
 
 
 def specify(name: str, image_shape: tuple[int, int, int], classes: int, width: int, depth: int) -> Spec:
-    """The Spec of the network called `name`; depth 0 is the literature's. Raises UserError for an unknown name."""
+    """Return the Spec of a network; depth 0 is the literature's. Raises UserError for an unknown name."""
     name = canonical(name)
     depth = (depth or default_depth(image_shape[1])) if name.startswith("convnet-") else 0
     return Spec(name, image_shape, classes, 0 if name == "lenet" or ":" in name else width, depth)
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network of `spec`, initialised from torch's global generator. Raises UserError."""
+    """Build the network of `spec`, initialised from torch's global generator. Raises UserError."""
     name = canonical(spec.architecture)
     if name in ARCHITECTURES:
         return ARCHITECTURES[name](spec)

@@ -1,4 +1,4 @@
-"""ResNet18 and ResNet34 (He et al., 2016) with the stem for small images: one 3x3 convolution, no pool.
+"""ResNet18 and ResNet34 (He et al., 2016) with a stem for small images: one 3x3 conv, no pool.
 
 stem (conv 3x3 - norm - ReLU), four stages of blocks with 1, 2, 4, 8 x width channels, mean over the map, one linear
 layer. No convolution has a bias. The paper's width is 64.
@@ -13,9 +13,10 @@ from fbpc_ray.models.convnet import NORMS
 
 
 class Block(nn.Module):
-    """(b, channels, size, size) -> relu(norm conv relu norm conv x + shortcut x), of (b, width, size / stride, ...).
+    """Residual block, relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)).
 
-    The first convolution has the stride; the shortcut is x, or norm(conv 1x1 of x) where the shape changes.
+    Maps (b, channels, size, size) to (b, width, size / stride, size / stride). The first convolution has the stride;
+    the shortcut is x, or norm(conv 1x1 of x) where the shape changes.
     """
 
     def __init__(self, channels: int, width: int, size: int, stride: int, norm: str):
@@ -35,10 +36,12 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images (b, channels, size, size) -> logits (b, classes). `blocks` of each stage: 2, 2, 2, 2 or 3, 4, 6, 3.
+    """Images (b, channels, size, size) -> logits (b, classes).
 
-    Stages 2 to 4 begin by halving the map. Images below 16x16 keep it where a half would be less than 2x2: instance
-    norm makes a constant of a single value.
+    `blocks` are those of each stage: 2, 2, 2, 2 for ResNet18, 3, 4, 6, 3 for ResNet34.
+
+    Stages 2 to 4 start by halving the feature map, except where less than 2x2 would be left (images below 16x16):
+    instance norm would turn a single value into a constant.
     """
 
     def __init__(self, channels: int, size: int, classes: int, *, width: int, blocks: Sequence[int], norm: str):

@@ -1,7 +1,7 @@
 """LeNet, AlexNet and VGG11 in the dataset-distillation literature's form for small images.
 
 LeNet (LeCun et al., 1998) with ReLU and max-pooling; AlexNet (Krizhevsky et al., 2012) and VGG11 (Simonyan and
-Zisserman, 2015) with narrow strides, and a single linear layer in the place of three. Each is a `Sequential` of
+Zisserman, 2015) with narrow strides, and a single linear layer instead of three. Each is a `Sequential` of
 `features` and `head`: images (b, channels, size, size) -> logits (b, classes).
 """
 
@@ -18,8 +18,10 @@ VGG11 = ((1,), (2,), (4, 4), (8, 8), (8, 8))
 
 
 def lenet(channels: int, size: int, classes: int) -> nn.Sequential:
-    """2 x (conv 5x5 - ReLU - max-pool), three linear layers. It is made for 32x32: smaller images are padded by 2, as
-    the classic pads 28x28. Takes 12x12 and more."""
+    """Build LeNet: 2 x (conv 5x5 - ReLU - max-pool), three linear layers. Takes 12x12 and more.
+
+    The network is made for 32x32: smaller images are padded by 2, as is usual for 28x28.
+    """
     padding = 2 if size < 32 else 0
     last = ((size + 2 * padding - 4) // 2 - 4) // 2
     features = nn.Sequential(
@@ -33,7 +35,10 @@ def lenet(channels: int, size: int, classes: int) -> nn.Sequential:
 
 
 def alexnet(channels: int, size: int, classes: int, *, width: int) -> nn.Sequential:
-    """Five x (conv - ReLU), max-pools after conv 1, 2 and 5. Takes 8x8 and more; the paper's width is 64."""
+    """Build AlexNet: 5 x (conv - ReLU), max-pools after conv 1, 2 and 5. Takes 8x8 and more.
+
+    The paper's width is 64.
+    """
     layers: list[nn.Module] = []
     for factor, kernel, pool in ALEXNET:
         layers += [nn.Conv2d(channels, factor * width, kernel, padding=kernel // 2), nn.ReLU()]
@@ -45,10 +50,10 @@ def alexnet(channels: int, size: int, classes: int, *, width: int) -> nn.Sequent
 
 
 def vgg11(channels: int, size: int, classes: int, *, width: int, norm: str) -> nn.Sequential:
-    """Eight x (conv 3x3 - norm - ReLU) with five max-pools. The paper's width is 64.
+    """Build VGG11: 8 x (conv 3x3 - norm - ReLU) with five max-pools. Width 64 in the paper.
 
-    32x32 and more have all five pools. Of smaller images a pool is left out where it would leave a later norm less than
-    2x2: instance norm makes a constant of a single value.
+    Images of 32x32 and more get all five pools. For smaller images, a pool is left out if a later norm would see less
+    than 2x2: instance norm would turn a single value into a constant.
     """
     layers: list[nn.Module] = []
     for stage, factors in enumerate(VGG11, 1):

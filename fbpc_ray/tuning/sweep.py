@@ -181,7 +181,7 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
         raise UserError(f"ray is not installed ({error}): pip install 'ray[default,tune]'") from None
     grid = trial.grid_of(settings.grid)
     if settings.space:
-        space = trial.checked(custom.named(settings.space, "--space", "NAME"), f"--space {settings.space}")
+        space = trial.checked(custom.import_object(settings.space, "--space", "NAME"), f"--space {settings.space}")
     else:
         space = {} if grid else spaces.default_space(base, classes)
     if grid:

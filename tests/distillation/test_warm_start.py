@@ -9,7 +9,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation.methods.common import Gradient, GradientStats
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import GradientTask, State, initial_state, keep_solutions, map_start
-from fbpc_ray.distillation.warm_start import anew, begun_at, name, remembered
+from fbpc_ray.distillation.warm_start import slot_of, start_of, starts_from_prior, with_solutions
 from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
@@ -18,19 +18,19 @@ from fbpc_ray.reproduction.rows import coreset_key
 
 def test_slots_are_taken_in_turn_and_begun_anew_one_after_the_other():
     """By hand, two slots, four uses: slot 0 (even steps) in its turns 0, 4, ..; slot 1, half a period on, 2, 6, .."""
-    assert [name(1, 0, step, 2) for step in range(3)] == ["1/0/0", "1/0/1", "1/0/0"]
-    assert [step for step in range(24) if anew(step, 2, 4)] == [0, 5, 8, 13, 16, 21]
-    assert all(anew(step, 3, 1) for step in range(9))
+    assert [slot_of(1, 0, step, 2) for step in range(3)] == ["1/0/0", "1/0/1", "1/0/0"]
+    assert [step for step in range(24) if starts_from_prior(step, 2, 4)] == [0, 5, 8, 13, 16, 21]
+    assert all(starts_from_prior(step, 3, 1) for step in range(9))
 
 
 def test_a_solve_begins_at_what_its_slot_holds():
     value = torch.arange(3.0)
-    held = remembered({}, [("0/0/1", value), ("0/0/0", None)])
+    held = with_solutions({}, [("0/0/1", value), ("0/0/0", None)])
     assert held.keys() == {"0/0/1"}
-    assert begun_at(held, 0, 0, 3, 2, 100) is value
-    assert begun_at(held, 0, 0, 5, 2, 4) is None  # used up
-    assert begun_at(held, 0, 0, 2, 2, 100) is None  # nothing there
-    assert begun_at(held, 1, 0, 3, 2, 100) is None  # another architecture's
+    assert start_of(held, 0, 0, 3, 2, 100) is value
+    assert start_of(held, 0, 0, 5, 2, 4) is None  # used up
+    assert start_of(held, 0, 0, 2, 2, 100) is None  # nothing there
+    assert start_of(held, 1, 0, 3, 2, 100) is None  # another architecture's
 
 
 def test_only_with_the_pool_are_solutions_kept(small):

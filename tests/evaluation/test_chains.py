@@ -209,7 +209,7 @@ def test_whether_a_chain_is_compiled_depends_on_its_own_work(small, digits, monk
     assert not chains.compiles(auto, chain, Network(spec))
     forced, lines = auto._replace(compiled="on"), []
     assert chains.compiles(forced, chain, Network(spec))
-    monkeypatch.setattr(compiling, "complaint", lambda folder: "no g++")
+    monkeypatch.setattr(compiling, "compile_failure", lambda folder: "no g++")
     possible = chains.without_impossible_compilation
     assert possible(forced, [chain], "cuda", lines.append) is forced  # nothing is compiled on CUDA
     assert possible(auto, [chain], "cpu", lines.append) is auto

@@ -656,8 +656,8 @@ def test_experts_of_another_network_are_refused():
         ({"name": "vgg11-bn", "image_shape": (1, 7, 7)}, ["7x7", "vgg11-bn", "8x8"]),
         ({"name": "resnet18-bn", "image_shape": (3, 4, 4)}, ["4x4", "resnet18-bn", "8x8"]),
         ({"name": "resnet18-in", "image_shape": (3, 32, 16)}, ["32x16", "square"]),
-        ({"name": "lenet-bn"}, ["lenet-bn", "lenet has no norm", "its name is lenet"]),
-        ({"name": "alexnet-in"}, ["alexnet-in", "its name is alexnet"]),
+        ({"name": "lenet-bn"}, ["lenet-bn", "lenet has no norms", "give lenet"]),
+        ({"name": "alexnet-in"}, ["alexnet-in", "give alexnet"]),
         ({"name": "convnet-inn"}, ["convnet-inn", "did you mean convnet-in"]),
         ({"name": "resnet"}, ["resnet", "known:", *ARCHITECTURES, "MODULE:FUNCTION"]),
         ({"name": ""}, ["known:", *ALL]),
@@ -840,7 +840,7 @@ def contract_checked(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_our_networks_hold_to_the_contract_too(name):
-    assert checks.first_breach(network(name)) == ""
+    assert checks.first_violation(network(name)) == ""
 
 
 @pytest.mark.parametrize(
@@ -852,11 +852,11 @@ def test_our_networks_hold_to_the_contract_too(name):
         ("nets.py:build", ["nets.py", "from this folder"]),
         ("a folder/nets.py:build", ["from this folder"]),
         (":build", ["from this folder"]),
-        ("nets:", ["no function"]),
+        ("nets:", ["not a function"]),
         ("broken:build", ["SyntaxError", "broken.py, line 1"]),
         ("needs:build", ["needs.py:2", "No module named 'a_library_that_is_not_here'"]),
-        ("nets:CONSTANT", ["no function", "(image_shape, classes)"]),
-        ("nets:returns_list", ["returns list", "torch.nn.Module"]),
+        ("nets:CONSTANT", ["not a function", "(image_shape, classes)"]),
+        ("nets:returns_list", ["got list", "torch.nn.Module"]),
         ("nets:fails", ["ValueError: one line)", "nets.py:"]),
         ("nets:wrong_shape", ["returns (2, 3) torch.float32", "logits (2, 4)"]),
         ("nets:WrongInput", ["RuntimeError", "nets.py:"]),
@@ -866,12 +866,12 @@ def test_our_networks_hold_to_the_contract_too(name):
         ("nets:dropout2d", ["Dropout"]),
         ("nets:Functional", ["Dropout"]),
         ("nets:Hidden", ["Dropout"]),
-        ("nets:Noisy", ["from call to call"]),
+        ("nets:Noisy", ["between two calls"]),
         ("nets:tracking", ["train() and eval()"]),
-        ("nets:untracked", ["those beside it", "BatchNorm"]),
-        ("nets:Squeezing", ["those beside it"]),
-        ("nets:seeded", ["same at every draw"]),
-        ("nets:of_numpy", ["elsewhere than torch's global generator"]),
+        ("nets:untracked", ["other images of the batch", "BatchNorm"]),
+        ("nets:Squeezing", ["other images of the batch"]),
+        ("nets:seeded", ["same for every seed"]),
+        ("nets:of_numpy", ["another generator than torch's global one"]),
         ("nets:RandomBuffer", ["random buffer"]),
         ("nets:frozen", ["1.weight", "frozen"]),
         ("nets:Unused", ["spare.weight"]),

@@ -23,7 +23,7 @@ from fbpc_ray.distillation.state import GradientTask, initial_state
 from fbpc_ray.distillation.worker import METHODS, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.models import compiler as compiling
-from fbpc_ray.models.compiler import CannotCompile, compiled
+from fbpc_ray.models.compiler import CompileError, compile_function
 from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.models.passes import Passes, count_macs
 
@@ -135,24 +135,24 @@ def test_where_it_cannot_be_compiled_one_line_says_so(tmp_path, monkeypatch):
 def test_machine_code_in_a_folder_of_others_is_not_loaded(tmp_path, monkeypatch):
     """Neither where others can write to it, nor where they can put another in its place; what is there already too."""
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: 1 / 0)
-    monkeypatch.setattr(compiling, "_name", lambda graph, arguments: "planted")
+    monkeypatch.setattr(compiling, "_checksum", lambda graph, arguments: "planted")
     for mode, above in ((0o777, 0o700), (0o700, 0o777)):
         folder = tmp_path / f"{mode}" / "compiled"
         folder.mkdir(parents=True)
         (folder / "planted.pt2").write_bytes(b"machine code")
         folder.chmod(mode)
         folder.parent.chmod(above)
-        with pytest.raises(CannotCompile, match="can be written to by others"):
-            compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
-    with pytest.raises(CannotCompile, match="division by zero"):  # in a folder of one's own it would be loaded
+        with pytest.raises(CompileError, match="can be written to by others"):
+            compile_function(lambda x: [x + 1], [torch.zeros(2)], folder)
+    with pytest.raises(CompileError, match="division by zero"):  # in a folder of one's own it would be loaded
         folder.parent.chmod(0o700)
-        compiled(lambda x: [x + 1], [torch.zeros(2)], folder)
+        compile_function(lambda x: [x + 1], [torch.zeros(2)], folder)
 
 
 @with_compiler
 def test_a_changed_network_or_thread_count_has_another_name(folder):
     def name_of(function):
-        return compiling._name(make_fx(function)(torch.zeros(3)), [torch.zeros(3)])
+        return compiling._checksum(make_fx(function)(torch.zeros(3)), [torch.zeros(3)])
 
     names = {name_of(lambda x: [x + 1]), name_of(lambda x: [x + 2]), name_of(lambda x: [x * torch.ones(3)])}
     torch.set_num_threads(2)
@@ -171,7 +171,7 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     """By what they compute: a hundred thousand steps are, four of them aren't. What can't be compiled is said."""
     lines: list[str] = []
     why = ""
-    monkeypatch.setattr(compiling, "complaint", lambda folder: why)
+    monkeypatch.setattr(compiling, "compile_failure", lambda folder: why)
     small = small.updated(device="cpu")
     specs = session.network_specs(small, digits)
     assert not session.compiles_passes(small, digits, specs, lines.append)
