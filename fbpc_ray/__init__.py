@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         auroc,
         dataset,
         distill,
+        evaluate,
         load_coreset,
         load_posterior,
         posterior,
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Coreset", "Dataset", "Ensemble", "Prediction", "UserError",
-    "auroc", "dataset", "distill", "load_coreset", "load_posterior", "posterior", "save",
+    "auroc", "dataset", "distill", "evaluate", "load_coreset", "load_posterior", "posterior", "save",
     "save_model",
 ]  # fmt: skip
 

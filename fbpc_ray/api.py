@@ -35,8 +35,8 @@ from fbpc_ray.data import coreset as coresets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
-from fbpc_ray.evaluation import chains as evaluate
-from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation import chains, ensemble
+from fbpc_ray.evaluation import evaluate as scoring
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.serial import Serial
@@ -49,7 +49,7 @@ from fbpc_ray.tracking import model_export
 
 __all__ = [
     "Coreset", "Dataset", "Ensemble", "Prediction", "UserError",
-    "auroc", "dataset", "distill", "load_coreset", "load_posterior", "posterior", "save",
+    "auroc", "dataset", "distill", "evaluate", "load_coreset", "load_posterior", "posterior", "save",
     "save_model",
 ]  # fmt: skip
 
@@ -181,11 +181,11 @@ def posterior(
         raise UserError(f"not a coreset ({wrong}): give what distill or load returns")
     (spec,) = network_specs(chosen, coreset)
     network = Network(spec, Serial(device, Interruption(())).device)
-    images, labels = coreset.images.to(network.device), coreset.labels.to(network.device)
+    images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
     e, samples = chosen.evaluation, []
     with progress("sample", num_chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
         for number in range(seed, seed + num_chains):
-            for params in evaluate.sampling(Passes(network), images, labels, e, augment, number):
+            for params in chains.sampling(Passes(network), images, labels, e, augment, number):
                 if not ensemble.finite([params]):
                     raise UserError(
                         f"the chain of seed {number} on {spec.architecture} diverged: lower chain_eta, or use "
@@ -194,6 +194,41 @@ def posterior(
                 samples.append(params)
                 bar.update()
     return ensemble.gathered(network, samples, coreset)
+
+
+def evaluate(
+    coreset: Coreset,
+    data: Any,
+    architectures: Architecture | Sequence[Architecture] = "convnet-in",
+    *,
+    inference: str = "sghmc",
+    split: str = "test",
+    backend: str = "serial",
+    log: Callable[[str], None] = print,
+    **settings: Any,
+) -> dict[str, dict[str, list[float | None]]]:
+    """Score `coreset` on a split of `data`, as `fbpc evaluate` does: {network: {score: [one value a seed]}}.
+
+    Args:
+        data: from `dataset`, or what that takes first.
+        inference: sghmc | last-layer | mse | ensemble.
+        split: test | validation.
+        settings: num_chains, net_steps, chain_epochs, width, ...: all flags but those of data, experts and output.
+
+    None is the value of a chain that left the finite numbers. Raises UserError.
+    """
+    source = data if isinstance(data, Dataset) else dataset(data, log=log)
+    _check_names(settings, "evaluate", config.Data, config.Experts, config.Distillation, config.Output)
+    chosen = Config().updated(architectures=_names(architectures), inference=inference, backend=backend, **settings)
+    chosen = validation.validate(chosen)
+    if wrong := coresets.problem(coreset):
+        raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")
+    source = source._replace(mean=coreset.mean, std=coreset.std)
+    with open_backend(chosen, Interruption(()), log) as workers:
+        specs = network_specs(chosen, coreset)
+        return scoring.evaluate({"coreset": coreset}, specs, source, split, chosen, workers, log).to_json()["coresets"][
+            "coreset"
+        ]
 
 
 def save(what: Coreset | Ensemble, path: str | Path) -> None:

@@ -47,6 +47,8 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
         raise UserError(f"--split {options.split}: choose test or validation")
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
+    if options.save_model and config.evaluation.inference == "last-layer":
+        raise UserError("--save-model holds samples of weights, --inference last-layer has none: use mse or ensemble")
     target = model_export.asked(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:

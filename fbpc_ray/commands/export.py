@@ -74,6 +74,8 @@ def export(folder: Place, kind: str, out: str) -> None:
     log(f"export: {target}")
     if kind == "png":
         log("note: png rounds to 8 bits a channel; hf, safetensors, pt and npz are exact")
+        if found.soft_labels is not None:
+            log("note: png leaves the learned soft labels out; the other formats have them")
 
 
 def _short(data: str) -> str:
@@ -98,6 +100,7 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
                 *([{"name": "image", "dtype": "image"}] if c in (1, 3) else []),
                 {"name": "pixels", "dtype": {"array3_d": {"shape": [c, h, w], "dtype": "float32"}}},
                 {"name": "label", "dtype": {"class_label": {"names": names}}},
+                *([{"name": "soft_label", "sequence": "float32"}] if found.soft_labels is not None else []),
             ],
         },
     }  # fmt: skip

@@ -124,6 +124,8 @@ class Distillation:
     """vbpc, frepo: Adam learning rate of the pixels, in normalised pixel space [tuned]."""
     label_lr: float = 0.01
     """vbpc, frepo: Adam learning rate of the soft labels, logits; 0: the labels stay as they begin [tuned]."""
+    lr_decay: int = 200
+    """vbpc, frepo: both rates are divided by sqrt(1 + step / this); 0: they are constant [tuned]."""
     label_scale: float = 1.0
     """vbpc, frepo: soft labels begin at this times (one-hot - 1/classes), logits [tuned]."""
     ridge: float = 0.01
@@ -150,8 +152,26 @@ class Distillation:
 class Evaluation:
     """SGHMC on a coreset (Eq. 27, App. C.2)."""
 
+    inference: Literal["sghmc", "last-layer", "mse", "ensemble"] = "sghmc"
+    """sghmc (Eq. 27) [paper] | networks trained by squared loss, of which last-layer predicts by the closed-form
+    posterior of its last layer, mse by the softmax of its outputs, ensemble by --ensemble-size of these."""
+    net_steps: int = 100
+    """last-layer, mse, ensemble: Adam steps of a network on the coreset [tuned]."""
+    net_lr: float = 0.001
+    """last-layer, mse, ensemble: their learning rate [tuned]."""
+    net_label_scale: float = 1.0
+    """last-layer, mse, ensemble: targets of a coreset without soft labels are this times (one-hot - 1/classes), logits
+    [tuned]."""
+    net_mirror: bool = True
+    """last-layer, mse, ensemble: add each image's mirror image to the coreset."""
+    net_ridge: float = 0.01
+    """last-layer: lambda, as vbpc's --ridge [tuned]."""
+    net_precision: float = 1.0
+    """last-layer: rho, as --precision."""
+    ensemble_size: int = 5
+    """ensemble: networks of each seed."""
     num_chains: int = 3
-    """SGHMC chains for each architecture, with one seed each; results list the scores of each chain."""
+    """SGHMC chains, or trained networks, for each architecture, with one seed each; results list the scores of each."""
     chain_epochs: int = 1000
     """Epochs of a chain [paper: 1000]."""
     chain_every: int = 100

@@ -8,7 +8,9 @@
     npz          images, labels, mean, std, classes
     safetensors  the file of a run (coreset.py)
 
-In the first three a coreset.json keeps the normalisation and the names of the classes. No file is replaced.
+Learned labels are in `soft_label` of the Parquet file, soft_labels_best.pt and `soft_labels`, (m, d) float32 logits;
+png has none. In the first three formats a coreset.json keeps the normalisation and the names of the classes. No file is
+replaced.
 """
 
 import io
@@ -37,6 +39,7 @@ Files = dict[str, bytes]
 SIDECAR = "coreset.json"
 SHARD = "data/train-00000-of-00001.parquet"
 PAIR = ("images_best.pt", "labels_best.pt")
+SOFT = "soft_labels_best.pt"
 
 
 def files(found: Coreset, kind: str, facts: dict[str, str], card: str) -> Files:
@@ -84,6 +87,10 @@ def _hf(found: Coreset, facts: dict[str, str]) -> Files:
         "pixels": {"shape": [c, h, w], "dtype": "float32", "_type": "Array3D"},
         "label": {"names": list(found.classes), "_type": "ClassLabel"},
     }
+    if found.soft_labels is not None:
+        d = len(found.classes)
+        columns["soft_label"] = pa.FixedSizeListArray.from_arrays(pa.array(found.soft_labels.numpy().ravel()), d)
+        features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "length": d, "_type": "Sequence"}
     if c in (1, 3):
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         columns["image"] = pa.array([{"bytes": data, "path": None} for data in _pngs(found)], kind)
@@ -97,7 +104,10 @@ def _hf(found: Coreset, facts: dict[str, str]) -> Files:
 def _pt(found: Coreset, facts: dict[str, str]) -> Files:
     del facts
     made: Files = {}
-    for name, tensor in zip(PAIR, (found.images, found.labels), strict=True):
+    tensors = dict(zip(PAIR, (found.images, found.labels), strict=True))
+    if found.soft_labels is not None:
+        tensors[SOFT] = found.soft_labels
+    for name, tensor in tensors.items():
         buffer = io.BytesIO()
         torch.save(tensor.clone(), buffer)
         made[name] = buffer.getvalue()
@@ -121,6 +131,8 @@ def _npz(found: Coreset, facts: dict[str, str]) -> Files:
         "images": found.images.numpy(), "labels": found.labels.numpy(), "mean": np.array(found.mean),
         "std": np.array(found.std), "classes": np.array(found.classes), "made_by": np.array(json.dumps(facts)),
     }  # fmt: skip
+    if found.soft_labels is not None:
+        arrays["soft_labels"] = found.soft_labels.numpy()
     np.savez(buffer, allow_pickle=False, **arrays)
     return {".npz": buffer.getvalue()}
 

@@ -40,6 +40,8 @@ class _Raw(NamedTuple):
     labels: Tensor
     facts: dict[str, Any] | None = None
     """mean, std and classes where the file says them."""
+    soft_labels: Tensor | None = None
+    """(m, d) logits."""
 
 
 class Loaded(NamedTuple):
@@ -113,7 +115,7 @@ def _read_safetensors(path: Path) -> _Raw:
             images, labels = (_tensor(file.get_tensor(name).clone()) for name in ("images", "labels"))  # out of the map
             return _Raw(images, labels)
     found = coreset.load(path)
-    return _Raw(found.images, found.labels, found._asdict())
+    return _Raw(found.images, found.labels, found._asdict(), found.soft_labels)
 
 
 def _read_npz(path: Path) -> _Raw:
@@ -124,22 +126,25 @@ def _read_npz(path: Path) -> _Raw:
             raise UserError(f"{path} has no array {lacks[0]} (found {', '.join(archive.files)}): name it so")
         facts = {name: archive[name].tolist() for name in ("mean", "std", "classes") if name in archive.files}
         images, labels = (torch.from_numpy(np.ascontiguousarray(archive[name])) for name in ("images", "labels"))
-    return _Raw(images, labels, facts if len(facts) == 3 else None)
+        soft = torch.from_numpy(archive["soft_labels"]) if "soft_labels" in archive.files else None
+    return _Raw(images, labels, facts if len(facts) == 3 else None, soft)
 
 
 def _read_pt(path: Path) -> _Raw:
-    """MTT's images_X.pt with labels_X.pt beside it; or one file of {images, labels}, (images, labels), or DC's and
-    DM's {"data": [(images, labels), ...]}, of which the last counts."""
-    found = _tensors_of(path)
+    """MTT's images_X.pt with labels_X.pt, and perhaps soft_labels_X.pt, beside it; or one file of {images, labels},
+    (images, labels), or DC's and DM's {"data": [(images, labels), ...]}, of which the last counts."""
+    found, soft = _tensors_of(path), None
     if isinstance(found, Tensor):
         if not path.name.startswith("images"):
             raise UserError(f"{path} holds images without labels: name them images_X.pt and labels_X.pt")
         labels = path.with_name("labels" + path.name.removeprefix("images"))
         found = found, _tensors_of(labels)
+        if (beside := labels.with_name(f"soft_{labels.name}")).exists():
+            soft = _tensor(_tensors_of(beside))
     if isinstance(found, dict):
         found = found["data"][-1] if "data" in found else (found["images"], found["labels"])
     images, labels = found
-    return _Raw(_tensor(images), _tensor(labels), _sidecar(path.parent))
+    return _Raw(_tensor(images), _tensor(labels), _sidecar(path.parent), soft)
 
 
 def _tensors_of(path: Path) -> Any:
@@ -157,10 +162,12 @@ def _read_parquet(path: Path) -> _Raw:
         part = source.parts["train"]
         classes = {"classes": source.classes} if source.classes else {}
         return _Raw(torch.from_numpy(part.images), torch.from_numpy(part.labels), (facts or {}) | classes or None)
-    tables = [pq.read_table(shard, columns=["pixels", "label"]) for shard in shards]
+    soft_column = ["soft_label"] if "soft_label" in pq.read_schema(shards[0]).names else []
+    tables = [pq.read_table(shard, columns=["pixels", "label", *soft_column]) for shard in shards]
+    soft = torch.cat([_nested(table.column("soft_label")) for table in tables]) if soft_column else None
     images = torch.cat([_nested(table.column("pixels")) for table in tables])
     labels = torch.cat([torch.from_numpy(table.column("label").to_numpy().copy()) for table in tables])
-    return _Raw(images, labels, facts)
+    return _Raw(images, labels, facts, soft)
 
 
 def _nested(column: pa.ChunkedArray) -> Tensor:
@@ -216,9 +223,16 @@ def _tensor(value: Any) -> Tensor:
 
 def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
     """Checked, in our form."""
-    images, labels, notes = raw.images, raw.labels, []
+    images, labels, soft, notes = raw.images, raw.labels, raw.soft_labels, []
+    if soft is None and labels.ndim == 2 and labels.is_floating_point():
+        soft, note = _soft_labels(labels.float())
+        labels = labels.argmax(1)
+        notes.append(note)
     if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise UserError(f"{source}: labels are {labels.dtype} {tuple(labels.shape)}; only numbers of classes are read")
+        raise UserError(
+            f"{source}: labels are {labels.dtype} {tuple(labels.shape)}; only numbers of classes are read, and soft "
+            "labels as floats (m, classes)"
+        )
     facts = raw.facts or {}
     mean, std = (tuple(facts.get(name, getattr(dataset, name))) for name in ("mean", "std"))
     classes = tuple(facts.get("classes", dataset.classes))
@@ -245,10 +259,19 @@ def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
         if unit:
             shaped = [torch.tensor(each, dtype=torch.float32)[:, None, None] for each in (mean, std)]
             images = (images.float() - shaped[0]) / shaped[1]
-    found = Coreset(images.float().contiguous(), labels.long(), mean, std, classes)
+    found = Coreset(images.float().contiguous(), labels.long(), mean, std, classes, soft)
     if wrong := coreset.problem(found):
         raise UserError(f"{source} is not a coreset ({wrong}): make it again")
     return Loaded(found, tuple(notes))
+
+
+def _soft_labels(values: Tensor) -> tuple[Tensor, str]:
+    """Return labels (m, d) of others as centred logits, and what was assumed of them."""
+    if bool((values >= 0).all()) and bool((values.sum(1) - 1).abs().max() < 1e-3):
+        logits, note = values.clamp(min=1e-6).log(), "probabilities (each row sums to 1)"
+    else:
+        logits, note = values, "logits (not every row sums to 1)"
+    return logits - logits.mean(1, keepdim=True), f"soft labels taken as {note}"
 
 
 def _channels_first(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import (
     State,
+    adam_rates,
     check_gradients,
     check_state,
     combine,
@@ -88,7 +89,8 @@ def take_step(settings: Distillation, architectures: Sequence[str], state: State
     check_gradients([name for name, _, _ in gradients], [gradient for _, _, gradient in gradients], state.step)
     combined = combine(tasks, answers)
     if state.soft_labels is not None:
-        after = update_by_adam(state, combined, image_lr=settings.image_lr, label_lr=settings.label_lr)
+        image_lr, label_lr = adam_rates(settings, state.step)
+        after = update_by_adam(state, combined, image_lr=image_lr, label_lr=label_lr)
     else:
         after = update(
             state, combined, alpha=settings.alpha, momentum=settings.momentum, inner_alpha=settings.inner_alpha

@@ -127,6 +127,15 @@ def update(
     )  # fmt: skip
 
 
+def adam_rates(settings: Distillation, step: int) -> tuple[float, float]:
+    """Return the learning rates of images and soft labels of the step after `step` steps.
+
+    They don't depend on --steps, which may be raised for a run that is resumed.
+    """
+    factor = (1 + step / settings.lr_decay) ** -0.5 if settings.lr_decay else 1.0
+    return settings.image_lr * factor, settings.label_lr * factor
+
+
 def update_by_adam(state: State, gradients: Sequence[SummedGradient], *, image_lr: float, label_lr: float) -> State:
     """Sum the gradients of the architectures in the given order, and move images and soft labels by Adam.
 

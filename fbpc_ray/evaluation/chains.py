@@ -14,6 +14,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.data.augment import AUGMENTATIONS
+from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import ensemble
@@ -45,6 +46,8 @@ class CoresetArrays(NamedTuple):
     """(m, c, h, w) float32, normalised."""
     labels: np.ndarray
     """(m,) int64."""
+    soft_labels: np.ndarray | None = None
+    """(m, d) float32 logits, where labels were learned."""
 
 
 class Chain(NamedTuple):
@@ -126,15 +129,33 @@ class Scored(NamedTuple):
     uncertainty: Uncertainty
 
 
-def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
-    """The predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
+Logits = Callable[[Tensor], Tensor]
+"""Images (b, c, h, w) -> logits (S, b, d), whose mean softmax is the prediction."""
+
+
+def average_of(passes: Passes, samples: list[Params], coreset: Tensor) -> Logits:
+    """Return the predictions of `samples`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
     network = passes.network
     statistics = statistics_of(network, samples, coreset)
+
+    def logits(images: Tensor) -> Tensor:
+        whole = len(images) == TEST_BATCH  # a last, smaller batch is not worth compiling for
+        return logits_of(passes.predict if whole else network.predict, samples, statistics, images)
+
+    return logits
+
+
+def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
+    """Score the predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
+    return score(average_of(passes, samples, coreset), test)
+
+
+def score(predictions: Logits, test: DeviceDataset) -> Scored:
+    """Score `predictions` for `test`: the one place where scores are computed."""
     parts: list[Scored] = []
     for index in torch.arange(len(test)).split(TEST_BATCH):
         batch = test.batch(index)
-        whole = len(index) == TEST_BATCH  # a last, smaller batch is not worth compiling for
-        logits = logits_of(passes.predict if whole else network.predict, samples, statistics, batch.images)
+        logits = predictions(batch.images)
         stats = predictive_stats(log_mean_probability(logits), batch.labels)
         parts.append(Scored(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
@@ -176,11 +197,18 @@ def run_chain(context: EvaluationContext, chain: Chain, device: str) -> ChainRes
     images, samples = sample_chain(context, chain, passes, device)
     if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
-    scored = predictive(passes, samples, images, _on_device(context.split, context, device))
+    return chain_result(context, chain, average_of(passes, samples, images), samples, device, start)
+
+
+def chain_result(
+    context: EvaluationContext, chain: Chain, logits: Logits, samples: list[Params], device: str, start: float
+) -> ChainResult:
+    """Score the predictions of a chain that began at `start`, on the split and the out-of-distribution images."""
+    scored = score(logits, _on_device(context.split, context, device))
     in_distribution = out_of_distribution = None
     if context.ood is not None:
         in_distribution = scored.uncertainty
-        out_of_distribution = predictive(passes, samples, images, _on_device(context.ood, context, device)).uncertainty
+        out_of_distribution = score(logits, _on_device(context.ood, context, device)).uncertainty
     return ChainResult(
         scored.stats,
         time.perf_counter() - start,
@@ -192,9 +220,21 @@ def run_chain(context: EvaluationContext, chain: Chain, device: str) -> ChainRes
     )
 
 
+def likelihood_labels(arrays: CoresetArrays) -> np.ndarray:
+    """Return labels as cross-entropy takes them: (m,) int64, or (m, d) float32 probabilities of soft labels."""
+    return arrays.labels if arrays.soft_labels is None else torch.tensor(arrays.soft_labels).softmax(1).numpy()
+
+
+def arrays_of(coreset: Coreset) -> CoresetArrays:
+    """Return a coreset as workers take it."""
+    soft_labels = None if coreset.soft_labels is None else coreset.soft_labels.numpy()
+    return CoresetArrays(coreset.images.numpy(), coreset.labels.numpy(), soft_labels)
+
+
 def sample_chain(context: EvaluationContext, chain: Chain, passes: Passes, device: str) -> tuple[Tensor, list[Params]]:
     """Sample a chain; return the coreset's images on the device, and the posterior samples."""
-    images, labels = (torch.tensor(array, device=device) for array in context.coresets[chain.coreset])
+    arrays = context.coresets[chain.coreset]
+    images, labels = (torch.tensor(array, device=device) for array in (arrays.images, likelihood_labels(arrays)))
     return images, posterior_samples(passes, images, labels, context.settings, context.augment, chain.seed)
 
 

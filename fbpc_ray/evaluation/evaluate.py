@@ -13,13 +13,14 @@ from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.evaluation.chains import (
     Chain,
     ChainResult,
-    CoresetArrays,
+    arrays_of,
     evaluation_context,
     quantities,
     run_chain,
     values,
     without_impossible_compilation,
 )
+from fbpc_ray.evaluation.last_layer import RUNNERS
 from fbpc_ray.evaluation.results import ChainScore, to_json
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
@@ -74,7 +75,7 @@ def evaluate(
     The log names the chains that diverged: they left the finite numbers. Raises UserError for an empty split.
     """
     settings = config.evaluation
-    arrays = {name: CoresetArrays(c.images.numpy(), c.labels.numpy()) for name, c in coresets.items()}
+    arrays = {name: arrays_of(c) for name, c in coresets.items()}
     context = evaluation_context(
         dataset, split, settings, config.networks.augment, arrays, ood, config.workers.compiled_chains
     )
@@ -87,16 +88,19 @@ def evaluate(
         for spec in specs
         for seed in range(settings.num_chains)
     ]
-    context = without_impossible_compilation(context, chains, workers.device, log)
+    run = RUNNERS.get(settings.inference, run_chain)
+    if run is run_chain:
+        context = without_impossible_compilation(context, chains, workers.device, log)
     results: dict[int, ChainResult] = {}
     with progress("evaluate", len(chains), "chain") as bar:
-        for index, result in workers.map(run_chain, context, chains):
+        for index, result in workers.map(run, context, chains):
             bar.update()
             results[index] = result
             if result.stats is None:
                 chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
-                log(f"warning: a chain diverged ({which}): lower --chain-eta, or use --chain-noise consistent")
+                flags = "--chain-eta, or use --chain-noise consistent" if run is run_chain else "--net-lr"
+                log(f"warning: a chain diverged ({which}): lower {flags}")
     return collect(chains, [results[index] for index in range(len(chains))], quantities(context))
 
 
@@ -105,4 +109,7 @@ def describe_evaluation(coresets: Sized, specs: Sized, split: str, settings: Eva
     parts = ((len(coresets), "coreset"), (len(specs), "network"), (settings.num_chains, "seed"))
     product = " x ".join(f"{count} {noun}{'s' if count > 1 else ''}" for count, noun in parts)
     count = len(coresets) * len(specs) * settings.num_chains
+    if settings.inference != "sghmc":
+        steps = f"{settings.net_steps:,} training steps"
+        return f"evaluating on the {split} split by {settings.inference}: {count} times ({product}), {steps} a network"
     return f"evaluating on the {split} split: {count} chains ({product}) of {settings.chain_epochs:,} epochs"

@@ -18,6 +18,9 @@ from fbpc_ray.inference.adam import AdamState, adam_step
 from fbpc_ray.inference.last_layer import LastLayer, squared_loss
 from fbpc_ray.models.functional import Network
 
+CHUNK = 64
+"""Images of a forward pass, for a network without BatchNorm: on a CPU larger ones take twice as long an image."""
+
 
 class Targets(NamedTuple):
     """Images and regression targets."""
@@ -37,6 +40,13 @@ def scaled(features: Tensor) -> Tensor:
     return features / math.sqrt(features.shape[1])
 
 
+def features_and_outputs(network: Network, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features (n, h) and outputs (n, d) of images (n, c, h, w), in passes of `CHUNK` without BatchNorm."""
+    size = len(images) if network.buffer_names else CHUNK
+    features, outputs = zip(*(network.features(params, part) for part in images.split(size)), strict=True)
+    return torch.cat(features), torch.cat(outputs)
+
+
 def posterior(features: Tensor, targets: Tensor, ridge: float, precision: float, relative: bool = False) -> LastLayer:
     """Return the last layer's posterior given scaled features (n, h); `relative`: the ridge is a share of tr K / n."""
     value = last_layer.relative_ridge(features, ridge) if relative else ridge
@@ -47,7 +57,7 @@ def train_step(network: Network, state: AdamState, data: Targets, learning_rate:
     """Take one Adam step on the squared loss of the network's own outputs; `state.value` is its parameters (P,)."""
     leaves = {name: value.requires_grad_() for name, value in unflatten(state.value, network.shapes).items()}
     with torch.enable_grad():
-        loss = squared_loss(network.forward(leaves, data.images), data.targets)
+        loss = squared_loss(features_and_outputs(network, leaves, data.images)[1], data.targets)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     return adam_step(state, torch.cat([gradient.flatten() for gradient in gradients]), learning_rate)
 

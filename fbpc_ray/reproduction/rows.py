@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from fbpc_ray.core import files
 from fbpc_ray.core.config import ELSEWHERE, OLD_NAMES, Config, Distillation, Evaluation, original_names
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.distillation import network_pool
 
 QUANTITIES = (
     "accuracy", "nll", "ece", "brier", "batch_nll", "mean_sample_nll", "degradation",
@@ -41,6 +42,13 @@ SCHEMA = pa.schema(
 
 _ELSEWHERE = ELSEWHERE | {"num_chains"}
 _OF_POOL = {"map_init", "warm_pool_size", "warm_pool_uses"}
+_OF_VBPC = {
+    "image_lr", "label_lr", "lr_decay", "label_scale", "ridge", "precision", "kl_weight", "mirror", "pool_size",
+    "pool_steps", "pool_lr",
+}  # fmt: skip
+_OF_NETWORKS = {
+    "inference", "net_steps", "net_lr", "net_label_scale", "net_mirror", "net_ridge", "net_precision", "ensemble_size",
+}  # fmt: skip
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures"}
 
@@ -58,7 +66,10 @@ def coreset_key(config: Config) -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """All flags, without those that came later and are not used: keys stay what they were."""
     flat = config.flat()
-    return {name: value for name, value in flat.items() if flat["map_init"] == "warm" or name not in _OF_POOL}
+    unused = set() if flat["map_init"] == "warm" else _OF_POOL
+    unused = unused if flat["method"] in network_pool.METHODS else unused | _OF_VBPC
+    unused = unused | _OF_NETWORKS if flat["inference"] == "sghmc" else unused
+    return {name: value for name, value in flat.items() if name not in unused}
 
 
 def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:

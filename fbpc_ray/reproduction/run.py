@@ -28,7 +28,7 @@ from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.chains import Chain, CoresetArrays, evaluation_context, without_impossible_compilation
+from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import expert_store, load_data, network_specs, num_steps, open_backend
 from fbpc_ray.models.functional import Spec, specify
@@ -217,7 +217,7 @@ def _shared_context(
     coresets = {}
     for folder in {task.coreset for task, _ in group}:
         made = coreset.load(RunDirectory(folder).coreset_path)
-        coresets[folder.name] = CoresetArrays(made.images.numpy(), made.labels.numpy())
+        coresets[folder.name] = arrays_of(made)
     context = evaluation_context(
         dataset, "test", config.evaluation, config.networks.augment, coresets, compiled=config.workers.compiled_chains
     )

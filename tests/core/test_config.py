@@ -191,7 +191,8 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
-        "compiled", "map_init", "warm_pool_size", "warm_pool_uses", "image_lr", "label_lr", "label_scale", "ridge",
+        "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
+        "image_lr", "label_lr", "lr_decay", "label_scale", "ridge",
         "precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
@@ -217,6 +218,15 @@ def test_weight_space_baselines_bring_the_settings_of_their_own_paper():
     assert with_method(preset("cifar10-ipc1"), "fbpc-isotropic", 1) == preset("cifar10-ipc1").updated(
         method="fbpc-isotropic"
     )
+
+
+def test_vbpc_and_frepo_bring_their_own_settings():
+    """Labels and rates by ipc, judged by the last layer; frepo's ridge is a share."""
+    one, ten = (with_method(preset(f"cifar10-ipc{ipc}"), "vbpc", ipc) for ipc in (1, 10))
+    assert [(c.distillation.image_lr, c.distillation.label_scale) for c in (one, ten)] == [(0.1, 3.0), (0.03, 5.0)]
+    assert {c.evaluation.inference for c in (one, ten)} == {"last-layer"}
+    assert one.evaluation.net_label_scale == one.distillation.label_scale
+    assert with_method(preset("cifar10-ipc10"), "frepo", 10).distillation.ridge == 1e-6
 
 
 NAN, INF = float("nan"), float("inf")

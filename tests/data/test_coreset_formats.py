@@ -269,7 +269,7 @@ def test_what_others_made_is_read(colour, kind, tmp_path):
     found = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
     assert torch.equal(found.coreset.images, normal)
     assert found.coreset.labels.tolist() == [0, 1, 2]
-    assert found.coreset[2:] == (colour.mean, colour.std, ("cat", "b", "c"))
+    assert found.coreset[2:] == (colour.mean, colour.std, ("cat", "b", "c"), None)
     assert len(found.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
         assert "0..1" in found.notes[0]
@@ -309,7 +309,8 @@ BAD = {
     "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "nothing in it was run"),
     "alone.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_X.pt"),
     "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "there is no coreset .*labels_1.pt"),
-    "soft.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3)), "only numbers of classes"),
+    "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "only numbers of classes"),
+    "soft.pt": (lambda trap: pair(GOOD, torch.zeros(3, 2)), "soft labels are"),
     "four.pt": (lambda trap: pair(GOOD, LABELS + 1), "labels from 1 to 3, but 3 classes"),
     "fewer.pt": (lambda trap: pair(GOOD, LABELS[:2]), "expected int64"),
     "nan.pt": (lambda trap: pair(GOOD / 0, LABELS), "not finite"),

@@ -21,10 +21,7 @@ from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.common import Clock, Gradient, GradientContext, GradientStats
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.last_layer import LastLayer
-from fbpc_ray.models.last_layer import Targets, posterior, scaled, train_step, unflatten
-
-CHUNK = 64
-"""Real images of a forward pass, for a network without BatchNorm: on a CPU larger ones take twice as long an image."""
+from fbpc_ray.models.last_layer import Targets, features_and_outputs, posterior, scaled, train_step, unflatten
 
 Terms = tuple[Tensor, Tensor, dict[str, float]]
 """What is differentiated, (); its term of the real images, (); other quantities to report."""
@@ -55,10 +52,9 @@ def gradient(
     params = unflatten(member.adam.value, network.shapes)
     real = _real_batch(context, step)
     with torch.no_grad():
-        size = len(real.images) if network.buffer_names else CHUNK
-        real_features = scaled(torch.cat([network.features(params, part)[0] for part in real.images.split(size)]))
+        real_features = scaled(features_and_outputs(network, params, real.images)[0])
     data = _seen(u, y, settings)
-    features = scaled(network.features(params, data.images)[0])
+    features = scaled(features_and_outputs(network, params, data.images)[0])
     layer = posterior(features, data.targets, settings.ridge, settings.precision, settings.method == "frepo")
     loss, expected, others = LOSSES[settings.method](layer, real_features, real.labels, y, settings, len(context.real))
     by_images, by_labels = (value.cpu() for value in torch.autograd.grad(loss, (u, y)))

@@ -1,0 +1,88 @@
+"""Judge a coreset by networks trained on it with squared loss: `--inference last-layer | mse | ensemble`.
+
+    last-layer   one network; its last layer is replaced by its posterior in closed form (inference/last_layer.py)
+    mse          the softmax of that network's own outputs
+    ensemble     the mean softmax of R such networks
+
+Targets are the soft labels of the coreset, or --net-label-scale times the centred one-hot labels. No augmentation but
+the mirror images.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fbpc_ray.core.config import Evaluation
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.types import Params
+from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation.chains import Chain, ChainResult, EvaluationContext, Logits, average_of, chain_result
+from fbpc_ray.inference.adam import adam_start
+from fbpc_ray.inference.last_layer import mean_field_logits, one_hot_targets, predictive
+from fbpc_ray.models import last_layer
+from fbpc_ray.models.functional import Network
+from fbpc_ray.models.last_layer import Targets
+from fbpc_ray.models.passes import Passes
+
+
+def run_networks(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
+    """Train the networks of one seed on the coreset, and score their predictions; as `run_chain`."""
+    start, settings, network = time.perf_counter(), context.settings, Network(chain.spec, device)
+    data = targets_of(context, chain, device)
+    count = settings.ensemble_size if settings.inference == "ensemble" else 1
+    samples = [trained(network, data, settings, chain.seed, member) for member in range(count)]
+    if not ensemble.finite(samples):
+        return ChainResult(None, time.perf_counter() - start)
+    if settings.inference == "last-layer":
+        logits = closed_form(network, samples[0], data, settings)
+    else:
+        logits = average_of(Passes(network), samples, data.images)
+    return chain_result(context, chain, logits, samples, device, start)
+
+
+def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets:
+    """Return the coreset's images with their regression targets, with the mirror images if --net-mirror."""
+    arrays, settings = context.coresets[chain.coreset], context.settings
+    if arrays.soft_labels is None:
+        targets = one_hot_targets(torch.tensor(arrays.labels), chain.spec.classes, settings.net_label_scale)
+    else:
+        targets = torch.tensor(arrays.soft_labels)
+    data = Targets(torch.tensor(arrays.images, device=device), targets.to(device))
+    return data.with_mirror_images() if settings.net_mirror else data
+
+
+def trained(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
+    """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
+    name = network.spec.architecture
+    state = adam_start(last_layer.flatten(network.init(generator(seed, "network", name, member))))
+    for index in _batches(len(data.images), settings, generator(seed, "network", name, member, "batch")):
+        batch = data if index is None else Targets(data.images[index], data.targets[index])
+        state = last_layer.train_step(network, state, batch, settings.net_lr)
+    return last_layer.unflatten(state.value, network.shapes)
+
+
+def closed_form(network: Network, params: Params, data: Targets, settings: Evaluation) -> Logits:
+    """Return the function of images to logits (1, b, d) by the last layer's posterior given the coreset."""
+    statistics = network.statistics(params, data.images.split(256))
+
+    def features(images: Tensor) -> Tensor:
+        parts = [network.predict_features(params, statistics, part)[0] for part in images.split(last_layer.CHUNK)]
+        return last_layer.scaled(torch.cat(parts))
+
+    layer = last_layer.posterior(features(data.images), data.targets, settings.net_ridge, settings.net_precision)
+    return lambda images: mean_field_logits(*predictive(layer, features(images)))[None]
+
+
+def _batches(size: int, settings: Evaluation, source: torch.Generator) -> Iterator[Tensor | None]:
+    """Yield the indices of each step's batch; None for all images, if they are at most --chain-full-batch."""
+    whole, count = size <= settings.chain_full_batch, settings.chain_batch_size
+    for _ in range(settings.net_steps):
+        yield None if whole else torch.randperm(size, generator=source)[:count]
+
+
+RUNNERS: dict[str, Callable[[EvaluationContext, Chain, str], ChainResult]] = {
+    "last-layer": run_networks, "mse": run_networks, "ensemble": run_networks,
+}  # fmt: skip
+"""Values of `--inference`, beside sghmc."""

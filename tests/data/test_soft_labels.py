@@ -1,0 +1,98 @@
+"""Learned labels in the formats of other programs: written and read back, and those that others made."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset_formats, coreset_reader
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset, Split
+
+NAMES = ("cat", "dog", "ship")
+SOFT = torch.randn(6, 3, generator=generator(0, "soft"))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    split = Split(np.zeros((9, 3, 5, 4), np.uint8), np.arange(9) % 3)
+    return Dataset("mine", NAMES, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), split, split, split, (), "")
+
+
+@pytest.fixture(scope="module")
+def made() -> Coreset:
+    images = 2 * torch.randn(6, 3, 5, 4, generator=generator(0, "images"))
+    return Coreset(images, torch.arange(6) % 3, (1 / 3, 0.1, 0.2), (0.25, 0.3, 0.1), NAMES, SOFT)
+
+
+@pytest.mark.parametrize("kind", ["hf", "pt", "npz", "safetensors"])
+def test_soft_labels_come_back_to_the_bit(made, dataset, kind, tmp_path):
+    out = tmp_path / f"it{coreset_formats.SINGLE.get(kind, '')}"
+    coreset_formats.write(coreset_formats.files(made, kind, {"method": "vbpc"}, "card"), out)
+    found = coreset_reader.load(out, dataset).coreset
+    assert found.soft_labels is not None
+    assert torch.equal(found.soft_labels, SOFT)
+    assert torch.equal(found.labels, made.labels)
+    assert torch.equal(found.images, made.images)
+
+
+def test_png_has_classes_alone(made, dataset, tmp_path):
+    coreset_formats.write(coreset_formats.files(made, "png", {}, "card"), tmp_path / "it")
+    assert coreset_reader.load(tmp_path / "it", dataset).coreset.soft_labels is None
+
+
+def test_the_datasets_library_reads_them(made, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    coreset_formats.write(coreset_formats.files(made, "hf", {}, ""), tmp_path / "set")
+    (tmp_path / "set" / "README.md").unlink()
+    found = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(found.with_format("torch")["soft_label"][:], SOFT)
+
+
+def theirs(kind: str, folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
+    """Float labels (m, d) under the name of labels."""
+    if kind == "pt":
+        torch.save((images, labels), folder / "it.pt")
+    elif kind == "npz":
+        np.savez(folder / "it.npz", images=images.numpy(), labels=labels.numpy())
+    else:
+        save_file({"images": images, "labels": labels}, folder / "it.safetensors", {"format": "pt"})
+    return folder / f"it.{kind}"
+
+
+@pytest.mark.parametrize("kind", ["pt", "npz", "safetensors"])
+def test_those_of_others_are_probabilities_or_logits(made, dataset, kind, tmp_path):
+    """Probabilities become logits with the same softmax; other numbers are logits, centred. Classes: the largest."""
+    images, p = made.images, SOFT.softmax(1)
+    found, notes = coreset_reader.load(theirs(kind, tmp_path, images, p), dataset)
+    assert torch.equal(found.labels, p.argmax(1))
+    torch.testing.assert_close(found.likelihood_labels, p)
+    assert any("probabilities" in note for note in notes)
+    found, notes = coreset_reader.load(theirs(kind, tmp_path, images, SOFT + 5), dataset)
+    assert found.soft_labels is not None
+    torch.testing.assert_close(found.soft_labels, SOFT - SOFT.mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
+    assert any("logits" in note for note in notes)
+
+
+def test_hard_probabilities_give_finite_logits(made, dataset, tmp_path):
+    found, _ = coreset_reader.load(theirs("npz", tmp_path, made.images, torch.eye(3)[made.labels]), dataset)
+    torch.testing.assert_close(found.likelihood_labels, torch.eye(3)[made.labels], rtol=0, atol=1e-5)
+
+
+def test_soft_labels_for_other_classes_are_refused(made, dataset, tmp_path):
+    with pytest.raises(UserError, match="soft labels are"):
+        coreset_reader.load(theirs("npz", tmp_path, made.images, torch.rand(6, 4)), dataset)
+
+
+def test_the_card_names_the_column(made):
+    from fbpc_ray.commands.export import card
+    from fbpc_ray.core.config import Config
+
+    text = card(made, "hf", Config(), {"method": "vbpc", "data": "cifar10"}, None)
+    (line,) = [line for line in text.splitlines() if line.startswith("dataset_info: ")]
+    assert {"name": "soft_label", "sequence": "float32"} in json.loads(line.removeprefix("dataset_info: "))["features"]

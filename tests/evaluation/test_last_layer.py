@@ -1,0 +1,180 @@
+"""`--inference last-layer | mse | ensemble`, and soft labels in every inference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.chains import context_of
+
+from fbpc_ray.core.config import Evaluation
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.data.coreset import Coreset, balanced
+from fbpc_ray.data.datasets import tensors
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation.chains import Chain, CoresetArrays, sample_chain, score
+from fbpc_ray.evaluation.evaluate import evaluate
+from fbpc_ray.evaluation.last_layer import closed_form, run_networks, targets_of, trained
+from fbpc_ray.execution.serial import Serial
+from fbpc_ray.inference.metrics import scores
+from fbpc_ray.models.functional import Network, specify
+from fbpc_ray.models.passes import Passes
+
+SETTINGS = Evaluation(
+    inference="last-layer", net_steps=20, net_lr=0.01, net_ridge=0.05, net_precision=2.0, ensemble_size=2,
+    chain_epochs=6, chain_every=3, num_chains=2,
+)  # fmt: skip
+
+
+def spec_of(digits, name: str = "convnet-in"):
+    return specify(name, digits.image_shape, 10, 8, 0)
+
+
+@pytest.fixture(scope="module")
+def coreset(digits):
+    real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
+    images, labels = real.batch(balanced(real.labels, 2, digits.classes, generator(0)))
+    return Coreset(images, labels, digits.mean, digits.std, digits.classes)
+
+
+def context(digits, coreset, settings=SETTINGS, soft_labels=None):
+    made = context_of(digits, "test", settings, coreset.images.numpy(), coreset.labels.numpy())
+    return made._replace(coresets={"x": CoresetArrays(*made.coresets["x"][:2], soft_labels)})
+
+
+def scored(result):
+    assert result.stats is not None
+    return scores(result.stats)
+
+
+def probabilities(logits):
+    return logits.double().softmax(-1).mean(0)
+
+
+@pytest.mark.parametrize("name", ["convnet-in", "convnet-bn"])
+def test_the_closed_form_is_dense_regression_on_the_trained_features(digits, coreset, name):
+    """By the h x h covariance; with BatchNorm, the features of coreset and images use the coreset's statistics."""
+    shared, spec = context(digits, coreset), spec_of(digits, name)
+    chain, network = Chain("x", spec, 0), Network(spec)
+    data = targets_of(shared, chain, "cpu")
+    assert (len(data.images), data.targets.sum(1).abs().max() < 1e-5) == (40, True)
+    params = trained(network, data, SETTINGS, 0, 0)
+    real = DeviceDataset(*tensors(digits.test, "cpu"), digits.mean, digits.std)
+    images = real.batch(torch.arange(50)).images
+    statistics = network.statistics(params, [data.images])
+    phi, at = ((network.predict_features(params, statistics, x)[0] / 32**0.5).double() for x in (data.images, images))
+    covariance = torch.linalg.inv(2.0 * torch.eye(32) + phi.T @ phi / (0.05 / 2.0))
+    mean = at @ covariance @ phi.T @ data.targets.double() / (0.05 / 2.0)
+    variance = ((at @ covariance) * at).sum(1, keepdim=True)
+    expected = (mean / (1 + torch.pi / 8 * variance).sqrt()).softmax(1)
+    logits = closed_form(network, params, data, SETTINGS)
+    torch.testing.assert_close(probabilities(logits(images)), expected, rtol=1e-4, atol=1e-6)
+    whole = score(logits, real).stats
+    assert scored(run_networks(shared, chain, "cpu")) == scores(whole)
+    assert scores(whole).accuracy > 0.4
+
+
+def test_no_number_depends_on_the_batches_of_the_test_set(digits, coreset, monkeypatch):
+    shared, chain = context(digits, coreset), Chain("x", spec_of(digits, "convnet-bn"), 0)
+    whole = scored(run_networks(shared, chain, "cpu"))
+    monkeypatch.setattr(chains, "TEST_BATCH", 70)
+    assert scored(run_networks(shared, chain, "cpu")) == pytest.approx(whole, rel=1e-5)
+
+
+def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, coreset):
+    """By torch's optimiser, without mirror images; the seed and the member change the start."""
+    settings = replace(SETTINGS, net_mirror=False, net_steps=3, net_label_scale=2.0)
+    spec = spec_of(digits)
+    data, network = targets_of(context(digits, coreset, settings), Chain("x", spec, 0), "cpu"), Network(spec)
+    assert len(data.images) == 20
+    assert data.targets[0].max() == pytest.approx(1.8)
+    start = network.init(generator(1, "network", spec.architecture, 0))
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.Adam(leaves.values(), lr=settings.net_lr)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (0.5 * (network.forward(leaves, data.images) - data.targets).square().sum(1).mean()).backward()
+        optimizer.step()
+    found = trained(network, data, settings, 1, 0)
+    for name, value in leaves.items():
+        if name.endswith("weight"):  # the biases before a norm have no gradient but rounding, whose sign Adam follows
+            torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=0.05 * settings.net_lr)
+    other = trained(network, data, settings, 1, 1)
+    assert not torch.equal(other["head.weight"], found["head.weight"])
+
+
+def test_an_ensemble_averages_the_probabilities_of_the_networks(digits, coreset):
+    spec = spec_of(digits)
+    one, both = (replace(SETTINGS, inference=name) for name in ("mse", "ensemble"))
+    chain = Chain("x", spec, 0, keep_samples=True)
+    single, pair = (run_networks(context(digits, coreset, s), chain, "cpu") for s in (one, both))
+    assert [len(result.samples or []) for result in (single, pair)] == [1, 2]
+    network = Network(spec)
+    images, labels = tensors(digits.test, "cpu")
+    real = DeviceDataset(images, labels, digits.mean, digits.std).batch(torch.arange(len(labels)))
+    outputs = [network.forward(params, real.images).double().softmax(1) for params in pair.samples or []]
+    for result, mean in ((single, outputs[0]), (pair, sum(outputs) / 2)):
+        nll = -torch.as_tensor(mean)[torch.arange(len(labels)), labels].log().mean().item()
+        assert scored(result).nll == pytest.approx(nll, rel=1e-5)
+
+
+def test_every_inference_scores_every_seed_and_beats_chance(digits, coreset, small):
+    for inference in ("last-layer", "mse", "ensemble"):
+        config = small.updated(
+            architectures=("convnet-in",), num_chains=2, inference=inference, net_steps=40, net_lr=0.01
+        )
+        result = evaluate(
+            {"x": coreset}, [spec_of(digits)], digits, "test", config, Serial("cpu", Interruption()), lambda line: None
+        )
+        accuracies = [score.value("accuracy") for score in result.scores]
+        assert [score.seed for score in result.scores] == [0, 1]
+        assert len(set(accuracies)) == 2
+        assert all(value is not None and value > 0.4 for value in accuracies)
+
+
+def test_a_network_that_diverges_scores_nothing_and_is_logged(digits, coreset, small):
+    lines: list[str] = []
+    config = small.updated(architectures=("convnet-in",), inference="mse", net_lr=1e38, num_chains=1)
+    result = evaluate(
+        {"x": coreset}, [spec_of(digits)], digits, "test", config, Serial("cpu", Interruption()), lines.append
+    )
+    assert [score.values for score in result.scores] == [None]
+    assert "lower --net-lr" in lines[0]
+
+
+# ---- soft labels
+
+
+def test_chains_sample_by_the_cross_entropy_of_soft_labels(digits, coreset):
+    """Certain soft labels are hard labels; with others the first step of SGHMC is that of a loss written out."""
+    settings = replace(
+        SETTINGS, chain_epochs=1, chain_every=1, chain_d=0.0, chain_weight_decay=0.0, chain_augment=False
+    )
+    spec = spec_of(digits)
+    certain = 200 * torch.nn.functional.one_hot(coreset.labels, 10).float().numpy()
+    network = Network(spec)
+
+    def sample(soft_labels):
+        made = context(digits, coreset, settings, soft_labels)
+        return sample_chain(made, Chain("x", spec, 0), Passes(network), "cpu")[1][0]["head.weight"]
+
+    hard = sample(None)
+    torch.testing.assert_close(sample(certain), hard, rtol=1e-5, atol=1e-7)
+    soft = torch.randn(20, 10, generator=generator(5))
+    params = {
+        name: value.requires_grad_()
+        for name, value in network.init(generator(0, "chain", spec.architecture, "init")).items()
+    }
+    loss = -(soft.softmax(1) * network.forward(params, coreset.images).log_softmax(1)).sum(1).mean()
+    (gradient,) = torch.autograd.grad(loss, params["head.weight"])
+    expected = params["head.weight"].detach() - settings.chain_eta * gradient
+    torch.testing.assert_close(sample(soft.numpy()), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(hard, expected, atol=1e-5)
+
+
+def test_soft_labels_are_the_targets_of_networks(digits, coreset):
+    soft = torch.randn(20, 10, generator=generator(5))
+    made = context(digits, coreset, SETTINGS, soft.numpy())
+    data = targets_of(made, Chain("x", spec_of(digits), 0), "cpu")
+    assert torch.equal(data.targets, torch.cat([soft, soft]))
