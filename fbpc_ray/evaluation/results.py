@@ -185,7 +185,7 @@ def result_of(
         "steps": max(durations, default=0), "seed": d.seed, "width": config.networks.width,
         "seconds_per_step": statistics.median(durations.values()) if durations else None,
         "map_endings": map_endings(rows),
-        "split": split, "images_scored": len(getattr(dataset, split).labels),
+        "split": split, "inference": config.evaluation.inference, "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.num_chains)),
         **scores,
         **provenance._asdict(), "threads": threads,
