@@ -91,7 +91,7 @@ def dataset(
     else:
         share = validation if isinstance(validation, float | int) else 0.0
         source = arrays.read(train, test, None if validation is share else validation, classes)
-        found = datasets.assembled(source, name, normalisation, share, seed)
+        found = datasets.assemble(source, name, normalisation, share, seed)
     for note in found.notes:
         log(f"note: {note}")
     return found

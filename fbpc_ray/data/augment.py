@@ -1,7 +1,7 @@
-"""Differentiable siamese augmentation (DSA), vectorised, with its randomness drawn apart from its application.
+"""Differentiable siamese augmentation (DSA), vectorised; drawing and applying are separate functions.
 
-One operation is drawn for the whole batch, with parameters of its own for each image. "Siamese": the same `Draw` is
-applied to whatever both terms of a loss see. Zero is the channel mean, the images being normalised.
+One operation is drawn for the whole batch, and parameters for each image. "Siamese": both terms of a loss see images
+augmented by the same `Draw`. Images are normalised, so a value of zero is the channel mean.
 """
 
 import math
@@ -19,11 +19,11 @@ CROP, CUTOUT, SCALE, ROTATION = 0.125, 0.5, 1.2, 15.0
 
 
 class Draw(NamedTuple):
-    """One draw of DSA for b images: call `apply` with it as often as the same augmentation is wanted."""
+    """One draw of DSA for b images; `apply` repeats the same augmentation with it."""
 
     operation: str
     uniform: Tensor
-    """(b, 3) on [0, 1): the parameters of each image, as far as the operation needs them."""
+    """(b, 3) on [0, 1): parameters of each image; operations with fewer parameters ignore the rest."""
 
 
 def draw(count: int, source: torch.Generator) -> Draw:
@@ -38,23 +38,25 @@ def apply(drawn: Draw, images: Tensor) -> Tensor:
 
 
 def dsa(count: int, source: torch.Generator) -> Augment:
-    """A drawn DSA for `count` images as a function."""
+    """Draw DSA for `count` images and return it as a function."""
     drawn = draw(count, source)
     return lambda images: apply(drawn, images)
 
 
 def identity(count: int, source: torch.Generator) -> Augment:
-    """No augmentation, in the form of `dsa`."""
+    """Return the function that leaves images unchanged."""
     return lambda images: images
 
 
 AUGMENTATIONS: dict[str, Callable[[int, torch.Generator], Augment]] = {"dsa": dsa, "none": identity}
-"""How to draw an augmentation, by the name that `--augment` takes."""
+"""Functions that draw an augmentation, by the values of `--augment`."""
 
 
 def color(images: Tensor, uniform: Tensor) -> Tensor:
-    """Brightness +-0.5 added; then saturation U[0, 2] about the mean over channels; then contrast U[.5, 1.5] about the
-    mean of the image."""
+    """Change brightness by +-0.5, then saturation by U[0, 2], then contrast by U[.5, 1.5].
+
+    Saturation scales about the mean over channels, contrast about the mean of the image.
+    """
     brightness, saturation, contrast = (u.view(-1, 1, 1, 1) for u in uniform.unbind(1))
     images = images + (brightness - 0.5) * BRIGHTNESS
     grey = images.mean(1, keepdim=True)
@@ -64,7 +66,7 @@ def color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift by a whole number of pixels within +-12.5 % an axis; what comes in is zero."""
+    """Shift by whole pixels, up to 12.5 % of each axis; fill with zeros."""
     height, width = images.shape[2:]
     down = _integer(uniform[:, 0], *_within(height))
     right = _integer(uniform[:, 1], *_within(width))
@@ -73,7 +75,7 @@ def crop(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, uniform: Tensor) -> Tensor:
-    """Zero a square of half the side, its centre uniform in the image; it may hang over the edge."""
+    """Zero a square of half the side with a uniform centre; it may reach beyond the edge."""
     keep = torch.ones_like(images[:, :1])
     inside = []
     for axis, size in enumerate(images.shape[2:]):
@@ -92,7 +94,7 @@ def flip(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def scale(images: Tensor, uniform: Tensor) -> Tensor:
-    """Sample each axis at U[1/1.2, 1.2] times the position: shrink or magnify about the centre."""
+    """Shrink or magnify about the centre: sample each axis at U[1/1.2, 1.2] times the position."""
     factor = uniform[:, :2] * (SCALE - 1 / SCALE) + 1 / SCALE
     return _warp(images, torch.diag_embed(factor))
 
@@ -115,24 +117,24 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _within(size: int) -> tuple[int, int]:
-    """The range of whole shifts of `crop` for one axis."""
+    """Return the smallest and the largest shift of `crop` along an axis."""
     reach = int(size * CROP + 0.5)
     return -reach, reach
 
 
 def _integer(uniform: Tensor, low: int, high: int) -> Tensor:
-    """Uniform on [0, 1) -> a whole number from low to high, both included."""
+    """Map a uniform number on [0, 1) to an integer from low to high, both included."""
     return (uniform * (high - low + 1)).long().clamp(max=high - low) + low
 
 
 def _shift(size: int, by: Tensor) -> Tensor:
-    """(b, 1, size, size) matrices S with (S x)[i] = x[i - by], zero outside."""
+    """Return matrices S, (b, 1, size, size), with (S x)[i] = x[i - by], zero outside."""
     position = torch.arange(size, device=by.device)
     return (position[:, None] - by.view(-1, 1, 1) == position).float()[:, None]
 
 
 def _warp(images: Tensor, linear: Tensor) -> Tensor:
-    """Bilinear resampling at `linear` (b, 2, 2) times the output position, zero outside."""
+    """Resample bilinearly at `linear` (b, 2, 2) times the output position, zero outside."""
     theta = torch.cat([linear, linear.new_zeros(len(linear), 2, 1)], 2)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, align_corners=False)

@@ -1,10 +1,10 @@
-"""Corrupted test splits from files: the official CIFAR-10-C folder, or a cache of what corruptions.py generates.
+"""Corrupted test splits: from the official CIFAR-10-C folder, or generated and cached.
 
     <folder>/<corruption>.npy, labels.npy                   official: five severities, each the test set in its order
     <cache>/<data>-<digest>/<corruption>-<severity>.parquet generated: columns image (raw bytes) and label
 
-`digest` is of all that the generated images depend on: the clean test split, the seed and the recipe. So a cached
-file has one right content; one that is damaged is made again and replaced, and nothing is lost.
+`digest` is a hash of everything that the generated images depend on: the clean test split, the seed and the recipe. So
+the content of a cached file is determined by its path; a damaged file is generated again.
 """
 
 import hashlib
@@ -25,37 +25,40 @@ from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, RECIPE, SEVERITIE
 from fbpc_ray.data.datasets import Dataset, Split
 
 KEY = b"fbpc_ray.corrupted"
-"""Of the JSON in a cached file's schema: what the file holds."""
+"""Key of the JSON in a cached file's schema that describes its content."""
 
 
 def corrupted_test(dataset: Dataset, name: str, severity: int, *, source: Path | None, seed: int, cache: Path) -> Split:
-    """The test split under the corruption `name`: official images from the folder `source`, or where that is None,
-    generated with `seed` and kept in `cache`. Any number of processes may ask at once."""
+    """Return the test split under the corruption `name`; any number of processes may call this at once.
+
+    Args:
+        source: the official folder; None generates the images with `seed`, and caches them in `cache`.
+    """
     if source is not None:
         return official(source, dataset, (name,)).split(name, severity)
     check(name, severity)
     path = cached_at(cache, dataset, seed) / f"{name}-{severity}.parquet"
-    about = _about(dataset.test, name, severity, seed)
-    images = _read(path, dataset.test, about)
+    description = _describe(dataset.test, name, severity, seed)
+    images = _read(path, dataset.test, description)
     if images is None:
         images = corrupt(dataset.test.images, name, severity, seed)
-        _write(path, Split(images, dataset.test.labels), about)
+        _write(path, Split(images, dataset.test.labels), description)
     return Split(images, dataset.test.labels)
 
 
 def notes(source: Path | None, seed: int, names: Iterable[str] = tuple(CORRUPTIONS)) -> tuple[str, ...]:
-    """Lines for the log and the table: where the corrupted images come from."""
+    """Describe the source of the corrupted images, in lines for the log and the table."""
     if source is not None:
         return (f"corrupted images from {source}",)
-    made = f"corrupted images generated with seed {seed} (recipe {RECIPE}), by CIFAR-10-C's definitions and constants"
-    return (made, FROST_NOTE) if "frost" in names else (made,)
+    line = f"corrupted images generated with seed {seed} (recipe {RECIPE}), by CIFAR-10-C's definitions and constants"
+    return (line, FROST_NOTE) if "frost" in names else (line,)
 
 
 # ---- official
 
 
 class Official(NamedTuple):
-    """A CIFAR-10-C folder that fits a data set, its images memory-mapped."""
+    """A CIFAR-10-C folder checked against a data set, its images memory-mapped."""
 
     arrays: dict[str, np.ndarray]
     """Corruption -> (5 n, h, w, c) uint8, read-only, severity by severity."""
@@ -63,7 +66,7 @@ class Official(NamedTuple):
     """(n,) int64, of the test split."""
 
     def split(self, name: str, severity: int) -> Split:
-        """One severity, copied into memory."""
+        """Copy one severity into memory."""
         check(name, severity)
         count = len(self.labels)
         images = self.arrays[name][(severity - 1) * count : severity * count]
@@ -71,13 +74,13 @@ class Official(NamedTuple):
 
 
 def official(folder: Path, dataset: Dataset, names: Iterable[str] = tuple(CORRUPTIONS)) -> Official:
-    """Open `names` and check them against the test split of `dataset`: size, type, and the label of every image."""
+    """Open the files of `names`; check sizes, types and every label against the test split of `dataset`."""
     folder, names = Path(folder).expanduser(), tuple(names)
     for name in names:
         check(name, SEVERITIES[0])
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder; name the one that CIFAR-10-C.tar unpacks to, or have them generated"
+            f"{folder} is not a folder; name the one that CIFAR-10-C.tar unpacks to, or have the images generated"
         )
     files = [f"{name}.npy" for name in (*names, "labels")]
     missing = [file for file in files if not (folder / file).is_file()]
@@ -91,28 +94,29 @@ def official(folder: Path, dataset: Dataset, names: Iterable[str] = tuple(CORRUP
     for file, array in zip(files, arrays, strict=False):
         if array.dtype != np.uint8 or array.shape != (count, height, width, channels):
             raise UserError(
-                f"{folder / file} holds {array.dtype} {array.shape}, not uint8 {(count, height, width, channels)}, "
-                f"five severities of the {len(clean.labels)} test images of {dataset.name}; "
-                "fetch the file again, or choose the data it was made from"
+                f"{folder / file}: expected uint8 {(count, height, width, channels)}, five severities of the "
+                f"{len(clean.labels)} test images of {dataset.name}, got {array.dtype} {array.shape}; "
+                "fetch the file again, or choose the data set that it was made from"
             )
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise UserError(
-            f"{folder / 'labels.npy'} holds {labels.dtype} {labels.shape}, not {count} integers, five times the "
-            f"{len(clean.labels)} test labels of {dataset.name}; fetch the file again, or choose the data it belongs to"
+            f"{folder / 'labels.npy'}: expected {count} integers, five times the {len(clean.labels)} test labels of "
+            f"{dataset.name}, got {labels.dtype} {labels.shape}; fetch the file again, or choose the data set that it "
+            "was made from"
         )
     wrong = np.flatnonzero(labels != np.tile(clean.labels, len(SEVERITIES)))
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f"{folder / 'labels.npy'}, row {row}: label {labels[row]}, where test image {row % len(clean.labels)} of "
-            f"{dataset.name} has {clean.labels[row % len(clean.labels)]} ({len(wrong)} of {count} differ): the "
-            "test images are others or in another order; use --data cifar10, or have the corruptions generated"
+            f"{folder / 'labels.npy'}, row {row}: expected label {clean.labels[row % len(clean.labels)]}, that of test "
+            f"image {row % len(clean.labels)} of {dataset.name}, got {labels[row]} ({len(wrong)} of {count} differ): "
+            "the test images, or their order, are not the same; use --data cifar10, or have the corruptions generated"
         )
     return Official(dict(zip(names, arrays, strict=True)), clean.labels)
 
 
 def _mapped(file: Path) -> np.ndarray:
-    """A .npy file as a read-only array, nothing of it read yet; this never unpickles."""
+    """Map a .npy file as a read-only array, without reading or unpickling it."""
     try:
         return np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # a damaged header fails in any way
@@ -123,8 +127,10 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def cached_at(cache: Path, dataset: Dataset, seed: int) -> Path:
-    """Where the generated images of this test split and seed are kept, e.g. corruptions/cifar10-6ab1...; of a path
-    the last part names the data."""
+    """Return the folder of the generated images of a test split and a seed: <cache>/cifar10-6ab1...
+
+    A data set that is a path is named by the last part of it.
+    """
     digest = hashlib.blake2b(repr((RECIPE, int(seed), dataset.test.images.shape)).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(dataset.test.images).data.cast("B"))
     digest.update(dataset.test.labels.astype("<i8").tobytes())
@@ -132,23 +138,23 @@ def cached_at(cache: Path, dataset: Dataset, seed: int) -> Path:
     return cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', last).strip('-.') or 'data'}-{digest.hexdigest()}"
 
 
-def _about(clean: Split, name: str, severity: int, seed: int) -> dict[str, Any]:
-    """What a cached file says of itself, as JSON gives it back."""
-    about = {
+def _describe(clean: Split, name: str, severity: int, seed: int) -> dict[str, Any]:
+    """Describe the content of a cached file, in types that survive JSON."""
+    description = {
         "recipe": RECIPE, "corruption": name, "severity": int(severity), "seed": int(seed),
         "constants": CORRUPTIONS[name].constants[severity - 1], "shape": clean.images.shape,
         "notes": notes(None, seed, (name,)),
     }  # fmt: skip
-    return json.loads(json.dumps(about))
+    return json.loads(json.dumps(description))
 
 
-def _write(path: Path, split: Split, about: dict[str, Any]) -> None:
+def _write(path: Path, split: Split, description: dict[str, Any]) -> None:
     rows = np.ascontiguousarray(split.images).reshape(len(split.images), -1)
     image = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows.tobytes())]
     )
     table = pa.table({"image": image, "label": pa.array(split.labels)}).replace_schema_metadata(
-        {KEY: json.dumps(about)}
+        {KEY: json.dumps(description)}
     )
     file = BytesIO()
     pq.write_table(
@@ -158,18 +164,18 @@ def _write(path: Path, split: Split, about: dict[str, Any]) -> None:
         atomic.write_bytes(path, file.getvalue())
     except OSError as error:
         raise UserError(
-            f"cannot keep corrupted images in {path.parent} ({_line(error)}); free space there, or choose another place"
+            f"{path.parent}: cannot write corrupted images ({_line(error)}); free space there, or choose another folder"
         ) from error
 
 
-def _read(path: Path, clean: Split, about: dict[str, Any]) -> np.ndarray | None:
-    """The images of a cached file; None where there is none, or it is not what `about` says to the last bit."""
+def _read(path: Path, clean: Split, description: dict[str, Any]) -> np.ndarray | None:
+    """Return the images of a cached file; None if it is missing, damaged, or not as `description` says."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as opened:
-            found = json.loads((opened.schema_arrow.metadata or {}).get(KEY, b"null"))
+            stored = json.loads((opened.schema_arrow.metadata or {}).get(KEY, b"null"))
             kinds = {field.name: field.type for field in opened.schema_arrow}
             size = int(np.prod(clean.images.shape[1:]))
-            if found != about or kinds != {"image": pa.binary(size), "label": pa.int64()}:
+            if stored != description or kinds != {"image": pa.binary(size), "label": pa.int64()}:
                 return None
             table = opened.read()
     except (pa.ArrowException, OSError, ValueError):
@@ -182,5 +188,5 @@ def _read(path: Path, clean: Split, about: dict[str, Any]) -> np.ndarray | None:
 
 
 def _line(error: Exception) -> str:
-    """An error as one line."""
+    """Return the message of an error in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Image data as whole uint8 arrays with train, validation and test splits: load(), normalise(), denormalise().
+"""Data sets as uint8 arrays with train, validation and test splits: load, normalise, denormalise.
 
-The readers (readers.py) turn files into arrays; here is what holds for every source: checks, splits, constants.
+The readers (readers.py) turn files into arrays; this module checks, splits and normalises arrays of any source.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "tiny-imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Data name -> the (mean, std) per channel that it is usually normalised with."""
+"""(mean, std) per channel that a data set is usually normalised with, by its name."""
 
 TEST_FRACTION = 0.2
-"""Share of each class that becomes the test split of a source that has neither a test nor a validation split."""
+"""Share of each class that becomes the test split of a source with neither a test nor a validation split."""
 
 FEW_LEVELS = 16
-"""Images none of whose pixels reaches this level, of 255, get a note: their scale is likely to be wrong."""
+"""If no pixel reaches this level, of 255, a note warns that the scale of the images is likely wrong."""
 
 
 class Split(NamedTuple):
@@ -42,10 +42,10 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Three splits of one source, and what the networks see of it."""
+    """Three splits of one source, and the constants that normalise its images."""
 
     name: str
-    """As the user wrote it."""
+    """Value of --data."""
     classes: tuple[str, ...]
     """The d class names in label order."""
     mean: tuple[float, ...]
@@ -55,16 +55,16 @@ class Dataset(NamedTuple):
     train: Split
     """At least one image of each class."""
     validation: Split
-    """n = 0 where none was asked for and the source has none."""
+    """n = 0 if `validation` is 0 and the source has no validation split."""
     test: Split
     notes: tuple[str, ...]
-    """Lines for the log: what was assumed about the source."""
+    """Lines for the log: assumptions about the source."""
     fingerprint: str
-    """16 hex digits of the train split and the normalisation: what a network trained on this data has seen."""
+    """16 hex digits, a hash of the train split and the normalisation: everything that an expert is trained on."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(c, h, w)"""
+        """(c, h, w)."""
         c, h, w = self.train.images.shape[1:]
         return c, h, w
 
@@ -78,64 +78,70 @@ def load(
     validation: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """Read the data set `name` into memory, decoded.
+    """Read a data set into memory, decoded.
 
-    `name` is digits, cifar10, cifar100, tiny-imagenet (the last three from `root`; `download` fetches the CIFAR ones),
-    parquet:PATH, folder:PATH or npz:PATH. Image files become three channels, grey ones too.
+    A source without test split uses its validation split as test; a source without both, a fifth of each class of
+    train. Image files get three channels, grey ones too.
 
-    `normalisation` is auto (the usual constants of cifar10, cifar100 and tiny-imagenet, else computed), computed (from
-    the train images that remain), or the name of those constants. `validation`, in [0, 1), is the share of each class
-    of train that becomes the validation split, drawn with `seed`; a source's own validation split goes before it.
-    A source without test split gives its validation split as test; one without both, a fifth of each class of train.
+    Args:
+        name: digits, cifar10, cifar100, tiny-imagenet, parquet:PATH, folder:PATH or npz:PATH.
+        root: folder of cifar10, cifar100 and tiny-imagenet.
+        download: fetch cifar10 and cifar100 if they are missing.
+        normalisation: auto (the usual constants of cifar10, cifar100 and tiny-imagenet, else computed), computed (from
+            the train images that remain after the splits), or the name of a data set with usual constants.
+        validation: share in [0, 1) of each class of train that becomes the validation split, drawn with `seed`;
+            ignored if the source has its own.
 
-    Raises UserError, one line with the cause and the fix, for everything that is wrong with the arguments or files.
+    Raises:
+        UserError: an argument or a file is wrong; one line with the cause and the fix.
     """
-    _check_how(normalisation, validation)
-    return assembled(read(name, Path(root), download), name, normalisation, validation, seed)
+    _check_arguments(normalisation, validation)
+    return assemble(read(name, Path(root), download), name, normalisation, validation, seed)
 
 
-def assembled(
+def assemble(
     source: RawDataset, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
 ) -> Dataset:
-    """Check and split what a reader found, by the rules of `load`, as a data set called `name`. Raises UserError."""
-    _check_how(normalisation, validation)
+    """Check, split and normalise the arrays of a reader, by the rules of `load`. Raises UserError."""
+    _check_arguments(normalisation, validation)
     source = _without_unlabelled(source)
     classes = _check(source)
-    train, held, test, notes = _splits(source, len(classes), validation, seed)
+    train, held_out, test, notes = _splits(source, len(classes), validation, seed)
     mean, std = _constants(name if normalisation == "auto" else normalisation, train.images, source.origin)
-    notes += (*_absent_classes(classes, {"validation": held, "test": test}), *_dark(train.images, source.origin))
-    return Dataset(name, classes, mean, std, train, held, test, notes, _fingerprint(train, mean, std))
+    notes += (*_absent_classes(classes, {"validation": held_out, "test": test}), *_dark(train.images, source.origin))
+    return Dataset(name, classes, mean, std, train, held_out, test, notes, _fingerprint(train, mean, std))
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """images (b, c, h, w) uint8 on any device -> float32, (images / 255 - mean) / std per channel."""
+    """Normalise images (b, c, h, w) uint8 on any device: (images / 255 - mean) / std per channel, float32."""
     if images.dtype != torch.uint8:
-        raise TypeError(f"normalise takes uint8 images, not {images.dtype}")
+        raise TypeError(f"normalise: expected uint8 images, got {images.dtype}")
     return standardise(images.float() / 255, mean, std)
 
 
 def standardise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """pixels (b, c, h, w) float32 in 0..1 on any device -> (pixels - mean) / std per channel."""
+    """Normalise pixels (b, c, h, w) float32 in 0..1 on any device: (pixels - mean) / std per channel."""
     return (pixels - _per_channel(mean, pixels)) / _per_channel(std, pixels)
 
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """images (b, c, h, w) float, normalised -> uint8, rounded and clamped. No gradient. Undoes `normalise` exactly."""
+    """Undo `normalise` exactly: images (b, c, h, w) float -> uint8, rounded and clamped, without gradient."""
     pixels = images.detach().float() * _per_channel(std, images) + _per_channel(mean, images)
     return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def tensors(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Images (n, c, h, w) uint8 and labels (n,) int64 on `device`. On the CPU they share memory: never write to them.
+    """Return images (n, c, h, w) uint8 and labels (n,) int64 on `device`.
 
-    Takes read-only arrays (Ray's object store) without a copy and without from_numpy's warning.
+    On the CPU they share memory with the split: never write to them. Read-only arrays, such as those in Ray's object
+    store, are neither copied nor warned about, as `torch.from_numpy` would.
     """
     return torch.from_dlpack(split.images).to(device), torch.from_dlpack(split.labels).to(device)
 
 
-def _check_how(normalisation: str, validation: float) -> None:
+def _check_arguments(normalisation: str, validation: float) -> None:
     if not 0 <= validation < 1:
-        raise UserError(f"validation {validation} is no share of the train split; give 0 <= validation < 1")
+        raise UserError(f"validation must be a share of the train split, 0 <= validation < 1, got {validation}")
     if normalisation not in ("auto", "computed", *KNOWN):
         raise UserError(
             f"unknown normalisation {normalisation!r}; {closest(normalisation, ['auto', 'computed', *KNOWN])}"
@@ -143,16 +149,14 @@ def _check_how(normalisation: str, validation: float) -> None:
 
 
 def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
-    """(c, 1, 1) float32 on the device of `images`."""
+    """Return `values` as a (c, 1, 1) float32 tensor on the device of `images`."""
     if len(values) != images.shape[-3]:
-        raise UserError(
-            f"{len(values)} normalisation constants for images of {images.shape[-3]} channels; they must agree"
-        )
+        raise UserError(f"got {len(values)} normalisation constants for images of {images.shape[-3]} channels")
     return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None]
 
 
 def _without_unlabelled(source: RawDataset) -> RawDataset:
-    """Leave out test and validation splits without labels (all of them -1), with a note."""
+    """Leave out test and validation splits whose labels are all -1, with a note."""
     unlabelled = [split for split, part in source.parts.items() if split != "train" and (part.labels == -1).all()]
     notes = tuple(f"left out the {split} split of {source.origin}: all of its labels are -1" for split in unlabelled)
     parts = {split: part for split, part in source.parts.items() if split not in unlabelled}
@@ -160,7 +164,7 @@ def _without_unlabelled(source: RawDataset) -> RawDataset:
 
 
 def _check(source: RawDataset) -> tuple[str, ...]:
-    """Return the class names, once the parts agree with them and with each other."""
+    """Check that all splits agree with the classes and with train; return the class names."""
     train = source.parts["train"]
     classes = source.classes
     if classes is None:
@@ -189,7 +193,7 @@ def _check(source: RawDataset) -> tuple[str, ...]:
 
 
 def _check_class_name(name: str, origin: str) -> None:
-    """Refuse names that no file of ours can hold: broken UTF-8, and control characters but tabs and line ends."""
+    """Refuse broken UTF-8, and control characters other than tabs and line ends."""
     if any(unicodedata.category(char) == "Cs" for char in name):
         raise UserError(f"{_printable(origin)}: the class name {name!a} is not UTF-8; rename the class")
     if any(unicodedata.category(char) == "Cc" and char not in "\t\n\r" for char in name):
@@ -201,7 +205,7 @@ def _printable(text: str) -> str:
 
 
 def _absent_classes(classes: tuple[str, ...], splits: dict[str, Split]) -> tuple[str, ...]:
-    """Notes on the classes that a split has no image of."""
+    """Return notes on classes without an image in a split."""
     notes = []
     for split, part in splits.items():
         counts = np.bincount(part.labels, minlength=len(classes))
@@ -214,12 +218,13 @@ def _absent_classes(classes: tuple[str, ...], splits: dict[str, Split]) -> tuple
 
 
 def _dark(images: np.ndarray, origin: str) -> tuple[str, ...]:
+    """Return a note if the images use only the lowest levels."""
     top = int(images.max())
     if top >= FEW_LEVELS:
         return ()
     return (
         f"the train images of {origin} use the levels 0..{top} of 0..255; if they were divided by 255 twice, or hold "
-        "more than 8 bits, scale them anew",
+        "more than 8 bits, scale them again",
     )
 
 
@@ -239,12 +244,12 @@ def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str,
 
 
 def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[Split, Split, Split, tuple[str, ...]]:
-    """(train, validation, test, notes) by the rules in `load`."""
-    found = {name: Split(part.images, part.labels) for name, part in source.parts.items()}
-    train, held, test = found["train"], found.get("validation"), found.get("test")
+    """Return (train, validation, test, notes) by the rules of `load`."""
+    splits = {name: Split(part.images, part.labels) for name, part in source.parts.items()}
+    train, held_out, test = splits["train"], splits.get("validation"), splits.get("test")
     notes = [*source.notes, *(note for part in source.parts.values() for note in part.notes)]
-    if test is None and held is not None:
-        test, held = held, None
+    if test is None and held_out is not None:
+        test, held_out = held_out, None
         notes.append(f"no test split in {source.origin}: its validation split serves as test")
     if test is None:
         train, test = _hold_out(train, classes, TEST_FRACTION, generator(seed, "test"), source.origin)
@@ -252,27 +257,28 @@ def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[
             f"no test split in {source.origin}: {len(test.labels)} of {len(test.labels) + len(train.labels)} images, "
             f"{TEST_FRACTION:.0%} of each class drawn with seed {seed}, serve as test"
         )
-    if held is not None and share:
+    if held_out is not None and share:
         notes.append(f"{source.origin} has a validation split of its own: validation={share} is ignored")
-    elif held is None and share:
-        train, held = _hold_out(train, classes, share, generator(seed, "validation"), source.origin)
-    return train, held or Split(train.images[:0], train.labels[:0]), test, tuple(notes)
+    elif held_out is None and share:
+        train, held_out = _hold_out(train, classes, share, generator(seed, "validation"), source.origin)
+    return train, held_out or Split(train.images[:0], train.labels[:0]), test, tuple(notes)
 
 
 def _hold_out(split: Split, classes: int, share: float, source: torch.Generator, origin: str) -> tuple[Split, Split]:
-    """(what remains, what is held out): `share` of each class, rounded, but never its last image. Keeps the order."""
+    """Hold out `share` of each class, rounded, but never its last image; return (rest, held out) in order."""
     order = torch.randperm(len(split.labels), generator=source).numpy()
-    held = np.zeros(len(order), bool)
+    held_out = np.zeros(len(order), bool)
     for label in range(classes):
         members = order[split.labels[order] == label]
-        held[members[: min(round(share * len(members)), len(members) - 1)]] = True
-    if not held.any():
-        raise UserError(f"{origin}: {share:g} of each class of train is no image; ask for a larger share or add images")
-    return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
+        held_out[members[: min(round(share * len(members)), len(members) - 1)]] = True
+    if not held_out.any():
+        raise UserError(f"{origin}: {share:g} of each class of train is no image; give a larger share or add images")
+    rest = ~held_out
+    return Split(split.images[rest], split.labels[rest]), Split(split.images[held_out], split.labels[held_out])
 
 
 def _constants(known: str, images: np.ndarray, origin: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: those of the name `known`, else computed, exactly, by counting the 256 levels."""
+    """Return (mean, std) per channel: those of the data set `known`, else computed exactly."""
     channels = images.shape[1]
     if known in KNOWN:
         if len(KNOWN[known][0]) != channels:
@@ -289,7 +295,7 @@ def _constants(known: str, images: np.ndarray, origin: str) -> tuple[tuple[float
     if len(constant):
         raise UserError(
             f"channel {constant[0]} of the train images of {origin} is constant, so its std is 0; remove the channel, "
-            "or look whether the images were read as you mean them"
+            "or check how the images were read"
         )
     shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = shares @ levels

@@ -1,4 +1,4 @@
-"""Class folders of image files: which folders are splits, which are classes."""
+"""Read class folders of image files: which folders are splits, and which are classes."""
 
 import unicodedata
 from pathlib import Path
@@ -28,10 +28,11 @@ def folder(path: Path) -> RawDataset:
 def split_folders(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """Find the folders in `path` that are splits: they hold class folders and have the name of a split.
 
-    Returns split -> folder name, {} where the folders of `path` are the classes, and notes on how each was taken.
+    Returns:
+        {split: folder name}, or {} if the folders of `path` are the classes; and notes on how folders were read.
     """
     names = [child.name for child in subfolders(path)]
-    parsed = {name: found for name in names if (found := parse(name))}
+    parsed = {name: parts for name in names if (parts := parse(name))}
     flat = [name for name in parsed if not subfolders(path / name)]
     plain = [name for name in flat if not parsed[name].rest]
     chosen = choose([name for name in names if name not in flat], path)
@@ -61,23 +62,23 @@ def _check_root(path: Path) -> None:
 
 
 def _unwrap(path: Path, split: str) -> Path:
-    """Go down from seg_train to seg_train/seg_train: a folder that holds nothing but another of its split."""
+    """Go down from seg_train to seg_train/seg_train: a folder that holds only one folder of its split."""
     for _ in range(4):
         inner = subfolders(path)
-        found = parse(inner[0].name) if len(inner) == 1 else None
-        if not found or found.split != split or loose_files(path) or not subfolders(inner[0]):
+        name = parse(inner[0].name) if len(inner) == 1 else None
+        if not name or name.split != split or loose_files(path) or not subfolders(inner[0]):
             break
         path = inner[0]
     return path
 
 
 def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
-    """Refuse a folder whose subfolders are plainly no classes."""
+    """Refuse a folder whose subfolders can't be classes."""
     if not classes:
         raise UserError(f"no class folders in {path}; put the images in one folder per class")
     same = {unicodedata.normalize("NFC", name) for name in classes}
     if len(same) < len(classes):
-        raise UserError(f"{path}: two class folders have names that look the same (NFC and NFD); merge them")
+        raise UserError(f"{path}: two class folders have the same name (NFC and NFD); merge them")
     for name in classes:
         inner = [child for child in subfolders(path / name) if (found := parse(child.name)) and not found.rest]
         if any(subfolders(child) for child in inner):

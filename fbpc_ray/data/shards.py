@@ -1,4 +1,4 @@
-"""Which Parquet files make up each split: the names of shards, and exactly one whole set of them a split."""
+"""Find the Parquet files of each split by the names of shards: one complete set of shards a split."""
 
 import re
 from collections import Counter
@@ -15,22 +15,22 @@ NAME = re.compile(
     r"(?:[-.](?P<fingerprint>[0-9a-f]{8,}))?",
     re.IGNORECASE,
 )
-"""train, train-3, train_part_3, train-00003-of-00010, train-00003-of-00010-0a1b2c3d4e5f6071: without the suffix."""
+"""Without the suffix: train, train-3, train_part_3, train-00003-of-00010, train-00003-of-00010-0a1b2c3d4e5f6071."""
 
 
 class ShardName(NamedTuple):
-    """The parts of a shard's name."""
+    """Parts of a shard's name."""
 
     label: str
-    """What may name a split: train."""
+    """Possible name of a split, such as train."""
     number: int | None
     total: int | None
-    """How many shards the set has, where the name says so."""
+    """Number of shards in the set, if the name has it."""
     fingerprint: str | None
 
 
 def parse_shard(name: str) -> ShardName:
-    """Take the name of a shard, without its suffix, apart."""
+    """Parse the name of a shard without its suffix."""
     match = NAME.fullmatch(name)
     if match is None:
         return ShardName(name, None, None, None)
@@ -39,9 +39,13 @@ def parse_shard(name: str) -> ShardName:
 
 
 def find_shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """Find split -> its files in the order of their numbers, in PATH or PATH/data; and notes on other files.
+    """Find the files of each split, ordered by number, in `path` or `path`/data.
 
-    Raises UserError where a split lacks a shard, or has two sets of them.
+    Returns:
+        {split: files}, and notes on other files.
+
+    Raises:
+        UserError: there is no train split, a shard is missing, or a split has two sets of shards.
     """
     if path.is_file():
         name = parse_shard(path.stem)
@@ -61,20 +65,20 @@ def find_shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
             split: [file for file in files if parse_shard(file.stem).label.lower() == label]
             for split, label in chosen.items()
         }
-        splits = {split: _one_set(place, split, each) for split, each in named.items()}
-        left_out = [file for file in files if not any(file in each for each in splits.values())]
+        splits = {split: _one_set(place, split, shards) for split, shards in named.items()}
+        left_out = [file for file in files if not any(file in shards for shards in splits.values())]
         others += left_out
         notes += describe(chosen, (), place)
     if not splits:
         raise _no_train(path, others)
     if others:
         names = listed(sorted(file.name for file in others))
-        notes.append(f"left out {names} in {path}: their names are not those of the splits that are read")
+        notes.append(f"left out {names} in {path}: not the names of train, validation or test files")
     return splits, tuple(notes)
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The Parquet files directly in `path`, in the order of the numbers in their names."""
+    """Return the Parquet files directly in `path`, ordered by the numbers in their names."""
     if not path.is_dir():
         return []
     files = (file for file in path.iterdir() if file.suffix.lower() == ".parquet" and not is_hidden(file.name))
@@ -82,7 +86,7 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def _one_set(place: Path, split: str, files: list[Path]) -> list[Path]:
-    """Check that `files` are one whole set: one file, some numbered ones, or all of N."""
+    """Check that `files` are one set: a single file, numbered files, or all of N."""
     names = [parse_shard(file.stem) for file in files]
     kinds = {("numbered" if name.number is not None else "alone", name.total) for name in names}
     repeated = [index for index, times in Counter(name.number for name in names).items() if times > 1]
@@ -124,17 +128,17 @@ def _no_train(path: Path, files: list[Path]) -> UserError:
 
 
 def _natural(file: Path) -> list[str | int]:
-    """Sorts train-2 before train-10: text and numbers take turns."""
+    """Split a name into text and numbers, a sort key that puts train-2 before train-10."""
     return [int(text) if turn % 2 else text for turn, text in enumerate(re.split(r"([0-9]+)", file.name))]
 
 
 def has_parquet(path: Path) -> bool:
-    """Whether `path` holds Parquet files, directly or in its folders."""
-    return any(parquet_files(each) for each in (path, *(subfolders(path) if path.is_dir() else ())))
+    """Tell whether `path` holds Parquet files, directly or in its folders."""
+    return any(parquet_files(folder) for folder in (path, *(subfolders(path) if path.is_dir() else ())))
 
 
 def check_is_not_saved_to_disk(path: Path) -> None:
-    """Raise UserError for a folder that save_to_disk of Hugging Face datasets made: Arrow files, not Parquet."""
+    """Raise UserError for a folder of save_to_disk of Hugging Face datasets: Arrow files, not Parquet."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         raise UserError(
             f"{path} was made by save_to_disk of Hugging Face datasets; write Parquet files with "

@@ -1,4 +1,4 @@
-"""Image files below class folders: hidden names are left out, each real file is read once, loops of links end."""
+"""Find and read image files below class folders: no hidden names, no file twice, no loops of links."""
 
 import os
 import unicodedata
@@ -27,7 +27,7 @@ MAX_DEPTH = 16
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the data set's: a leading dot, or a system's own name."""
+    """Tell whether a name starts with a dot or is one that systems create: not part of the data set."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
@@ -36,7 +36,7 @@ def is_image(name: str) -> bool:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders in `path`, by name, without hidden ones and links to `path` itself or a folder above it."""
+    """Return the folders in `path` by name, without hidden ones and links to `path` or a folder above it."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder")
     real = os.path.realpath(path)
@@ -49,19 +49,19 @@ def subfolders(path: Path) -> list[Path]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether the absolute `path` is `folder` or lies in it."""
+    """Tell whether the absolute `path` is `folder` or lies in it."""
     return os.path.commonpath([path, folder]) == folder
 
 
 def loose_files(path: Path) -> list[Path]:
-    """The image files directly in `path`, by name."""
+    """Return the image files directly in `path`, by name."""
     with os.scandir(path) as children:
         return sorted(Path(child.path) for child in children if is_image(child.name) and not child.is_dir())
 
 
 @dataclass
 class Walk:
-    """What lies below the class folders of one split."""
+    """Files below the class folders of one split."""
 
     files: list[Path] = field(default_factory=list)
     """Image files, by class, then by path."""
@@ -69,35 +69,35 @@ class Walk:
     real: set[str] = field(default_factory=set)
     """Paths of the files with all links resolved."""
     unread: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(suffix, class) -> files that are left out."""
+    """Number of files left out, by (suffix, class)."""
     nested: list[str] = field(default_factory=list)
     """Classes with several folders of images in them."""
     repeated: int = 0
-    """Links to files that are read already."""
+    """Links to files that are read under another path."""
     loops: int = 0
     """Links to folders above them."""
 
     def notes(self, path: Path) -> Iterator[str]:
-        """Notes on what is left out."""
+        """Yield notes on files left out."""
         if self.unread:
             texts = []
             for suffix in sorted({suffix for suffix, _ in self.unread}):
-                by_class = {name: n for (each, name), n in sorted(self.unread.items()) if each == suffix}
-                where = listed(f"{name} {n}" for name, n in by_class.items())
-                texts.append(f"{sum(by_class.values())} {suffix or 'without suffix'} ({where})")
+                by_class = {name: n for (end, name), n in sorted(self.unread.items()) if end == suffix}
+                classes = listed(f"{name} {n}" for name, n in by_class.items())
+                texts.append(f"{sum(by_class.values())} {suffix or 'without suffix'} ({classes})")
             yield (
                 f"{path}: left out {self.unread.total()} files that are not read as images: {', '.join(texts)}; "
                 "convert images among them to PNG"
             )
         if self.nested:
             yield (
-                f"{path}: images lie deeper, in several folders below {listed(self.nested)}; "
-                "all below a class folder are of that class"
+                f"{path}: images lie in several folders below {listed(self.nested)}; "
+                "all images below a class folder are of that class"
             )
         if self.repeated or self.loops:
             yield (
-                f"{path}: left out {self.repeated + self.loops} links to files that are read already "
-                "or to folders above them"
+                f"{path}: left out {self.repeated + self.loops} links to files that are read under another path, "
+                "or to folders above the link"
             )
 
 
@@ -112,7 +112,7 @@ class _Entry:
 def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
     """Collect the image files of `folders`, each (class name, label, class folder), of the split in `path`.
 
-    A real file is read once: at its own place where that is among `folders`, else at the first link to it.
+    A file with several links to it is listed once: by its own path if that lies in `folders`, else by its first link.
     """
     result, progress, entries = Walk(), Progress(f"{path}: files seen"), list[_Entry]()
     for name, label, folder in folders:
@@ -131,7 +131,7 @@ def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
 
 
 def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path) -> Iterator[_Entry]:
-    """Yield each image file below `top`, folders before links to folders; each real folder once."""
+    """Yield each image file below `top`: folders before links to folders, and no folder twice."""
     visited, holds_images = set[str](), Counter[str]()
     todo, links = [(top, os.path.realpath(top), top.is_symlink(), 0)], list[tuple[Path, str, bool, int]]()
     while todo or links:
@@ -143,7 +143,7 @@ def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path)
         if depth > MAX_DEPTH:
             raise UserError(f"{folder} lies {depth} folders below its class; give a folder of train/CLASS/images")
         with os.scandir(folder) as children:
-            for child in sorted((each for each in children if not is_hidden(each.name)), key=lambda each: each.name):
+            for child in sorted((c for c in children if not is_hidden(c.name)), key=lambda child: child.name):
                 progress.step()
                 at = Path(child.path)
                 target = os.path.realpath(child.path) if child.is_symlink() else f"{real.rstrip(os.sep)}/{child.name}"
@@ -165,29 +165,32 @@ def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path)
 
 
 def by_class(path: Path, classes: Sequence[str]) -> list[tuple[str, int, Path]]:
-    """(class name, label, folder) for each folder in `path`; an accented letter is one or two characters (NFC, NFD).
+    """Return (class name, label, folder) for each folder in `path`.
 
-    Raises UserError for a folder of no class, and for two of one.
+    Folder names match class names up to Unicode normalisation (NFC, NFD).
+
+    Raises:
+        UserError: a folder is of no class, or two folders are of one class.
     """
     labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
     folders: dict[int, Path] = {}
     broken = next((child for child in path.iterdir() if child.is_symlink() and not child.exists()), None)
     if broken and not is_hidden(broken.name):
-        raise UserError(f"{broken} is a link to a file or folder that doesn't exist; restore it or remove the link")
+        raise UserError(f"{broken}: the target of the link doesn't exist; restore the target or remove the link")
     for folder in subfolders(path):
         label = labels.get(unicodedata.normalize("NFC", folder.name))
         if label is None:
-            raise UserError(f"{folder}: none of the classes ({listed(classes)}); rename or remove the folder")
+            raise UserError(f"{folder}: not one of the classes ({listed(classes)}); rename or remove the folder")
         if label in folders:
-            raise UserError(f"{folders[label]} and {folder} look the same (NFC and NFD); keep one")
+            raise UserError(f"{folders[label]} and {folder} have the same name (NFC and NFD); keep one")
         folders[label] = folder
     return [(classes[label], label, folder) for label, folder in sorted(folders.items())]
 
 
 def read_files(path: Path, files: Sequence[Path], labels: Sequence[int], notes: Iterable[str] = ()) -> RawSplit:
-    """Decode `files` of the split in `path`. Raises UserError where a file is missing or no image."""
+    """Decode `files` of the split in `path`. Raises UserError if a file is missing or not an image."""
     if not files:
-        raise UserError(f"no image in {path}; add some to its class folders")
+        raise UserError(f"no image in {path}; add images to its class folders")
 
     def place(index: int) -> str:
         return str(files[index])
@@ -195,5 +198,5 @@ def read_files(path: Path, files: Sequence[Path], labels: Sequence[int], notes: 
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
         raise UserError(f"{missing} is missing or not a regular file; restore it")
-    images, seen = decode((file.read_bytes() for file in files), len(files), place, str(path))
-    return RawSplit(images, np.array(labels, np.int64), place, (*notes, *seen))
+    images, decode_notes = decode((file.read_bytes() for file in files), len(files), place, str(path))
+    return RawSplit(images, np.array(labels, np.int64), place, (*notes, *decode_notes))

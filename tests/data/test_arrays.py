@@ -13,7 +13,7 @@ from support.data_files import picture
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import arrays
-from fbpc_ray.data.datasets import Dataset, assembled, load
+from fbpc_ray.data.datasets import Dataset, assemble, load
 
 COUNT = 12
 IMAGES = np.stack([picture(n % 3, n) for n in range(COUNT)])
@@ -22,7 +22,7 @@ LABELS = np.arange(COUNT) % 3
 
 
 def from_python(*splits: Any, **options: Any) -> Dataset:
-    return assembled(arrays.read(*splits, **options), "own")
+    return assemble(arrays.read(*splits, **options), "own")
 
 
 def from_npz(folder: Path, **values: Any) -> Dataset:

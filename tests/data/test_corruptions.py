@@ -25,19 +25,17 @@ from scipy import ndimage
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data import corrupted_splits, corruptions
+from fbpc_ray.data import corrupted_splits, corruptions, image_filters
 from fbpc_ray.data.corrupted_splits import cached_at, corrupted_test, notes, official
 from fbpc_ray.data.corruptions import (
     CORRUPTIONS,
     FROST,
     SEVERITIES,
     corrupt,
-    disk,
     frost_texture,
-    gaussian_line,
-    shared,
 )
 from fbpc_ray.data.datasets import Dataset, Split, load, tensors
+from fbpc_ray.data.image_filters import disk, gaussian_line, share_taps
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
@@ -226,7 +224,7 @@ def test_motion_is_imagemagicks(case):
     image[4, 4], image[0, 8], image[7, 1] = 255, 200, 90
     assert levels(slow_smear(image / 255, *case)).tolist() == MAGICK[case]
     pixels = (image / 255).astype(np.float32)[None, None]
-    smeared = corruptions._smeared(pixels, case[0], case[1], np.deg2rad([case[2]]))
+    smeared = image_filters.motion_filter(pixels, case[0], case[1], np.deg2rad([case[2]]))
     assert levels(smeared)[0, 0].tolist() == MAGICK[case]
 
 
@@ -468,12 +466,12 @@ def test_a_small_image_is_blurred_as_one_of_32x32(name, digits):
     large = images.repeat(4, 2).repeat(4, 3)
     for severity in SEVERITIES:
         _, _, constants = CORRUPTIONS[name]
-        blurred = corruptions._unit(large)
+        blurred = image_filters.to_unit(large)
         if name == "gaussian_blur":
-            blurred = corruptions._gaussian(blurred, constants[severity - 1], 4, "edge")
+            blurred = image_filters.gaussian_filter(blurred, constants[severity - 1], 4, "edge")
         else:
-            angles = corruptions._angles([draws(name, severity, i) for i in range(30)], -45, 45)
-            blurred = corruptions._smeared(blurred, *constants[severity - 1], angles)
+            angles = image_filters.draw_angles([draws(name, severity, i) for i in range(30)], -45, 45)
+            blurred = image_filters.motion_filter(blurred, *constants[severity - 1], angles)
         expected = blurred.reshape(30, 1, 8, 4, 8, 4).mean((3, 5))
         agree(corrupt(images, name, severity, 0), levels(expected))
 
@@ -481,10 +479,10 @@ def test_a_small_image_is_blurred_as_one_of_32x32(name, digits):
 def test_a_shared_sample_keeps_its_place():
     points = np.array([[0.25, -1.5], [2.0, 0.75], [-0.1, -0.1]])
     weights = np.array([1.0, 2.0, 5.0])
-    taps = shared(points, weights)
+    taps = share_taps(points, weights)
     mean = sum(weight * np.array(place) for place, weight in taps.items())
     np.testing.assert_allclose(mean, weights @ points / 8)
-    assert shared(np.array([[1.0, -2.0]]), np.array([3.0])) == {(1, -2): 1.0}
+    assert share_taps(np.array([[1.0, -2.0]]), np.array([3.0])) == {(1, -2): 1.0}
 
 
 def test_frost_and_snow_keep_their_grain():
@@ -506,7 +504,7 @@ def test_what_does_not_exist_is_refused():
     with pytest.raises(UserError, match=r"unknown corruption 'fog'.*frost"):
         corrupt(images, "fog", 1, 0)
     for severity in (0, 6, -1):
-        with pytest.raises(UserError, match=rf"severity {severity} does not exist; give 1 to 5"):
+        with pytest.raises(UserError, match=rf"severity must be 1 to 5, got {severity}"):
             corrupt(images, "snow", severity, 0)
     for wrong in (images.astype(np.float32), images[0], scenes(1, channels=2)):
         with pytest.raises(TypeError, match="uint8 images"):
@@ -548,7 +546,7 @@ def test_official_files_are_mapped_and_split(tmp_path):
             assert np.array_equal(again.images, split.images)
     assert not (tmp_path / "unused").exists()
     for severity in (0, 6):
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match="severity must be"):
             opened.split("snow", severity)
     assert notes(folder, 0) == (f"corrupted images from {folder}",)
 
@@ -603,24 +601,27 @@ BAD_OFFICIAL: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: np.save(f / "frost.npy", np.array([Trap(f / "sprung")], object), allow_pickle=True),
         r"frost\.npy: not a readable",
     ),
-    "floats": (replaced("frost.npy", lambda a: a / 255), r"frost\.npy holds float64 \(30, 8, 8, 3\), not uint8 \(30"),
+    "floats": (
+        replaced("frost.npy", lambda a: a / 255),
+        r"frost\.npy: expected uint8 \(30.*, got float64 \(30, ",
+    ),
     "few": (
         replaced("frost.npy", lambda a: a[:24]),
-        r"frost\.npy holds uint8 \(24, 8, 8, 3\), not uint8 \(30, 8, 8, 3\), five severities of the 6 test images",
+        r"expected uint8 \(30, 8, 8, 3\), five severities of the 6 test images .*, got uint8 \(24, 8, 8, 3\)",
     ),
-    "channels first": (replaced("frost.npy", lambda a: a.transpose(0, 3, 1, 2)), r"uint8 \(30, 3, 8, 8\), not uint8"),
-    "size": (replaced("frost.npy", lambda a: a[:, :7]), r"uint8 \(30, 7, 8, 3\), not uint8"),
-    "grey": (replaced("frost.npy", lambda a: a[..., 0]), r"uint8 \(30, 8, 8\), not uint8"),
+    "channels first": (replaced("frost.npy", lambda a: a.transpose(0, 3, 1, 2)), r"got uint8 \(30, 3, 8, 8\)"),
+    "size": (replaced("frost.npy", lambda a: a[:, :7]), r"got uint8 \(30, 7, 8, 3\)"),
+    "grey": (replaced("frost.npy", lambda a: a[..., 0]), r"got uint8 \(30, 8, 8\)"),
     "few labels": (
         replaced("labels.npy", lambda a: a[:6]),
-        r"labels\.npy holds uint8 \(6,\), not 30 integers, five times the 6 test labels",
+        r"labels\.npy: expected 30 integers, five times the 6 test labels of .*, got uint8 \(6,\)",
     ),
-    "float labels": (replaced("labels.npy", lambda a: a * 1.0), r"labels\.npy holds float64"),
+    "float labels": (replaced("labels.npy", lambda a: a * 1.0), r"labels\.npy: .*, got float64"),
     "other labels": (
         replaced("labels.npy", lambda a: np.where(np.arange(30) == 13, 0, a)),
-        r"labels\.npy, row 13: label 0, where test image 1 of npz:.* has 1 \(1 of 30 differ\).*--data cifar10",
+        r"labels\.npy, row 13: expected label 1, that of test image 1 of .*, got 0 \(1 of 30 differ\).*--data cifar10",
     ),
-    "other order": (replaced("labels.npy", np.sort), r"labels\.npy, row 1: label 0, where test image 1"),
+    "other order": (replaced("labels.npy", np.sort), r"labels\.npy, row 1: expected label 1, that of test image 1"),
 }
 
 
@@ -744,7 +745,7 @@ def test_a_file_of_something_else_is_made_again(small, tmp_path, monkeypatch):
     expected = make(small, tmp_path).images
     path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
     whole = path.read_bytes()
-    about = corrupted_splits._about(small.test, "snow", 3, 0)
+    about = corrupted_splits._describe(small.test, "snow", 3, 0)
     wrong = [
         (Split(expected, small.test.labels), about | {"severity": 4}),
         (Split(expected, small.test.labels), about | {"recipe": 0}),
@@ -772,7 +773,7 @@ def test_several_row_groups_are_read(small, tmp_path):
     path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
     table = pq.read_table(path)
     pq.write_table(table, path, row_group_size=5)
-    found = corrupted_splits._read(path, small.test, corrupted_splits._about(small.test, "snow", 3, 0))
+    found = corrupted_splits._read(path, small.test, corrupted_splits._describe(small.test, "snow", 3, 0))
     assert found is not None and np.array_equal(found, expected)
 
 
@@ -816,7 +817,7 @@ def test_processes_at_once(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot keep corrupted images in .*file.*; free space there, or") as caught:
+    with pytest.raises(UserError, match=r"file.*: cannot write corrupted images .*; free space there, or") as caught:
         make(small, tmp_path / "file")
     assert "\n" not in str(caught.value)
 

@@ -667,9 +667,9 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "path without kind": (lambda at: str(at), {}, r"is a path: say of what, e\.g\. folder:/"),
     "unknown kind": (lambda at: f"zip:{at}", {}, r"unknown data 'zip:"),
     "missing path": (lambda at: f"parquet:{at / 'none'}", {}, r"none does not exist"),
-    "validation one": (lambda at: "digits", {"validation": 1.0}, r"validation 1.0 .* 0 <= validation < 1"),
-    "validation negative": (lambda at: "digits", {"validation": -0.1}, r"validation -0.1"),
-    "validation nan": (lambda at: "digits", {"validation": float("nan")}, r"validation nan"),
+    "validation one": (lambda at: "digits", {"validation": 1.0}, r"0 <= validation < 1, got 1\.0"),
+    "validation negative": (lambda at: "digits", {"validation": -0.1}, r"validation must .*, got -0\.1"),
+    "validation nan": (lambda at: "digits", {"validation": float("nan")}, r"validation must .*, got nan"),
     "validation of no image": (lambda at: "digits", {"validation": 0.001}, r"0.001 of each class .* larger share"),
     "unknown constants": (lambda at: "digits", {"normalisation": "cifar"}, r"unknown normalisation 'cifar'; did you"),
     "other channels": (
@@ -752,7 +752,7 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "class in test alone": (
         lambda at: folder_with(at, "test/cow/0.png", pixels(1)[0]),
         {},
-        r"test/cow: none of the classes \(ant, bee\)",
+        r"test/cow: not one of the classes \(ant, bee\)",
     ),
     "constant channel": (
         lambda at: whole_npz(at / "a.npz", x_train=pixels(8) * np.array([1, 0, 1], np.uint8)),
