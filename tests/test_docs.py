@@ -37,7 +37,7 @@ from fbpc_ray.core.presets import preset, to_preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset_formats, readers
 from fbpc_ray.distillation import worker
-from fbpc_ray.distillation.expert_store import Recipe
+from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.state import GradientTask, initial_state
 from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
@@ -447,7 +447,7 @@ def test_formats_says_what_a_run_leaves(desk):
             assert {*file.keys()} | {*file.metadata()} == set(tabled("coreset.safetensors"))
     with safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
         assert {*file.keys()} == set(tabled("state.safetensors"))
-        assert {*file.metadata()} == {"step"}
+        assert {*file.metadata()} == {"step", "checksum"}
     assert pq.read_schema(run / "metrics.parquet").names == tabled("metrics.parquet")
     result = json.loads((run / "result.json").read_text())
     scores = next(iter(next(iter(result["coresets"].values())).values()))

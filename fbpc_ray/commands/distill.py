@@ -38,8 +38,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
         table = results.table(results.from_json(result["coresets"]))
         log(f"this run is complete; raise --steps above {result['steps']} to go on\n\n{table}")
-        if json:
-            files.write_json(place(json).absolute(), result)
+        files.write_output(json, result)
         return
     session = open_session(config.updated(download=False) if dry_run else config, log)
     if dry_run:
@@ -49,8 +48,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
         if not resume:
             run.refuse_if_taken()  # by a run that began when this one did, and has ended
         result, uri = _distill(session, run, resume)
-    if json:
-        files.write_json(place(json).absolute(), result)
+    files.write_output(json, result)
     log(f"\n{results.table(results.from_json(result['coresets']))}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")

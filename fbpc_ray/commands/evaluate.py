@@ -9,7 +9,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.storage import Place, place
+from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
@@ -75,8 +75,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
                 tracker.set_tags({"evaluation": path.name})
             written = _write(path, result, scored, session.dataset, options.ood)
             _log_result(run, session, scored, options.split, tracker, written)
-    if json:
-        files.write_json(place(json).absolute(), result)
+    files.write_output(json, result)
     log(f"\n{results.table(scored.scores)}\n\nresult: {path} (pictures beside it)")
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
@@ -112,7 +111,7 @@ def _next_path(run: RunDirectory, split: str, specs: list[Spec]) -> Place:
 
 def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, dataset: Dataset, ood: str) -> list[Place]:
     """Write the result with its pictures beside it; return their paths."""
-    files.write_json(path, result)
+    files.write_checked_json(path, result)
     draw_reliability(scored, path.with_suffix(".reliability.png"))
     written = [path, path.with_suffix(".reliability.png")]
     for (name, architecture), (inside, outside) in scored.uncertainty.items():

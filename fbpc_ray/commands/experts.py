@@ -5,7 +5,6 @@ from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.storage import place
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import open_backend, open_session
 
@@ -23,5 +22,4 @@ def experts(config: Config, *, dry_run: bool, json: str) -> None:
     folders = {spec.architecture: str(store.folder) for spec, store in zip(session.specs, session.stores, strict=True)}
     for architecture, folder in folders.items():
         log(f"{architecture}: {folder}")
-    if json:
-        files.write_json(place(json).absolute(), folders)
+    files.write_output(json, folders)

@@ -185,8 +185,7 @@ def evaluate(
     result = results.result_of(settings, dataset, [], scored.to_json(), split, provenance, cpu_threads(settings))
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
-    if json:
-        files.write_json(place(json).absolute(), result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
+    files.write_output(json, result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
     log(f"\n{results.table(scored.scores)}")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fbpc_ray.core import inputs
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.settings import Data, Distillation, Evaluation, Experts, Networks, Output, Workers
@@ -164,7 +165,7 @@ def from_text(name: str, text: str, source: str) -> Any:
 
 
 def to_json(config: Config) -> str:
-    """Return the text of config.json."""
+    """Return the text of config.json, without its checksum."""
     return json.dumps(config.flat(), indent=2) + "\n"
 
 
@@ -175,9 +176,18 @@ NOT_STARTED = "check the path, or start one without --resume"
 def read_config(folder: Place, fix: str = "give the --out of `fbpc distill`") -> Config:
     """Read the configuration of the run in `folder`. Raises UserError, which ends with `fix`, if there is none."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} holds no run (no config.json): {fix}")
-    return from_json(path.read_bytes(), str(path))
+    return read_json(path)
+
+
+def read_json(path: Place) -> Config:
+    """Read a configuration or a preset. Raises UserError."""
+    try:
+        data = inputs.read_bytes(path, inputs.MAX_JSON_BYTES)
+    except ValueError as error:
+        raise UserError(f"{path} is not a configuration ({error}); restore it") from None
+    return from_json(data, str(path))
 
 
 def started(folder: str) -> bool:
@@ -223,11 +233,15 @@ def never_from_a_file(config: Config) -> dict[str, list[str]]:
 def from_json(text: str | bytes, source: str) -> Config:
     """Invert `to_json`; `source` names the file in errors. Raises UserError."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
+        values = inputs.parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{source} is not a configuration: must be one JSON object ({error}); restore it") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source} is not a configuration: must be one JSON object; restore or delete it")
+        raise UserError(f"{source} is not a configuration: must be one JSON object; restore it")
+    try:
+        values = inputs.without_checksum(values)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; restore it, or delete its line of the checksum if you edited it") from None
     try:
         return Config().updated(**values)
     except UserError as error:

@@ -6,29 +6,36 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from fbpc_ray.core import inputs
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.storage import Place, Remote
+from fbpc_ray.core.storage import Place, Remote, place
 
 
 def write_bytes(path: Place, data: bytes, private: bool = False) -> None:
     """Replace `path` by `data` atomically: readers, and crashes, see the old file or the new one, never a part.
 
     A `private` local file is readable by its owner alone.
+    A link stays, and its target is replaced. A device or a FIFO is written through.
 
     Raises:
         OSError: the disk is full or not writable; the old file is intact and no temporary file is left.
-        UserError: the object store refused the write.
+        UserError: the object store refused the write, or nobody reads the FIFO.
     """
     if isinstance(path, Remote):
         path.write_bytes(data)
         return
+    if _is_special(path):
+        _write_through(path, data)
+        return
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -44,6 +51,27 @@ def write_bytes(path: Place, data: bytes, private: bool = False) -> None:
         raise
 
 
+def _is_special(path: Path) -> bool:
+    """Return whether `path` is, or links to, something that no file may replace: a device, a FIFO, a folder."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Write `data` to a device or a FIFO, which stays. Raises UserError if nobody reads the FIFO."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise UserError(f"{path}: nobody reads this FIFO; start its reader first, or name a file", code=1) from None
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
 def write_text(path: Place, text: str) -> None:
     """Write UTF-8 text by `write_bytes`."""
     write_bytes(path, text.encode())
@@ -51,7 +79,32 @@ def write_text(path: Place, text: str) -> None:
 
 def write_json(path: Place, value: Any) -> None:
     """Write `value` as JSON by `write_bytes`. Raises ValueError for NaN and infinity, which are not JSON."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, _to_json(value))
+
+
+def write_checked_json(path: Place, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, which `inputs.read_checked_json` compares. Raises as `write_json`."""
+    write_json(path, inputs.with_checksum(value))
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def write_output(target: str, value: Any) -> None:
+    """Write `value` as JSON to the `target` of a --json flag: a path, "-" for standard output, or "" for none."""
+    if target == "-":
+        sys.stdout.write(_to_json(value))
+        sys.stdout.flush()
+    elif target:
+        write_text(place(target).absolute(), _to_json(value))
+
+
+def check_output(target: str) -> None:
+    """Raise UserError for a --json flag that can't be written, before the work begins."""
+    path = place(target) if target not in ("", "-") else None
+    if isinstance(path, Path) and path.is_dir():
+        raise UserError(f"--json {target}: must be a file, is a folder; name a file in the folder")
 
 
 def write_first(path: Place, text: str) -> None:

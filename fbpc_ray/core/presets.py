@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from fbpc_ray.core.config import Config, from_json
+from fbpc_ray.core.config import Config, read_json
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.settings import Output, Workers
 from fbpc_ray.core.storage import place
@@ -41,8 +41,8 @@ def preset(name: str) -> Config:
     if name in PRESETS:
         return Config().updated(**PRESETS[name])
     if name.endswith(".json") or "/" in name:
-        if (path := place(name)).is_file():
-            return from_json(path.read_bytes(), name)
+        if (path := place(name)).exists():
+            return read_json(path)
         raise UserError(f"--preset: file {name} not found; give the best.json of a sweep, or a name")
     raise UserError(f"--preset: got '{name}'; {closest(name, list(PRESETS))}")
 

@@ -160,11 +160,16 @@ Place = Path | Remote
 def place(text: str) -> Place:
     """Parse a local path or an object store's address.
 
-    Raises UserError for an unknown scheme, a missing bucket, or keys in the address.
+    Raises UserError for an unknown scheme, an address without a bucket or with keys, and a name that no file can have.
     """
+    _check_name(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            user = text.partition("/")[0]
+            raise UserError(f"{text}: the home of {user} is unknown; write the path in full") from None
     if scheme not in ("s3", "gs"):
         raise UserError(f"{redacted(text)}: give a local path, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     if redacted(text) != text:
@@ -176,11 +181,28 @@ def place(text: str) -> Place:
     return Remote(scheme, key)
 
 
+MAX_NAME, MAX_PATH = 255, 4095
+"""Bytes of a name and of a path, on Linux."""
+
+
+def _check_name(text: str) -> None:
+    """Raise UserError for a name that no file can have, and for one that config.json and MLflow can't hold."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{text}: must be UTF-8; rename the file or the folder") from None
+    if "\0" in text:
+        raise UserError(f"{text}: must hold no NUL character; check the path")
+    longest = max(len(name.encode()) for name in text.split("/"))
+    if size > MAX_PATH or longest > MAX_NAME:
+        raise UserError(f"{text[:60]}...: must be at most {MAX_NAME} bytes a name, {MAX_PATH} in all; shorten it")
+
+
 def local_folder(text: str, flag: str) -> Path:
     """Parse the path of a folder that must be local. Raises UserError for an object store."""
     folder = place(text)
     if isinstance(folder, Remote):
-        raise UserError(f"{flag} is {text}: it must be a local folder")
+        raise UserError(f"{flag}: must be a local folder, got {text}")
     return folder
 
 

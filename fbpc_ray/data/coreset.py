@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fbpc_ray.core import files, storage
+from fbpc_ray.core import files, inputs, storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place
 
@@ -59,7 +58,7 @@ def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.G
     if labels.dtype != torch.int64 or labels.ndim != 1:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 (n,)")
     if ipc < 1:
-        raise UserError(f"--ipc is {ipc}: ask for at least 1 image per class")
+        raise UserError(f"--ipc: must be 1 or more, got {ipc}")
     members = [(labels == label).nonzero().flatten() for label in range(len(classes))]
     sizes = [len(indices) for indices in members]
     if min(sizes) < ipc:
@@ -86,21 +85,22 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
         "std": json.dumps(list(coreset.std)),
         "classes": json.dumps(list(coreset.classes)),
     }
-    taken = sorted(own.keys() & (metadata or {}).keys())
+    metadata = {name: value for name, value in (metadata or {}).items() if name != inputs.CHECKSUM}
+    taken = sorted(own.keys() & metadata.keys())
     wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
     if wrong:
         raise ValueError(f"not a coreset to save: {wrong}")
     names = ("images", "labels") if coreset.soft_labels is None else ("images", "labels", "soft_labels")
     tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in names}
-    return _ordered(to_bytes(tensors, {**(metadata or {}), **own}))
+    return tensor_files.dumps(tensors, {**metadata, **own})
 
 
 def metadata(path: Place) -> dict[str, str]:
-    """Read the metadata in the header of the coreset at `path`, without its tensors.
+    """Read the metadata in the header of the coreset at `path`, without its tensors and its checksum.
 
     Raises UserError where `load` would, but for the values of the tensors.
     """
-    with _refusing(path), storage.local(path) as near, safe_open(near, framework="pt") as file:
+    with _refusing(path), storage.local(path) as near, tensor_files.open_unchecked(near) as file:
         facts = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in ("images", "labels")}
         (m, channels, *_), labels = slices["images"].get_shape(), slices["labels"].get_shape()
@@ -116,7 +116,7 @@ def metadata(path: Place) -> dict[str, str]:
 def load(path: Place) -> Coreset:
     """Read the coreset that `save` wrote to `path`, to the bit, on the CPU. Raises UserError for any other file."""
     with _refusing(path):
-        with storage.local(path) as near, safe_open(near, framework="pt") as file:
+        with storage.local(path) as near, tensor_files.open_checked(near) as file:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
             soft = file.get_tensor("soft_labels").clone() if "soft_labels" in file.keys() else None  # noqa: SIM118
@@ -142,20 +142,8 @@ def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...],
     """(mean, std, classes) of a header. Raises ValueError, KeyError or TypeError."""
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-    mean, std, classes = (tuple(json.loads(facts[name])) for name in ("mean", "std", "classes"))
+    mean, std, classes = (tuple(inputs.parse_json(facts[name])) for name in ("mean", "std", "classes"))
     return mean, std, classes
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same safetensors file with the keys of its header sorted: equal coresets give equal files.
-
-    The file is 8 bytes of header size, the header as JSON padded to 8 bytes, the tensors; the library writes the
-    metadata in another order each time.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def problem(coreset: Coreset) -> str | None:

@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fbpc_ray.core import storage
+from fbpc_ray.core import storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.data import coreset
@@ -109,7 +108,7 @@ def _suffix(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> _Raw:
-    with safe_open(path, framework="pt") as file:
+    with tensor_files.open_checked(path) as file:
         ours = "classes" in (file.metadata() or {})
         if not ours:
             images, labels = (_tensor(file.get_tensor(name).clone()) for name in ("images", "labels"))  # out of the map

@@ -13,7 +13,8 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
+from fbpc_ray.distillation.expert_format import Recipe
+from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import count_macs
 

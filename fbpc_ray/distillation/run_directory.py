@@ -8,23 +8,23 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 """
 
 import io
-import json
 from collections.abc import Set
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from fbpc_ray.core import config, files, storage
+from fbpc_ray.core import config, files, inputs, storage, tensor_files
 from fbpc_ray.core.config import MAY_CHANGE_ON_RESUME, Config
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.storage import Place
 from fbpc_ray.distillation.worker import State
+from fbpc_ray.evaluation import results
 
 Where = TypeVar("Where", bound=Place)
 REMEMBERED = 16
@@ -59,7 +59,7 @@ class RunDirectory(Generic[Where]):
         return cast(Where, self.folder / name)
 
     def refuse_if_taken(self) -> None:
-        """Raise UserError where the folder holds something already, but for what a kill left before a config.json."""
+        """Raise UserError for a folder that isn't empty, but for files of a process killed before its config.json."""
         if not self.folder.exists():
             return
         leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", files.LOCK)
@@ -70,7 +70,7 @@ class RunDirectory(Generic[Where]):
                 raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
     def write_config(self, settings: Config) -> None:
-        files.write_text(self.config_path, config.to_json(settings))
+        files.write_checked_json(self.config_path, settings.flat())
 
     def save(self, state: State, rows: list[dict[str, Any]]) -> None:
         """Checkpoint: metrics first, state last, each atomically. Raises OSError with the last checkpoint intact."""
@@ -82,73 +82,79 @@ class RunDirectory(Generic[Where]):
         tensors |= {f"{_MOMENT}{name}": value for name, value in state.moments.items()}
         if state.soft_labels is not None:
             tensors["soft_labels"] = state.soft_labels
-        files.write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(state.step)}))
+        files.write_bytes(self.state_path, tensor_files.dumps(tensors, {"step": str(state.step)}))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
-        """The last checkpoint and the metrics up to it; None where there is none. Raises UserError for damage."""
+        """Read the last checkpoint and the metrics up to it; None before the first one. Raises UserError for damage."""
         if not self.state_path.exists():
             return None
+        fix = "start again in another --out"
         try:
-            with storage.local(self.state_path) as path, safetensors.safe_open(path, "pt") as file:
-                images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
-                names = list(file.keys())
-                solutions, moments = (
-                    {name.removeprefix(start): file.get_tensor(name) for name in names if name.startswith(start)}
-                    for start in (_SOLUTION, _MOMENT)
-                )
-                soft_labels = file.get_tensor("soft_labels") if "soft_labels" in names else None
-                step = int(file.metadata()["step"])
-            shape = (len(labels), *image_shape)
-            if images.shape != shape or velocity.shape != shape or images.dtype != torch.float32:
-                raise ValueError(f"images of {tuple(images.shape)}, not {shape}")
-            rows = [row for row in _rows(self.metrics_path) if row["step"] <= step]
-        except (safetensors.SafetensorError, pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the checkpoint in {self.folder} is damaged ({error}): start again in another --out"
-            ) from None
-        inner_lr, inner_velocity = inner.tolist()
-        state = State(step, images, velocity, inner_lr, inner_velocity, solutions, soft_labels, moments)
+            with undamaged(self.state_path, fix), storage.local(self.state_path) as path:
+                state = _read_state(path, (len(labels), *image_shape))
+                self._check_inner_lr(state)
+            with undamaged(self.metrics_path, fix):
+                rows = [row for row in _rows(self.metrics_path) if row["step"] <= state.step]
+        except (safetensors.SafetensorError, pa.ArrowException, OSError) as error:
+            reason = (str(error).splitlines() or ["no reason"])[0]
+            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}): {fix}") from None
         return state, rows
 
+    def _check_inner_lr(self, state: State) -> None:
+        """Raise ValueError if the inner learning rate is not the configuration's, in a run that doesn't learn it."""
+        if not self.config_path.exists():
+            return
+        settings = config.read_config(self.folder).distillation
+        if settings.method != "bpc-w" and (state.inner_lr, state.inner_velocity) != (settings.inner_lr, 0.0):
+            raise ValueError(f"inner learning rate {state.inner_lr:g}, config.json has {settings.inner_lr:g}")
+
     def remember(self, step: int, images: Tensor) -> None:
-        """Add `images` (k, c, h, w) uint8, as they are after `step`, to those of earlier steps; what is there of this
-        step or later is replaced. Of more than `REMEMBERED` every other one is dropped, the first never."""
+        """Add `images` (k, c, h, w) uint8, those after `step`, to those of earlier steps; later ones are dropped.
+
+        Of more than `REMEMBERED` steps every other one is dropped, the first never.
+        """
         kept = {each: old for each, old in self.history().items() if each < step and old.shape == images.shape}
         kept[step] = images
         if len(kept) > REMEMBERED:
             kept = {each: kept[each] for each in sorted(kept)[::2]}
         tensors = {str(each): value.contiguous() for each, value in kept.items()}
-        files.write_bytes(self.history_path, safetensors.torch.save(tensors))
+        files.write_bytes(self.history_path, tensor_files.dumps(tensors, {}))
 
     def history(self) -> dict[int, Tensor]:
-        """{step: images (k, c, h, w) uint8} by step, as far as they were remembered; none where the file is damaged:
-        only a picture is made of it."""
+        """Return {step: images (k, c, h, w) uint8} by step; empty if the file is damaged: it only makes a picture."""
         if not self.history_path.exists():
             return {}
         try:
-            found = safetensors.torch.load(self.history_path.read_bytes())
-            return {int(step): found[step] for step in sorted(found, key=int)}
-        except (safetensors.SafetensorError, ValueError):
+            with storage.local(self.history_path) as path, tensor_files.open_checked(path) as file:
+                return {step: file.get_tensor(str(step)).clone() for step in sorted(map(int, file.keys()))}
+        except (safetensors.SafetensorError, ValueError, OSError, UserError):
             return {}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        files.write_json(self.result_path, result)
+        files.write_checked_json(self.result_path, result)
 
     def read_result(self) -> dict[str, Any] | None:
-        """The result; None where there is none yet. Raises UserError for damage."""
+        """Read the result; None before the run has ended. Raises UserError for damage."""
         if not self.result_path.exists():
             return None
         with undamaged(self.result_path, "delete it and run again"):
-            result = json.loads(self.result_path.read_bytes())
+            result = inputs.read_checked_json(self.result_path)
+            if not isinstance(result["steps"], int) or result["steps"] < 0:
+                raise ValueError(f"steps is {result['steps']!r}, expected 0 or more")
+            for name in ("method", "data", "split", "commit", "device"):
+                if not isinstance(result.get(name, ""), str):
+                    raise ValueError(f"{name} is {result[name]!r}, expected text")
+            if not results.from_json(result["coresets"]):
+                raise ValueError("it has no scores")
             coresets = {
                 coreset: {network: config.current_names(scores) for network, scores in by_network.items()}
                 for coreset, by_network in result["coresets"].items()
             }
-            return dict(result) | {"steps": int(result["steps"]), "coresets": coresets}
+            return result | {"coresets": coresets}
 
 
 def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:
-    """Raise UserError where a flag differs that the steps already taken depend on; name the flags with both sides."""
+    """Raise UserError if a flag differs on which the steps already taken depend; name the flags with both values."""
     before, now = stored.flat(), wanted.flat()
     differing = [name for name in before if before[name] != now[name] and name not in may_change]
     if differing:
@@ -156,10 +162,40 @@ def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHAN
         raise UserError(f"--resume with another configuration: {told}; repeat the old value or start another --out")
 
 
+def _read_state(path: Path, shape: tuple[int, int, int, int]) -> State:
+    """Read a checkpoint of a run whose images are of `shape`. Raises ValueError, KeyError, TypeError or UserError."""
+    with tensor_files.open_checked(path) as file:
+        images, velocity, inner = (file.get_tensor(name) for name in ("images", "velocity", "inner"))
+        names = list(file.keys())
+        solutions, moments = (
+            {name.removeprefix(start): file.get_tensor(name) for name in names if name.startswith(start)}
+            for start in (_SOLUTION, _MOMENT)
+        )
+        soft_labels = file.get_tensor("soft_labels") if "soft_labels" in names else None
+        step = int((file.metadata() or {})["step"])
+    expected = {
+        "images": (images, shape, torch.float32), "velocity": (velocity, shape, torch.float32),
+        "inner": (inner, (2,), torch.float64),
+        **{name: (vector, (vector.numel(),), torch.float32) for name, vector in solutions.items()},
+        **{name: (moment, (len(images), *moment.shape[1:]), torch.float32) for name, moment in moments.items()},
+    }  # fmt: skip
+    if soft_labels is not None:
+        expected["soft_labels"] = (soft_labels, (len(images), soft_labels.shape[-1]), torch.float32)
+    for name, (tensor, size, dtype) in expected.items():
+        if tensor.shape != size or tensor.dtype != dtype:
+            raise ValueError(f"{name} of {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(size)} {dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    if step < 0 or inner[0] < 0:
+        raise ValueError(f"step {step} and inner learning rate {float(inner[0]):g}, expected 0 or more")
+    inner_lr, inner_velocity = inner.tolist()
+    return State(step, images, velocity, inner_lr, inner_velocity, solutions, soft_labels, moments)
+
+
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.BytesIO()
     names = dict.fromkeys(name for row in rows for name in row)
-    pq.write_table(pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), buffer)
+    pq.write_table(pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows]), buffer, write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -167,4 +203,7 @@ def _rows(path: Place) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with storage.local(path) as file:
-        return pq.read_table(file).to_pylist()
+        rows = pq.read_table(file, page_checksum_verification=True).to_pylist()
+    if not all(isinstance(row["step"], int) and isinstance(row["architecture"], str) for row in rows):
+        raise ValueError("its rows have no step or no architecture")
+    return rows

@@ -3,9 +3,13 @@
 They depend on an expert's snapshot and on the settings of the K steps, not on the pseudocoreset. Each trajectory is one
 .npy file, named by a checksum of all that it depends on (`TrajectoryKey`). The folder holds a bounded number of bytes;
 the files used longest ago are deleted first. If the folder can't be written to, trajectories are computed again.
+
+After its values a file holds their checksum, which other readers of .npy ignore. A process compares it at the first
+use of a file, and replaces a damaged one.
 """
 
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -17,14 +21,18 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fbpc_ray.core import cache, files
-from fbpc_ray.distillation.expert_store import Recipe
+from fbpc_ray.core import cache, files, inputs
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.distillation.expert_format import Recipe
 
 MAX_BLOCK = 256e6
 """Bytes of the largest cached trajectory. That of a ResNet18 (1.4 GB) costs more to read than to prefetch."""
 
 HEADER = 128
 """Bytes of a .npy file before its values."""
+
+CHECKSUM_BYTES = len(inputs.crc([]))
+"""Bytes of a .npy file of ours after its values."""
 
 
 class TrajectoryKey(NamedTuple):
@@ -71,7 +79,7 @@ class TrajectoryCache(NamedTuple):
         Returns:
             The rows, or None if they are too large for the cache or can't be written to the disk.
         """
-        size = HEADER + 4 * shape[0] * shape[1]
+        size = HEADER + 4 * shape[0] * shape[1] + CHECKSUM_BYTES
         if size > min(MAX_BLOCK, self.limit):
             return None
         path = self.folder / f"{key}.npy"
@@ -90,6 +98,9 @@ class TrajectoryCache(NamedTuple):
                 for target, row in zip(block, rows(), strict=True):
                     target[:] = row.numpy(force=True)
                 block.flush()
+                file.seek(size - CHECKSUM_BYTES)
+                file.write(inputs.crc([block.data]).encode())
+                file.flush()
                 del block
                 temporary.replace(path)
         except OSError:
@@ -108,9 +119,32 @@ class TrajectoryCache(NamedTuple):
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Map the array in `path`; None if it is missing, damaged or of another shape."""
+    """Map the array in `path`; None if it is missing, damaged, of another shape or without a checksum."""
+    size = 4 * shape[0] * shape[1]
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with inputs.open_regular(path) as file:
+            status, header = os.fstat(file.fileno()), file.read(HEADER)
+            if header != _header(shape) or status.st_size != HEADER + size + CHECKSUM_BYTES:
+                return None  # numpy's own reader fails in many ways on a damaged header
+            array = np.memmap(file, np.float32, "r", HEADER, shape)
+            file.seek(HEADER + size)
+            checksum = file.read()
+    except (OSError, ValueError, UserError):
         return None
-    return array if array.shape == shape and array.dtype == np.float32 else None
+    identity = (str(path), status.st_ino)
+    if identity not in _checked and checksum != inputs.crc([array.data]).encode():
+        return None
+    _checked.add(identity)
+    return array
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """Return the start of a .npy file of float32 values."""
+    buffer = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, facts)
+    return buffer.getvalue()
+
+
+_checked: set[tuple[str, int]] = set()
+"""(path, inode) of the files whose checksums this process has compared."""

@@ -18,9 +18,9 @@ from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import datasets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.distillation import expert_store as expert_files
 from fbpc_ray.distillation import network_pool
-from fbpc_ray.distillation.expert_store import ExpertStore, Recipe
+from fbpc_ray.distillation.expert_format import Recipe
+from fbpc_ray.distillation.expert_store import ExpertStore, open_store
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
 from fbpc_ray.distillation.state import State, gradient_tasks, initial_state, with_soft_labels
@@ -140,7 +140,7 @@ def expert_store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
         batch_size=e.expert_batch_size, augment=config.networks.augment, dtype=e.expert_dtype, seed=e.expert_seed,
     )  # fmt: skip
     root = place(e.experts) if e.experts else home() / "experts"
-    return expert_files.found(root.absolute(), recipe)
+    return open_store(root.absolute(), recipe)
 
 
 def cpu_threads(config: Config) -> int:

@@ -1,13 +1,12 @@
 """Read an ended run for a report. Its files may be somebody else's: what the report shows is checked here."""
 
-import json
 import shlex
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fbpc_ray.core import storage
+from fbpc_ray.core import inputs, storage
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.storage import Place
@@ -97,7 +96,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
     evaluations = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
         with undamaged(path, "delete it, and the report goes without"):
-            result = json.loads(path.read_bytes())
+            result = inputs.read_checked_json(path)
         stem = path.name.removesuffix(".json")
         beside = sorted(
             (each for each in folder.glob("*.png") if each.name.startswith(f"{stem}.")), key=lambda p: p.name

@@ -58,8 +58,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         with undamaged(path, "delete it, and the best trial is judged again"):
             result = json_format.loads(path.read_text())
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
-        if json:
-            files.write_json(place(json).absolute(), result)
+        files.write_output(json, result)
         return
     found = _prepared(base, settings, folder, resume, trusted, dry_run)
     if dry_run:
@@ -70,8 +69,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
             RunDirectory(folder).refuse_if_taken()  # by one that began when this one did, and is through
             _write_plan(found)
         result, monitor = _run_sweep(found)
-    if json:
-        files.write_json(place(json).absolute(), result)
+    files.write_output(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
     log(f"best:    trial {result['best']['trial']}, {trial.told(result['best']['flags'])}")
     log(f"\n{results.table(results.from_json(result['test']['coresets']))}\n")
@@ -198,7 +196,7 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
 def _write_plan(found: OpenSweep) -> None:
     text = {**found.plan._asdict(), "settings": asdict(found.plan.settings)}
     files.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
-    files.write_text(found.folder / "config.json", to_json(found.base))  # last: now there is a sweep
+    files.write_checked_json(found.folder / "config.json", found.base.flat())  # last: now there is a sweep
 
 
 def read_plan(folder: Place) -> Plan:

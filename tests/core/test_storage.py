@@ -113,7 +113,7 @@ def test_what_must_be_local_says_so(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main.main(words)
         assert stop.value.code == 2
-        assert "it must be a local folder" in capsys.readouterr().err
+        assert "must be a local folder, got" in capsys.readouterr().err
 
 
 # Objects

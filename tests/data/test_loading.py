@@ -22,6 +22,7 @@ from support.traps import Trap
 
 import fbpc_ray
 from fbpc_ray.commands import main
+from fbpc_ray.core import files, inputs
 from fbpc_ray.core.config import read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
@@ -76,7 +77,7 @@ def network(sprung, tmp_path, monkeypatch):
 
 def rewrite(folder: Path, **values: object) -> None:
     path = RunDirectory(folder).config_path
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    files.write_checked_json(path, inputs.read_checked_json(path) | values)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The store of expert trajectories: every bit comes back, and no end of a writer leaves half an expert."""
 
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -13,16 +14,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from support.experts import RECIPE, refusal, same, snapshot, trajectory
 from torch import Tensor
 
-from fbpc_ray.core import files
+from fbpc_ray.core import cache, files, inputs
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.distillation import expert_store
+from fbpc_ray.distillation import expert_format, expert_store
 from fbpc_ray.distillation.expert_store import ExpertStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,16 +234,16 @@ def test_another_recipe_is_refused_naming_both_sides(tmp_path):
 
 def test_experts_of_another_recipe_lie_beside_the_first(tmp_path):
     """A sweep holds images out, a table has another learning rate: neither asks for another folder."""
-    first, other = expert_store.found(tmp_path, RECIPE), expert_store.found(tmp_path, RECIPE._replace(lr=0.5))
+    first, other = expert_store.open_store(tmp_path, RECIPE), expert_store.open_store(tmp_path, RECIPE._replace(lr=0.5))
     assert first.folder == other.folder == expert_store.folder(tmp_path, RECIPE)  # nobody has it yet
     first.write(0, trajectory(0))
-    other = expert_store.found(tmp_path, RECIPE._replace(lr=0.5))
+    other = expert_store.open_store(tmp_path, RECIPE._replace(lr=0.5))
     other.write(0, trajectory(1))
     assert re.fullmatch(re.escape(first.folder.name) + "-[0-9a-f]{8}", other.folder.name)
     for recipe, store in ((RECIPE, first), (RECIPE._replace(lr=0.5), other)):
-        assert expert_store.found(tmp_path, recipe).folder == store.folder
-        assert expert_store.found(tmp_path, recipe).missing(2) == [1]
-    third = expert_store.found(tmp_path, RECIPE._replace(lr=0.5, seed=9))
+        assert expert_store.open_store(tmp_path, recipe).folder == store.folder
+        assert expert_store.open_store(tmp_path, recipe).missing(2) == [1]
+    third = expert_store.open_store(tmp_path, RECIPE._replace(lr=0.5, seed=9))
     assert third.folder not in (first.folder, other.folder)
 
 
@@ -249,7 +251,7 @@ def test_of_two_recipes_that_find_a_new_folder_the_slower_one_goes_beside_it(tmp
     """The trials of a sweep over --expert-lr begin at the same time; each must find a place for its experts, even where
     both see at once that nobody has the folder."""
     other = RECIPE._replace(lr=0.5)
-    first, second = expert_store.found(tmp_path, RECIPE), expert_store.found(tmp_path, other)
+    first, second = expert_store.open_store(tmp_path, RECIPE), expert_store.open_store(tmp_path, other)
     write = files.write_first
 
     def late(path: Path, text: str) -> None:
@@ -262,7 +264,7 @@ def test_of_two_recipes_that_find_a_new_folder_the_slower_one_goes_beside_it(tmp
     assert first.folder == expert_store.folder(tmp_path, RECIPE) != second.folder
     for recipe, store in ((RECIPE, first), (other, second)):
         pickle.loads(pickle.dumps(store)).write(0, trajectory(0))
-        assert expert_store.found(tmp_path, recipe).folder == store.folder
+        assert expert_store.open_store(tmp_path, recipe).folder == store.folder
         assert store.missing(1) == []
         assert listing(Path(str(store.folder))) == ["00000.arrow", "00000.json", "store.json"]
 
@@ -306,17 +308,17 @@ def test_a_trajectory_from_another_store_is_refused(tmp_path):
 
 def test_an_index_or_epoch_that_is_not_there_is_refused(tmp_path):
     store = ExpertStore(tmp_path, RECIPE)
-    assert "no whole expert 0" in refusal(store.read, 0, 0)
+    assert "no complete expert 0" in refusal(store.read, 0, 0)
     store.write(0, trajectory(0))
-    assert "no whole expert 7" in refusal(store.read, 7, 0)
-    assert "no whole expert 7" in refusal(store.verify, 7)
+    assert "no complete expert 7" in refusal(store.read, 7, 0)
+    assert "no complete expert 7" in refusal(store.verify, 7)
     for epoch in (-1, 4):
         assert f"epoch {epoch} is not in the experts of {tmp_path}: they hold epochs 0 to 3" in refusal(
             store.read, 0, epoch
         )
     (tmp_path / "00000.json").unlink()
     assert store.missing(1) == [0]
-    assert "no whole expert 0" in refusal(ExpertStore(tmp_path, RECIPE).read, 0, 0)
+    assert "no complete expert 0" in refusal(ExpertStore(tmp_path, RECIPE).read, 0, 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -479,16 +481,23 @@ def test_a_truncated_file_is_missing_and_refused(tmp_path):
             assert f"{length} bytes, its manifest says {len(data)}" in line
     (tmp_path / "00000.arrow").unlink()
     assert store.missing(1) == [0]
-    assert "no whole expert 0" in refusal(store.read, 0, 0)
+    assert "no complete expert 0" in refusal(store.read, 0, 0)
     store.write(0, trajectory(0))
     assert same(store.read(0, 0), snapshot(0, 0))
 
 
-def test_a_flipped_byte_is_found_by_verify_and_never_ends_in_a_traceback(tmp_path):
-    """Over the whole file, every fifth byte inverted: reading is right, or wrong in values that only the checksum
-    can tell, or refused in one line."""
+def without_snapshot_checksums(path: Path) -> None:
+    """Make a manifest one of an earlier release."""
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "snapshot_checksums"}))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, legacy):
+    """Over the whole file, every fifth byte inverted: reading is right to the bit, or refused in one line."""
     store = ExpertStore(tmp_path, RECIPE)
     store.write(0, trajectory(0))
+    if legacy:
+        without_snapshot_checksums(tmp_path / "00000.json")
     path = tmp_path / "00000.arrow"
     data = path.read_bytes()
     refused = 0
@@ -501,14 +510,50 @@ def test_a_flipped_byte_is_found_by_verify_and_never_ends_in_a_traceback(tmp_pat
         assert str(path) in line and "delete it and run again" in line
         try:
             for epoch in range(4):
-                shapes = {name: tensor.shape for name, tensor in opened.read(0, epoch).items()}
-                assert shapes == {name: tensor.shape for name, tensor in snapshot(0, epoch).items()}
+                assert same(opened.read(0, epoch), snapshot(0, epoch))
         except UserError as error:
             refused += 1
             assert "\n" not in str(error) and "delete it and run again" in str(error)
     assert refused > 30
+    assert not legacy or refused == len(range(0, len(data), 5))
     path.write_bytes(data)
     ExpertStore(tmp_path, RECIPE).verify(0)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_value_that_is_not_finite_is_refused_by_the_name_of_its_file(tmp_path, legacy):
+    """A file of another program, whose checksums are right."""
+    store = ExpertStore(tmp_path, RECIPE)
+    store.write(0, trajectory(0))
+    path, manifest = tmp_path / "00000.arrow", tmp_path / "00000.json"
+    value = snapshot(0, 2)["temperature"].numpy()
+    data = path.read_bytes()
+    assert data.count(value.tobytes()) == 1
+    path.write_bytes(data.replace(value.tobytes(), np.array(np.nan, np.float32).tobytes()))
+    facts = json.loads(manifest.read_text())
+    with path.open("rb") as file:
+        facts["checksum"] = hashlib.file_digest(file, cache.digest).hexdigest()
+    changed = snapshot(0, 2) | {"temperature": torch.tensor(float("nan"))}
+    facts["snapshot_checksums"][2] = inputs.crc(tensor.numpy().tobytes() for tensor in changed.values())
+    manifest.write_text(json.dumps(facts))
+    if legacy:
+        without_snapshot_checksums(manifest)
+    opened = ExpertStore(tmp_path, RECIPE)
+    assert refusal(opened.read, 0, 2) == (
+        f"{path} is damaged (temperature is not finite at epoch 2): delete it and run again"
+    )
+    assert same(opened.read(0, 1), snapshot(0, 1))
+
+
+@pytest.mark.parametrize("name", ["store.json", "00000.json", "00000.arrow"])
+def test_a_fifo_or_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
+    store = ExpertStore(tmp_path, RECIPE)
+    store.write(0, trajectory(0))
+    (tmp_path / name).unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / name)
+        assert f"{tmp_path / name}: must be a regular file" in refusal(lambda: ExpertStore(tmp_path, RECIPE).read(0, 0))
+        (tmp_path / name).unlink() if make is os.mkfifo else (tmp_path / name).rmdir()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"bytes": 1}'])
@@ -548,7 +593,7 @@ ExpertStore(Path(sys.argv[1]), RECIPE).write(0, slow())
     assert visible(tmp_path) == ["store.json"]
     store = ExpertStore(tmp_path, RECIPE)
     assert store.missing(2) == [0, 1]
-    assert "no whole expert 0" in refusal(store.read, 0, 0)
+    assert "no complete expert 0" in refusal(store.read, 0, 0)
     store.write(1, trajectory(1))
     assert leftovers[0].exists(), "it is not index 1's to remove"
     store.write(0, trajectory(0))
@@ -581,7 +626,7 @@ def killed_at_each_step(folder: Path) -> None:
         child = os.fork()
         if child == 0:
             steps: list[str] = []
-            expert_store._Sink.write = killing(target, expert_store._Sink.write)
+            expert_format.Sink.write = killing(target, expert_format.Sink.write)
             os.fsync = killing(target, os.fsync)
             for name in ("replace", "unlink", "open"):
                 setattr(Path, name, killing(target, getattr(Path, name)))
@@ -605,7 +650,7 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path):
         missing = store.missing(2)
         for index in (0, 1):
             if index in missing:
-                assert f"no whole expert {index}" in refusal(store.read, index, 0)
+                assert f"no complete expert {index}" in refusal(store.read, index, 0)
             else:
                 store.verify(index)
         seen.append((None if 0 in missing else store.read(0, 1)["a"][0].item(), 1 in missing))
@@ -699,7 +744,7 @@ def test_a_disk_that_fills_at_the_manifest_leaves_no_arrow_file(tmp_path, monkey
 
 
 def test_a_file_that_the_system_will_not_open_is_not_called_damaged(tmp_path, monkeypatch):
-    """Deleting a good file because of "too many open files" would be the wrong mend."""
+    """Deleting a good file because of "too many open files" would be the wrong fix."""
     store = ExpertStore(tmp_path, RECIPE)
     store.write(0, trajectory(0))
 

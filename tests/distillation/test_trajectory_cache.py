@@ -13,7 +13,8 @@ import torch
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation.expert_store import Recipe
+from fbpc_ray.distillation import trajectory_cache
+from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.methods import fbpc
 from fbpc_ray.distillation.methods.common import GradientContext
 from fbpc_ray.distillation.state import initial_state
@@ -194,6 +195,20 @@ def test_a_damaged_block_is_made_again(content, tmp_path):
     assert found is not None
     assert found[1, 0] == 6
     assert asked
+
+
+def test_each_flipped_byte_and_a_file_without_a_checksum_are_made_again(tmp_path, monkeypatch):
+    """Header, values and checksum: what another process finds is the right value, never a damaged one."""
+    TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+    data = (tmp_path / "a.npy").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), [[5] * 3, [6] * 3])  # others read it too
+    flipped = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data))]
+    for damaged in (*flipped, data[:-1], data[: trajectory_cache.HEADER + 24], data + b"x"):
+        monkeypatch.setattr(trajectory_cache, "_checked", set())
+        (tmp_path / "a.npy").write_bytes(damaged)
+        block = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+        assert np.array_equal(block, [[5] * 3, [6] * 3])
+        assert (tmp_path / "a.npy").read_bytes()[trajectory_cache.HEADER :] == data[trajectory_cache.HEADER :]
 
 
 def test_a_block_of_another_shape_is_made_again(tmp_path):

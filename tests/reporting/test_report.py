@@ -19,6 +19,7 @@ from support.stores import BUCKET, s3_server
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import distill_arguments
+from fbpc_ray.core import inputs
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
@@ -111,7 +112,7 @@ def refused(capsys, *words: str) -> str:
 def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsys):
     found = made(tmp_path, runs["fbpc"])
     assert str(tmp_path / "made.html") in capsys.readouterr().out
-    result = json.loads((runs["fbpc"] / "result.json").read_text())
+    result = inputs.read_checked_json(runs["fbpc"] / "result.json")
     values = found.table("network", "coreset", "seed")
     wanted = [
         [architecture, name, str(seed), f"{100 * s['accuracy'][seed]:.2f}",
@@ -205,11 +206,11 @@ def test_the_markdown_says_the_same(runs, tmp_path):
 
 
 def test_a_chain_that_diverged_is_said(runs, tmp_path):
-    """With its seed; the mean is of the others, and what is no finite number is not one."""
+    """With its seed; the mean is of the others."""
     folder = shutil.copytree(runs["fbpc"], tmp_path / "run")
-    result = json.loads((folder / "result.json").read_text())
-    for quantity, values in result["coresets"]["fbpc"]["convnet-in"].items():
-        values[1] = None if quantity != "nll" else float("nan")
+    result = inputs.read_checked_json(folder / "result.json")
+    for values in result["coresets"]["fbpc"]["convnet-in"].values():
+        values[1] = None
     result["coresets"]["random"]["convnet-bn"] = {name: [None, None] for name in ("accuracy", "nll", "ece", "brier")}
     (folder / "result.json").write_text(json.dumps(result))
     found = made(tmp_path, folder)
@@ -244,7 +245,7 @@ def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(runs, small, tmp
 def test_later_evaluations_are_there(runs, tmp_path):
     """With their AUROC and pictures."""
     folder = shutil.copytree(runs["fbpc"], tmp_path / "run")
-    result = json.loads((folder / "result.json").read_text())
+    result = inputs.read_checked_json(folder / "result.json")
     for s in (s for each in result["coresets"].values() for s in each.values()):
         s["ood_auroc_entropy"] = [0.25, 0.75]
     (folder / "evaluations").mkdir()
@@ -260,7 +261,7 @@ def test_later_evaluations_are_there(runs, tmp_path):
 def test_what_files_say_is_text(runs, tmp_path):
     """Names with markup, in every file: shown as they are, in both forms."""
     folder = shutil.copytree(runs["fbpc"], tmp_path / "<b>run</b>`|")
-    result = json.loads((folder / "result.json").read_text())
+    result = inputs.read_checked_json(folder / "result.json")
     result |= {"data": HOSTILE, "commit": HOSTILE, "device": f"\x1b[31m{HOSTILE}", "map_endings": {HOSTILE: HOSTILE}}
     result["versions"] = {HOSTILE: HOSTILE}
     result["coresets"] = {
@@ -312,10 +313,11 @@ def test_what_is_no_ended_run_is_one_line(runs, tmp_path, capsys):
     (trial / "result.json").unlink()
     assert "is a trial" in refused(capsys, str(trial), *out)
     assert "no coreset" in broken("coreset/coreset.safetensors", None)
-    result = json.loads((runs["fbpc"] / "result.json").read_text())
+    result = inputs.read_checked_json(runs["fbpc"] / "result.json")
     for content in (b"{", b"[]", b'{"steps": 1, "coresets": {}}', json.dumps(result | {"data": 1}).encode()):
         assert "result.json" in broken("result.json", content)
-    for scores in ({}, {"a": {"b": {}}}, {"a": {"b": {"accuracy": 1}}}, {"a": []}):
+    infinite = {"a": {"b": {"accuracy": [float("inf")], "nll": [1], "ece": [1], "brier": [1]}}}
+    for scores in ({}, {"a": {"b": {}}}, {"a": {"b": {"accuracy": 1}}}, {"a": []}, infinite):
         assert "result.json" in broken("result.json", json.dumps(result | {"coresets": scores}).encode())
     assert "metrics.parquet is damaged" in broken("metrics.parquet", b"PAR1")
     assert "is no PNG" in broken("coreset.png", b"GIF89a")

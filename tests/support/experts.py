@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.distillation.expert_store import Recipe
+from fbpc_ray.distillation.expert_format import Recipe
 
 RECIPE = Recipe(
     data="cifar10",
