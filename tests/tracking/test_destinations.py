@@ -10,6 +10,7 @@ from support.runs import flags, refused
 from support.web import recording
 
 from fbpc_ray.commands import main
+from fbpc_ray.core import files, inputs
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.tracking import run_logging
@@ -43,7 +44,7 @@ def finished(small, user: Path) -> RunDirectory[Path]:
 
 
 def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    files.write_checked_json(path, inputs.read_checked_json(path) | changes)
 
 
 def test_a_model_goes_to_the_users_store_and_one_line_says_so(user):
