@@ -2,13 +2,14 @@
 # make test   set up, then run the quick tests          (ARGS="-k posterior" passes flags to pytest; WORKERS=8)
 # make test-full  set up, then run all tests, the quick ones and the rest (make test-rest), and report the coverage
 # make lint   set up, then ruff and pyright
+# make docs   set up, install the documentation tools, then write the site of docs/ to site/; warnings are errors
 # make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda)
 # make browser  install what the browser tests need and are skipped without: Debian's package chromium, by apt-get
 # make setup  only the environment, in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-rest test-full lint bench browser clean
+.PHONY: setup demo test test-rest test-full lint docs bench browser clean
 setup: .venv/ready
 
 # uv installs everything in half a minute; plain pip, which takes a few, stands in where uv can't be had.
@@ -56,6 +57,18 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# mkdocs-material announces its successor at every start, unless NO_MKDOCS_2_WARNING is set.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/ready
+	@if [ -x $(BIN)/uv ]; then \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'; \
+	else \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'; \
+	fi
+	@touch $@
+
 browser:
 	@if command -v chromium; then :; \
 	elif ! command -v apt-get > /dev/null; then \
@@ -69,4 +82,4 @@ browser:
 	fi
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .coverage *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .coverage *.egg-info site

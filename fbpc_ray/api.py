@@ -1,4 +1,4 @@
-"""From Python: a data set and networks -> a coreset -> posterior samples -> predictions that say how sure they are.
+"""Public functions: data set and networks -> coreset -> posterior samples -> predictions.
 
     from fbpc_ray.api import dataset, distill, posterior
 
@@ -8,11 +8,11 @@
     prediction = samples.predict(test_images)
     prediction.probabilities, prediction.entropy, prediction.mutual_information
 
-Networks are named as --architectures names them, or given as functions of ((channels, height, width), classes) that
-build an nn.Module (vision/contract.py says what it must hold to). Other settings are those of the command line
-(config.py), by the same names: the same ones give the same coreset, to the bit. All runs in this process unless
-`backend="ray"` is asked for; neither Ray nor MLflow need be there. What is wrong is a UserError of one line. Ctrl-C is
-a KeyboardInterrupt; experts that are trained by then are kept. TQDM_DISABLE=1 hides the progress bars.
+A network is a name, as in --architectures, or a function of ((channels, height, width), classes) that builds an
+nn.Module (models/checks.py lists the requirements). Other settings have the names of the command line's flags, and the
+same settings give the same coreset, to the bit. Everything runs in this process unless `backend="ray"`; neither Ray nor
+MLflow need be installed. Bad input raises UserError with a message of one line. Ctrl-C raises KeyboardInterrupt;
+experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress bars.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,31 +70,38 @@ def dataset(
     download: bool = False,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """Images and labels with a test split, ready to be distilled.
+    """Read or convert images and labels into a data set with train, validation and test splits.
 
     Args:
-        train: a name, as --data takes it (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors;
-            or a torch Dataset of (image, label). Pixels are uint8, or floats in 0..1 without normalisation, which is
-            done here; a Dataset's transforms are applied once.
-        test: as `train`; without it a fifth of each class, drawn by `seed`, is held out.
-        validation: as `train`, or the share of each class that is held out.
+        train: a name, as in --data (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors; or a
+            torch Dataset of (image, label). Pixels are uint8, or floats in 0..1, not normalised. A Dataset's transforms
+            are applied once.
+        test: as `train`; by default a fifth of each class, drawn with `seed`.
+        validation: as `train`, or the share of each class that becomes the validation split.
         classes: names in the order of the labels.
-        name: of own data, in the folder of its experts.
-        root, download: of named data. log: is told what was assumed.
+        normalisation: auto, computed, or the name of a data set with usual constants.
+        name: name of the user's own data, part of the path of its experts.
+        seed: draws the splits.
+        root: folder of named data.
+        download: fetch named data that is missing.
+        log: called with each note about an assumption.
+
+    Raises:
+        UserError: an argument or a file is wrong.
     """
     if isinstance(train, str):
         if test is not None or classes is not None or not isinstance(validation, float | int):
             raise UserError(f"{train} brings its test images and classes: give no other")
-        found = datasets.load(
+        loaded = datasets.load(
             train, root=root, download=download, normalisation=normalisation, validation=validation, seed=seed
         )
     else:
         share = validation if isinstance(validation, float | int) else 0.0
         source = arrays.read(train, test, None if validation is share else validation, classes)
-        found = datasets.assemble(source, name, normalisation, share, seed)
-    for note in found.notes:
+        loaded = datasets.assemble(source, name, normalisation, share, seed)
+    for note in loaded.notes:
         log(f"note: {note}")
-    return found
+    return loaded
 
 
 def distill(
@@ -109,26 +116,30 @@ def distill(
     on_step: Callable[[dict[str, float], int], None] | None = None,
     **settings: Any,
 ) -> Coreset:
-    """The pseudocoreset of `data`, as `fbpc distill` with the same settings makes it.
-
-    Args:
-        data: from `dataset`, or what that takes first.
-        architectures: one network or several, distilled on at once; None: those of the preset, else convnet-in.
-        ipc: images a class.
-        method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | vbpc | frepo | random (real images).
-        preset: a row of the paper's Table 4, or `digits`, which is small; `settings` change it.
-        backend: serial, or ray: a worker for each network, here or on the cluster at `address`.
-        log: is told what happens.  on_step: is called after each step with its metrics and its number.
-        settings: width, steps, seed, alpha, expert_count, experts (the folder that keeps the expert trajectories;
-            without it ./experts) ...: all flags but those of data and output.
+    """Distil a pseudocoreset of `data`, as `fbpc distill` does with the same settings.
 
     A network that changed needs another name, or another folder of experts.
+
+    Args:
+        data: a data set of `dataset`, or its first argument.
+        architectures: one network, or several to distil on at once. None: those of the preset, else convnet-in.
+        ipc: images a class.
+        method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | vbpc | frepo | random (real images).
+        preset: a row of the paper's Table 4, or `digits`, which is small; `settings` override it.
+        backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
+        log: called with each line of the log.
+        on_step: called after each step with the step's metrics and number.
+        **settings: width, steps, seed, alpha, expert_count, experts (the folder of expert trajectories, ./experts by
+            default), ...: all flags but those of data and output.
+
+    Raises:
+        UserError: an argument is wrong, or a gradient failed.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     _check_names(settings, "distill", config.Data, config.Output)
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
-    given = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
-    chosen = base.updated(**{k: v for k, v in given.items() if v is not None}, backend=backend, **settings)
+    arguments = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
+    chosen = base.updated(**{k: v for k, v in arguments.items() if v is not None}, backend=backend, **settings)
     chosen = validation.validate(chosen)
     if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
         raise UserError(f"{local[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
@@ -164,13 +175,19 @@ def posterior(
     """Sample a Bayesian network on `coreset` by SGHMC: the samples that `fbpc evaluate` scores.
 
     Args:
-        architecture: any network, not only those that it was distilled on.
-        num_chains: chains, of seeds `seed`, `seed` + 1, ...; each gives a sample every `chain_every` of `chain_epochs`
-            epochs. `chains`, its earlier name, is still taken.
-        width, depth, augment, device: as for `distill`.
-        settings: those of the chains, chain_epochs, chain_every, chain_eta ...
+        coreset: the images to train on.
+        architecture: any network, not only those that the coreset was distilled on.
+        seed: seed of the first chain.
+        num_chains: chains, with the seeds `seed`, `seed` + 1, ...; each gives a sample every `chain_every` of its
+            `chain_epochs` epochs. `chains`, the earlier name of this argument, still works.
+        width: as for `distill`.
+        depth: as for `distill`.
+        augment: as for `distill`.
+        device: as for `distill`.
+        **settings: those of the chains: chain_epochs, chain_every, chain_eta, ...
 
-    Raises UserError for a chain that left the finite numbers.
+    Raises:
+        UserError: an argument is wrong, or a chain diverged.
     """
     num_chains = settings.pop("chains", num_chains)
     _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
@@ -207,15 +224,23 @@ def evaluate(
     log: Callable[[str], None] = print,
     **settings: Any,
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Score `coreset` on a split of `data`, as `fbpc evaluate` does: {network: {score: [one value a seed]}}.
+    """Score `coreset` on a split of `data`, as `fbpc evaluate` does.
 
     Args:
-        data: from `dataset`, or what that takes first.
+        coreset: the images to train on.
+        data: a data set of `dataset`, or its first argument.
+        architectures: one network or several.
         inference: sghmc | last-layer | mse | ensemble.
         split: test | validation.
-        settings: num_chains, net_steps, chain_epochs, width, ...: all flags but those of data, experts and output.
+        backend: serial | ray.
+        log: called with each line of the log.
+        **settings: num_chains, net_steps, chain_epochs, width, ...: all flags but those of data, experts and output.
 
-    None is the value of a chain that left the finite numbers. Raises UserError.
+    Returns:
+        {network: {score: [one value a seed]}}; None for a chain that diverged.
+
+    Raises:
+        UserError: an argument is wrong.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     _check_names(settings, "evaluate", config.Data, config.Experts, config.Distillation, config.Output)
@@ -231,29 +256,53 @@ def evaluate(
         ]
 
 
-def save(what: Coreset | Ensemble, path: str | Path) -> None:
-    """Write a coreset or posterior samples to one safetensors file, a path, s3:// or gs://. What is there is
-    replaced."""
-    if isinstance(what, Ensemble):
-        ensemble.save(what, place(str(path)))
+def save(item: Coreset | Ensemble, path: str | Path) -> None:
+    """Write a coreset or posterior samples to one safetensors file, replacing an existing file.
+
+    Args:
+        item: the coreset or the samples.
+        path: a path, s3://... or gs://...
+    """
+    if isinstance(item, Ensemble):
+        ensemble.save(item, place(str(path)))
     else:
-        coresets.save(what, place(str(path)))
+        coresets.save(item, place(str(path)))
 
 
 def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any) -> str:
-    """Write posterior samples as an MLflow model to a new `folder`, with some uint8 `images` (n, c, h, w) as its input
-    example and `facts` as metadata; gives the command that serves it. Raises UserError."""
+    """Write posterior samples as an MLflow model.
+
+    Args:
+        samples: posterior samples.
+        folder: a new folder.
+        images: the model's input example, (n, c, h, w) uint8.
+        **facts: metadata of the model.
+
+    Returns:
+        The command that serves the model.
+
+    Raises:
+        UserError: the folder exists, or the model can't be written.
+    """
     return model_export.save(samples, model_export.target(str(folder)), facts, np.asarray(images))
 
 
 def load_coreset(path: str | Path) -> Coreset:
-    """The coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
+    """Read a coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
     return coresets.load(place(str(path)))
 
 
 def load_posterior(path: str | Path, architecture: Architecture | None = None, *, device: str = "auto") -> Ensemble:
-    """The posterior samples that `save` wrote; those of a network of your own with that `architecture` again, for a
-    file alone runs no code. Raises UserError."""
+    """Read posterior samples that `save` wrote.
+
+    Args:
+        path: a path, s3://... or gs://...
+        architecture: the user's own network, if the samples are of one: a file alone imports no code.
+        device: as for `distill`.
+
+    Raises:
+        UserError: the file is not one of posterior samples, or is damaged.
+    """
     name = "" if architecture is None else _names(architecture)[0]
     return ensemble.load(place(str(path)), name, Serial(device, Interruption(())).device)
 
@@ -261,11 +310,11 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
 def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
     custom.search_current_folder()
     several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
-    return tuple(each if isinstance(each, str) else custom.register(each) for each in several)
+    return tuple(one if isinstance(one, str) else custom.register(one) for one in several)
 
 
 def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:
-    """Raise UserError for a setting that `function` has no use for."""
+    """Raise UserError for a setting that `function` doesn't take."""
     others_names = {f.name for group in others for f in fields(group)}
     known = [name for name in Config().flat() if name not in others_names]
     for name in config.current_names(settings):
