@@ -129,6 +129,28 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
                 stop(process)
 
 
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, whole, tmp_path, ray_folder, name):
+    """kill -9 of one of the two processes that Ray consists of: the driver ends with a line, and goes on to the bit."""
+    driver = Driver(tmp_path, flags(config, address="local"), RAY_TMPDIR=ray_folder)
+    processes: dict[int, str] = {}
+    try:
+        driver.wait_for_a_checkpoint()
+        processes = descendants(driver.process.pid)
+        kill(next(pid for pid, title in processes.items() if f"/{name} " in title))
+        assert driver.process.wait(30) == 1, driver.output.read_text()
+        text = driver.output.read_text()
+        assert f"error: Ray's process {name} ended" in text
+        assert "Traceback" not in text
+        assert soon(lambda: not any(map(alive, processes)), 10)
+        distil("--out", str(driver.run.folder), "--resume", "--backend", "serial")
+        assert torch.equal(images_of(driver.run.folder), images_of(whole))
+    finally:
+        stop(driver.process)
+        for pid in processes:
+            kill(pid)
+
+
 def test_the_soak_holds_what_it_says(tmp_path):
     """jobs/chaos.py, short: workers and nodes are hit, and the coreset is that of an undisturbed run."""
     report, job = tmp_path / "chaos.json", Path(__file__).parents[2] / "jobs" / "chaos.py"

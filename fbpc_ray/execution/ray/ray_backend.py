@@ -17,6 +17,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.state import State
 from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
+from fbpc_ray.execution.ray.cluster_watch import ClusterWatch
 from fbpc_ray.execution.ray.connection import connect, free, get, nodes, num_nodes, put
 from fbpc_ray.execution.ray.gradient_workers import GradientWorkers
 from fbpc_ray.execution.ray.mapping import map_as_tasks, map_on_pool
@@ -55,6 +56,7 @@ class RayBackend:
         self.owns_connection = not ray.is_initialized()
         self.owns_cluster = self.owns_connection and connect(settings.address, init_options, log)
         """Whether this process started the cluster: a missing worker is then starting, not waiting for resources."""
+        self.watch = ClusterWatch(own=self.owns_cluster)
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
@@ -67,10 +69,10 @@ class RayBackend:
 
     def map(self, function, shared, items):
         if self.workers:
-            return map_on_pool(function, shared, items, self.workers.pool, self.interruption.check)
+            return map_on_pool(function, shared, items, self.workers.pool, self.check)
         need = self.need(len(items), 1)
         self._check_capacity(need)
-        return map_as_tasks(function, shared, items, self.device, need, self.interruption.check)
+        return map_as_tasks(function, shared, items, self.device, need, self.check)
 
     def start_workers(self, group: WorkerGroupSpec) -> None:
         x = self.settings
@@ -90,9 +92,14 @@ class RayBackend:
         return self.workers.gradients(state)
 
     def stop_workers(self) -> None:
-        if self.workers:
+        if self.workers and not self.watch.message:
             self.workers.pool.close()
         self.workers = None
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came, UserError if the cluster died."""
+        self.interruption.check()
+        self.watch.check()
 
     def describe(self) -> str:
         need = self.need(1, 1)
@@ -104,7 +111,8 @@ class RayBackend:
         return f"{get(name)}; {count} Ray node{'s' * (count != 1)}, {cpus:g} CPU, {gpus:g} GPU"
 
     def close(self) -> None:
-        if ray.is_initialized():
+        self.watch.close()
+        if ray.is_initialized() and not self.watch.message:  # a dead cluster does not answer
             self.stop_workers()
             if self.owns_connection:
                 ray.shutdown()
@@ -128,7 +136,7 @@ class RayBackend:
             lambda: wanted if grows else capacity(nodes(), need),
             lambda: f"{need}; the Ray cluster has {free()} free",
             patience=self.settings.placement_timeout,
-            check=self.interruption.check,
+            check=self.check,
             log=self.log,
             log_after=OWN_CLUSTER_LOG_AFTER if self.owns_cluster else LOG_AFTER,
         )
@@ -145,7 +153,7 @@ class RayBackend:
         )  # fmt: skip
         try:
             while not ray.wait([reference], timeout=0.5)[0]:
-                self.interruption.check()
+                self.check()
                 wait.check()
         except UserError:
             ray.cancel(reference)

@@ -1,0 +1,111 @@
+"""Notice that the Ray cluster died: Ray itself ends the driver then, a minute later and without saying how to go on."""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import ray
+from ray._private import worker
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray.reaper import Reaper
+
+INTERVAL = 0.5
+"""Seconds between two looks at the cluster."""
+PATIENCE = 30.0
+"""Seconds without an answer of the cluster's head after which it counts as dead; Ray waits for 60."""
+GRACE = 5.0
+"""Seconds for the driver to come to `check`; a call that waits for a dead cluster keeps it from there."""
+FIX = "run the same command with --resume"
+
+
+class Liveness:
+    """Decides from two observations whether a cluster is dead. Pure: clock and observations are arguments."""
+
+    def __init__(
+        self, dead_process: Callable[[], str], head_answers: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        """Begin now.
+
+        Args:
+            dead_process: returns the name of a process of this node's Ray that ended, or "".
+            head_answers: returns whether the cluster's head accepts connections.
+        """
+        self._dead_process, self._head_answers, self._clock = dead_process, head_answers, clock
+        self._answered = clock()
+
+    def fault(self) -> str:
+        """Return why the cluster is dead, or "" if it lives."""
+        if name := self._dead_process():
+            return f"Ray's process {name} ended (killed, or out of memory): {FIX}"
+        if self._head_answers():
+            self._answered = self._clock()
+        seconds = self._clock() - self._answered
+        if seconds <= PATIENCE:
+            return ""
+        return f"the head of the Ray cluster has not answered for {seconds:.0f} s: start it again, then {FIX}"
+
+
+class ClusterWatch:
+    """Looks at the cluster from a thread. `check` raises UserError once it is dead.
+
+    Where the driver does not come to `check` within GRACE seconds, the thread prints the message and ends the process,
+    as Ray would.
+    """
+
+    def __init__(self, own: bool):
+        """Start; `own` says whether this process started the cluster."""
+        self._liveness = Liveness(dead_process, (lambda: True) if own else head_answers)
+        self._reaper = Reaper(worker._global_node) if own else None
+        self._stop, self._raised = threading.Event(), threading.Event()
+        self.message = ""
+        """Why the cluster is dead; empty while it lives."""
+        self._thread = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise UserError if the cluster is dead."""
+        if self.message:
+            self._raised.set()
+            raise UserError(self.message, code=1)
+
+    def close(self) -> None:
+        """Stop looking. A dead cluster is left alone from then on."""
+        self._stop.set()
+        if self.message:
+            atexit.unregister(worker.shutdown)  # it would wait for a minute
+        if self._reaper:
+            self._reaper.dismiss()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            if fault := self._liveness.fault():
+                self.message = fault
+                if self._reaper:
+                    self._reaper.reap()  # at once: Ray's agents print the log of a dead raylet
+                if not self._raised.wait(GRACE):
+                    print(f"error: {fault}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
+
+
+def dead_process() -> str:
+    """Return the name of a Ray process that this process started and that ended, or ""."""
+    node = worker._global_node
+    dead = node.dead_processes() if node else []
+    return dead[0][0] if dead else ""
+
+
+def head_answers() -> bool:
+    """Return whether the head of the cluster accepts a connection."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
