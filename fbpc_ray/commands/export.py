@@ -116,7 +116,7 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
         "Pixels are normalised: those in 0..1 are `pixels * std + mean`, a channel each, and test images must be",
         "normalised by the same numbers.", "",
         f"* mean: {list(found.mean)}", f"* std: {list(found.std)}",
-        f"* classes, from label 0: {', '.join(found.classes)}", "",
+        f"* classes, from label 0: {', '.join(found.classes)}", *SOFT_LABELS[: found.soft_labels is not None], "",
         "## What made it", "",
         f"* method `{facts.get('method', 'unknown')}`, step {facts.get('step', 'unknown')}, by fbpc-ray, commit "
         f"`{facts.get('commit', 'unknown')}`",
@@ -126,8 +126,8 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
         table = results.table(results.from_json(result["coresets"]))
         lines += [
             f"* on {result.get('device', 'unknown')}; {versions}", "", "```", table, "```",
-            "", f"Of SGHMC, mean and standard deviation over chains, on {result.get('images_scored')} images of "
-            f"{result.get('split')}.",
+            "", f"Of {INFERENCES[result.get('inference', 'sghmc')]}, mean and standard deviation over seeds, on "
+            f"{result.get('images_scored')} images of {result.get('split')}.",
         ]  # fmt: skip
     lines += ["", "Settings:", "", "```json", json_format.dumps(used, indent=2), "```", ""]
     lines += ["## Licence of the source", "", f"{source}. The images are derived from it.", ""]
@@ -138,6 +138,17 @@ def _title(facts: dict[str, str], m: int, found: Coreset) -> str:
     name, ipc = facts["data"].rpartition(":")[2], m / len(found.classes)
     return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} a class, by {facts.get('method', 'fbpc-ray')}"
 
+
+INFERENCES = {
+    "sghmc": "SGHMC",
+    "last-layer": "a closed-form last layer on a network trained by squared loss",
+    "mse": "the softmax of a network trained by squared loss",
+    "ensemble": "an ensemble of networks trained by squared loss",
+}
+SOFT_LABELS = [
+    "* labels were learned: the soft labels are logits, (m, classes) float32, in the column `soft_label`, the file "
+    "`soft_labels_best.pt` or the array `soft_labels`; train on their softmax, or on them as regression targets"
+]
 
 READING = {
     "hf": """```python

@@ -19,15 +19,22 @@ LOAD = """import json
 from safetensors import safe_open
 
 with safe_open({path!r}, "pt") as file:
-    images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    images, labels = file.get_tensor("images"), file.get_tensor("labels"){soft}
     facts = file.metadata()
 mean, std, classes = (json.loads(facts[name]) for name in ("mean", "std", "classes"))
 # images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
 # labels: ({count},) int64, indices into classes"""
+SOFT = [
+    """
+    soft_labels = file.get_tensor("soft_labels")""",
+    """
+# soft_labels: ({count}, {classes}) float32 logits; their softmax is p(class | image)""",
+]
+"""What is added for learned labels: to the block, and as a comment."""
 REMOTE = """from fbpc_ray.core.storage import place
 from fbpc_ray.data import coreset
 
-images, labels, mean, std, classes = coreset.load(place({path!r}))
+images, labels, mean, std, classes, soft_labels = coreset.load(place({path!r}))
 # images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
 # labels: ({count},) int64, indices into classes"""
 
@@ -71,7 +78,9 @@ def how_to_use(found: Sequence[EndedRun]) -> list[Block]:
         form = REMOTE if isinstance(path, Remote) else LOAD
         if each.label:
             blocks.append(Heading(each.name, 3))
-        code = form.format(path=str(path), shape=tuple(images.shape), count=len(images))
+        soft, comment = SOFT if each.coreset.soft_labels is not None else ("", "")
+        facts = {"shape": tuple(images.shape), "count": len(images), "classes": len(each.coreset.classes)}
+        code = (form + comment).format(path=str(path), soft=soft, **facts)
         blocks.append(Code(code, "python"))
     run = shlex.quote(str(found[0].run.folder))
     lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"

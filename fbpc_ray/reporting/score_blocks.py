@@ -55,10 +55,14 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     """Say how the chains were sampled and scored, and whether all runs were scored alike."""
     first = runs[0]
     e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
+    how, noun = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain", "chain"
+    if e.inference != "sghmc":
+        how = f"Networks trained on each coreset by squared loss, {e.net_steps:,} steps, judged by {e.inference}"
+        noun = "seed"
     text = (
-        f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain, scored on "
+        f"{how}, scored on "
         f"{first.result['images_scored']:,} {first.result['split']} images: mean ± standard deviation over "
-        f"{chains} chain{'s' if chains > 1 else ''}. Higher is better for accuracy, lower for the rest."
+        f"{chains} {noun}{'s' if chains > 1 else ''}. Higher is better for accuracy, lower for the rest."
     )
     ways = {
         (run.result["data"], run.result["split"], run.result["images_scored"], run.config.networks.width,

@@ -94,5 +94,7 @@ def test_the_card_names_the_column(made):
     from fbpc_ray.core.config import Config
 
     text = card(made, "hf", Config(), {"method": "vbpc", "data": "cifar10"}, None)
+    assert "labels were learned" in text
+    assert "labels were learned" not in card(made._replace(soft_labels=None), "hf", Config(), {"data": "cifar10"}, None)
     (line,) = [line for line in text.splitlines() if line.startswith("dataset_info: ")]
     assert {"name": "soft_label", "sequence": "float32"} in json.loads(line.removeprefix("dataset_info: "))["features"]
