@@ -52,7 +52,7 @@ class ExpertArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Evaluate the coreset of a run with SGHMC, beside random real images, on any architecture."""
+    """Evaluate the coreset of a run by SGHMC or trained networks, beside random real images, on any architecture."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run directory of `distill`: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
@@ -87,7 +87,7 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class CoresetArguments:
-    """Evaluate any coreset with SGHMC, beside as many random real images; write nothing but --json."""
+    """Evaluate any coreset by SGHMC or trained networks, beside as many random real images; write only --json."""
 
     coreset: str
     """A file (.safetensors, .npz, .pt, .parquet) or a folder: what `fbpc export` writes, a Hugging Face data set, MTT's

@@ -150,7 +150,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """SGHMC on a coreset (Eq. 27, App. C.2)."""
+    """SGHMC on a coreset (Eq. 27, App. C.2), or networks trained on it."""
 
     inference: Literal["sghmc", "last-layer", "mse", "ensemble"] = "sghmc"
     """sghmc (Eq. 27) [paper] | networks trained by squared loss, of which last-layer predicts by the closed-form

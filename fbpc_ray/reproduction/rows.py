@@ -66,9 +66,13 @@ def coreset_key(config: Config) -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """All flags, without those that came later and are not used: keys stay what they were."""
     flat = config.flat()
-    unused = set() if flat["map_init"] == "warm" else _OF_POOL
-    unused = unused if flat["method"] in network_pool.METHODS else unused | _OF_VBPC
-    unused = unused | _OF_NETWORKS if flat["inference"] == "sghmc" else unused
+    later = (
+        (_OF_POOL, flat["map_init"] == "warm"),
+        (_OF_VBPC, flat["method"] in network_pool.METHODS),
+        (_OF_NETWORKS, flat["inference"] != "sghmc"),
+        ({"chain_init"}, flat["chain_init"] != 0),
+    )
+    unused = {name for names, used in later if not used for name in names}
     return {name: value for name, value in flat.items() if name not in unused}
 
 

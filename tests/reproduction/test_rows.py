@@ -1,0 +1,37 @@
+"""Keys of the rows of a reproduction: those of earlier versions, whatever settings came later."""
+
+import pytest
+
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.reproduction.rows import cell_key, coreset_key
+
+UNUSED = {"image_lr": 0.5, "lr_decay": 7, "pool_size": 3, "mirror": False, "net_steps": 3, "ensemble_size": 2}
+
+
+def cell(config: Config) -> str:
+    return cell_key("table1", "FBPC", "CIFAR10 ipc 1", "test", config)
+
+
+@pytest.mark.parametrize(
+    ("config", "of_coreset", "of_cell"),
+    [
+        (Config(), "60a5da43dc2072c2", "1a07ec1e3c1166b2"),
+        (preset("cifar10-ipc10").updated(map_init="warm"), "1788609e18334751", "d8acee620c34b7c0"),
+        (preset("digits").updated(method="random"), "3e84b09e0e068f35", "4c12e1f5f61e5fe0"),
+    ],
+    ids=["defaults", "warm", "random"],
+)
+def test_keys_are_those_of_the_version_before_vbpc(config, of_coreset, of_cell):
+    """Written down at commit be9dee1; settings of vbpc and of trained networks change nothing where unused."""
+    for same in (config, config.updated(**UNUSED)):
+        assert (coreset_key(same), cell(same)) == (of_coreset, of_cell)
+
+
+def test_settings_that_are_used_change_the_keys():
+    vbpc = with_method(preset("cifar10-ipc1"), "vbpc", 1)
+    assert coreset_key(vbpc.updated(pool_size=3)) != coreset_key(vbpc)
+    assert coreset_key(vbpc.updated(net_steps=3)) == coreset_key(vbpc)
+    assert cell(vbpc.updated(net_steps=3)) != cell(vbpc)
+    assert cell(Config().updated(inference="mse")) != cell(Config())
+    assert cell(Config().updated(chain_init=0.1)) != cell(Config())
