@@ -82,7 +82,11 @@ EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweep.py has one"),
     (r"fbpc doctor", "parse", "half a minute, and it judges this machine: test_doctor.py"),
     (r"fbpc ui", "parse", "it serves until it is stopped: tested in a browser"),
-    (r"python jobs/(benchmark|scaling|chaos|kill_driver|calibrate_sghmc)\.py", "parse", "minutes to hours; each has its test"),
+    (
+        r"python jobs/(benchmark|scaling|chaos|kill_driver|calibrate_sghmc)\.py",
+        "parse",
+        "minutes to hours; each has its test",
+    ),
     (r"python jobs/\w+\.py", "as fbpc", "the same command as a file"),
     (r"python examples/\w+\.py", "named files", "minutes; each has its test"),
     (r"ray (start|up|down|dashboard|get-auth-token)", "ray", "needs a cloud, or leaves a cluster: Ray's own parser"),

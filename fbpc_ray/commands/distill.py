@@ -47,6 +47,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     with files.exclusive_directory(run.folder):
         if not resume:
             run.refuse_if_taken()  # by a run that began when this one did, and has ended
+        run.remove_leftovers()
         result, uri = _distill(session, run, resume)
     files.write_output(json, result)
     log(f"\n{results.table(results.from_json(result['coresets']))}\n")

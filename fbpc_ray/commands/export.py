@@ -1,6 +1,7 @@
 """`fbpc export`, and `fbpc evaluate --coreset`."""
 
 import json as json_format
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fbpc_ray.evaluation.evaluate import describe_evaluation
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
+from fbpc_ray.reporting.markdown import escape
 
 LICENCES: dict[str, tuple[dict[str, str], str]] = {
     "digits": (
@@ -109,29 +111,45 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
     used = {name: value for name, value in used.items() if name != "experts"} | {"data": facts["data"]}
     lines = ["---", *front, "---", ""] if kind == "hf" else []
     lines += [
-        f"# {_title(facts, m, found)}", "",
+        f"# {escape(_title(facts, m, found))}", "",
         f"{m} synthetic images ({c} x {h} x {w}) of {len(found.classes)} classes that stand for all training images of",
-        f"{facts['data']}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on everything.", "",
+        f"{escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
+        "everything.", "",
         "## How to read it", "", READING[kind], "",
         "Pixels are normalised: those in 0..1 are `pixels * std + mean`, a channel each, and test images must be",
         "normalised by the same numbers.", "",
         f"* mean: {list(found.mean)}", f"* std: {list(found.std)}",
-        f"* classes, from label 0: {', '.join(found.classes)}", *SOFT_LABELS[: found.soft_labels is not None], "",
+        f"* classes, from label 0: {', '.join(map(escape, found.classes))}",
+        *SOFT_LABELS[: found.soft_labels is not None], "",
         "## What made it", "",
-        f"* method `{facts.get('method', 'unknown')}`, step {facts.get('step', 'unknown')}, by fbpc-ray, commit "
-        f"`{facts.get('commit', 'unknown')}`",
+        f"* method {_code(facts, 'method')}, step {escape(facts.get('step', 'unknown'))}, by fbpc-ray, commit "
+        f"{_code(facts, 'commit')}",
     ]  # fmt: skip
     if result:
         versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
         table = results.table(results.from_json(result["coresets"]))
+
+        def of(name: str) -> str:
+            return escape(str(result.get(name, "unknown")))
+
         lines += [
-            f"* on {result.get('device', 'unknown')}; {versions}", "", "```", table, "```",
-            "", f"Of {INFERENCES[result.get('inference', 'sghmc')]}, mean and standard deviation over seeds, on "
-            f"{result.get('images_scored')} images of {result.get('split')}.",
+            f"* on {of('device')}; {escape(versions)}", "", "```", _unfenced(table), "```", "",
+            f"Of {INFERENCES.get(result.get('inference', 'sghmc'), of('inference'))}, mean and standard deviation over "
+            f"seeds, on {of('images_scored')} images of {of('split')}.",
         ]  # fmt: skip
-    lines += ["", "Settings:", "", "```json", json_format.dumps(used, indent=2), "```", ""]
+    lines += ["", "Settings:", "", "```json", _unfenced(json_format.dumps(used, indent=2)), "```", ""]
     lines += ["## Licence of the source", "", f"{source}. The images are derived from it.", ""]
     return "\n".join(lines)
+
+
+def _code(facts: dict[str, str], name: str) -> str:
+    """Return a fact as a span of code, whatever its characters."""
+    return f"`{' '.join(facts.get(name, 'unknown').replace('`', ' ').split())}`"
+
+
+def _unfenced(text: str) -> str:
+    """Return `text` without the marks that would end a block of code."""
+    return re.sub("`{3,}", "` `", text)
 
 
 def _title(facts: dict[str, str], m: int, found: Coreset) -> str:

@@ -5,10 +5,12 @@ own words; modules that import torch are imported after that, and --help answers
 """
 
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NoReturn
 
@@ -28,8 +30,8 @@ from fbpc_ray.commands.arguments import (
 )
 from fbpc_ray.commands.parsing import base_config, current_words, distill_arguments, parse, resumes
 from fbpc_ray.core.addresses import redacted
-from fbpc_ray.core.config import Config, read_config, refuse_unasked
-from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
+from fbpc_ray.core.errors import UserError, closest, escape_controls
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import place
 
@@ -37,17 +39,23 @@ VALIDATION = 0.1
 """Fraction of the training images that a sweep holds out without --validation."""
 
 FIXES = {
-    errno.ENOSPC: "free some space, then run the same command with --resume",
-    errno.EDQUOT: "raise the quota or free some space, then run the same command with --resume",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), then run the same command with --resume",
+    errno.ENOSPC: "free some space, then {again}",
+    errno.EDQUOT: "raise the quota or free some space, then {again}",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), then {again}",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network, then {again}"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n), then {again}"),
+    **dict.fromkeys((errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.ENODEV), "check the path"),
     errno.EROFS: "choose a writable folder with --out",
-    errno.EACCES: "choose a writable folder with --out, or fix its permissions",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a writable folder with --out, or fix its permissions"),
     **dict.fromkeys(
         (errno.EEXIST, errno.ENOTDIR),
         "a file, or a link to nowhere, is in the place of a folder: choose another one",
     ),
 }
-"""Errors of the file system that a user can fix; others keep their traceback."""
+"""Errors of the file system that a user can fix; others keep their traceback. {again}: see RESUMED."""
+
+RESUMED = ("distill", "tune")
+"""Commands that --resume continues, once their --out has a config.json; others are run again."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -71,6 +79,9 @@ def _command(words: Sequence[str]) -> None:
 
 def run(function: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
     """Call `function` with `words`; print an error that a user can fix as one line, and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets escapes, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         function(words)
     except UserError as error:
@@ -86,11 +97,22 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str]) -> None
         if error.errno not in FIXES:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit(f"{os.strerror(error.errno)}{where}: {FIXES[error.errno]}", 1)
+        _exit(f"{os.strerror(error.errno)}{where}: {FIXES[error.errno].format(again=_again(words))}", 1)
+
+
+def _again(words: Sequence[str]) -> str:
+    """Say how a command goes on: with --resume only if its --out holds a run by now."""
+    out = next((word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=True)
+                if word.partition("=")[0] == "--out"), "")  # fmt: skip
+    with suppress(UserError, OSError):
+        resumable = bool(words) and (words[0] in RESUMED or words[0].startswith("-"))  # a job has no command
+        if resumable and (not out or started(out)):
+            return "run the same command with --resume"
+    return "run the same command again"
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(f"error: {redacted(message)}", file=sys.stderr)
+    print(f"error: {escape_controls(redacted(message))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -14,6 +14,7 @@ import tyro
 
 from fbpc_ray.commands import help
 from fbpc_ray.commands.arguments import DistillArguments
+from fbpc_ray.core import files
 from fbpc_ray.core.config import (
     NOT_STARTED,
     RENAMED,
@@ -25,6 +26,8 @@ from fbpc_ray.core.config import (
 )
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, default
+from fbpc_ray.core.progress import log_to_stderr
+from fbpc_ray.core.ranges import check_flags
 from fbpc_ray.core.storage import place
 
 Arguments = TypeVar("Arguments")
@@ -33,6 +36,7 @@ EXPLANATIONS = (
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1: must be a whole number, got \2"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1: must be a number, got \2"),
     (r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]", r"\1: got the unexpected value \2"),
+    (r"Error parsing (\S+): Exceeds the limit .*", r"\1: must be a number of at most 4300 digits, got more"),
     (r"Error parsing (\S+): (.*)", r"\1: \2"),
     (r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.", r"\2: must be one of \3, got \1"),
     (r"Missing value for argument '(\S+)'\..*", r"\1: the value is missing"),
@@ -146,11 +150,25 @@ def parse(
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=words, prog=program, **extra)  # type: ignore[return-value]
+            arguments = tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=words, prog=program, **extra)
     except SystemExit as end:
         if not end.code:
             raise
         raise UserError(f"{explanation(box.getvalue())}; see {program} --help") from None
+    values = _values(arguments)
+    check_flags(values)
+    files.check_output(values.get("json", ""))
+    log_to_stderr(values.get("json") == "-")
+    return arguments  # type: ignore[return-value]
+
+
+def _values(arguments: Any) -> dict[str, Any]:
+    """Return {flag: value} of a class of arguments, over all its groups."""
+    values: dict[str, Any] = {}
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        values |= _values(value) if is_dataclass(value) else {field.name: value}
+    return values
 
 
 def _refuse_unknown(kind: type, words: Sequence[str], program: str) -> None:

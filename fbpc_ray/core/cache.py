@@ -32,13 +32,24 @@ def folder() -> Path:
 
 
 def open_to_others(path: Path) -> Path | None:
-    """Return the folder, `path` or its parent, in which other users could change files; None if they can't."""
-    for candidate, sticky in ((path, 0), (path.parent, stat.S_ISVTX)):
-        if candidate.exists():
-            status = candidate.stat()
-            others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & sticky
-            if others or status.st_uid not in (os.geteuid(), 0):
-                return candidate
+    """Return what lets other users change the files of the folder `path`; None if they can't.
+
+    It is the folder itself, its parent, a folder further up that everybody may write to (unless it is sticky, as /tmp),
+    or a link of another user on the way.
+    """
+    trusted, absolute = (os.geteuid(), 0), path.absolute()
+    for link in (absolute, *absolute.parents):
+        if link.is_symlink() and link.lstat().st_uid not in trusted:
+            return link
+    real = Path(os.path.realpath(path))
+    for candidate in (real, *real.parents):
+        if not candidate.exists():
+            continue
+        status, near = candidate.stat(), candidate in (real, real.parent)
+        sticky = status.st_mode & stat.S_ISVTX and candidate != real
+        others = stat.S_IWOTH | (stat.S_IWGRP if near else 0)
+        if (status.st_mode & others and not sticky) or (near and status.st_uid not in trusted):
+            return candidate
     return None
 
 
@@ -142,7 +153,7 @@ def _make_room(size: int) -> None:
     try:
         limit = float(gigabytes) * 1e9 if gigabytes else (free + used) / 2
     except ValueError:
-        raise UserError(f"FBPC_CACHE_GB is {gigabytes!r}: it must be a number") from None
+        raise UserError(f"FBPC_CACHE_GB: must be a number, got {gigabytes!r}") from None
     if size > limit:
         raise UserError(
             f"an expert of {size / 1e9:.3g} GB doesn't fit in the {limit / 1e9:.3g} GB of {root}: raise FBPC_CACHE_GB, "

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fbpc_ray.core import inputs
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.ranges import INTEGER
 from fbpc_ray.core.settings import Data, Distillation, Evaluation, Experts, Networks, Output, Workers
 from fbpc_ray.core.storage import Place, place
 
@@ -23,7 +24,12 @@ def _cast(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool):
-        return kind(value)
+        if kind is int and not INTEGER.holds(value):
+            raise UserError(f"{flag}: must be an integer of 64 bits, got one of {len(str(abs(value))[:4300])} digits")
+        try:
+            return kind(value)
+        except OverflowError:
+            raise UserError(f"{flag}: must be a finite number, got an integer that is too large") from None
     expected = "tuple" if get_origin(kind) is tuple else kind.__name__
     raise UserError(f"{flag}: must be of type {expected}, got {value!r}")
 
@@ -157,7 +163,7 @@ def from_text(name: str, text: str, source: str) -> Any:
         value: Any = text
     else:
         try:
-            value = json.loads(text.lower() if isinstance(default, bool) else text)
+            value = inputs.parse_json(text.lower() if isinstance(default, bool) else text)
         except ValueError:
             raise UserError(f"{source}: must be of type {type(default).__name__}, got {text!r}") from None
     Config().updated(**{name: value})

@@ -31,3 +31,12 @@ def undamaged(path: object, fix: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error!r:.80}): {fix}") from None
+
+
+def escape_controls(text: str, kept: str = "") -> str:
+    """Escape control characters, but `kept` ones, and characters that UTF-8 lacks, so that a name stays in its line."""
+    escaped = "".join(
+        char if char in kept or not (ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029")
+        else char.encode("unicode_escape").decode() for char in text
+    )  # fmt: skip
+    return escaped.encode("utf-8", "backslashreplace").decode()

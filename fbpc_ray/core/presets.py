@@ -57,7 +57,7 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
     base = preset(name) if row or name in PRESETS else Config()
     if method in (None, base.distillation.method):
         return base
-    return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() else base.distillation.ipc)
+    return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else base.distillation.ipc)
 
 
 def to_preset(config: Config) -> str:

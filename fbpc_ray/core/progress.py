@@ -4,11 +4,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.errors import escape_controls
 from fbpc_ray.core.signals import Interrupted
 
 Log = Callable[[str], None]
@@ -17,8 +18,21 @@ Log = Callable[[str], None]
 
 def log(line: str) -> None:
     """Print one line, without secrets, above the progress bar if there is one."""
-    tqdm.write(redacted(line))
-    sys.stdout.flush()
+    tqdm.write(escape_controls(redacted(line), kept="\n\t"), file=_stream())
+    _stream().flush()
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _on_stderr else sys.stdout
+
+
+_on_stderr = False
+
+
+def log_to_stderr(on: bool) -> None:
+    """Log to standard error from now on, if `on`: standard output is for a result."""
+    global _on_stderr
+    _on_stderr = on
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> Any:

@@ -69,6 +69,13 @@ class RunDirectory(Generic[Where]):
             ):
                 raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of killed writers. The caller holds the lock of the folder."""
+        if isinstance(self.folder, Path):
+            for path in (self.folder, self.folder / "checkpoint", self.folder / "coreset"):
+                for leftover in path.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
     def write_config(self, settings: Config) -> None:
         files.write_checked_json(self.config_path, settings.flat())
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.signals import Interrupted
 
 _REGISTERED: dict[str, Callable[..., object]] = {}
 """Functions of this process that can't be imported, such as a notebook's, by the names that `register` returned."""
@@ -81,9 +82,9 @@ def user_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION") 
     """Turn any exception of the user's code into a UserError of one line, with its place in that code."""
     try:
         yield
-    except UserError:
+    except (UserError, Interrupted, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit and GeneratorExit too: they would end the program without a word
         folders = (str(Path(file).parent) for file in (torch.__file__, importlib.__file__, __file__))
         ours = "<", pkgutil.__file__, *folders
         places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
@@ -91,4 +92,5 @@ def user_code(name: str, flag: str = "--architectures", kind: str = "FUNCTION") 
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         missing = isinstance(error, ImportError | AttributeError | ValueError) and not places
         fix = f"give MODULE:{kind} as Python imports it from this folder" if missing else "fix it"
-        raise UserError(f"{flag} {name} fails{where} ({reason}): {fix}") from error
+        code = 2 if isinstance(error, Exception) else 1
+        raise UserError(f"{flag} {name} fails{where} ({reason}): {fix}", code) from error

@@ -306,7 +306,7 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         (["--preset", "cifar10-ipc2"], "did you mean cifar10-ipc1"),
         (["--architectures", "convnet-in", "convnet-in"], "name each network once"),
         (["--ipc", "500"], "ipc is 500"),
-        (["--ipc", "0"], "--ipc is 0: it must be 1 or more"),
+        (["--ipc", "0"], "--ipc: must be 1 or more"),
         (["--start-epoch", "99"], "raise --expert-epochs"),
         (["--alpha", "-1"], "--alpha"),
         (["--data", "parquet:/nowhere"], "/nowhere"),

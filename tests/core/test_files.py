@@ -1,6 +1,7 @@
 """Files that nobody sweeps as long as they are written, and a folder that one process at a time writes to."""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 from support.processes import raised_at_once
 
 from fbpc_ray.commands import main
-from fbpc_ray.core import files
+from fbpc_ray.core import cache, files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import place
+from fbpc_ray.distillation.run_directory import RunDirectory
 
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
@@ -177,3 +179,31 @@ def test_a_lock_waits_for_its_holder_and_shared_ones_do_not_wait_for_each_other(
     assert entered
     with files.file_lock(tmp_path / "a", shared=True), files.file_lock(tmp_path / "a", shared=True):
         pass
+
+
+def test_a_folder_is_trusted_if_nobody_else_can_change_it_or_put_another_in_its_place(tmp_path):
+    """Folders of a sticky one, such as /tmp, are; a link of another user there, or an ancestor open to all, is not."""
+    path = tmp_path / "a" / "b" / "c" / "compiled"
+    path.mkdir(parents=True, mode=0o700)
+    assert cache.open_to_others(path) is None
+    for folder, mode in ((path, 0o770), (path, 0o1777), (path.parent, 0o775), (tmp_path / "a", 0o777)):
+        before = folder.stat().st_mode
+        folder.chmod(mode)
+        assert cache.open_to_others(path) == folder
+        folder.chmod(before)
+    (tmp_path / "a").chmod(0o1777)
+    assert cache.open_to_others(path) is None
+    (tmp_path / "link").symlink_to(path)
+    assert cache.open_to_others(tmp_path / "link" / "below") is None
+    if os.geteuid() == 0:
+        os.lchown(tmp_path / "link", 12345, 12345)
+        assert cache.open_to_others(tmp_path / "link" / "below") == tmp_path / "link"
+
+
+def test_scratch_files_of_killed_writers_are_removed_at_the_next_start(tmp_path):
+    for name in (".result.json.0f.tmp", "checkpoint/.state.safetensors.0f.tmp", "coreset/.coreset.safetensors.0f.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "mine.tmp").write_text("x")
+    RunDirectory(tmp_path).remove_leftovers()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.tmp"]

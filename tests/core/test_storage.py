@@ -452,7 +452,7 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(s3, monkeypatch):
     with pytest.raises(UserError, match=r"an expert of 0\.003 GB doesn't fit in the 0\.002 GB of .*FBPC_CACHE"):
         fetch(b)
     monkeypatch.setenv("FBPC_CACHE_GB", "many")
-    with pytest.raises(UserError, match="FBPC_CACHE_GB is 'many'"):
+    with pytest.raises(UserError, match="FBPC_CACHE_GB: must be a number, got 'many'"):
         fetch(b)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,23 @@ def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data,
     head = yaml.safe_load(card.split("---\n", 2)[1])
     assert {name: value for name, value in head.items() if name.startswith("license")} == licence
     assert words in card.split("## Licence of the source")[1]
+
+
+def test_names_in_the_card_are_text(run):
+    """Classes, data and facts of somebody else's run: no markup, no line of their own."""
+    hostile = "<script>alert(1)</script>\n# heading ```` [a](b)"
+    saved = coreset.load(RunDirectory(run).coreset_path)
+    saved = saved._replace(classes=(hostile, *saved.classes[1:]))
+    facts = {"data": f"folder:{hostile}", "method": hostile, "step": hostile, "commit": hostile}
+    result = RunDirectory(run).read_result()
+    assert result is not None
+    result |= {"device": hostile, "split": hostile, "versions": {hostile: hostile}}
+    text = exports.card(saved, "pt", read_config(run).updated(data=f"folder:{hostile}"), facts, result)
+    blocks = text.split("```")
+    assert len(blocks) % 2 == 1
+    for line in "".join(blocks[::2]).splitlines():
+        assert "<script>" not in re.sub("`[^`]*`", "", line)
+        assert not line.startswith("# heading")
 
 
 # ---- coresets of others
