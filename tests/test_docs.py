@@ -488,7 +488,7 @@ def test_formats_says_what_exports_are_made_of(desk, tmp_path):
 def test_formats_says_what_a_sweep_leaves(tmp_path):
     """Its plan; the rest is what a sweep of test_sweep.py is asked for."""
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
-    found = sweep._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    found = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
     sweep._write_plan(found)
     assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(tabled("A sweep"))
 

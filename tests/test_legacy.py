@@ -113,7 +113,7 @@ def test_a_sweep_is_complete_and_can_go_on(legacy, capsys):
     assert "trial 1: alpha 100000" in said
     with pytest.raises(SystemExit):
         main.main([*words, "--dry-run", "--val-chain-epochs", "10"])
-    assert "another sweep than the stored one" in capsys.readouterr().err
+    assert "the sweep's flags differ from the stored ones" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main.main([*words, "--dry-run", "--val-every", "2"])
     assert "--val-every was 1, now 2" in capsys.readouterr().err

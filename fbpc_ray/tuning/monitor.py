@@ -14,6 +14,7 @@ from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import initial_state
+from fbpc_ray.execution.session import num_steps
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     id: str
     settings: Sweep
     trials: list[dict[str, Any]]
-    """Per trial, the flags in which it differs from the others."""
+    """Flags of each trial that differ from the base configuration."""
 
 
 class OpenSweep(NamedTuple):
@@ -42,14 +43,15 @@ class OpenSweep(NamedTuple):
     plan: Plan
     task: Task
     dataset: Dataset
-    """With test images; the trials' own, in `task`, has none."""
+    """With test images; that of `task` has none."""
 
     def outcomes(self) -> list[Outcome]:
-        return [trial.outcome(config, number) for number, config in enumerate(self.task.configs)]
+        """Read the state of every trial from its files."""
+        return [trial.read_outcome(config, number) for number, config in enumerate(self.task.configs)]
 
 
 class SweepMonitor:
-    """Follows the trials: a line on the terminal, the files of ended trials, and MLflow."""
+    """Follows the trials: logs lines, writes the files of ended trials, and reports to MLflow."""
 
     def __init__(self, sweep: OpenSweep, parent: Any, tracking: Any):
         self.parent = parent
@@ -57,7 +59,7 @@ class SweepMonitor:
         self._sweep, self._tracking = sweep, tracking
         self._children: dict[int, Any] = {}
         self._page = ""
-        self._steps = {each.number: each.look.step if each.look else 0 for each in self.outcomes}
+        self._steps = {outcome.number: outcome.last.step if outcome.last else 0 for outcome in self.outcomes}
         self._bar: Any = None
 
     def start(self) -> None:
@@ -65,32 +67,32 @@ class SweepMonitor:
         if self._tracking and not self.parent.wait(60):
             log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
         self._summary()
-        self._bar = progress("sweep", sum(map(self._all_of, self._steps)), "step", self._done())
+        self._bar = progress("sweep", sum(map(self._num_steps, self._steps)), "step", self._steps_done())
 
     def trial_started(self, number: int) -> None:
         if number not in self._children:
             self._children[number] = self._child(number)
             record = self.outcomes[number].record
-            before = f", goes on after step {record.looks[-1].step}" if record.looks else ""
-            log(f"trial {number} runs{before}: {trial.told(self._sweep.plan.trials[number])}")
+            resumed = f", resumed after step {record.validations[-1].step}" if record.validations else ""
+            log(f"trial {number} runs{resumed}: {trial.describe_flags(self._sweep.plan.trials[number])}")
 
-    def trial_validated(self, number: int, look: ValidationResult) -> None:
-        log(f"trial {number}, step {look.step}: nll {look.nll:.4g}, accuracy {100 * look.accuracy:.1f} %")
-        self._steps[number] = look.step
+    def trial_validated(self, number: int, result: ValidationResult) -> None:
+        log(f"trial {number}, step {result.step}: nll {result.nll:.4g}, accuracy {100 * result.accuracy:.1f} %")
+        self._steps[number] = result.step
         self._advance()
         if number in self._children:
-            _send(self._children[number], look, self._sweep.plan.settings.metric)
+            _send(self._children[number], result, self._sweep.plan.settings.metric)
 
     def trial_ended(self, number: int, lost: str) -> None:
         config = self._sweep.task.configs[number]
-        now = trial.outcome(config, number)
+        now = trial.read_outcome(config, number)
         if lost:
-            trial.end(place(config.output.out), "lost", lost)
-        elif now.how not in ("finished", "failed"):
-            step = now.look.step if now.look else 0
-            trial.end(place(config.output.out), "stopped", f"at step {step} of {trial.steps_of(config)}")
-        now = self.outcomes[number] = trial.outcome(config, number)
-        log(f"trial {number} {now.how}{f': {now.why}' if now.why else ''} ({self.count_statuses()})")
+            trial.write_end(place(config.output.out), "lost", lost)
+        elif now.status not in ("finished", "failed"):
+            step = now.last.step if now.last else 0
+            trial.write_end(place(config.output.out), "stopped", f"at step {step} of {num_steps(config)}")
+        now = self.outcomes[number] = trial.read_outcome(config, number)
+        log(f"trial {number} {now.status}{f': {now.reason}' if now.reason else ''} ({self.count_statuses()})")
         self._advance()
         if child := self._children.pop(number, None):
             self._finish(child, now)
@@ -103,22 +105,22 @@ class SweepMonitor:
 
     def _advance(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._done() - self._bar.n)
+            self._bar.update(self._steps_done() - self._bar.n)
 
-    def _all_of(self, number: int) -> int:
-        return trial.steps_of(self._sweep.task.configs[number])
+    def _num_steps(self, number: int) -> int:
+        return num_steps(self._sweep.task.configs[number])
 
-    def _done(self) -> int:
-        """Count the steps done, and those that ended trials left out."""
-        ended = {each.number for each in self.outcomes if each.how in ("finished", "stopped", "failed")}
-        return sum(self._all_of(number) if number in ended else step for number, step in self._steps.items())
+    def _steps_done(self) -> int:
+        """Count the steps done; all steps of an ended trial count as done."""
+        ended = {outcome.number for outcome in self.outcomes if outcome.status in ("finished", "stopped", "failed")}
+        return sum(self._num_steps(number) if number in ended else step for number, step in self._steps.items())
 
     def count_statuses(self) -> str:
-        counts = Counter(each.how for each in self.outcomes)
-        return ", ".join(f"{counts[how]} {how}" for how in sorted(counts))
+        counts = Counter(outcome.status for outcome in self.outcomes)
+        return ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
 
     def close(self, status: str) -> None:
-        """End the MLflow runs that are still open: the trials', also of earlier processes, and the sweep's."""
+        """End all open MLflow runs: those of trials, also of earlier processes, and the sweep's."""
         self.close_bar()
         for child in self._children.values():
             child.finish(status)
@@ -126,15 +128,15 @@ class SweepMonitor:
         if not self._tracking:
             return
         runs = self._runs()
-        for each in self.outcomes:
-            run = runs.get(self._key(each.number))
+        for outcome in self.outcomes:
+            run = runs.get(self._key(outcome.number))
             if run and run.running:  # the trial, or its process, ended after the last message to MLflow
-                if each.how == "open":
-                    self._child(each.number).finish(status)
+                if outcome.status == "open":
+                    self._child(outcome.number).finish(status)
                 else:
-                    self._finish(self._child(each.number), each)
-        best = trial.best_first(self.outcomes, self._sweep.plan.settings.metric)[:COMPARED]
-        keys = [self._key(each.number) for each in best if self._key(each.number) in runs]
+                    self._finish(self._child(outcome.number), outcome)
+        best = trial.rank(self.outcomes, self._sweep.plan.settings.metric)[:COMPARED]
+        keys = [self._key(outcome.number) for outcome in best if self._key(outcome.number) in runs]
         if keys:
             ids = [runs[key].run_id for key in keys]
             self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
@@ -155,7 +157,7 @@ class SweepMonitor:
         return self._tracking.find_runs(self.parent.uri, sweep.base.output.experiment, "sweep_id", sweep.plan.id)
 
     def _child(self, number: int) -> Any:
-        """Open the MLflow run of a trial, the same one after any resume, with the validations so far."""
+        """Open the MLflow run of a trial, the same run after a resume, and send the validations so far."""
         if not self._tracking:
             return NullTracker()
         sweep, config = self._sweep, self._sweep.task.configs[number]
@@ -173,18 +175,18 @@ class SweepMonitor:
             log=log,
             finish_seconds=15.0,
         )  # fmt: skip
-        for look in self.outcomes[number].record.looks:
-            _send(child, look, sweep.plan.settings.metric)
+        for result in self.outcomes[number].record.validations:
+            _send(child, result, sweep.plan.settings.metric)
         return child
 
     def _finish(self, child: Any, outcome: Outcome) -> None:
-        """End the MLflow run of an ended trial, with a picture of its images."""
+        """End the MLflow run of an ended trial; add a picture of its coreset."""
         if isinstance(child, NullTracker):
             return
-        child.set_tags({"ended": f"{outcome.how} {outcome.why}".strip()})
-        if outcome.look:
+        child.set_tags({"ended": f"{outcome.status} {outcome.reason}".strip()})
+        if outcome.last:
             child.log_artifact(self._picture(outcome))
-        child.finish("FAILED" if outcome.how in ("failed", "lost") else "FINISHED")
+        child.finish("FAILED" if outcome.status in ("failed", "lost") else "FINISHED")
 
     def _picture(self, outcome: Outcome) -> Place:
         config, dataset = self._sweep.task.configs[outcome.number], self._sweep.task.dataset
@@ -197,12 +199,12 @@ class SweepMonitor:
         return run.picture_path
 
     def _summary(self) -> None:
-        """Log the state of the sweep; the step is the number of ended trials."""
-        counts = Counter(each.how for each in self.outcomes)
-        values = {f"trials/{how}": float(counts[how]) for how in ("finished", "stopped", "failed", "lost")}
-        if best := trial.best_first(self.outcomes, self._sweep.plan.settings.metric):
-            assert best[0].look is not None
-            values |= {f"best/val/{name}": getattr(best[0].look, name) for name in trial.SCORES}
+        """Log the state of the sweep to MLflow; the step is the number of ended trials."""
+        counts = Counter(outcome.status for outcome in self.outcomes)
+        values = {f"trials/{status}": float(counts[status]) for status in ("finished", "stopped", "failed", "lost")}
+        if best := trial.rank(self.outcomes, self._sweep.plan.settings.metric):
+            assert best[0].last is not None
+            values |= {f"best/val/{name}": getattr(best[0].last, name) for name in trial.SCORES}
             values["best/trial"] = float(best[0].number)
         self.parent.log_metrics(values, len(self.outcomes) - counts["open"])
 
@@ -238,9 +240,9 @@ def open_monitor(sweep: OpenSweep, provenance: Provenance) -> Iterator[SweepMoni
         monitor.close(status)
 
 
-def _send(child: Any, look: ValidationResult, metric: str) -> None:
-    """Log a validation; the objective first, because MLflow's plot of several runs opens with their first metric."""
-    scores = {f"val/{name}": getattr(look, name) for name in trial.SCORES}
-    child.log_metrics({f"objective/{metric}": getattr(look, metric), **scores}, look.step)
-    for step, loss in look.losses:
+def _send(child: Any, result: ValidationResult, metric: str) -> None:
+    """Log a validation; the objective first: MLflow's plot of several runs opens with their first metric."""
+    scores = {f"val/{name}": getattr(result, name) for name in trial.SCORES}
+    child.log_metrics({f"objective/{metric}": getattr(result, metric), **scores}, result.step)
+    for step, loss in result.losses:
         child.log_metrics({"training/loss": loss}, int(step))

@@ -1,8 +1,8 @@
-"""Run the trials of a sweep with Ray Tune: how many at a time, with which workers, and which to stop early.
+"""Run the trials of a sweep with Ray Tune: how many at a time, on which workers, and ASHA's pruning.
 
 Tune only schedules. The results of a sweep are in its own files (`tuning.trial`), so a resumed sweep is a new `Tuner`
-over the trials that are left. `Tuner.restore` would unpickle a file, forget what ASHA compared, and miss whatever
-happened after its last snapshot.
+over the unfinished trials. `Tuner.restore` would unpickle a file, forget the results that ASHA compared, and miss
+everything after its last snapshot.
 """
 
 import os
@@ -25,7 +25,8 @@ from fbpc_ray.execution.ray.connection import free, nodes, num_nodes
 from fbpc_ray.execution.ray.placement import Resources, capacity, infeasible_message, share
 from fbpc_ray.execution.ray.ray_backend import RayBackend
 from fbpc_ray.execution.ray.waiting import Wait
-from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial, steps_of
+from fbpc_ray.execution.session import num_steps
+from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial
 
 ATTEMPTS = 3
 """Attempts per trial before it counts as lost."""
@@ -43,14 +44,14 @@ ENVIRONMENT = {
 
 
 class Listener(Protocol):
-    """Follows the trials, in the driver."""
+    """Receives the events of trials, in the driver."""
 
     def trial_started(self, number: int) -> None: ...
 
-    def trial_validated(self, number: int, look: ValidationResult) -> None: ...
+    def trial_validated(self, number: int, result: ValidationResult) -> None: ...
 
     def trial_ended(self, number: int, lost: str) -> None:
-        """`lost`: why the trial can't go on here; empty if it finished or was stopped."""
+        """Handle the end of a trial; `lost` is why its machine failed, or "" if it finished or was stopped."""
         ...
 
 
@@ -62,11 +63,13 @@ def run(
     listener: Listener,
     log: Callable[[str], None],
 ) -> None:
-    """Run all open trials. Files that the trials have written stay if the sweep is interrupted.
+    """Run all open and lost trials. Files of trials stay if the sweep is interrupted.
 
-    Raises Interrupted after a signal, and UserError if not one worker fits on the cluster.
+    Raises:
+        Interrupted: after a signal.
+        UserError: no worker fits on the cluster.
     """
-    unfinished = [outcome.number for outcome in outcomes if outcome.how in ("open", "lost")]
+    unfinished = [outcome.number for outcome in outcomes if outcome.status in ("open", "lost")]
     if not unfinished:
         return
     need, workers = place(task, len(unfinished), backend)
@@ -84,7 +87,7 @@ def run(
 
     bundles = [{}, *({"CPU": need.cpus, "GPU": need.gpus} for _ in range(workers))]
     callback = ProgressCallback(listener, interruption, log, waiting_for, backend.settings.placement_timeout)
-    # A thread of Tune may still write to its folder while a signal ends the sweep: ignore_cleanup_errors.
+    # ignore_cleanup_errors: a thread of Tune may still write to its folder while a signal ends the sweep.
     with tempfile.TemporaryDirectory(prefix="fbpc-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, task=task), tune.PlacementGroupFactory(bundles)),
@@ -102,24 +105,24 @@ def run(
 
 
 def place(task: Task, trials: int, backend: RayBackend) -> tuple[Resources, int]:
-    """Return the resources of each worker and the workers of each trial. Raises UserError if not one fits."""
+    """Return the resources of a worker and the workers of a trial. Raises UserError if none fits."""
     num_tasks = max(len(c.networks.architectures) * c.distillation.draws_per_step for c in task.configs)
     all_nodes, x = nodes(), backend.settings
     need = backend.need(num_tasks, x.threads)
     fitting = capacity(all_nodes, need)
     if not fitting and not x.autoscale:
         raise UserError(infeasible_message(all_nodes, need))
-    wanted = task.settings.workers_per_trial
-    if wanted > fitting and not x.autoscale:
+    requested = task.settings.workers_per_trial
+    if requested > fitting and not x.autoscale:
         raise UserError(
-            f"--workers-per-trial {wanted} of {need} each, but the Ray cluster has room for {fitting}: "
+            f"--workers-per-trial {requested} of {need} each, but the Ray cluster has room for {fitting}: "
             "lower it, or add nodes"
         )
-    return need, wanted or share(all_nodes, need, num_tasks, trials)
+    return need, requested or share(all_nodes, need, num_tasks, trials)
 
 
 def _trial(config: dict[str, Any], task: Task) -> None:
-    """Drive the distillation of a trial, in its placement group. Tune calls it in a thread of the trial's process."""
+    """Drive a trial in its placement group. Tune calls this function in a thread of the trial's process."""
     number, metric = config["number"], task.settings.metric
     trial_config = task.configs[number]
     path = located(trial_config.output.out) / "log.txt"
@@ -130,7 +133,7 @@ def _trial(config: dict[str, Any], task: Task) -> None:
         files.write_text(path, "".join(lines))
 
     def report(result: ValidationResult) -> None:
-        tune.report({"step": result.step, metric: getattr(result, metric), "look": result})
+        tune.report({"step": result.step, metric: getattr(result, metric), "validation": result})
 
     backend = RayBackend(trial_config.workers, Interruption(), log)
     try:
@@ -163,13 +166,13 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
     every = min(config.distillation.checkpoint_every for config in task.configs)
     asha = _Asha(
         time_attr="step", grace_period=every, reduction_factor=REDUCTION,
-        max_t=max(1 + every, *(1 + steps_of(config) for config in task.configs)),
+        max_t=max(1 + every, *(1 + num_steps(config) for config in task.configs)),
     )  # fmt: skip
     asha.set_search_properties(metric, MODES[metric])
     asha.past = past = {}
     for outcome in outcomes:
-        results = [{"step": look.step, metric: getattr(look, metric)} for look in outcome.record.looks]
-        if outcome.how in ("open", "lost"):
+        results = [{"step": result.step, metric: getattr(result, metric)} for result in outcome.record.validations]
+        if outcome.status in ("open", "lost"):
             past[outcome.number] = results  # added once Tune adds the trial
         else:
             trial = SimpleNamespace(trial_id=f"over-{outcome.number}", config={"number": outcome.number})
@@ -179,7 +182,7 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
 
 
 class ProgressCallback(tune.Callback):
-    """Passes the events of Tune on to a listener, and checks for signals and for a sweep without a running trial."""
+    """Passes Tune's events to a listener; checks for signals and for a sweep without a running trial."""
 
     def __init__(
         self,
@@ -209,7 +212,7 @@ class ProgressCallback(tune.Callback):
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks into a file that nobody reads
+        return {}  # Tune pickles its callbacks into a file that we never read
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._interruption.check()
@@ -224,7 +227,7 @@ class ProgressCallback(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._listener.trial_validated(trial.config["number"], ValidationResult(*result["look"]))
+        self._listener.trial_validated(trial.config["number"], ValidationResult(*result["validation"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.trial_ended(trial.config["number"], "")

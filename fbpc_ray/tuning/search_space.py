@@ -1,4 +1,4 @@
-"""Search spaces of ray.tune, and the flags drawn from them. Needs no cluster."""
+"""Draw the flags of trials from search spaces of ray.tune. Needs no cluster."""
 
 from typing import Any
 
@@ -28,12 +28,12 @@ def default_space(config: Config, classes: int) -> dict[str, Any]:
     }
 
 
-def gridded(space: dict[str, Any], grid: dict[str, list[Any]]) -> dict[str, Any]:
+def with_grid(space: dict[str, Any], grid: dict[str, list[Any]]) -> dict[str, Any]:
     """Add a grid over all values of `grid` to `space`."""
     return space | {name: tune.grid_search(values) for name, values in grid.items()}
 
 
-def variants(space: dict[str, Any], samples: int, seed: int) -> list[dict[str, Any]]:
+def draw_trials(space: dict[str, Any], samples: int, seed: int) -> list[dict[str, Any]]:
     """Return the flags of each trial: `samples` draws of each combination of the grids in `space`."""
     functions = {name: value for name, value in space.items() if callable(value) and not isinstance(value, Domain)}
     drawn = {name: value for name, value in space.items() if name not in functions}

@@ -1,4 +1,4 @@
-"""`fbpc tune`: a sweep, from its settings to its last printed line."""
+"""Run a sweep (`fbpc tune`): draw trials, run them, evaluate the best one on test, write result.json."""
 
 import io
 import json as json_format
@@ -38,7 +38,7 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, open_backend, open_session
+from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, num_steps, open_backend, open_session
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tuning import trial
@@ -46,58 +46,62 @@ from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
 from fbpc_ray.tuning.trial import Task
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every", "val_every"}
-"""Flags of a sweep that don't change what its trials find."""
+"""Flags of a sweep that don't change the results of its trials."""
 
 
 def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run: bool, json: str) -> None:
-    """Draw, run and compare trials; judge the best on the test images, once. `trusted`: what --space names, which may
-    name networks to import, was given on the command line, not by a file alone."""
+    """Draw, run and compare trials; evaluate the best one on the test images, once.
+
+    Args:
+        trusted: the command line names --space, so that the sweep may import code.
+        json: where to copy result.json.
+    """
     folder = _folder(base, resume)
     path = folder / "result.json"
     if resume and path.exists():
-        with undamaged(path, "delete it, and the best trial is judged again"):
+        with undamaged(path, "delete it, and the best trial is evaluated again"):
             result = json_format.loads(path.read_text())
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
         files.write_output(json, result)
         return
-    found = _prepared(base, settings, folder, resume, trusted, dry_run)
+    sweep = _prepare(base, settings, folder, resume, trusted, dry_run)
     if dry_run:
-        _describe(found)
+        _describe(sweep)
         return
     with files.exclusive_directory(folder):
         if not resume:
-            RunDirectory(folder).refuse_if_taken()  # by one that began when this one did, and is through
-            _write_plan(found)
-        result, monitor = _run_sweep(found)
+            RunDirectory(folder).refuse_if_taken()  # by a process that started at the same time and has ended
+            _write_plan(sweep)
+        result, monitor = _run_sweep(sweep)
     files.write_output(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
-    log(f"best:    trial {result['best']['trial']}, {trial.told(result['best']['flags'])}")
+    log(f"best:    trial {result['best']['trial']}, {trial.describe_flags(result['best']['flags'])}")
     log(f"\n{results.table(results.from_json(result['test']['coresets']))}\n")
     log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
-    log(f"run:     {found.task.configs[result['best']['trial']].output.out}")
+    log(f"run:     {sweep.task.configs[result['best']['trial']].output.out}")
     log(f"result:  {path}")
     monitor.print_addresses()
 
 
-def _run_sweep(found: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
-    """The result, and what was shown of it on the way."""
-    folder, interruption = found.folder, Interruption()
-    flags = never_from_a_file(found.base)
+def _run_sweep(sweep: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
+    """Run the trials; return the result and the closed monitor."""
+    folder, interruption = sweep.folder, Interruption()
+    flags = never_from_a_file(sweep.base)
     repeated = [word for name, words in flags.items() if name != "out" for word in words]
-    again = f"resume with: {shlex.join(['fbpc', 'tune', '--out', str(folder), '--resume', *repeated])}"
-    with resume_hint(again), open_backend(found.base, interruption, log) as workers:
+    hint = f"resume with: {shlex.join(['fbpc', 'tune', '--out', str(folder), '--resume', *repeated])}"
+    with resume_hint(hint), open_backend(sweep.base, interruption, log) as workers:
         log(f"sweep: {folder}")
         provenance = capture(workers.describe())
-        d = found.dataset
+        d = sweep.dataset
         log(f"data: {d.name}, {len(d.train.labels)} images to train, {len(d.validation.labels)} to validate")
-        with open_monitor(found, provenance) as monitor:
-            _train_shared_experts(found, workers)
+        with open_monitor(sweep, provenance) as monitor:
+            _train_shared_experts(sweep, workers)
             from fbpc_ray.tuning import ray_tune as trials  # open_backend has raised if Ray is missing
 
             monitor.start()
-            trials.run(found.task, monitor.outcomes, workers, interruption, monitor, log)  # type: ignore[arg-type]
+            trials.run(sweep.task, monitor.outcomes, workers, interruption, monitor, log)  # type: ignore[arg-type]
             monitor.close_bar()
-            result = _conclude(found, monitor, workers, provenance)
+            result = _conclude(sweep, monitor, workers, provenance)
     return result, monitor
 
 
@@ -111,110 +115,111 @@ def _folder(base: Config, resume: bool) -> Place:
     return run.folder
 
 
-def _prepared(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> OpenSweep:
-    """The trials, all of them checked. Writes nothing. Raises UserError."""
-    base, kept = validation.canonical(base), None
+def _prepare(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> OpenSweep:
+    """Load the data, draw or read the trials, and check them all. Writes nothing. Raises UserError."""
+    base, plan = validation.canonical(base), None
     validation.check(base)
     _check(base, settings)
     if resume:
-        kept = read_plan(folder)
-        if replace(settings, workers_per_trial=0) != replace(kept.settings, workers_per_trial=0):
-            raise UserError("--resume of another sweep than the stored one: leave its flags out, or take another --out")
+        plan = read_plan(folder)
+        if replace(settings, workers_per_trial=0) != replace(plan.settings, workers_per_trial=0):
+            raise UserError(
+                "--resume: the sweep's flags differ from the stored ones; leave them out, or give another --out"
+            )
         stored = read_base(folder)
         if base.workers.threads == 0:
             base = base.updated(threads=stored.workers.threads)
         check_resume(stored, base, MAY_CHANGE)
-        kept = kept._replace(settings=settings)
+        plan = plan._replace(settings=settings)
     else:
         base = base.updated(threads=cpu_threads(base), out=str(folder))
     dataset = load_data(base.updated(download=base.data.download and not dry_run), log)
-    if kept is None:
-        kept = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
+    if plan is None:
+        plan = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
     if resume and not trusted:
-        _refuse_untrusted(kept, base, folder)
+        _refuse_untrusted(plan, base, folder)
     root = place(base.experts.experts) if base.experts.experts else home() / "experts"
     placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
-    configs = [trial.config_of(placed, each, settings, folder, number) for number, each in enumerate(kept.trials)]
-    for config in {each.networks: each for each in configs}.values():
+    configs = [trial.trial_config(placed, flags, settings, folder, number) for number, flags in enumerate(plan.trials)]
+    for config in {config.networks: config for config in configs}.values():
         network_specs(config, dataset)
-    return OpenSweep(folder, base, kept, task_of(configs, dataset, settings), dataset)
+    return OpenSweep(folder, base, plan, task_of(configs, dataset, settings), dataset)
 
 
 def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
-    """Raise UserError if the trials of a stored sweep have code or destinations that the command line doesn't name."""
+    """Raise UserError if a stored sweep names code or destinations that the command line doesn't."""
     for number, flags in enumerate(stored.trials):
         if shared := sorted(trial.SHARED & flags.keys()):
             flag = f"--{shared[0].replace('_', '-')}"
-            raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which is the same for all trials")
+            raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which must be the same for all trials")
         names, experts = flags.get("architectures", []), flags.get("experts", "")
         foreign = [f"{name}, but a file alone imports no code" for name in names if ":" in name]
         if "://" in experts and experts != base.experts.experts:
             foreign.append(f"--experts {redacted(experts)}, but a file alone opens no object store")
         if foreign:
-            raise UserError(f"{folder} asks for {foreign[0]}: repeat --space to trust it")
+            raise UserError(f"{folder} needs {foreign[0]}: repeat --space to trust it")
 
 
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
-    """What trials get: all but the test images."""
+    """Return the data that trials share, without test images."""
     return Task(configs, trial.without_test_split(dataset), settings)
 
 
 def _check(base: Config, settings: Sweep) -> None:
     if base.workers.backend != "ray":
-        raise UserError("--backend serial runs no sweep: leave it out, Ray runs on one machine too")
+        raise UserError("--backend: must be ray for a sweep, got serial; Ray runs on one machine, too")
     if not base.data.validation:
-        raise UserError("--validation is 0: a sweep chooses on the validation split, never on test data; give 0.1")
+        raise UserError("--validation: must be above 0, since a sweep selects on the validation split; give 0.1")
     for name in ("num_trials", "val_chain_epochs", "workers_per_trial"):
         if getattr(settings, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be 0 or more")
+            raise UserError(f"--{name.replace('_', '-')}: must be 0 or more, got {getattr(settings, name)}")
     if settings.val_chains < 1:
-        raise UserError(f"--val-chains is {settings.val_chains}: it must be 1 or more")
+        raise UserError(f"--val-chains: must be 1 or more, got {settings.val_chains}")
 
 
 def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
-    """The flags of each trial. Raises UserError."""
+    """Draw the flags of each trial. Raises UserError."""
     try:
-        from fbpc_ray.tuning import search_space as spaces
+        from fbpc_ray.tuning import search_space
     except ImportError as error:
         raise UserError(f"ray is not installed ({error}): pip install 'ray[default,tune]'") from None
-    grid = trial.grid_of(settings.grid)
+    grid = trial.parse_grid(settings.grid)
     if settings.space:
-        space = trial.checked(custom.import_object(settings.space, "--space", "NAME"), f"--space {settings.space}")
+        space = trial.check_space(custom.import_object(settings.space, "--space", "NAME"), f"--space {settings.space}")
     else:
-        space = {} if grid else spaces.default_space(base, classes)
+        space = {} if grid else search_space.default_space(base, classes)
     if grid:
-        trial.checked(grid, "--grid")
-    number = settings.num_trials or (8 if space else 1)
-    drawn = [
-        current_names(each) for each in spaces.variants(spaces.gridded(space, grid), number, base.distillation.seed)
-    ]
+        trial.check_space(grid, "--grid")
+    count = settings.num_trials or (8 if space else 1)
+    space = search_space.with_grid(space, grid)
+    drawn = [current_names(flags) for flags in search_space.draw_trials(space, count, base.distillation.seed)]
     if not drawn:
-        raise UserError("the space has no trial: give each flag a value to try")
+        raise UserError("the search space has no trial: give each flag a value to try")
     return drawn
 
 
-def _write_plan(found: OpenSweep) -> None:
-    text = {**found.plan._asdict(), "settings": asdict(found.plan.settings)}
-    files.write_text(found.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
-    files.write_checked_json(found.folder / "config.json", found.base.flat())  # last: now there is a sweep
+def _write_plan(sweep: OpenSweep) -> None:
+    text = {**sweep.plan._asdict(), "settings": asdict(sweep.plan.settings)}
+    files.write_text(sweep.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
+    files.write_checked_json(sweep.folder / "config.json", sweep.base.flat())  # last: makes the folder a sweep
 
 
 def read_plan(folder: Place) -> Plan:
-    """How the sweep in `folder` was drawn. Raises UserError where there is none."""
+    """Read sweep.json: settings and trials of the sweep in `folder`. Raises UserError if there is none."""
     path = folder / "sweep.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no sweep (no sweep.json): check the path, or start one without --resume")
+        raise UserError(f"{folder}: no sweep (sweep.json not found); check the path, or start one without --resume")
     with undamaged(path, "start the sweep again in another --out"):
         plan = json_format.loads(path.read_text())
         settings = {**current_names(plan["settings"]), "grid": tuple(plan["settings"]["grid"])}
         settings.pop("val_every", None)  # of earlier code, see `read_base`
-        return Plan(plan["name"], plan["id"], Sweep(**settings), [current_names(each) for each in plan["trials"]])
+        return Plan(plan["name"], plan["id"], Sweep(**settings), [current_names(flags) for flags in plan["trials"]])
 
 
 def read_base(folder: Place) -> Config:
-    """Read what all trials of the sweep in `folder` share. Raises UserError.
+    """Read config.json: the settings that all trials of the sweep in `folder` share. Raises UserError.
 
-    Earlier code kept --val-every in sweep.json, as evaluate_every.
+    Earlier code stored --val-every in sweep.json, as evaluate_every.
     """
     path = folder / "sweep.json"
     base = read_config(folder, NOT_STARTED)
@@ -223,50 +228,50 @@ def read_base(folder: Place) -> Config:
     return base.updated(val_every=every) if every else base
 
 
-def _describe(found: OpenSweep) -> None:
-    """--dry-run: what would be done."""
-    log(to_json(found.base).rstrip())
-    for number, flags in enumerate(found.plan.trials):
-        log(f"trial {number}: {trial.told(flags)}")
-    counts = {part: len(getattr(found.dataset, part).labels) for part in ("train", "validation", "test")}
-    log(f"data: {found.dataset.name}, {counts}; trials get no test image")
+def _describe(sweep: OpenSweep) -> None:
+    """Log the trials and the data (--dry-run)."""
+    log(to_json(sweep.base).rstrip())
+    for number, flags in enumerate(sweep.plan.trials):
+        log(f"trial {number}: {trial.describe_flags(flags)}")
+    counts = {part: len(getattr(sweep.dataset, part).labels) for part in ("train", "validation", "test")}
+    log(f"data: {sweep.dataset.name}, {counts}; trials get no test image")
     log("dry run: nothing was written")
 
 
-def _train_shared_experts(found: OpenSweep, workers: Any) -> None:
-    """The experts of all trials, once, where these don't differ in how experts are made; else each trial makes its."""
+def _train_shared_experts(sweep: OpenSweep, workers: Any) -> None:
+    """Train experts once for all trials; if trials differ in their experts, each trains its own."""
     recipe = {name for group in (Networks, Experts) for name in group.__dataclass_fields__}
-    if any(recipe & flags.keys() for flags in found.plan.trials) or not any(map(trial.steps_of, found.task.configs)):
+    if any(recipe & flags.keys() for flags in sweep.plan.trials) or not any(map(num_steps, sweep.task.configs)):
         return
-    open_session(found.task.configs[0], log, found.task.dataset).train_experts(workers, log)
+    open_session(sweep.task.configs[0], log, sweep.task.dataset).train_experts(workers, log)
 
 
-def _conclude(found: OpenSweep, monitor: SweepMonitor, workers: Any, provenance: Provenance) -> dict[str, Any]:
-    """The table, the best preset, its coreset judged on the test images, the result."""
-    folder, metric = found.folder, found.plan.settings.metric
+def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance: Provenance) -> dict[str, Any]:
+    """Write the tables and the best preset, evaluate the best trial on the test images, write result.json."""
+    folder, metric = sweep.folder, sweep.plan.settings.metric
     outcomes = monitor.outcomes
-    rows = trial.rows_of(outcomes, found.plan.trials)
+    rows = trial.table_rows(outcomes, sweep.plan.trials)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
     files.write_bytes(folder / "trials.parquet", buffer.getvalue())
-    order = [each.number for each in trial.best_first(outcomes, metric)]
-    rest = [each.number for each in outcomes if each.number not in order]
+    order = [outcome.number for outcome in trial.rank(outcomes, metric)]
+    rest = [outcome.number for outcome in outcomes if outcome.number not in order]
     files.write_text(folder / "trials.md", trial.markdown([rows[number] for number in order + rest]))
     if not order:
-        raise UserError(f"no trial finished ({monitor.count_statuses()}): see why in {folder / 'trials.md'}", code=1)
+        raise UserError(f"no trial finished ({monitor.count_statuses()}): see {folder / 'trials.md'}", code=1)
     best = outcomes[order[0]]
-    assert best.look is not None
-    config = found.task.configs[best.number]
-    given, every = found.base.experts.experts, found.base.distillation.checkpoint_every
-    files.write_text(folder / "best.json", to_preset(config.updated(experts=given, checkpoint_every=every)))
-    log(f"best: trial {best.number}, {metric} {getattr(best.look, metric):.4g} on the validation split; now on test")
-    tested = _on_test(config, found.dataset, workers, provenance, monitor.parent)
+    assert best.last is not None
+    config = sweep.task.configs[best.number]
+    experts, every = sweep.base.experts.experts, sweep.base.distillation.checkpoint_every
+    files.write_text(folder / "best.json", to_preset(config.updated(experts=experts, checkpoint_every=every)))
+    log(f"best: trial {best.number}, {metric} {getattr(best.last, metric):.4g} on the validation split; now on test")
+    tested = _on_test(config, sweep.dataset, workers, provenance, monitor.parent)
     result = {
-        "sweep": found.plan.name, "metric": metric, "scheduler": found.plan.settings.scheduler,
-        "trials": dict(Counter(each.how for each in outcomes)),
+        "sweep": sweep.plan.name, "metric": metric, "scheduler": sweep.plan.settings.scheduler,
+        "trials": dict(Counter(outcome.status for outcome in outcomes)),
         "best": {
-            "trial": best.number, "flags": found.plan.trials[best.number],
-            "validation": {name: getattr(best.look, name) for name in trial.SCORES},
+            "trial": best.number, "flags": sweep.plan.trials[best.number],
+            "validation": {name: getattr(best.last, name) for name in trial.SCORES},
         },
         "test": tested, "rows": rows,
     }  # fmt: skip
@@ -277,7 +282,7 @@ def _conclude(found: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
 
 
 def _on_test(config: Config, dataset: Dataset, workers: Any, provenance: Provenance, tracker: Any) -> dict[str, Any]:
-    """The coreset of a finished trial, as it is, beside random images: files in its folder as of any run."""
+    """Evaluate a finished trial's coreset beside random images; write the files of a run."""
     run, session = RunDirectory(place(config.output.out)), open_session(config, log, dataset)
     first, labels = session.initial
     state, rows = run.restore(labels, dataset.image_shape) or (first, [])

@@ -1,17 +1,18 @@
-"""A sweep without Ray: what a trial does, what it leaves, which one is best.
+"""One trial of a sweep: distil and validate it, write and read its files, rank trials. Needs no Ray.
 
-    config.json      what all trials share          sweep.json    how they were drawn, and the flags of each
-    trials/00003/    the run's folder of a trial (run.py), with
-      trial.json     what it found, written by itself with each checkpoint
-      ended.json     why it ended, where others ended it
+    config.json      settings that all trials share
+    sweep.json       how the trials were drawn, and the flags of each
+    trials/00003/    run directory of a trial, with
+      trial.json     its validation scores, written by the trial with each checkpoint
+      ended.json     why the driver ended it: stopped by the scheduler, or lost
 
-All of it is plain JSON, written whole: a sweep goes on from these files after any kill, on any cluster that sees them.
+The files are plain JSON, written atomically: a sweep resumes from them after any kill, on any cluster that sees them.
 """
 
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fbpc_ray.core import files
@@ -21,6 +22,7 @@ from fbpc_ray.core.presets import with_method
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place, place
+from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.loop import Checkpointer, follow
@@ -35,20 +37,20 @@ from fbpc_ray.execution.session import Session, num_steps, open_session
 MODES = {"nll": "min", "accuracy": "max"}
 SCORES = ("nll", "accuracy", "ece", "brier")
 SHARED = {name for group in (Data, Workers, Output) for name in group.__dataclass_fields__} | {"checkpoint_every"}
-"""Flags that are the same for all trials: what they are compared on, and where they run."""
+"""Flags that are the same for all trials: the data they are compared on, and where they run."""
 
 
 class Task(NamedTuple):
-    """What all trials get: plain data, sent once. It holds no test image."""
+    """Plain data that all trials share, sent once. It holds no test image."""
 
     configs: list[Config]
-    """Of each trial by number; `out` is its folder."""
+    """By number of the trial; `out` is the trial's folder."""
     dataset: Dataset
     settings: Sweep
 
 
 class ValidationResult(NamedTuple):
-    """What a trial found at one step on the validation split: means over architectures and chains."""
+    """Scores of one step on the validation split: means over architectures and chains."""
 
     step: int
     nll: float
@@ -56,7 +58,7 @@ class ValidationResult(NamedTuple):
     ece: float
     brier: float
     losses: list[list[float]]
-    """[step, loss] of the steps since the look before."""
+    """[step, loss] of the steps since the last validation."""
 
 
 @dataclass
@@ -64,93 +66,94 @@ class Record:
     """trial.json."""
 
     starts: list[int] = field(default_factory=list)
-    """The step from which each process that worked on it went on."""
-    looks: list[ValidationResult] = field(default_factory=list)
+    """Steps from which each process that ran the trial started."""
+    validations: list[ValidationResult] = field(default_factory=list)
+    """Called `looks` in the file."""
     error: str = ""
-    """Why it can't be finished, whoever runs it again."""
+    """Why the trial fails on every machine; empty if it doesn't."""
 
 
 class Outcome(NamedTuple):
-    """Where a trial stands."""
+    """State of a trial by its files."""
 
     number: int
-    how: str
+    status: str
     """finished | stopped (by the scheduler) | failed (its configuration can't work) | lost (its machine) | open."""
-    why: str
+    reason: str
     record: Record
 
     @property
-    def look(self) -> ValidationResult | None:
-        return self.record.looks[-1] if self.record.looks else None
+    def last(self) -> ValidationResult | None:
+        """The last validation."""
+        return self.record.validations[-1] if self.record.validations else None
 
 
 def without_test_split(dataset: Dataset) -> Dataset:
-    """The data set without its test images: what trials see."""
+    """Remove the test images: trials must not see them."""
     return dataset._replace(test=Split(dataset.test.images[:0].copy(), dataset.test.labels[:0].copy()))
 
 
-def grid_of(words: Sequence[str]) -> dict[str, list[Any]]:
-    """FLAG=VALUE,VALUE words as {flag: values}. Raises UserError."""
-    found = {}
+def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
+    """Parse words FLAG=VALUE,VALUE into {flag: values}. Raises UserError."""
+    grid = {}
     for word in words:
         name, text = from_word(word, "--grid")
-        found[name] = [from_text(name, each, f"--grid {word}") for each in text.split(",")]
-    return found
+        grid[name] = [from_text(name, value, f"--grid {word}") for value in text.split(",")]
+    return grid
 
 
-def checked(space: Any, source: str) -> dict[str, Any]:
-    """`space`. Raises UserError for what is no {flag: what to try}, or names a flag that trials can't differ in."""
+def check_space(space: Any, source: str) -> dict[str, Any]:
+    """Return `space` if it is {flag: values to try} of flags that trials may differ in; else UserError."""
     if not isinstance(space, dict) or not space:
-        raise UserError(f"{source} is {type(space).__name__}: it must be a dict of flags and what to try of each")
+        raise UserError(f"{source} must be a dict of flags and their values to try, got {type(space).__name__}")
     known = [name for name in Config().flat() if name not in SHARED]
     for name in (RENAMED.get(name, name) for name in space):
         if name in SHARED:
-            raise UserError(f"{source} has '{name}': it is the same for all trials; give --{name.replace('_', '-')}")
+            raise UserError(f"{source}: '{name}' must be the same for all trials; give --{name.replace('_', '-')}")
         if name not in known:
-            raise UserError(f"{source} has the unknown flag '{name}': {closest(str(name), known)}")
+            raise UserError(f"{source}: unknown flag '{name}'; {closest(str(name), known)}")
     return space
 
 
-def config_of(base: Config, flags: dict[str, Any], settings: Sweep, folder: Place, number: int) -> Config:
-    """The configuration of a trial. Raises UserError for what no run can use."""
+def trial_config(base: Config, flags: dict[str, Any], settings: Sweep, folder: Place, number: int) -> Config:
+    """Return the configuration of a trial. Raises UserError if no run can use it."""
     try:
         method = flags.get("method", base.distillation.method)
         config = base if method == base.distillation.method else with_method(base, method, base.distillation.ipc)
-        found = validation.canonical(config.updated(**flags))
+        config = validation.canonical(config.updated(**flags))
         every = base.output.val_every or max(1, base.distillation.steps // 4)
-        found = found.updated(checkpoint_every=every, out=str(trial_folder(folder, number)), tracking=False)
-        validation.check(found)
+        config = config.updated(checkpoint_every=every, out=str(trial_folder(folder, number)), tracking=False)
+        validation.check(config)
     except UserError as error:
         raise UserError(f"trial {number}: {error}") from None
-    return found
-
-
-def steps_of(config: Config) -> int:
-    return num_steps(config)
+    return config
 
 
 def trial_folder(folder: Place, number: int) -> Place:
     return folder / f"trials/{number:05d}"
 
 
-def shorter(evaluation: Evaluation, settings: Sweep) -> Evaluation:
-    """How trials are judged on the way: shorter chains with as many samples, where they have room for them."""
+def val_evaluation(evaluation: Evaluation, settings: Sweep) -> Evaluation:
+    """Return the evaluation of a validation: shorter chains, with as many samples if they fit."""
     steps = min(settings.val_chain_epochs or max(1, evaluation.chain_epochs // 5), evaluation.chain_epochs)
     every = max(1, steps * evaluation.chain_every // evaluation.chain_epochs)
     return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=every)
 
 
 def validate(session: Session, state: State, settings: Sweep, workers: TaskRunner, log: Log) -> list[ChainScore]:
-    """Score the pseudocoreset of `state` on the validation split, by `shorter` chains."""
-    short = replace(session.config, evaluation=shorter(session.config.evaluation, settings))
+    """Score the pseudocoreset of `state` on the validation split, with the chains of `val_evaluation`."""
+    short = replace(session.config, evaluation=val_evaluation(session.config.evaluation, settings))
     coresets = {"coreset": session.coreset(state)}
     return evaluate(coresets, session.specs, session.dataset, "validation", short, workers, log).scores
 
 
 def run_trial(task: Task, number: int, workers: Backend, report: Callable[[ValidationResult], None], log: Log) -> None:
-    """Distil from where the trial stands to its last step, with a look at the validation split at each checkpoint.
+    """Distil a trial from its last checkpoint to its last step; validate at each checkpoint.
 
-    A configuration that can't work ends it with the reason in its record. Raises UserError for a machine that can't.
+    A configuration that can't work ends the trial, with the reason in its record.
+
+    Raises:
+        UserError: the machine, not the configuration, is at fault.
     """
     settings = task.configs[number]
     run = RunDirectory(place(settings.output.out))
@@ -177,26 +180,26 @@ def _distill(
 
     def validate_and_report(current: State) -> None:
         scores = validate(session, current, task.settings, workers, log)
-        before = record.looks[-1].step if record.looks else 0
-        result = look_of(scores, current.step, losses(rows, before))
-        record.looks.append(result)
+        before = record.validations[-1].step if record.validations else 0
+        result = mean_result(scores, current.step, losses_after(rows, before))
+        record.validations.append(result)
         write_record(run.folder, record)
         report(result)
 
     if not session.num_steps:
-        if not record.looks:
+        if not record.validations:
             validate_and_report(state)
         return
     session.train_experts(workers, log)
-    every, last = config.distillation.checkpoint_every, record.looks[-1].step if record.looks else 0
+    every, last = config.distillation.checkpoint_every, record.validations[-1].step if record.validations else 0
     if state.step > last and (state.step % every == 0 or state.step == session.num_steps):
-        validate_and_report(state)  # a kill came between its checkpoint and its validation
+        validate_and_report(state)  # the trial was killed between its checkpoint and its validation
     checkpointer = Checkpointer(run, state, rows, config.distillation, on_checkpoint=validate_and_report)
     follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 
-def look_of(scores: Sequence[ChainScore], step: int, since: list[list[float]]) -> ValidationResult:
-    """Return the means over architectures and chains. Raises UserError where a chain diverged."""
+def mean_result(scores: Sequence[ChainScore], step: int, since: list[list[float]]) -> ValidationResult:
+    """Average scores over architectures and chains. Raises UserError if a chain diverged."""
     for architecture in unique(score.architecture for score in scores):
         if not mean_scores(select(scores, architecture=architecture)):
             raise UserError(
@@ -205,84 +208,86 @@ def look_of(scores: Sequence[ChainScore], step: int, since: list[list[float]]) -
     return ValidationResult(step, **mean_scores(scores), losses=since)
 
 
-def losses(rows: Sequence[dict[str, Any]], after: int) -> list[list[float]]:
-    """[step, loss] of the steps after `after`: the sum over architectures of the mean over draws."""
-    found: dict[int, dict[str, list[float]]] = {}
+def losses_after(rows: Sequence[dict[str, Any]], after: int) -> list[list[float]]:
+    """Return [step, loss] of the steps after `after`: the sum over architectures of the mean over draws."""
+    by_step: dict[int, dict[str, list[float]]] = {}
     for row in rows:
         if row["step"] > after:
-            found.setdefault(row["step"], {}).setdefault(row["architecture"], []).append(row["loss"])
-    return [[step, sum(map(statistics.fmean, by.values()))] for step, by in sorted(found.items())]
+            by_step.setdefault(row["step"], {}).setdefault(row["architecture"], []).append(row["loss"])
+    return [[step, sum(map(statistics.fmean, losses.values()))] for step, losses in sorted(by_step.items())]
 
 
 def read_record(folder: Place) -> Record:
-    """What a trial found so far. Raises UserError for a damaged file."""
+    """Read trial.json; an empty record if there is none. Raises UserError for a damaged file."""
     path = folder / "trial.json"
     if not path.exists():
         return Record()
     with undamaged(path, f"delete {folder}, its trial then starts again"):
-        found = json.loads(path.read_text())
-        return Record(found["starts"], [ValidationResult(**each) for each in found["looks"]], found["error"])
+        stored = json.loads(path.read_text())
+        return Record(stored["starts"], [ValidationResult(**result) for result in stored["looks"]], stored["error"])
 
 
 def write_record(folder: Place, record: Record) -> None:
-    text = {**asdict(record), "looks": [look._asdict() for look in record.looks]}
-    files.write_text(folder / "trial.json", json.dumps(text, indent=1) + "\n")
+    """Write trial.json."""
+    values = {
+        "starts": record.starts, "looks": [result._asdict() for result in record.validations], "error": record.error,
+    }  # fmt: skip
+    files.write_text(folder / "trial.json", json.dumps(values, indent=1) + "\n")
 
 
-def end(folder: Place, how: str, why: str) -> None:
-    """Say why a trial ended that didn't by itself."""
-    files.write_text(folder / "ended.json", json.dumps({"how": how, "why": why}) + "\n")
+def write_end(folder: Place, status: str, reason: str) -> None:
+    """Write ended.json: the driver, not the trial, ended the trial."""
+    files.write_text(folder / "ended.json", json.dumps({"how": status, "why": reason}) + "\n")
 
 
-def outcome(config: Config, number: int) -> Outcome:
-    """Where a trial stands, by its files."""
+def read_outcome(config: Config, number: int) -> Outcome:
+    """Read the state of a trial from its files."""
     folder = place(config.output.out)
     record = read_record(folder)
     if record.error:
         return Outcome(number, "failed", record.error, record)
-    if record.looks and record.looks[-1].step >= steps_of(config):
+    if record.validations and record.validations[-1].step >= num_steps(config):
         return Outcome(number, "finished", "", record)
     path = folder / "ended.json"
     if path.exists():
         with undamaged(path, "delete it, and the trial goes on"):
-            told = json.loads(path.read_text())
-            return Outcome(number, told["how"], told["why"], record)
+            stored = json.loads(path.read_text())
+            return Outcome(number, stored["how"], stored["why"], record)
     return Outcome(number, "open", "", record)
 
 
-def best_first(outcomes: Sequence[Outcome], metric: str) -> list[Outcome]:
-    """The finished trials, best first, by their last look; equal ones by number."""
+def rank(outcomes: Sequence[Outcome], metric: str) -> list[Outcome]:
+    """Return the finished trials by their last validation, best first; equal ones by number."""
     sign = 1 if MODES[metric] == "min" else -1
-    there = [each for each in outcomes if each.how == "finished" and each.look]
-    return sorted(there, key=lambda each: (sign * getattr(each.look, metric), each.number))
+    finished = [outcome for outcome in outcomes if outcome.status == "finished" and outcome.last]
+    return sorted(finished, key=lambda outcome: (sign * getattr(outcome.last, metric), outcome.number))
 
 
-def rows_of(outcomes: Sequence[Outcome], flags: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a trial: its number, end, own flags and last scores."""
+def table_rows(outcomes: Sequence[Outcome], flags: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row a trial: number, status, own flags and last scores."""
     return [
         {
-            "trial": each.number, "ended": each.how, "step": each.look.step if each.look else 0,
+            "trial": outcome.number, "ended": outcome.status, "step": outcome.last.step if outcome.last else 0,
             **{name: " ".join(value) if isinstance(value, list | tuple) else value for name, value in own.items()},
-            **{name: getattr(each.look, name) if each.look else None for name in SCORES},
-            "sessions": len(each.record.starts), "why": each.why,
+            **{name: getattr(outcome.last, name) if outcome.last else None for name in SCORES},
+            "sessions": len(outcome.record.starts), "why": outcome.reason,
         }
-        for each, own in zip(outcomes, flags, strict=True)
+        for outcome, own in zip(outcomes, flags, strict=True)
     ]  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table; without the columns that say nothing."""
+    """Format the rows as a Markdown table, without empty columns and the number of sessions."""
     names = [name for name in rows[0] if name != "sessions" and (name != "why" or any(row["why"] for row in rows))]
 
     def show(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    lines = [names, ["---"] * len(names), *([show(row[name]) for name in names] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(names, ([show(row[name]) for name in names] for row in rows)) + "\n"
 
 
-def told(flags: dict[str, Any]) -> str:
-    """A trial's own flags in words."""
+def describe_flags(flags: dict[str, Any]) -> str:
+    """Format a trial's own flags in one line."""
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {' '.join(value)}"
         if isinstance(value, list | tuple) else f"{name} {value}"

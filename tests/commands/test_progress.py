@@ -92,7 +92,7 @@ def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
 def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
     """A stopped trial's other steps count as done: nobody waits for them."""
     base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
-    found = tuning._prepared(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    found = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
     tuning._write_plan(found)
 
     def look(number: int, step: int) -> ValidationResult:

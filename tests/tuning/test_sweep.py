@@ -36,9 +36,9 @@ SPACE = {"alpha": [1.0, 10.0]}
 
 
 def drawn(space, samples=1, seed=0):
-    from fbpc_ray.tuning.search_space import variants
+    from fbpc_ray.tuning.search_space import draw_trials
 
-    return variants(space, samples, seed)
+    return draw_trials(space, samples, seed)
 
 
 def test_the_same_seed_draws_the_same_trials_and_another_seed_others():
@@ -55,10 +55,10 @@ def test_the_same_seed_draws_the_same_trials_and_another_seed_others():
 def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
     from ray import tune
 
-    from fbpc_ray.tuning.search_space import gridded
+    from fbpc_ray.tuning.search_space import with_grid
 
     space = {"lambda_u": lambda own: own["lambda_x"] / 5, "lambda_x": tune.uniform(0.1, 1)}
-    found = drawn(gridded(space, sweep.grid_of(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
+    found = drawn(with_grid(space, sweep.parse_grid(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
     assert Counter((each["start_epoch"], each["augment"]) for each in found) == Counter(
         {(1, "dsa"): 2, (1, "none"): 2, (5, "dsa"): 2, (5, "none"): 2}
     )
@@ -74,7 +74,7 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
     space = default_space(base, 10)
     assert set(space) == {"start_epoch", "gamma", "lambda_x", "lambda_u", "steps", "alpha", "batch_size"}
     for number, own in enumerate(drawn(space, 20)):
-        found = sweep.config_of(base, own, Sweep(), tmp_path, number)
+        found = sweep.trial_config(base, own, Sweep(), tmp_path, number)
         assert {key: found.flat()[key] for key in own} == own
 
 
@@ -88,12 +88,12 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         (["--grid", "data-seed=1,2"], "the same for all trials; give --data-seed"),
         (["--grid", "architectures=convnet"], "must be of type tuple"),
         (["--space", "no_such_module:SPACE"], "--space no_such_module:SPACE fails .*MODULE:NAME"),
-        (["--space", "spaces_of_tests:MISSPELT"], "'alhpa': did you mean alpha"),
+        (["--space", "spaces_of_tests:MISSPELT"], "'alhpa'; did you mean alpha"),
         (["--space", "spaces_of_tests:LIST"], "must be a dict"),
-        (["--validation", "0"], "never on test data"),
-        (["--backend", "serial"], "runs no sweep"),
-        (["--num-trials", "-1"], "--num-trials is -1"),
-        (["--val-chains", "0"], "--val-chains is 0"),
+        (["--validation", "0"], "a sweep selects on the validation split"),
+        (["--backend", "serial"], "must be ray for a sweep, got serial"),
+        (["--num-trials", "-1"], "--num-trials: must be 0 or more, got -1"),
+        (["--val-chains", "0"], "--val-chains: must be 1 or more, got 0"),
         (["--resume", "auto"], "add --out DIR"),
         (["--preset", "nowhere/best.json"], "nowhere/best.json not found"),
     ],
@@ -174,16 +174,16 @@ def test_the_best_is_the_finished_trial_whose_last_look_is_best():
         outcome(3, "failed"),
         outcome(4, "finished", (2.0, 0.1), (1.0, 0.6)),
     ]
-    assert [each.number for each in sweep.best_first(found, "nll")] == [2, 4, 0]
-    assert [each.number for each in sweep.best_first(found, "accuracy")] == [0, 2, 4]
-    assert sweep.best_first(found[1:2], "nll") == []
+    assert [each.number for each in sweep.rank(found, "nll")] == [2, 4, 0]
+    assert [each.number for each in sweep.rank(found, "accuracy")] == [0, 2, 4]
+    assert sweep.rank(found[1:2], "nll") == []
 
 
 def test_looks_have_shorter_chains_with_as_many_samples():
     whole = config.Evaluation(chain_epochs=1000, chain_every=100, num_chains=5)
-    assert sweep.shorter(whole, Sweep()) == replace(whole, chain_epochs=200, chain_every=20, num_chains=1)
-    assert sweep.shorter(whole, Sweep(val_chain_epochs=5000, val_chains=2)) == replace(whole, num_chains=2)
-    assert sweep.shorter(replace(whole, chain_epochs=4, chain_every=4), Sweep()).chain_every == 1
+    assert sweep.val_evaluation(whole, Sweep()) == replace(whole, chain_epochs=200, chain_every=20, num_chains=1)
+    assert sweep.val_evaluation(whole, Sweep(val_chain_epochs=5000, val_chains=2)) == replace(whole, num_chains=2)
+    assert sweep.val_evaluation(replace(whole, chain_epochs=4, chain_every=4), Sweep()).chain_every == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"how": "stopped"}', "[" * 100_000])
@@ -193,7 +193,7 @@ def test_a_damaged_file_of_a_trial_is_one_line(name, text, small, tmp_path):
     folder.mkdir(parents=True)
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=rf"00003/{name} is damaged \(.*: delete") as caught:
-        sweep.outcome(small.updated(out=str(folder)), 3)
+        sweep.read_outcome(small.updated(out=str(folder)), 3)
     assert "\n" not in str(caught.value)
 
 
@@ -202,14 +202,14 @@ def test_losses_are_summed_over_architectures_and_averaged_over_draws():
         {"step": step, "architecture": name, "loss": loss}
         for step, name, loss in [(1, "a", 9.0), (2, "a", 1.0), (2, "a", 3.0), (2, "b", 5.0)]
     ]
-    assert sweep.losses(rows, 1) == [[2, 7.0]]
+    assert sweep.losses_after(rows, 1) == [[2, 7.0]]
 
 
 def task_of(small, digits, folder, *own, **settings):
     """Trials on the experts of the session, as `tuning` would give them out."""
     base = small.updated(steps=4, val_every=2, validation=0.1)
     made = Sweep(**settings)
-    configs = [sweep.config_of(base, each, made, folder, number) for number, each in enumerate(own)]
+    configs = [sweep.trial_config(base, each, made, folder, number) for number, each in enumerate(own)]
     held = digits._replace(validation=digits.test)  # as many images as the experts' data set leaves
     return Task(configs, sweep.without_test_split(held), made)
 
@@ -232,10 +232,10 @@ def test_a_trial_that_was_cut_gives_what_the_whole_one_gives(small, digits, tmp_
     cut = task_of(small, digits, tmp_path / "cut", {"alpha": 5.0})
     with pytest.raises(KeyboardInterrupt):
         one_trial(cut, until=2)
-    assert sweep.outcome(cut.configs[0], 0).how == "open"
+    assert sweep.read_outcome(cut.configs[0], 0).status == "open"
     assert one_trial(cut) == whole[1:]
-    found = sweep.outcome(cut.configs[0], 0)
-    assert (found.how, found.record.starts, found.record.looks) == ("finished", [0, 2], whole)
+    found = sweep.read_outcome(cut.configs[0], 0)
+    assert (found.status, found.record.starts, found.record.validations) == ("finished", [0, 2], whole)
     rows = pq.read_table(Path(cut.configs[0].output.out) / "metrics.parquet").to_pylist()
     assert Counter(row["step"] for row in rows) == {1: 2, 2: 2, 3: 2, 4: 2}
     assert one_trial(cut) == []  # a finished one does nothing
@@ -248,7 +248,7 @@ def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
         one_trial(task, until=2)
     folder = Path(task.configs[0].output.out)
     record = sweep.read_record(folder)
-    expected = record.looks.pop()
+    expected = record.validations.pop()
     sweep.write_record(folder, record)
     assert one_trial(task)[0] == expected
 
@@ -256,15 +256,15 @@ def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
 def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, digits, tmp_path):
     task = task_of(small, digits, tmp_path, {"alpha": 1e30})
     one_trial(task)
-    found = sweep.outcome(task.configs[0], 0)
-    assert found.how == "failed"
-    assert "lower --alpha" in found.why
+    found = sweep.read_outcome(task.configs[0], 0)
+    assert found.status == "failed"
+    assert "lower --alpha" in found.reason
 
 
 def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_path):
     task = task_of(small, digits, tmp_path, {"method": "random"})
     assert [look.step for look in one_trial(task)] == [0]
-    assert sweep.outcome(task.configs[0], 0).how == "finished"
+    assert sweep.read_outcome(task.configs[0], 0).status == "finished"
 
 
 def test_trials_of_different_expert_recipes_that_begin_together_all_finish(small, digits, tmp_path):
@@ -276,12 +276,12 @@ def test_trials_of_different_expert_recipes_that_begin_together_all_finish(small
 
     class Overtaken(Serial):
         def map(self, function, shared, items):
-            if not sweep.outcome(task.configs[1], 1).look:
+            if not sweep.read_outcome(task.configs[1], 1).last:
                 one_trial(task, 1)
             return super().map(function, shared, items)
 
     sweep.run_trial(task, 0, Overtaken("cpu", Interruption()), lambda look: None, print)
-    assert [sweep.outcome(config, number).how for number, config in enumerate(task.configs)] == ["finished"] * 2
+    assert [sweep.read_outcome(config, number).status for number, config in enumerate(task.configs)] == ["finished"] * 2
 
 
 def test_what_trials_get_holds_no_test_image(digits, tmp_path):
@@ -289,7 +289,7 @@ def test_what_trials_get_holds_no_test_image(digits, tmp_path):
     base = preset("digits").updated(validation=0.1)
     dataset = session.load_data(base, print)
     wanted = dataset.test.images[7].tobytes()
-    own = [sweep.config_of(base, {}, Sweep(), tmp_path, 0)]
+    own = [sweep.trial_config(base, {}, Sweep(), tmp_path, 0)]
     assert wanted in pickle.dumps(dataset)
     sent = pickle.dumps(tuning.task_of(own, dataset, Sweep()))
     assert wanted not in sent
@@ -303,7 +303,7 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
 
     task = task_of(small, digits, tmp_path, *[{}] * 4)
     past = [outcome(n, "finished", (float(n), 0.5)) for n in range(3)]
-    past = [each._replace(record=Record([0], [each.record.looks[0]._replace(step=2)])) for each in past]
+    past = [each._replace(record=Record([0], [each.record.validations[0]._replace(step=2)])) for each in past]
     trial = SimpleNamespace(trial_id="x", config={"number": 3})
     for known, nll, decision in ((past, 0.9, "CONTINUE"), (past, 1.1, "STOP"), ([], 1.1, "CONTINUE")):
         asha = on_ray._scheduler(task, [*known, outcome(3, "open")])
