@@ -128,7 +128,7 @@ def _log_result(
 ) -> None:
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
-    tracker.log_metrics(results.metrics(scored.scores, split), int(step) if step.isdecimal() else 0)
+    tracker.log_metrics(scored.metrics(split), int(step) if step.isdecimal() else 0)
     tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in paths:
         tracker.log_artifact(path)

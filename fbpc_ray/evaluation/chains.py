@@ -18,6 +18,7 @@ from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation.diagnostics import traces_of
 from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
@@ -76,6 +77,8 @@ class ChainResult(NamedTuple):
     """Of the images of `EvaluationContext.ood`."""
     samples: list[Params] | None = None
     """On the CPU, if `Chain.keep_samples`."""
+    traces: np.ndarray | None = None
+    """(S, 1 + k) of `diagnostics.traces_of`: what each sample predicts."""
 
 
 def posterior_samples(
@@ -217,6 +220,7 @@ def chain_result(
         in_distribution,
         out_of_distribution,
         [{name: value.cpu() for name, value in params.items()} for params in samples] if chain.keep_samples else None,
+        traces_of(scored.losses.numpy()),
     )
 
 

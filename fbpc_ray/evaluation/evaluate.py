@@ -3,6 +3,8 @@
 from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log, progress
@@ -10,6 +12,7 @@ from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.evaluation import diagnostics
 from fbpc_ray.evaluation.chains import (
     Chain,
     ChainResult,
@@ -20,8 +23,9 @@ from fbpc_ray.evaluation.chains import (
     values,
     without_impossible_compilation,
 )
+from fbpc_ray.evaluation.diagnostics import Mixing, mixing
 from fbpc_ray.evaluation.last_layer import RUNNERS
-from fbpc_ray.evaluation.results import ChainScore, to_json
+from fbpc_ray.evaluation.results import ChainScore, metrics, to_json
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.models.functional import Spec
@@ -41,14 +45,25 @@ class EvaluationResult(NamedTuple):
     samples: dict[tuple[str, str], list[Params]]
     """Posterior samples of the first chain, for the coreset that `evaluate` was asked to keep."""
 
+    mixing: list[Mixing]
+    """By coreset and architecture; empty where samples are too few, or are no chain's."""
+
+    def metrics(self, split: str = "test") -> dict[str, float]:
+        """Return scores and diagnostics as flat metrics."""
+        prefix = "test" if split == "test" else "val"
+        return metrics(self.scores, split) | diagnostics.metrics(self.mixing, prefix)
+
     def to_json(self) -> dict[str, Any]:
         """Return the keys of result.json that hold scores."""
-        return {"coresets": to_json(self.scores, self.quantities)}
+        return {
+            "coresets": to_json(self.scores, self.quantities), "mixing": diagnostics.to_json(self.mixing)
+        }  # fmt: skip
 
 
 def collect(chains: Sequence[Chain], results: Sequence[ChainResult], quantities: tuple[str, ...]) -> EvaluationResult:
     """Collect the results of chains, in the order of `chains`."""
-    evaluation = EvaluationResult([], quantities, {}, {}, {})
+    evaluation = EvaluationResult([], quantities, {}, {}, {}, [])
+    traces: dict[tuple[str, str], list[np.ndarray]] = {}
     for chain, result in zip(chains, results, strict=True):
         key = chain.coreset, chain.spec.architecture
         evaluation.scores.append(ChainScore(*key, chain.seed, values(result) or None))
@@ -58,6 +73,9 @@ def collect(chains: Sequence[Chain], results: Sequence[ChainResult], quantities:
             evaluation.uncertainty[key] = result.in_distribution, result.out_of_distribution
         if result.samples is not None:
             evaluation.samples[key] = result.samples
+        if result.traces is not None:
+            traces.setdefault(key, []).append(result.traces)
+    evaluation.mixing.extend(one for key, of_chains in traces.items() if (one := mixing(*key, of_chains)))
     return evaluation
 
 
@@ -101,7 +119,12 @@ def evaluate(
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
                 flags = "--chain-eta, or use --chain-noise consistent" if run is run_chain else "--net-lr"
                 log(f"warning: a chain diverged ({which}): lower {flags}")
-    return collect(chains, [results[index] for index in range(len(chains))], quantities(context))
+    evaluation = collect(chains, [results[index] for index in range(len(chains))], quantities(context))
+    if run is not run_chain:
+        return evaluation._replace(mixing=[])
+    if line := diagnostics.describe(evaluation.mixing):
+        log(line)
+    return evaluation
 
 
 def describe_evaluation(coresets: Sized, specs: Sized, split: str, settings: Evaluation) -> str:

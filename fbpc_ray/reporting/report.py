@@ -23,6 +23,7 @@ from fbpc_ray.reporting.score_blocks import (
     curve_charts,
     describe_scoring,
     mean_table,
+    mixing_blocks,
     series_of,
     value_table,
 )
@@ -67,9 +68,9 @@ def document(ended: Sequence[EndedRun]) -> tuple[str, list[Block]]:
     ]
     for number, each in enumerate(ended, 1):
         if several:
-            blocks += [Heading(each.name), Facts(facts_of(each))]
+            blocks += [Heading(each.name), Facts(facts_of(each)), *mixing_blocks(each.mixing)]
         else:
-            blocks.append(Heading("Pictures"))
+            blocks += [*mixing_blocks(each.mixing), Heading("Pictures")]
         blocks += [*run_pictures(each, f"{number:02d}"), *_later(each, f"{number:02d}"), *how_to_repeat(each)]
     blocks += [Heading("Every value"), Text("One line for each chain, by its seed."), value_table(series)]
     return title, [*blocks, *how_to_use(ended), *provenance(ended)]
@@ -82,7 +83,7 @@ def _later(ended: EndedRun, number: str) -> list[Block]:
         series = series_of(each.scores)
         ood = f"; AUROC (higher is better): how well its uncertainty tells {each.ood}" if each.ood else ""
         blocks += [Heading(f"Evaluated later: {each.name}", 3), Text(f"On the {each.split} split{ood}.")]
-        blocks += [mean_table(series), value_table(series)]
+        blocks += [mean_table(series), *mixing_blocks(each.mixing), value_table(series)]
         for position, (kind, png) in enumerate(each.pictures, 1):
             blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", kind.replace(".", ", ")))
     return blocks

@@ -75,9 +75,7 @@ def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
     """Log scores, description and files to MLflow."""
     session, run, tracker = live.session, live.run, live.tracker
     means = results.mean_scores(results.select(scored.scores, session.config.distillation.method))
-    tracker.log_metrics(
-        {f"test/{name}": value for name, value in means.items()} | results.metrics(scored.scores), state.step
-    )
+    tracker.log_metrics({f"test/{name}": value for name, value in means.items()} | scored.metrics(), state.step)
     tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in (
         run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,

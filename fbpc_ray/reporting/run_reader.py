@@ -13,6 +13,8 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation import diagnostics
+from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, ChainScore, from_json, is_of_step
 from fbpc_ray.reporting.document import is_png
 
@@ -24,6 +26,7 @@ class LaterEvaluation(NamedTuple):
     split: str
     ood: str
     scores: list[ChainScore]
+    mixing: list[Mixing]
     pictures: list[tuple[str, bytes]]
 
 
@@ -40,6 +43,8 @@ class EndedRun(NamedTuple):
     rows: list[dict[str, Any]]
     """Of metrics.parquet."""
     later: list[LaterEvaluation]
+    mixing: list[Mixing]
+    """How well the chains have mixed; empty in runs of earlier code."""
 
     @property
     def method(self) -> str:
@@ -61,18 +66,26 @@ def read(folder: Place, label: str) -> EndedRun:
     words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
     if result is None:
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
-    scores = _checked(result, str(run.result_path))
+    scores, mixing = _checked(result, str(run.result_path))
     its, step = coreset.load(run.coreset_path), coreset.metadata(run.coreset_path).get("step")
     if not is_of_step(result, step):
         why = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
     return EndedRun(
-        label, run, config, result, scores, its, _rows(run.metrics_path), _read_later(folder / "evaluations")
+        label,
+        run,
+        config,
+        result,
+        scores,
+        its,
+        _rows(run.metrics_path),
+        _read_later(folder / "evaluations"),
+        mixing,
     )
 
 
-def _checked(result: dict[str, Any], source: str) -> list[ChainScore]:
-    """Return the scores of a result. Raises UserError where they, or what the report shows of the rest, are missing."""
+def _checked(result: dict[str, Any], source: str) -> tuple[list[ChainScore], list[Mixing]]:
+    """Return scores and diagnostics. Raises UserError where the report misses something that it shows."""
     try:
         for name in ("data", "split", "device", "commit"):
             if not isinstance(result[name], str):
@@ -86,9 +99,10 @@ def _checked(result: dict[str, Any], source: str) -> list[ChainScore]:
         scores = from_json(result["coresets"])
         if not scores:
             raise ValueError("scores are missing")
+        mixing = diagnostics.from_json(result.get("mixing", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} is not the result of a run ({error!r:.80}): restore it") from None
-    return scores
+    return scores, mixing
 
 
 def _read_later(folder: Place) -> list[LaterEvaluation]:
@@ -102,8 +116,9 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
             (each for each in folder.glob("*.png") if each.name.startswith(f"{stem}.")), key=lambda p: p.name
         )
         pictures = [(each.name[len(stem) + 1 : -4], image(each)) for each in beside]
-        scores = _checked(result, str(path))
-        evaluations.append(LaterEvaluation(path.name, result["split"], str(result.get("ood", "")), scores, pictures))
+        scores, mixing = _checked(result, str(path))
+        ood = str(result.get("ood", ""))
+        evaluations.append(LaterEvaluation(path.name, result["split"], ood, scores, mixing, pictures))
     return evaluations
 
 

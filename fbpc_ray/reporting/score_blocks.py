@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from fbpc_ray.core.config import Evaluation
+from fbpc_ray.evaluation.diagnostics import MIXED, Mixing
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, QUANTITIES, ChainScore, finite, select, unique, values_of
 from fbpc_ray.reporting import charts
-from fbpc_ray.reporting.document import Block, Picture, Table
+from fbpc_ray.reporting.document import Block, Picture, Table, Text
 from fbpc_ray.reporting.run_pictures import png_of
 from fbpc_ray.reporting.run_reader import EndedRun
 
@@ -88,6 +89,23 @@ def mean_table(series: Sequence[Series]) -> Table:
             if chains := one.of(architecture):
                 lines.append([architecture, one.name, *(_mean(chains, name) for name in quantities)])
     return Table(lines)
+
+
+def mixing_blocks(mixing: Sequence[Mixing]) -> list[Block]:
+    """Tabulate split R-hat and effective sample size of what the chains predict; nothing where none is known."""
+    if not mixing:
+        return []
+    lines = [["network", "coreset", "R-hat, NLL", "R-hat, image", "ESS, NLL", "ESS, image", "samples"]]
+    lines += [
+        [one.architecture, one.coreset, f"{one.rhat_nll:.2f}", f"{one.rhat_images:.2f}", f"{one.ess_nll:.0f}",
+         f"{one.ess_images:.0f}", str(one.samples)]
+        for one in mixing
+    ]  # fmt: skip
+    text = (
+        f"Split R-hat and effective sample size of what samples predict: above {MIXED:g} chains have not mixed: "
+        "longer or other chains would score otherwise."
+    )
+    return [Text(text), Table(lines)]
 
 
 def _mean(chains: Sequence[ChainScore], quantity: str) -> str:
