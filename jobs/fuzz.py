@@ -1,0 +1,56 @@
+"""Damage files at random and count what their readers make of them.
+
+    python jobs/fuzz.py --count 5000 --json benchmarks/results/fuzz.json
+
+Each reader gets --count files with flipped bits, cuts, and inserted, repeated and overwritten bytes. A file is refused
+in one line, or gives the right value; of formats without a checksum (a user's own data) another value is counted as
+changed. Leaves with 1 where one gave a wrong value, a traceback, took more than 10 s or more than 1 GB.
+"""
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support.fuzz import Counts, all_readers, fuzz, write_report
+
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import parse
+from fbpc_ray.core.provenance import capture
+from fbpc_ray.execution.serial import device_name
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Damage files at random and count what their readers make of them."""
+
+    count: int = 200
+    """Damaged files of each reader."""
+    seed: int = 0
+    """Of the damage."""
+    only: str = ""
+    """Only readers whose name contains this."""
+    json: str = ""
+    """Also write the counts to this file."""
+
+
+def run(argv: Sequence[str]) -> None:
+    args = parse(Arguments, argv, "jobs/fuzz.py", about=__doc__)
+    counts: dict[str, Counts] = {}
+    with tempfile.TemporaryDirectory(prefix="fbpc-fuzz-") as folder, warnings.catch_warnings(action="ignore"):
+        for reader in all_readers(Path(folder)):
+            if args.only in reader.name:
+                counts[reader.name] = fuzz(reader, args.count, args.seed)
+                print(json.dumps({reader.name: counts[reader.name].as_json()}), flush=True)
+    if args.json:
+        write_report(Path(args.json).absolute(), args.seed, counts, capture(device_name("cpu"))._asdict())
+    if any(each.faults for each in counts.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main.run(run, sys.argv[1:])
