@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from fbpc_ray.core import files
 from fbpc_ray.core.storage import Place
+from fbpc_ray.reporting.image_grids import drawable
 
 DPI = 150
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
@@ -350,19 +351,19 @@ def _tidy(axes: Axes) -> None:
 
 def _wrapped(text: str, width: int) -> str:
     """One line of at most `width` characters."""
-    line = " ".join(text.split())
+    line = drawable(" ".join(text.split()))
     return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
 
 
 def _broken(text: str, figure: Figure) -> str:
     """At most two lines as wide as the figure, broken at spaces."""
     width = int(figure.get_figwidth() / 0.095)
-    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder=" …"))
+    return "\n".join(textwrap.wrap(drawable(text), width, max_lines=2, placeholder=" …"))
 
 
 def _ending(text: str, width: int) -> str:
     """The last `width` characters of one line: what tells paths apart."""
-    line = " ".join(text.split())
+    line = drawable(" ".join(text.split()))
     return line if len(line) <= width else f"…{line[1 - width :]}"
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ft2font import FT2Font
 
 from fbpc_ray.core import files
 from fbpc_ray.core.storage import Place
@@ -212,9 +213,24 @@ def _text_width(text: str, size: float) -> int:
     return math.ceil(_renderer().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
 
 
+def drawable(text: str) -> str:
+    """Escape the characters that the font of the pictures lacks, such as CJK and emoji."""
+    font = _font()
+
+    def shown(char: str) -> bool:
+        return char.isspace() or bool(font.get_char_index(ord(char)))
+
+    return "".join(char if shown(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+@functools.cache
+def _font() -> FT2Font:
+    return get_font(findfont(FontProperties()))
+
+
 def _fit(name: str, width: int) -> str:
     """Return the first of comma-separated names (as WordNet has them), cut to `width` pixels."""
-    name = " ".join(name.split(",")[0].split())
+    name = drawable(" ".join(name.split(",")[0].split()))
     if _text_width(name, NAME) <= width:
         return name
     fitting = bisect.bisect_right(range(len(name)), width, key=lambda end: _text_width(f"{name[:end]}…", NAME)) - 1

@@ -1,6 +1,7 @@
 """The pictures are looked at pixel by pixel: every image where it belongs, sharp, and nothing else in its place."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,12 @@ def test_images_over_time_are_a_row_each_and_a_column_a_step(tmp_path: Path, cha
     image_grids.coreset_over_time({0: every[0]}, names, path)
     with pytest.raises(ValueError, match="uint8"):
         image_grids.coreset_over_time({0: every[0].astype(np.float32)}, names, path)
+
+
+def test_names_that_the_font_lacks_are_escaped_without_a_warning(tmp_path):
+    """CJK and emoji: a picture with the code of each character, not boxes that all look alike."""
+    assert image_grids.drawable("café 日💡") == "café \\u65e5\\U0001f4a1"
+    with warnings.catch_warnings(action="error"):
+        names = tuple(image_grids._fit(name, 400) for name in ("日本語", "💡", "naïve"))
+        image_grids._png(np.zeros((64, 400, 3), np.uint8), [(0, 20, name, 10, "left", "top") for name in names])
+    assert names == ("\\u65e5\\u672c\\u8a9e", "\\U0001f4a1", "naïve")
