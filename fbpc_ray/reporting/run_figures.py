@@ -63,7 +63,9 @@ def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
             if (points := _points(rows, name, column, 100.0 if title == SCORE else 1.0))
         ]
         if lines:
-            shown = unit if unit != NATS or method.startswith("fbpc") else ""  # of weights: in units of their own
+            shown = (
+                unit if unit != NATS or method.startswith(("fbpc", "vbpc")) else ""
+            )  # of weights: in units of their own
             courses.append(charts.Course(title, shown, lines, title == MAP))
     if not courses:
         return 0

@@ -8,14 +8,18 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from fbpc_ray.core.config import Config
+from fbpc_ray.distillation import network_pool
 
 DIGITS = 4
 """Significant digits of a drawn number, so that the number in the files is the one that ran."""
 
 
 def default_space(config: Config, classes: int) -> dict[str, Any]:
-    """Return the search space of Table 4's hyperparameters around the values of `config`."""
+    """Return the search space of Table 4's hyperparameters, or of vbpc's, around the values of `config`."""
     d, last = config.distillation, config.experts.expert_epochs
+    if d.method in network_pool.METHODS:
+        rates = ("image_lr", "label_lr", "label_scale", "ridge")
+        return {name: tune.loguniform(value / 4, value * 4) for name in rates if (value := getattr(d, name))}
     m = d.ipc * classes
     return {
         "start_epoch": tune.choice(sorted({max(1, d.start_epoch // 2), d.start_epoch, min(2 * d.start_epoch, last)})),

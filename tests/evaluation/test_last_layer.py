@@ -6,7 +6,9 @@ import pytest
 import torch
 from support.chains import context_of
 
-from fbpc_ray.core.config import Evaluation
+from fbpc_ray import api
+from fbpc_ray.core.config import Config, Evaluation
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.coreset import Coreset, balanced
@@ -131,6 +133,18 @@ def test_every_inference_scores_every_seed_and_beats_chance(digits, coreset, sma
         assert [score.seed for score in result.scores] == [0, 1]
         assert len(set(accuracies)) == 2
         assert all(value is not None and value > 0.4 for value in accuracies)
+
+
+def test_from_python_the_scores_are_those_of_the_evaluation(digits, coreset):
+    settings = {"inference": "last-layer", "net_steps": 5, "width": 8, "num_chains": 2}
+    found = api.evaluate(coreset, digits, ["convnet-in", "convnet-bn"], **settings)
+    config = Config().updated(architectures=("convnet-in", "convnet-bn"), **settings)
+    specs = [spec_of(digits, name) for name in ("convnet-in", "convnet-bn")]
+    result = evaluate({"coreset": coreset}, specs, digits, "test", config, Serial("cpu", Interruption()), print)
+    assert found == result.to_json()["coresets"]["coreset"]
+    assert len(found["convnet-bn"]["ece"]) == 2
+    with pytest.raises(UserError, match="evaluate has no setting 'steps'"):
+        api.evaluate(coreset, digits, steps=3)
 
 
 def test_a_network_that_diverges_scores_nothing_and_is_logged(digits, coreset, small):

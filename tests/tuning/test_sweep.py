@@ -78,6 +78,20 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         assert {key: found.flat()[key] for key in own} == own
 
 
+def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
+    from fbpc_ray.core.presets import with_method
+    from fbpc_ray.tuning.search_space import default_space
+
+    base = with_method(preset("cifar10-ipc1").updated(validation=0.1), "vbpc", 1)
+    names = {"image_lr", "label_lr", "label_scale", "ridge"}
+    assert set(default_space(base.updated(label_lr=0.0), 10)) == names - {"label_lr"}
+    space = default_space(base, 10)
+    assert set(space) == names
+    for number, own in enumerate(drawn(space, 20)):
+        sweep.trial_config(base, own, Sweep(), tmp_path, number)
+        assert 0.025 <= own["image_lr"] <= 0.4
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
