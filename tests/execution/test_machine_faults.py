@@ -130,8 +130,8 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
 
 
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, whole, tmp_path, ray_folder, name):
-    """kill -9 of one of the two processes that Ray consists of: the driver ends with a line, and goes on to the bit."""
+def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, tmp_path, ray_folder, name):
+    """kill -9 of one of the two processes that Ray consists of. For the driver it is as kill -9: tests/faults/."""
     driver = Driver(tmp_path, flags(config, address="local"), RAY_TMPDIR=ray_folder)
     processes: dict[int, str] = {}
     try:
@@ -143,8 +143,6 @@ def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, whole, tmp_path, 
         assert f"error: Ray's process {name} ended" in text
         assert "Traceback" not in text
         assert soon(lambda: not any(map(alive, processes)), 10)
-        distil("--out", str(driver.run.folder), "--resume", "--backend", "serial")
-        assert torch.equal(images_of(driver.run.folder), images_of(whole))
     finally:
         stop(driver.process)
         for pid in processes:
