@@ -1,6 +1,7 @@
 """`fbpc distill`: experts, distillation, evaluation, files, MLflow."""
 
 import shlex
+import statistics
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -132,13 +133,14 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
     validator = Validator(live)
     _show_images(live, state)
     if not state.step:
-        validator.validate(state)
+        columns = validator.validate(state)
+        rows += [{"step": 0, "architecture": name, "draw": 0, **values} for name, values in columns.items()]
     start = time.perf_counter()
     checkpointer = Checkpointer(live.run, state, rows, d, on_checkpoint=lambda saved: _show_images(live, saved))
     with progress("distil", d.steps, "step", state.step) as bar:
 
         def track(step: Step) -> None:
-            tracker.log_metrics(step.metrics(), step.state.step)
+            tracker.log_metrics(run_logging.step_metrics(step.metrics()), step.state.step)
 
         def show_progress(step: Step) -> None:
             bar.set_postfix(loss=f"{step.metrics()['loss']:.3f}", refresh=False)
@@ -190,6 +192,6 @@ def _solver_summary(rows: list[Row]) -> str:
     endings = results.map_endings(rows)
     if not endings:
         return ""
-    steps = sum(row["map_steps"] for row in rows) / len(rows)
+    steps = statistics.fmean(row["map_steps"] for row in rows if row.get("map_ending"))
     counts = ", ".join(f"{count} {ending}" for ending, count in endings.items())
     return f"; MAP solves: {counts}, {steps:.0f} steps on average"

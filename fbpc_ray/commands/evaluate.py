@@ -25,6 +25,7 @@ from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting import charts
 from fbpc_ray.reporting.run_outputs import draw_reliability
 from fbpc_ray.tracking import model_export, run_logging
+from fbpc_ray.tracking.protocol import Tracker
 
 
 class Options(NamedTuple):
@@ -112,7 +113,8 @@ def _next_path(run: RunDirectory, split: str, specs: list[Spec]) -> Place:
 def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, dataset: Dataset, ood: str) -> list[Place]:
     """Write the result with its pictures beside it; return their paths."""
     files.write_checked_json(path, result)
-    draw_reliability(scored, path.with_suffix(".reliability.png"))
+    images = len(getattr(dataset, result["split"]).labels)
+    draw_reliability(scored, path.with_suffix(".reliability.png"), images)
     written = [path, path.with_suffix(".reliability.png")]
     for (name, architecture), (inside, outside) in scored.uncertainty.items():
         written.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
@@ -124,11 +126,12 @@ def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, datase
 
 
 def _log_result(
-    run: RunDirectory, session: Session, scored: EvaluationResult, split: str, tracker: Any, paths: list[Place]
+    run: RunDirectory, session: Session, scored: EvaluationResult, split: str, tracker: Tracker, paths: list[Place]
 ) -> None:
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
-    tracker.log_metrics(scored.metrics(split), int(step) if step.isdecimal() else 0)
+    metrics = run_logging.score_metrics(scored, session.config.distillation.method, split)
+    tracker.log_metrics(metrics, int(step) if step.isdecimal() else 0)
     tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in paths:
         tracker.log_artifact(path)

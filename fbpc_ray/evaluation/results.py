@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import RENAMED, Config
@@ -131,15 +131,15 @@ def mean_scores(scores: Sequence[ChainScore]) -> dict[str, float]:
     return {name: statistics.fmean(values_of(scores, name)) for name in MAIN_QUANTITIES}
 
 
-def table(scores: Sequence[ChainScore]) -> str:
-    """Format mean +- standard deviation over seeds as a text table, with the AUROC of OOD data where there is one."""
+def table(scores: Sequence[ChainScore], format_table: Callable[[list[str], list[list[str]]], str] = text_table) -> str:
+    """Format mean +- standard deviation over seeds as a table, with the AUROC of OOD data where there is one."""
     names = [*MAIN_QUANTITIES, *(name for name in OOD_QUANTITIES if values_of(scores, name))]
     rows = []
     for architecture in unique(score.architecture for score in scores):
         for coreset in unique(score.coreset for score in scores):
             if chains := select(scores, coreset, architecture):
                 rows.append([architecture, coreset, *(_cell(values_of(chains, name), name) for name in names)])
-    return text_table(["architecture", "coreset", *(QUANTITIES[name].label for name in names)], rows)
+    return format_table(["architecture", "coreset", *(QUANTITIES[name].label for name in names)], rows)
 
 
 def _cell(values: Sequence[float], name: str) -> str:
@@ -179,7 +179,7 @@ def result_of(
         threads: CPU threads of a gradient.
     """
     d = config.distillation
-    durations = {row["step"]: row["seconds_step"] for row in rows}
+    durations = {row["step"]: row["seconds_step"] for row in rows if row["step"]}  # step 0 is a validation alone
     return {
         "method": d.method, "data": dataset.name, "ipc": d.ipc, "architectures": list(config.networks.architectures),
         "steps": max(durations, default=0), "seed": d.seed, "width": config.networks.width,
@@ -202,4 +202,4 @@ def is_of_step(result: dict[str, Any], step: str | None) -> bool:
 
 def map_endings(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Count the statuses of the MAP solves; empty for methods that have no solves."""
-    return dict(sorted(Counter(row["map_ending"] for row in rows if "map_ending" in row).items()))
+    return dict(sorted(Counter(row["map_ending"] for row in rows if row.get("map_ending")).items()))

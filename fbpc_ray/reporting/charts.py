@@ -43,11 +43,12 @@ class Bins(Protocol):
     def bin_confidence(self) -> np.typing.ArrayLike: ...
 
 
-def reliability(stats: Mapping[str, Bins], path: Place, title: str = "") -> None:
+def reliability(stats: Mapping[str, Bins], path: Place, title: str = "", images: int = 0) -> None:
     """Write a PNG, whole or not at all: accuracy against confidence, one panel for each label of `stats`.
 
     A bar is the accuracy of a bin, the dot its mean confidence: the line between the two is what the model is wrong
-    about itself, and the mean of its length by count is the ECE in the title. Below, the number of images by bin.
+    about itself, and the mean of its length by count is the ECE in the title. Below, the number of images by bin:
+    `images` images were scored by each of several chains, whose mean is drawn; 0: once.
     Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
     """
     if not stats:
@@ -61,7 +62,9 @@ def reliability(stats: Mapping[str, Bins], path: Place, title: str = "") -> None
     most = 0.0
     for index, (label, its) in enumerate(stats.items()):
         row, column = divmod(index, columns)
-        most = max(most, _panel(grid[2 * row, column], grid[2 * row + 1, column], label, its, first=column == 0))
+        most = max(
+            most, _panel(grid[2 * row, column], grid[2 * row + 1, column], label, its, images, first=column == 0)
+        )
     for index in range(len(stats), rows * columns):
         row, column = divmod(index, columns)
         grid[2 * row, column].remove()
@@ -304,7 +307,7 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": LINES[index % len(LINES)], "linestyle": ("-", ":", "-.")[index // len(LINES) % 3]}
 
 
-def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, first: bool) -> float:
+def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, images: int, first: bool) -> float:
     """Draw one coreset; the largest number of images in a bin."""
     count, correct, confidence = (
         np.asarray(each, np.float64) for each in (stats.bin_count, stats.bin_correct, stats.bin_confidence)
@@ -326,10 +329,13 @@ def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, first: bool) -> fl
     upper.set_title(heading, fontsize=TITLE, parse_math=False)
 
     upper.tick_params(labelbottom=False)
+    chains = round(total / images) if images else 1
+    count = count / chains
     lower.bar(centres, count[full], width, color=GREY, alpha=0.6, edgecolor="white", linewidth=0.6)
     lower.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6))
     lower.locator_params(axis="y", nbins=3, integer=True)
-    lower.set_xlabel(f"confidence (n = {int(total):,})", fontsize=LABEL)
+    over = f", mean of {chains} chains" if chains > 1 else ""
+    lower.set_xlabel(f"confidence (n = {round(total / chains):,} images{over})", fontsize=LABEL)
     if first:
         upper.set_ylabel("accuracy", fontsize=LABEL)
         lower.set_ylabel("images", fontsize=LABEL)

@@ -17,6 +17,7 @@ from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation, 
 from fbpc_ray.execution.session import Session, cpu_threads
 from fbpc_ray.reporting import charts, image_grids, run_figures
 from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking.protocol import Tracker
 
 
 class LiveRun(NamedTuple):
@@ -26,7 +27,7 @@ class LiveRun(NamedTuple):
     run: RunDirectory
     workers: Backend
     provenance: Provenance
-    tracker: Any
+    tracker: Tracker
 
 
 def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]
     _draw_pictures(live, state, rows)
     log(describe_evaluation(coresets, session.specs, "test", session.config.evaluation))
     scored = evaluate(coresets, session.specs, session.dataset, "test", session.config, live.workers, log)
-    draw_reliability(scored, run.reliability_path)
+    draw_reliability(scored, run.reliability_path, len(session.dataset.test.labels))
     result = results.result_of(
         session.config, session.dataset, rows, scored.to_json(), "test", live.provenance, cpu_threads(session.config)
     )
@@ -74,8 +75,8 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
 def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
     """Log scores, description and files to MLflow."""
     session, run, tracker = live.session, live.run, live.tracker
-    means = results.mean_scores(results.select(scored.scores, session.config.distillation.method))
-    tracker.log_metrics({f"test/{name}": value for name, value in means.items()} | scored.metrics(), state.step)
+    method = session.config.distillation.method
+    tracker.log_metrics(run_logging.score_metrics(scored, method), state.step)
     tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in (
         run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
@@ -85,10 +86,11 @@ def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
             tracker.log_artifact(path)
 
 
-def draw_reliability(scored: EvaluationResult, path: Any) -> None:
-    """Draw confidence against accuracy of every coreset and architecture, all chains together."""
+def draw_reliability(scored: EvaluationResult, path: Any, images: int) -> None:
+    """Draw confidence against accuracy of every coreset and architecture on `images`, all chains together."""
     if scored.stats:
-        charts.reliability({f"{name} on {network}": stats for (name, network), stats in scored.stats.items()}, path)
+        panels = {f"{name} on {network}": stats for (name, network), stats in scored.stats.items()}
+        charts.reliability(panels, path, images=images)
 
 
 def pixels_of(state: State, dataset: Dataset) -> np.ndarray:

@@ -14,9 +14,11 @@ from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import Place
+from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation.evaluate import EvaluationResult
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution.session import Log
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
@@ -69,8 +71,30 @@ def provenance_tags(provenance: Provenance) -> dict[str, str]:
 def description_tag(config: Config, data: str, scores: Sequence[ChainScore]) -> dict[str, str]:
     """Return the tag that MLflow shows as a run's description: method and data, and the table of scores."""
     d = config.distillation
-    text = f"{d.method} on {data}, {d.ipc} a class; accuracy and the rest as mean +- standard deviation over chains"
-    return {"mlflow.note.content": f"{text}:\n\n```\n{results.table(scores)}\n```"}
+    text = f"{d.method} on {data}, {d.ipc} a class; mean +- standard deviation over chains"
+    return {"mlflow.note.content": f"{text}:\n\n{results.table(scores, markdown_table)}"}
+
+
+LEADING = ("accuracy", "nll", "ece")
+"""Scores that a run shows first."""
+
+
+def step_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's metrics under MLflow's names: `loss`, and the internals under `debug/`."""
+    return {name if name == "loss" else f"debug/{name}": value for name, value in metrics.items()}
+
+
+def score_metrics(scored: EvaluationResult, method: str, split: str = "test") -> dict[str, float]:
+    """Return scores under MLflow's names: the coreset's means over networks and chains as test/accuracy, test/nll and
+    test/ece (val/... of the validation split), and all means over chains under `debug/`.
+
+    `accuracy` is test/accuracy again: MLflow's page that compares runs opens with the first name of the alphabet.
+    """
+    means = results.mean_scores(results.select(scored.scores, method))
+    prefix = "test" if split == "test" else "val"
+    leading = {f"{prefix}/{name}": means[name] for name in LEADING if name in means}
+    first = {"accuracy": means["accuracy"]} if means and split == "test" else {}
+    return {**first, **leading, **{f"debug/{name}": value for name, value in scored.metrics(split).items()}}
 
 
 @contextmanager

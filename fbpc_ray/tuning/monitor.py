@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config, Sweep
@@ -16,7 +17,8 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution.session import num_steps
 from fbpc_ray.reporting import image_grids
-from fbpc_ray.tracking.run_logging import NullTracker, mlflow_module, provenance_tags, run_params, run_tags
+from fbpc_ray.tracking.protocol import NullTracker, Tracker
+from fbpc_ray.tracking.run_logging import mlflow_module, provenance_tags, run_params, run_tags
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
@@ -53,11 +55,11 @@ class OpenSweep(NamedTuple):
 class SweepMonitor:
     """Follows the trials: logs lines, writes the files of ended trials, and reports to MLflow."""
 
-    def __init__(self, sweep: OpenSweep, parent: Any, tracking: Any):
+    def __init__(self, sweep: OpenSweep, parent: Tracker, tracking: ModuleType | None):
         self.parent = parent
         self.outcomes = sweep.outcomes()
         self._sweep, self._tracking = sweep, tracking
-        self._children: dict[int, Any] = {}
+        self._children: dict[int, Tracker] = {}
         self._page = ""
         self._steps = {outcome.number: outcome.last.step if outcome.last else 0 for outcome in self.outcomes}
         self._bar: Any = None
@@ -154,9 +156,10 @@ class SweepMonitor:
 
     def _runs(self) -> dict[str, Any]:
         sweep = self._sweep
+        assert self._tracking is not None
         return self._tracking.find_runs(self.parent.uri, sweep.base.output.experiment, "sweep_id", sweep.plan.id)
 
-    def _child(self, number: int) -> Any:
+    def _child(self, number: int) -> Tracker:
         """Open the MLflow run of a trial, the same run after a resume, and send the validations so far."""
         if not self._tracking:
             return NullTracker()
@@ -179,7 +182,7 @@ class SweepMonitor:
             _send(child, result, sweep.plan.settings.metric)
         return child
 
-    def _finish(self, child: Any, outcome: Outcome) -> None:
+    def _finish(self, child: Tracker, outcome: Outcome) -> None:
         """End the MLflow run of an ended trial; add a picture of its coreset."""
         if isinstance(child, NullTracker):
             return
@@ -214,7 +217,7 @@ def open_monitor(sweep: OpenSweep, provenance: Provenance) -> Iterator[SweepMoni
     """Open the monitor of a sweep and its MLflow run; end both with the block."""
     output, settings = sweep.base.output, sweep.plan.settings
     tracking = mlflow_module(f"everything is in {sweep.folder}", log) if output.tracking else None
-    parent: Any = NullTracker()
+    parent: Tracker = NullTracker()
     if tracking:
         parent = tracking.MlflowTracker(
             default_uri(home()),
@@ -240,7 +243,7 @@ def open_monitor(sweep: OpenSweep, provenance: Provenance) -> Iterator[SweepMoni
         monitor.close(status)
 
 
-def _send(child: Any, result: ValidationResult, metric: str) -> None:
+def _send(child: Tracker, result: ValidationResult, metric: str) -> None:
     """Log a validation; the objective first: MLflow's plot of several runs opens with their first metric."""
     scores = {f"val/{name}": getattr(result, name) for name in trial.SCORES}
     child.log_metrics({f"objective/{metric}": getattr(result, metric), **scores}, result.step)

@@ -41,6 +41,7 @@ from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, num_steps, open_backend, open_session
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
+from fbpc_ray.tracking.protocol import Tracker
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
 from fbpc_ray.tuning.trial import Task
@@ -281,7 +282,9 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
     return result
 
 
-def _on_test(config: Config, dataset: Dataset, workers: Any, provenance: Provenance, tracker: Any) -> dict[str, Any]:
+def _on_test(
+    config: Config, dataset: Dataset, workers: Any, provenance: Provenance, tracker: Tracker
+) -> dict[str, Any]:
     """Evaluate a finished trial's coreset beside random images; write the files of a run."""
     run, session = RunDirectory(place(config.output.out)), open_session(config, log, dataset)
     first, labels = session.initial

@@ -147,16 +147,19 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
         client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
         (experiment,) = [e for e in client.search_experiments() if e.name == "fbpc"]
         (run,) = client.search_runs([experiment.experiment_id])
-        steps = {point.step for point in client.get_metric_history(run.info.run_id, "expected_x/convnet-bn")}
+        steps = {point.step for point in client.get_metric_history(run.info.run_id, "debug/expected_x/convnet-bn")}
         artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id)}
         pictures = client.list_artifacts(run.info.run_id, "images")
     assert run.info.status == "FINISHED"
     assert steps == set(range(1, 13))
     rows = pq.read_table(RunDirectory(folder).metrics_path).to_pylist()
-    assert run.data.metrics["psi_u/convnet-bn"] == rows[-1]["psi_u"]
+    assert run.data.metrics["debug/psi_u/convnet-bn"] == rows[-1]["psi_u"]
     for name in ("expected_u", "psi_x", "gradient_norm", "map_steps", "seconds_x", "seconds_map", "seconds_u"):
-        assert f"{name}/convnet-in" in run.data.metrics
-    assert 0 < run.data.metrics["test/accuracy/fbpc/convnet-in"] < 1
+        assert f"debug/{name}/convnet-in" in run.data.metrics
+    assert 0 < run.data.metrics["debug/test/accuracy/fbpc/convnet-in"] < 1
+    leading = {name for name in run.data.metrics if not name.startswith("debug/")}
+    assert leading == {"accuracy", "loss", "test/accuracy", "test/nll", "test/ece"}
+    assert run.data.metrics["accuracy"] == run.data.metrics["test/accuracy"]
     assert (run.data.params["preset"], run.data.params["width"]) == ("digits", "8")
     assert "lambda_x" not in run.data.params and "out" not in run.data.params  # the preset's, and a place
     assert run.data.tags["method"] == "fbpc"

@@ -13,7 +13,7 @@ from support.runs import flags
 
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Sweep
-from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking.protocol import NullTracker
 from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning.trial import ValidationResult
@@ -99,7 +99,7 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         return ValidationResult(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = monitor.SweepMonitor(found, run_logging.NullTracker(), None)
+        board = monitor.SweepMonitor(found, NullTracker(), None)
         board.start()
         for number, step in ((0, 1), (1, 1), (0, 2)):
             board.trial_validated(number, look(number, step))

@@ -105,7 +105,7 @@ def test_runs_compare_at_once(store):
         run = store.runs[name]
         tags = {key: run.data.tags[key] for key in ("method", "data", "ipc", "architectures")}
         assert tags == {"method": method, "data": "digits", "ipc": "1", "architectures": "convnet-in"}
-        assert "accuracy %" in run.data.tags["mlflow.note.content"]
+        assert "\n| architecture | coreset | accuracy % | NLL |" in run.data.tags["mlflow.note.content"]
         for quantity in ("nll", "accuracy"):
             points = store.history(name, f"val/{quantity}")
             assert [step for step, _ in points] == [0, 2, 4] and all(value > 0 for _, value in points)
@@ -118,10 +118,11 @@ def test_runs_compare_at_once(store):
         contexts = [tag.value for each in run.inputs.dataset_inputs for tag in each.tags]
         assert sorted(contexts) == ["test", "train", "validation"]
     assert store.history(NAMES[0], "val/nll")[0] == store.history(NAMES[1], "val/nll")[0]  # the same real images
-    assert {"map_steps/convnet-in", "seconds_map/convnet-in"} <= store.runs[NAMES[0]].data.metrics.keys()
+    assert {"debug/map_steps/convnet-in", "debug/seconds_map/convnet-in"} <= store.runs[NAMES[0]].data.metrics.keys()
     rows = RunDirectory(store.home / NAMES[0]).restore(*_shape(store))[1]  # type: ignore[index]
-    assert [row["val_nll"] for row in rows][::2] == [None, None] and all(row["val_nll"] > 0 for row in rows[1::2])
-    assert [row["val_nll"] for row in rows][1::2] == [value for _, value in store.history(NAMES[0], "val/nll")][1:]
+    scores = [row["val_nll"] for row in rows]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and scores[1::2] == [None, None]
+    assert scores[::2] == [value for _, value in store.history(NAMES[0], "val/nll")]
 
 
 def _shape(store: Store) -> tuple[Any, tuple[int, int, int]]:
@@ -135,7 +136,7 @@ def test_an_evaluation_stands_under_its_run(store):
     parent, child = store.runs[NAMES[0]], store.runs[f"{NAMES[0]}/001-test-convnet-bn"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.tags["architectures"] == "convnet-bn"
-    assert 0 < child.data.metrics["test/accuracy/fbpc/convnet-bn"] < 1
+    assert 0 < child.data.metrics["debug/test/accuracy/fbpc/convnet-bn"] < 1
     files = {file.path for file in store.client.list_artifacts(child.info.run_id)}
     assert {"001-test-convnet-bn.json", "001-test-convnet-bn.reliability.png"} == files
 
@@ -180,7 +181,7 @@ def test_a_browser_shows_the_list_a_run_and_its_images_step_by_step(store, addre
         page.picture(tmp_path / "run.png")
         page.open(mlflow_uri.run_url(url, store.experiment, store.runs[NAMES[0]].info.run_id).replace(
             "?", "/model-metrics?"))  # fmt: skip
-        page.reads("val\n(4)", "map_steps\n(1)", "seconds_map\n(1)", "expected_u\n(1)")
+        page.reads("val\n(4)", "test\n(3)", "debug/map_steps\n(1)")
         slider = "document.querySelector('[role=slider]')"
         page.down(f"Boolean({slider})")
         sources = set()

@@ -81,7 +81,18 @@ def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
     assert [bar.get_height() for bar in lower.patches] == its.bin_count[full].tolist()
     found = scores(its)
     assert upper.get_title() == f"fbpc\nECE {100 * found.ece:.1f} %, accuracy {100 * found.accuracy:.1f} %"
-    assert lower.get_xlabel() == "confidence (n = 800)"
+    assert lower.get_xlabel() == "confidence (n = 800 images)"
+
+
+def test_images_that_several_chains_scored_count_once(drawn, tmp_path):
+    """The title's scores are those of all chains together; the bars below are the mean over the chains."""
+    its = stats(0.3, n=400) + stats(6.0, n=400)
+    charts.reliability({"fbpc": its}, tmp_path / "r.png", images=400)
+    upper, lower = drawn[0].axes
+    full = (its.bin_count > 0).nonzero().flatten()
+    assert lower.get_xlabel() == "confidence (n = 400 images, mean of 2 chains)"
+    assert [bar.get_height() for bar in lower.patches] == (its.bin_count[full] / 2).tolist()
+    assert upper.get_title() == f"fbpc\nECE {100 * scores(its).ece:.1f} %, accuracy {100 * scores(its).accuracy:.1f} %"
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
