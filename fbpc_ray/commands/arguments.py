@@ -193,11 +193,16 @@ class UiArguments:
     """Port on 127.0.0.1; 0 means 5000, or a free one if 5000 is taken."""
     tracking_uri: str = ""
     """MLflow store; empty means the one that runs are logged to: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+    timeout: float = 0.0
+    """Seconds to wait for the server's first answer; 0 waits as long as the server lives."""
 
 
 @dataclass(frozen=True)
 class DoctorArguments:
     """Check the installation and print how to fix each problem."""
+
+    deep: bool = False
+    """Also import Ray and compile a small library, and wait up to 3 minutes for each library; without, 15 s for all."""
 
 
 KINDS: dict[str, tuple[type, ...]] = {

@@ -13,8 +13,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
@@ -29,8 +30,8 @@ from fbpc_ray.tracking.database import inspect, upgrade_command
 from fbpc_ray.tracking.uri import database, default_uri
 
 PYTHON = (3, 11)
-SECONDS = 180
-"""Timeout of the process that tries a library or the compiler."""
+SECONDS, DEEP_SECONDS = 12.0, 180.0
+"""Timeout of all processes that try libraries together; of each, and of the compiler, with --deep."""
 LOW_SPACE, NO_SPACE = 5e9, 2e8
 """Free bytes of a disk below which doctor prints a note, and below which a run fails."""
 
@@ -58,6 +59,8 @@ class Library(NamedTuple):
     """Raises if the library doesn't work; doctor adds what the code prints to the line."""
     without: str = ""
     """What a run does without it; empty if it can't do without."""
+    deep: bool = False
+    """Tried with --deep alone: it takes long."""
 
 
 LIBRARIES = (
@@ -70,7 +73,7 @@ LIBRARIES = (
         "assert torchvision.ops.nms(boxes, torch.tensor([.9, .8, .7]), .5).tolist() == [0, 2]\n"
         "print('its compiled operators run')",
     ),
-    Library("ray", "import ray, ray.tune", "--backend serial works without"),
+    Library("ray", "import ray, ray.tune", "--backend serial works without", deep=True),
     Library("mlflow", "import mlflow; from mlflow import MlflowClient", "runs go on, untracked"),
     Library("pyarrow", "import pyarrow.parquet, pyarrow.fs, pyarrow.ipc"),
     Library("matplotlib", "from matplotlib.backends.backend_agg import FigureCanvasAgg"),
@@ -86,6 +89,7 @@ LIBRARIES = (
 CUDA = """
 import json, torch
 report = {"built": torch.version.cuda, "torch": torch.__version__, "devices": [], "error": ""}
+assert float(torch.ones(2, 2).matmul(torch.ones(2, 1)).sum()) == 4
 try:
     if torch.version.cuda:
         torch.cuda.init()
@@ -100,20 +104,24 @@ print(json.dumps(report))
 """
 
 
-def doctor(log: Callable[[str], None]) -> int:
+def doctor(log: Callable[[str], None], deep: bool = False) -> int:
     """Print each finding as soon as it is known; return the exit status: 1 if something must be fixed, else 0."""
     problems = 0
-    for finding in findings():
+    for finding in findings(deep):
         log(str(finding))
         problems += finding.state == "fix"
     log(f"\n{problems} problem{'' if problems == 1 else 's'} to fix" if problems else "\nno problem found")
     return int(bool(problems))
 
 
-def findings() -> Iterator[Finding]:
-    """Run all checks, in order."""
-    for check in CHECKS:
-        yield from check()
+def findings(deep: bool = False) -> Iterator[Finding]:
+    """Run all checks, in order; the long ones if `deep`."""
+    yield from python_version()
+    yield from libraries(deep)
+    yield from compiler(deep)
+    yield from folders()
+    yield from store()
+    yield from token()
 
 
 def python_version() -> Iterator[Finding]:
@@ -130,11 +138,28 @@ def python_finding(version: tuple[int, ...]) -> Finding:
 # Libraries
 
 
-def libraries() -> Iterator[Finding]:
-    """Try each library in a process of its own, two at a time."""
-    lowest = requirements()
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(lambda library: try_library(library, lowest.get(library.name, "")), LIBRARIES)
+def libraries(deep: bool) -> Iterator[Finding]:
+    """Try each library in a process of its own, two at a time, and what torch makes of the GPUs."""
+    lowest, end = requirements(), time.monotonic() + SECONDS
+
+    def seconds_left() -> float:
+        return DEEP_SECONDS if deep else end - time.monotonic()
+
+    def try_one(library: Library) -> Finding:
+        if library.deep and not deep:
+            return version_finding(library, lowest.get(library.name, ""))
+        if library.name == "torch" and not gpu.result()[0]:
+            library = library._replace(code="")  # the process for the GPUs has tried it
+        return try_library(library, lowest.get(library.name, ""), seconds_left(), deep)
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1 if not deep else 2) as pool:
+        gpu = first.submit(lambda: _run(CUDA, seconds_left()))
+        others = [library for library in LIBRARIES if library.name not in ("torch", "torchvision")]
+        others.sort(key=lambda library: library.name in ("ray", "mlflow"))  # the long ones last
+        rest = {library.name: pool.submit(try_one, library) for library in others}
+        rest |= {name: first.submit(try_one, library) for library in LIBRARIES if (name := library.name) not in rest}
+        yield from (rest[library.name].result() for library in LIBRARIES)
+        yield from cuda(*gpu.result())
 
 
 def requirements() -> dict[str, str]:
@@ -155,8 +180,34 @@ def requirements() -> dict[str, str]:
     return {match[1].lower(): match[2] for match in matches if match}
 
 
-def try_library(library: Library, lowest: str) -> Finding:
-    """Check the version of a library, and run its code in a process of its own."""
+def try_library(library: Library, lowest: str, seconds: float = DEEP_SECONDS, deep: bool = True) -> Finding:
+    """Check the version of a library, and run its code in a process of its own.
+
+    No answer within `seconds` is a problem if `deep`, else a note: the machine may be busy.
+    """
+    finding = version_finding(library, lowest)
+    if "is not installed" in finding.message or not library.code:
+        return finding
+    error, output = _run(library.code, seconds)
+    name, version = library.name, metadata.version(library.name)
+    if error.startswith(NO_ANSWER) and not deep:
+        return Finding("note", f"{name} {version}: {error}", "fbpc doctor --deep waits longer")
+    if error:
+        requirement = f"'{name}>={lowest}'" if lowest else name
+        fix = f"{sys.executable} -m pip install --force-reinstall {requirement}"
+        if name == "torchvision":
+            install = f"{sys.executable} -m pip install {requirement}"
+            fix = f"torch and torchvision must be a pair, from one index: {install} 'torch'"
+        without = f"; {library.without}" if library.without else ""
+        state = "note" if library.without else "fix"
+        return Finding(state, f"{name} {version} does not work ({error}){without}", fix)
+    if finding.state == "ok" and output:
+        return Finding("ok", f"{name} {version}, {output}")
+    return finding
+
+
+def version_finding(library: Library, lowest: str) -> Finding:
+    """Check that a library is installed, and its version."""
     name = library.name
     requirement = f"'{name}>={lowest}'" if lowest else name
     install = f"{sys.executable} -m pip install {requirement}"
@@ -166,15 +217,9 @@ def try_library(library: Library, lowest: str) -> Finding:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(state, f"{name} is not installed{without}", install)
-    error, output = _run(library.code)
-    if error:
-        fix = f"{sys.executable} -m pip install --force-reinstall {requirement}"
-        if name == "torchvision":
-            fix = f"torch and torchvision must be a pair, from one index: {install} 'torch'"
-        return Finding(state, f"{name} {version} does not work ({error}){without}", fix)
     if lowest and _numbers(version) < _numbers(lowest):
         return Finding(state, f"{name} {version} is older than {lowest}{without}", install)
-    return Finding("ok", f"{name} {version}{f', {output}' if output else ''}")
+    return Finding("ok", f"{name} {version}{' (--deep imports it)' if library.deep else ''}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -186,16 +231,22 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _run(code: str) -> tuple[str, str]:
+NO_ANSWER = "no answer within"
+"""How the error of `_run` begins where its process took too long."""
+
+
+def _run(code: str, seconds: float) -> tuple[str, str]:
     """Run Python code in a process of its own; return why it failed, or nothing, and the last line that it printed."""
+    if seconds <= 0:
+        return f"{NO_ANSWER} {SECONDS:g} s for all libraries", ""
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "GIT_PYTHON_REFRESH": "quiet"}
     try:
         process = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **quiet}, capture_output=True, text=True,
-            errors="replace", stdin=subprocess.DEVNULL, timeout=SECONDS,
+            errors="replace", stdin=subprocess.DEVNULL, timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"no answer within {SECONDS} s", ""
+        return f"{NO_ANSWER} {seconds:.0f} s", ""
     except OSError as error:
         return str(error), ""
     if process.returncode < 0:
@@ -208,11 +259,12 @@ def _run(code: str) -> tuple[str, str]:
 # The machine
 
 
-def cuda() -> Iterator[Finding]:
-    """Check whether torch can use the GPUs of this machine."""
-    error, output = _run(CUDA)
+def cuda(error: str, output: str) -> Iterator[Finding]:
+    """Check whether torch can use the GPUs of this machine, by the error and the output of `CUDA`."""
     has_gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-    if error:
+    if error.startswith(NO_ANSWER):
+        yield Finding("note", f"CUDA: unknown, {error}", "fbpc doctor --deep waits longer")
+    elif error:
         yield Finding("note", "CUDA: unknown, since torch does not run", "fix torch first")
     else:
         yield cuda_finding(json.loads(output), has_gpu)
@@ -235,15 +287,15 @@ def cuda_finding(report: dict, has_gpu: bool) -> Finding:
     return Finding("note", "CUDA: no GPU here, runs use the CPU")
 
 
-def compiler() -> Iterator[Finding]:
-    """Compile a small library with OpenMP, as --compiled does."""
+def compiler(deep: bool = True) -> Iterator[Finding]:
+    """Look for the compiler and, if `deep`, compile a small library with OpenMP, as --compiled does."""
     program = os.environ.get("CXX") or "g++"
-    error = _compiler_error(program)
+    error = _compiler_error(program) if deep or not shutil.which(program) else ""
     if error:
         fix = "install one (apt-get install g++, dnf install gcc-c++), or name yours in CXX"
         yield Finding("note", f"C++ compiler: {error}; passes stay eager, which is slower", fix)
     else:
-        yield Finding("ok", f"C++ compiler: {program}, for --compiled")
+        yield Finding("ok", f"C++ compiler: {program}, for --compiled{'' if deep else ' (--deep tries it)'}")
 
 
 def _compiler_error(program: str) -> str:
@@ -255,7 +307,7 @@ def _compiler_error(program: str) -> str:
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
         words = [program, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(source.with_suffix(".so"))]
         try:
-            process = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+            process = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=DEEP_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             return f"{program} does not run ({error})"
     if process.returncode:
@@ -391,9 +443,5 @@ def token_finding(environment: Mapping[str, str]) -> Finding:
     return Finding("note", "RAY_AUTH_MODE is not set, and no token exists", fix)
 
 
-CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (python_version, libraries, cuda, compiler, folders, store, token)
-"""In the order in which doctor prints their findings."""
-
-
 if __name__ == "__main__":
-    sys.exit(doctor(lambda line: print(line, flush=True)))
+    sys.exit(doctor(lambda line: print(line, flush=True), "--deep" in sys.argv[1:]))

@@ -213,14 +213,14 @@ def ui(words: Sequence[str]) -> None:
     args = parse(UiArguments, words, "fbpc ui")
     from fbpc_ray.commands import ui
 
-    ui.ui(args.tracking_uri, args.port, lambda line: print(line, flush=True))
+    ui.ui(args.tracking_uri, args.port, args.timeout, lambda line: print(line, flush=True))
 
 
 def doctor(words: Sequence[str]) -> None:
-    parse(DoctorArguments, words, "fbpc doctor")
+    args = parse(DoctorArguments, words, "fbpc doctor")
     from fbpc_ray.commands import doctor
 
-    sys.exit(doctor.doctor(lambda line: print(line, flush=True)))
+    sys.exit(doctor.doctor(lambda line: print(line, flush=True), args.deep))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -1,7 +1,7 @@
 """`fbpc ui`: serve MLflow's pages of the runs, on this machine alone, until Ctrl-C.
 
-The server is MLflow's own command in a process group of its own, which ends with this process. It has one worker, and
-none of MLflow's job workers, which take half a gigabyte and show no runs.
+The server is MLflow's own command in a process group of its own, which ends with this process, even when that is killed
+(watchdog.py). It has one worker, and none of MLflow's job workers, which take half a gigabyte and show no runs.
 """
 
 import http.client
@@ -20,16 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+from fbpc_ray.commands import watchdog
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.tracking.database import DatabaseState, inspect_quiet, moved_line, upgrade_command
-from fbpc_ray.tracking.uri import PORT, absolute, database, default_uri, list_url, remote
+from fbpc_ray.tracking.uri import PORT, VIEW_TAG, absolute, database, default_uri, list_url, remote
 
 HOST = "127.0.0.1"
-START_SECONDS = 180
-"""Timeout for the server's first answer, which takes about 10 s, and more on a busy machine."""
+NOTE_SECONDS = 15.0
+"""Between two lines that say that the server is still starting, which takes about 10 s, and more on a busy machine."""
 END_SECONDS = 10
 """Timeout for the server's end after SIGTERM, and again after SIGKILL."""
 ENVIRONMENT = {
@@ -41,17 +42,20 @@ STORE = "MLFLOW_BACKEND_STORE_URI"
 """Variable in which the server finds its store: a command line, which all users see, could show a password."""
 
 
-def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
+def ui(uri: str, port: int, timeout: float, log: Callable[[str], None]) -> None:
     """Serve the pages of an MLflow store until a signal.
 
     Args:
         uri: The store; empty means the one that runs are logged to.
         port: 0 means 5000, or a free one if 5000 is taken.
+        timeout: Seconds to wait for the server's first answer; 0 waits as long as the server lives.
 
     Raises:
         UserError: The store doesn't exist, `port` is taken, or MLflow ends or doesn't answer.
         Interrupted: A signal ended the server.
     """
+    if timeout < 0:
+        raise UserError(f"--timeout: must be 0 or more, got {timeout:g}")
     uri = absolute(uri) if uri else default_uri(home())
     if remote(uri):
         log(f"MLflow: {redacted(uri)} is a server already: open it in a browser")
@@ -63,7 +67,7 @@ def ui(uri: str, port: int, log: Callable[[str], None]) -> None:
     chosen = _port(port)
     moved = f" ({PORT} is taken)" if not port and chosen != PORT else ""
     with _signals(), _server(uri, chosen) as (process, output):
-        _wait(process, output, chosen)
+        _wait(process, output, chosen, timeout, log)
         log(f"MLflow: {_first_page(chosen)}{moved} shows {redacted(uri)}; Ctrl-C ends it")
         process.wait()
         raise UserError(f"MLflow ended: {_cause(output)}", code=1)
@@ -126,11 +130,11 @@ def _signals() -> Iterator[None]:
 @contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """Start the server, yield its process and its output, and end it with all its children after the block."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST]
+    command = [sys.executable, "-I", "-S", watchdog.__file__, sys.executable, "-m", "mlflow", "server", "--host", HOST]
     command += ["--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **ENVIRONMENT, STORE: uri}, stdin=subprocess.DEVNULL, stdout=output,
+            command, env={**os.environ, **ENVIRONMENT, STORE: uri}, stdin=subprocess.PIPE, stdout=output,
             stderr=output, process_group=0,
         )  # fmt: skip
         try:
@@ -152,14 +156,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], output: IO[bytes], port: int) -> None:
-    """Wait until the server answers. Raises UserError if it ends first, or doesn't answer in time."""
-    end = time.monotonic() + START_SECONDS
+def _wait(
+    process: subprocess.Popen[bytes], output: IO[bytes], port: int, timeout: float, log: Callable[[str], None]
+) -> None:
+    """Wait until the server answers, and log every NOTE_SECONDS that it starts.
+
+    Raises UserError if the server ends first, or doesn't answer within `timeout` seconds (0: no limit).
+    """
+    start = time.monotonic()
+    next_note = NOTE_SECONDS
     while not _answers(port):
+        seconds = time.monotonic() - start
         if process.poll() is not None:
             raise UserError(f"MLflow can't show this store: {_cause(output)}", code=1)
-        if time.monotonic() > end:
-            raise UserError(f"MLflow did not answer within {START_SECONDS} s: {_cause(output)}", code=1)
+        if timeout and seconds > timeout:
+            raise UserError(f"--timeout: MLflow did not answer within {timeout:g} s: {_cause(output)}", code=1)
+        if seconds >= next_note:
+            log(f"MLflow: the server is starting, {seconds:.0f} s so far; Ctrl-C ends it")
+            next_note += NOTE_SECONDS
         time.sleep(0.1)
 
 
@@ -175,7 +189,8 @@ def _first_page(port: int) -> str:
         answer = _request(port, "/api/2.0/mlflow/experiments/search", query)
         for experiment in json.loads(answer or b"{}").get("experiments", []):
             if experiment["name"] != "Default":  # MLflow's own, in every store
-                return list_url(address, experiment["experiment_id"])
+                has_view = any(tag["key"] == VIEW_TAG for tag in experiment.get("tags", []))
+                return list_url(address, experiment["experiment_id"], has_view)
     return address
 
 

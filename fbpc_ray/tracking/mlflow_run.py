@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import json
 import sys
 import uuid
 from collections.abc import Callable
@@ -18,10 +19,18 @@ from fbpc_ray.tracking.mlflow_client import (
     open_store,
     stored_value,
 )
-from fbpc_ray.tracking.uri import database
+from fbpc_ray.tracking.uri import VIEW_TAG, database
 
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""What makes MLflow show an experiment's pages as those of trained models."""
+COLUMNS = (
+    "metrics.`test/accuracy`", "metrics.`test/nll`", "metrics.`val/accuracy`", "metrics.`val/nll`", "tags.`method`",
+    "tags.`data`", "tags.`ipc`",
+)  # fmt: skip
+"""Columns of the list of runs; MLflow's own are source, model and data set."""
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    VIEW_TAG: json.dumps({"selectedColumns": COLUMNS}),
+}
+"""Tags of an experiment: MLflow shows its pages as those of trained models, and `fbpc ui` the columns."""
 
 
 class MlflowRun:
@@ -82,6 +91,8 @@ class MlflowRun:
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
             self._note("restored", f"MLflow: experiment {self._experiment!r} was deleted; it is restored.")
+        if experiment.tags.get(VIEW_TAG) != EXPERIMENT_TAGS[VIEW_TAG]:  # of earlier code
+            client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, EXPERIMENT_TAGS[VIEW_TAG])
         return experiment.experiment_id
 
     def _create_experiment(self, client: MlflowClient, folder: Path | None) -> str:

@@ -14,6 +14,10 @@ from fbpc_ray.core.addresses import redacted
 SQLITE = "sqlite:///"
 TRAINING = "workflowType=machine_learning"
 """What makes MLflow show the pages of trained models, not those of language models, which it begins with."""
+VIEW = "fbpc"
+"""Key of the shared view of an experiment's runs, whose columns are test scores, method, data and images a class."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+"""Tag of an experiment that holds the view."""
 PORT = 5000
 """Where `fbpc ui` shows a local store, unless that is taken."""
 
@@ -49,9 +53,10 @@ def server(uri: str) -> str:
     return redacted(uri).rstrip("/") if remote(uri) else f"http://127.0.0.1:{PORT}"
 
 
-def list_url(uri: str, experiment_id: str) -> str:
-    """Return the page of an experiment's runs."""
-    return f"{server(uri)}/#/experiments/{experiment_id}/runs?{TRAINING}"
+def list_url(uri: str, experiment_id: str, has_view: bool = False) -> str:
+    """Return the page of an experiment's runs; with the columns of `VIEW_TAG` if the experiment has them."""
+    view = f"&viewStateShareKey={VIEW}" if has_view else ""
+    return f"{server(uri)}/#/experiments/{experiment_id}/runs?{TRAINING}{view}"
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:

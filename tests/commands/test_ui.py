@@ -76,10 +76,9 @@ def address(store) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     command = f"exec {mlflow_uri.ui_command(store.uri)} --port {free_port()}"
     process = started(command, MLFLOW_HOST="0.0.0.0")
     try:
-        assert process.stdout
-        line = process.stdout.readline()
+        line = ready(process)
         found = re.match(r"MLflow: (http://127\.0\.0\.1:\d+)/", line)
-        assert found, line + process.stdout.read()
+        assert found, line
         yield process, found[1], line
     finally:
         ended(process)
@@ -90,6 +89,13 @@ def started(command: str, **environment: str) -> subprocess.Popen[str]:
         ["sh", "-c", command], env={**ENVIRONMENT, **environment}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+
+
+def ready(process: subprocess.Popen[str]) -> str:
+    """The line that names the page, after those that say that the server is starting."""
+    assert process.stdout
+    lines = iter(process.stdout.readline, "")
+    return next((line for line in lines if "the server is starting" not in line), "it ended")
 
 
 def ended(process: subprocess.Popen[str]) -> None:
@@ -161,7 +167,8 @@ def test_a_browser_shows_the_list_a_run_and_its_images_step_by_step(store, addre
 
     def look(page: Page) -> None:
         page.open(first[0])
-        page.reads("methods", *NAMES, "digits", "3 matching runs")
+        assert "viewStateShareKey=fbpc" in first[0]
+        page.reads("methods", *NAMES, "3 matching runs", "test/accuracy", "test/nll")
         page.picture(tmp_path / "list.png")
         page.click(f"[...document.querySelectorAll('a')].find(each => each.innerText.trim() == '{NAMES[0]}')")
         text = squeezed(
@@ -239,9 +246,24 @@ def test_a_signal_ends_it_with_all_its_processes(store, number):
         assert soon(lambda: any("mlflow server" in title for title in descendants(process.pid).values()))
         below = descendants(process.pid)
         os.kill(process.pid, number)
-        assert process.communicate(timeout=300)[0] == ""
+        assert "shows" not in process.communicate(timeout=300)[0]
         assert process.returncode == 128 + number
         assert soon(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()])
+    finally:
+        ended(process)
+
+
+def test_a_kill_leaves_no_server(store):
+    """The port is free soon after SIGKILL."""
+    port = free_port()
+    process = started(f"exec {mlflow_uri.ui_command(store.uri)} --port {port}")
+    try:
+        assert "shows" in ready(process)
+        below = descendants(process.pid)
+        assert listening(below)
+        os.kill(process.pid, signal.SIGKILL)
+        assert soon(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], 60)
+        assert ui._free(port)
     finally:
         ended(process)
 
