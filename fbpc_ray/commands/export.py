@@ -56,7 +56,7 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
 def export(folder: Place, kind: str, out: str) -> None:
     """Write the coreset of the run in `folder` in format `kind` to `out`. Raises UserError if `out` exists."""
     run, settings = RunDirectory(folder), read_config(folder)
-    found = coreset.load(run.coreset_path)
+    found = run.read_coreset(settings)
     data = _short(settings.data.data)
     written = coreset.metadata(run.coreset_path)
     facts = {name: written[name] for name in ("method", "step", "commit") if name in written} | {"data": data}

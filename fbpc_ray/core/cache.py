@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.files import file_lock, locked_temp_file, remove_stale_temp_files
-from fbpc_ray.core.storage import Remote
+from fbpc_ray.core.storage import Remote, local_folder
 
 TRIES = 3
 """Downloads of a copy that other processes delete before it is opened."""
@@ -27,7 +27,7 @@ TRIES = 3
 def folder() -> Path:
     """Return the folder of the copies."""
     if chosen := os.environ.get("FBPC_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return local_folder(chosen, "FBPC_CACHE").absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fbpc-ray"
 
 

@@ -4,7 +4,6 @@ Without a coreset.json the normalisation and the names of the classes are those 
 but tensors (torch's weights_only).
 """
 
-import json
 import re
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fbpc_ray.core import storage, tensor_files
+from fbpc_ray.core import inputs, storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.data import coreset
@@ -208,7 +207,7 @@ def _sidecar(folder: Path) -> dict[str, Any] | None:
     path = folder / SIDECAR
     if not path.is_file():
         return None
-    found = json.loads(path.read_bytes())
+    found = inputs.read_json(path)
     if not isinstance(found, dict) or not {"mean", "std", "classes"} <= found.keys():
         raise UserError(f"{path} is damaged: restore it, or delete it to take the normalisation of the data set")
     return found

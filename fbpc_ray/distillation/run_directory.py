@@ -23,6 +23,8 @@ from fbpc_ray.core import config, files, inputs, storage, tensor_files
 from fbpc_ray.core.config import MAY_CHANGE_ON_RESUME, Config
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.storage import Place
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.worker import State
 from fbpc_ray.evaluation import results
 
@@ -137,6 +139,24 @@ class RunDirectory(Generic[Where]):
         except (safetensors.SafetensorError, ValueError, OSError, UserError):
             return {}
 
+    def read_coreset(self, settings: Config) -> Coreset:
+        """Read the pseudocoreset. Raises UserError for damage, and for one that is not of this run."""
+        learned, fix = coreset.load(self.coreset_path), "restore it, or evaluate it with --coreset"
+        m = settings.distillation.ipc * len(learned.classes)
+        if len(learned.images) != m:
+            raise UserError(
+                f"{self.coreset_path}: expected {m} images (--ipc {settings.distillation.ipc}, {len(learned.classes)} "
+                f"classes), got {len(learned.images)}; {fix}"
+            )
+        if self.random_path.exists():
+            first = coreset.load(self.random_path)
+            if first.images.shape != learned.images.shape or first.classes != learned.classes:
+                raise UserError(
+                    f"{self.coreset_path}: expected the classes and the shape {tuple(first.images.shape)} of "
+                    f"random.safetensors, got {tuple(learned.images.shape)}; {fix}"
+                )
+        return learned
+
     def write_result(self, result: dict[str, Any]) -> None:
         files.write_checked_json(self.result_path, result)
 
@@ -154,8 +174,8 @@ class RunDirectory(Generic[Where]):
             if not results.from_json(result["coresets"]):
                 raise ValueError("it has no scores")
             coresets = {
-                coreset: {network: config.current_names(scores) for network, scores in by_network.items()}
-                for coreset, by_network in result["coresets"].items()
+                name: {network: config.current_names(scores) for network, scores in by_network.items()}
+                for name, by_network in result["coresets"].items()
             }
             return result | {"coresets": coresets}
 

@@ -67,7 +67,7 @@ def read(folder: Place, label: str) -> EndedRun:
     if result is None:
         raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
     scores, mixing = _checked(result, str(run.result_path))
-    its, step = coreset.load(run.coreset_path), coreset.metadata(run.coreset_path).get("step")
+    its, step = run.read_coreset(config), coreset.metadata(run.coreset_path).get("step")
     if not is_of_step(result, step):
         why = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")

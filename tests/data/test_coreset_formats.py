@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from support.runs import distil, flags
+from support.runs import distil, flags, refused
 from support.traps import Trap
 
 from fbpc_ray.commands import export as exports
@@ -226,6 +227,22 @@ def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data,
     head = yaml.safe_load(card.split("---\n", 2)[1])
     assert {name: value for name, value in head.items() if name.startswith("license")} == licence
     assert words in card.split("## Licence of the source")[1]
+
+
+@pytest.mark.parametrize("change", ["fewer images", "other classes", "another size"])
+def test_a_coreset_of_another_run_is_not_exported(run, change, tmp_path, capsys):
+    """Its file is whole, its config.json and its random.safetensors tell."""
+    copy = RunDirectory(shutil.copytree(run, tmp_path / "run"))
+    saved = coreset.load(copy.coreset_path)
+    if change == "fewer images":
+        saved = saved._replace(images=saved.images[:-1], labels=saved.labels[:-1])
+    elif change == "other classes":
+        saved = saved._replace(classes=("ant", *saved.classes[1:]))
+    else:
+        saved = saved._replace(images=saved.images[..., 1:])
+    coreset.save(saved, copy.coreset_path)
+    line = refused(capsys, str(copy.folder), "--format", "npz", "--out", str(tmp_path / "a.npz"), command="export")
+    assert line.startswith(f"error: {copy.coreset_path}: expected ")
 
 
 def test_names_in_the_card_are_text(run):

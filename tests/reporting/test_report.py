@@ -271,8 +271,8 @@ def test_what_files_say_is_text(runs, tmp_path):
     (folder / "result.json").write_text(json.dumps(result))
     config = read_config(folder).flat() | {"experts": f"{HOSTILE}\n```\n# heading", "data": f"npz:{HOSTILE}"}
     (folder / "config.json").write_text(json.dumps(config))
-    path = RunDirectory(folder).coreset_path
-    coreset.save(coreset.load(path)._replace(classes=(HOSTILE, *"123456789")), path)
+    for path in (RunDirectory(folder).coreset_path, RunDirectory(folder).random_path):
+        coreset.save(coreset.load(path)._replace(classes=(HOSTILE, *"123456789")), path)
 
     found = made(tmp_path, folder)
     assert {tag for tag, _ in found.tags} <= TAGS
