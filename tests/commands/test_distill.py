@@ -132,6 +132,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(whole, small, tmp_path
     assert RunDirectory(folder).result_path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, tmp_path, monkeypatch):
     """Steps 1..5 and, after --resume, 6..12 stand in the same run, with config, versions, pictures and artifacts."""
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
