@@ -1,7 +1,6 @@
-"""Charts of a run and its evaluation: its course over the steps, how far confidence can be trusted, and what strange
-images do to the entropy.
+"""Charts: metrics over steps, scores as bars and curves, reliability diagrams, entropy histograms.
 
-Beside figures.py the only file that imports matplotlib, and like it only the objects (Figure, Agg): no pyplot.
+This file and image_grids.py alone import matplotlib, and only its objects (Figure, Agg), not pyplot.
 """
 
 import io
@@ -22,7 +21,7 @@ from fbpc_ray.reporting.image_grids import drawable
 
 DPI = 150
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
-"""Blue and vermilion of Okabe and Ito's palette, which colour-blind people tell apart, and a grey for guides."""
+"""Blue and vermilion of Okabe and Ito's colour-blind safe palette, and a grey for guides."""
 SIDE = 3.1  # inches: width of a panel
 COLUMNS = 4  # panels side by side, at most
 TITLE, LABEL, TICK = 10.0, 9.0, 8.0  # points
@@ -44,12 +43,17 @@ class Bins(Protocol):
 
 
 def reliability(stats: Mapping[str, Bins], path: Place, title: str = "", images: int = 0) -> None:
-    """Write a PNG, whole or not at all: accuracy against confidence, one panel for each label of `stats`.
+    """Write a reliability diagram as PNG: accuracy against confidence, a panel for each label of `stats`.
 
-    A bar is the accuracy of a bin, the dot its mean confidence: the line between the two is what the model is wrong
-    about itself, and the mean of its length by count is the ECE in the title. Below, the number of images by bin:
-    `images` images were scored by each of several chains, whose mean is drawn; 0: once.
-    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    A bar is the accuracy of a bin, the dot its mean confidence. The line between them is the calibration error of the
+    bin; its mean length, weighted by count, is the ECE in the title. Below: the number of images in each bin.
+
+    Args:
+        images: number of images, if several chains scored them and the mean over chains is drawn; 0 for one set.
+
+    Raises:
+        ValueError: `stats` is empty.
+        OSError: `path` can't be written.
     """
     if not stats:
         raise ValueError("no coreset to draw")
@@ -60,10 +64,10 @@ def reliability(stats: Mapping[str, Bins], path: Place, title: str = "", images:
         figure.suptitle(_wrapped(title, 2 * LONGEST * columns), fontsize=TITLE + 1, parse_math=False)
     grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=(3, 1) * rows)
     most = 0.0
-    for index, (label, its) in enumerate(stats.items()):
+    for index, (label, bins) in enumerate(stats.items()):
         row, column = divmod(index, columns)
         most = max(
-            most, _panel(grid[2 * row, column], grid[2 * row + 1, column], label, its, images, first=column == 0)
+            most, _panel(grid[2 * row, column], grid[2 * row + 1, column], label, bins, images, first=column == 0)
         )
     for index in range(len(stats), rows * columns):
         row, column = divmod(index, columns)
@@ -77,25 +81,30 @@ def reliability(stats: Mapping[str, Bins], path: Place, title: str = "", images:
 
 
 def entropy_histogram(
-    familiar: np.ndarray, strange: np.ndarray, path: Place, title: str = "", classes: int | None = None,
+    in_distribution: np.ndarray, out_of_distribution: np.ndarray, path: Place, title: str = "",
+    classes: int | None = None,
     quantity: str = "predictive entropy", names: tuple[str, str] = ("in distribution", "out of distribution"),
 ) -> None:  # fmt: skip
-    """Write a PNG, whole or not at all: the distributions of `quantity` in nats over familiar (n,) and strange (k,)
-    images; with `classes`, over the range of an entropy, 0 to log(classes).
+    """Write a PNG of `quantity`, in nats, over in-distribution (n,) and other (k,) images.
 
-    Raises ValueError where one is empty or not finite, and OSError where `path` can't be written.
+    Args:
+        classes: sets the range to that of an entropy, 0 to log(classes).
+
+    Raises:
+        ValueError: an array is empty or not finite.
+        OSError: `path` can't be written.
     """
-    values = [np.asarray(each, np.float64).ravel() for each in (familiar, strange)]
-    for name, each in zip(names, values, strict=True):
-        if not len(each) or not np.isfinite(each).all():
-            raise ValueError(f"{name}: {len(each)} values, which must be 1 or more, all of them finite")
-    top = max(math.log(classes) if classes else 0.0, *(float(each.max()) for each in values)) or 1.0
+    values = [np.asarray(array, np.float64).ravel() for array in (in_distribution, out_of_distribution)]
+    for name, array in zip(names, values, strict=True):
+        if not len(array) or not np.isfinite(array).all():
+            raise ValueError(f"{name}: must be 1 or more finite values, got {len(array)}")
+    top = max(math.log(classes) if classes else 0.0, *(float(array.max()) for array in values)) or 1.0
     figure = Figure(figsize=(5.4, 3.6), dpi=DPI, layout="constrained")
     _padded(figure)
     axes = figure.add_subplot()
     edges = np.linspace(0, top, 31)
-    for name, each, colour, line in zip(names, values, (BLUE, ORANGE), ("-", "--"), strict=True):
-        shares = np.histogram(np.clip(each, 0, top), edges)[0] / len(each)
+    for name, array, colour, line in zip(names, values, (BLUE, ORANGE), ("-", "--"), strict=True):
+        shares = np.histogram(np.clip(array, 0, top), edges)[0] / len(array)
         axes.stairs(shares, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
         axes.stairs(
             shares,
@@ -103,7 +112,7 @@ def entropy_histogram(
             color=colour,
             linestyle=line,
             linewidth=1.8,
-            label=f"{_ending(name, NAME)} (n = {len(each):,})",
+            label=f"{_ending(name, NAME)} (n = {len(array):,})",
         )
     if classes:
         axes.axvline(math.log(classes), color=GREY, linewidth=1, linestyle=":", label=f"log {classes} (uniform)")
@@ -126,26 +135,29 @@ def bars(
     names: Sequence[str], groups: Sequence[str], values: Mapping[tuple[str, str], tuple[float, float]],
     marks: Mapping[tuple[str, str], float], label: str, title: str, path: Place,
 ) -> None:  # fmt: skip
-    """Write a PNG, whole or not at all: bars (mean, standard deviation) by (name, group), a colour for each name, and
-    `marks`, the values of somebody else, as diamonds. What has no value has no bar.
+    """Write a PNG of bars (mean, standard deviation) by (name, group), a colour for each name.
 
-    Raises OSError where `path` can't be written.
+    Args:
+        marks: published values, drawn as diamonds.
+
+    Raises:
+        OSError: `path` can't be written.
     """
     width = 0.8 / max(len(names), 1)
     shown = [_wrapped(group, 14) for group in groups]
-    each = max(0.28 * len(names), 0.15 + 0.075 * max(map(len, shown), default=0))  # inches: its bars, its name
-    figure = Figure(figsize=(max(5.0, 1.2 + each * len(groups)), 3.8), dpi=DPI, layout="constrained")
+    inches = max(0.28 * len(names), 0.15 + 0.075 * max(map(len, shown), default=0))  # of a group: bars and name
+    figure = Figure(figsize=(max(5.0, 1.2 + inches * len(groups)), 3.8), dpi=DPI, layout="constrained")
     _padded(figure)
     axes = figure.add_subplot()
     for index, name in enumerate(names):
-        here = [(place, group) for place, group in enumerate(groups) if (name, group) in values]
-        places = [place + (index - (len(names) - 1) / 2) * width for place, _ in here]
-        heights = [values[name, group][0] for _, group in here]
-        spreads = [values[name, group][1] for _, group in here]
+        present = [(place, group) for place, group in enumerate(groups) if (name, group) in values]
+        places = [place + (index - (len(names) - 1) / 2) * width for place, _ in present]
+        heights = [values[name, group][0] for _, group in present]
+        spreads = [values[name, group][1] for _, group in present]
         colour = PALETTE[index % len(PALETTE)]
         axes.bar(places, heights, width * 0.92, color=colour, label=name)
         axes.errorbar(places, heights, spreads, fmt="none", ecolor=GREY, elinewidth=1, capsize=2)
-        for place, (_, group) in zip(places, here, strict=True):
+        for place, (_, group) in zip(places, present, strict=True):
             if (name, group) in marks:
                 axes.plot(place, marks[name, group], "D", **MARK)
     if marks:
@@ -168,16 +180,19 @@ class Curve(NamedTuple):
     points: Sequence[tuple[float, float, float]]
     """(x, mean, standard deviation), x ascending."""
     marks: Sequence[tuple[float, float]] = ()
-    """(x, the value of somebody else)."""
+    """(x, published value)."""
 
 
 def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Place, title: str = "") -> None:
-    """Write a PNG, whole or not at all: a panel for each (quantity, its curves) against `across`, such as images a
-    class, side by side; curves of one label have one look in all of them, and `marks` are diamonds of its colour.
+    """Write a PNG with a panel for each (quantity, curves) against `across`, such as images a class.
 
-    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    Curves of one label have one style in all panels; marks are diamonds of the same colour.
+
+    Raises:
+        ValueError: there is no curve, or one without points.
+        OSError: `path` can't be written.
     """
-    every = [curve for _, its in panels for curve in its]
+    every = [curve for _, lines in panels for curve in lines]
     if not every or not all(curve.points for curve in every):
         raise ValueError("no values to draw")
     figure = Figure(figsize=(max(4.6, 3.9 * len(panels)), 3.8), dpi=DPI, layout="constrained")
@@ -187,14 +202,14 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
     labels = list(dict.fromkeys(curve.label for curve in every))
     places = sorted({x for curve in every for x, *_ in curve.points})
     wide = places[0] > 0 and places[-1] >= 8 * places[0]
-    for axes, (quantity, its) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for curve in its:
-            look = _look(labels.index(curve.label)) | {"marker": SHAPES[labels.index(curve.label) % len(SHAPES)]}
+    for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for curve in lines:
+            style = _style(labels.index(curve.label)) | {"marker": SHAPES[labels.index(curve.label) % len(SHAPES)]}
             x, means, spreads = zip(*curve.points, strict=True)
-            axes.errorbar(x, means, spreads, elinewidth=1, capsize=3, linewidth=1.6, markersize=5, **look)
-            if curve.marks:  # around the points, where they agree
-                theirs = MARK | {"markeredgecolor": look["color"], "markersize": 8.5, "zorder": 1.5}
-                axes.plot(*zip(*curve.marks, strict=True), "D", **theirs)
+            axes.errorbar(x, means, spreads, elinewidth=1, capsize=3, linewidth=1.6, markersize=5, **style)
+            if curve.marks:  # larger than the points, so that both show where they agree
+                published = MARK | {"markeredgecolor": style["color"], "markersize": 8.5, "zorder": 1.5}
+                axes.plot(*zip(*curve.marks, strict=True), "D", **published)
         if wide:
             axes.set_xscale("log")
         ticks = _apart([math.log(place) if wide else place for place in places])
@@ -207,7 +222,7 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
         axes.set_xlabel(across, fontsize=LABEL)
         _tidy(axes)
     handles = [
-        Line2D([], [], linewidth=1.6, marker=SHAPES[index % len(SHAPES)], markersize=5, **_look(index))
+        Line2D([], [], linewidth=1.6, marker=SHAPES[index % len(SHAPES)], markersize=5, **_style(index))
         for index in range(len(labels))
     ]
     names = [_ending(label, NAME) for label in labels]
@@ -219,16 +234,16 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
 
 
 def _apart(values: Sequence[float], share: float = 0.07) -> list[int]:
-    """Of ascending values, the indices of those that leave room for a name each, the last one among them."""
-    kept: list[int] = []
+    """Return indices of ascending values that leave room for a tick label each, the last one among them."""
+    ticks: list[int] = []
     for index in reversed(range(len(values))):
-        if not kept or values[kept[-1]] - values[index] >= share * (values[-1] - values[0]):
-            kept.append(index)
-    return kept[::-1]
+        if not ticks or values[ticks[-1]] - values[index] >= share * (values[-1] - values[0]):
+            ticks.append(index)
+    return ticks[::-1]
 
 
 SHAPES = "os^vDPX*"
-"""Of the points of a curve, beside its colour."""
+"""Markers of curves, in the order of their labels."""
 
 
 class Course(NamedTuple):
@@ -239,17 +254,19 @@ class Course(NamedTuple):
     lines: Sequence[tuple[str, Sequence[float], Sequence[float], bool]]
     """(label, steps, values, dashed). Lines of one label, in one panel or several, have one colour."""
     counts: bool = False
-    """Values are whole numbers from 0 up."""
+    """Whether values are whole numbers from 0 up."""
 
 
 DENSE = 50
-"""Points from which a line is shown by its mean over a window, the points themselves faint behind it."""
+"""Points from which a line is smoothed by its mean over a window, with the unsmoothed line faint behind it."""
 
 
 def over_steps(courses: Sequence[Course], path: Place, title: str = "") -> None:
-    """Write a PNG, whole or not at all: a panel for each course, two side by side.
+    """Write a PNG with a panel for each course, two side by side.
 
-    Raises ValueError where there is nothing to show, and OSError where `path` can't be written.
+    Raises:
+        ValueError: there is no course, or one without lines.
+        OSError: `path` can't be written.
     """
     if not courses or not all(course.lines for course in courses):
         raise ValueError("no values to draw")
@@ -275,42 +292,43 @@ def over_steps(courses: Sequence[Course], path: Place, title: str = "") -> None:
         _tidy(axes)
     for index in range(len(courses), rows * columns):
         grid[divmod(index, columns)].remove()
-    handles = [Line2D([], [], linewidth=1.8, **_look(index)) for index in range(len(labels))]
+    handles = [Line2D([], [], linewidth=1.8, **_style(index)) for index in range(len(labels))]
     names = [_ending(label, NAME) for label in labels]
     figure.legend(handles, names, loc="outside lower center", ncols=2 * columns, fontsize=TICK, frameon=False)
     _save(figure, path)
 
 
 def _line(axes: Axes, index: int, steps: Sequence[float], values: Sequence[float], dashed: bool) -> None:
-    look = _look(index)
+    style = _style(index)
     if dashed:
-        look["linestyle"] = "--"
+        style["linestyle"] = "--"
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if len(x) < DENSE:
-        axes.plot(x, y, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4, **look)
+        axes.plot(x, y, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4, **style)
         return
-    axes.plot(x, y, linewidth=0.5, alpha=0.22, color=look["color"])
+    axes.plot(x, y, linewidth=0.5, alpha=0.22, color=style["color"])
     window = window_of(len(x))
     means = np.convolve(y, np.full(window, 1 / window), "valid")
-    axes.plot(np.convolve(x, np.full(window, 1 / window), "valid"), means, linewidth=1.8, **look)
+    axes.plot(np.convolve(x, np.full(window, 1 / window), "valid"), means, linewidth=1.8, **style)
 
 
 def window_of(points: int) -> int:
-    """Points of which a dense line shows the mean; 1 for one that is shown as it is."""
+    """Return the window, in points, over which a line is smoothed; 1 for a line that is not."""
     return points // 15 if points >= DENSE else 1
 
 
 LINES = [colour for colour in PALETTE if colour != "#F0E442"]  # without yellow, which is faint on white
 
 
-def _look(index: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
+    """Return colour and line style of the label number `index`."""
     return {"color": LINES[index % len(LINES)], "linestyle": ("-", ":", "-.")[index // len(LINES) % 3]}
 
 
 def _panel(upper: Axes, lower: Axes, label: str, stats: Bins, images: int, first: bool) -> float:
-    """Draw one coreset; the largest number of images in a bin."""
+    """Draw the panel of one coreset; return the largest number of images in a bin."""
     count, correct, confidence = (
-        np.asarray(each, np.float64) for each in (stats.bin_count, stats.bin_correct, stats.bin_confidence)
+        np.asarray(sums, np.float64) for sums in (stats.bin_count, stats.bin_correct, stats.bin_confidence)
     )
     total = count.sum()
     if not total:
@@ -356,19 +374,19 @@ def _tidy(axes: Axes) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """One line of at most `width` characters."""
+    """Return the text as one line, cut to `width` characters."""
     line = drawable(" ".join(text.split()))
     return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
 
 
 def _broken(text: str, figure: Figure) -> str:
-    """At most two lines as wide as the figure, broken at spaces."""
+    """Break a title at spaces into at most two lines as wide as the figure."""
     width = int(figure.get_figwidth() / 0.095)
     return "\n".join(textwrap.wrap(drawable(text), width, max_lines=2, placeholder=" …"))
 
 
 def _ending(text: str, width: int) -> str:
-    """The last `width` characters of one line: what tells paths apart."""
+    """Return the last `width` characters, by which paths differ."""
     line = drawable(" ".join(text.split()))
     return line if len(line) <= width else f"…{line[1 - width :]}"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 GENERATOR = "fbpc-ray report"
-"""Stands in the first lines of both forms, so that only a report is replaced by a report."""
+"""Written to the first lines of HTML and Markdown: a report replaces only files with this mark."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -65,5 +65,5 @@ def clean(text: str) -> str:
 
 
 def is_number(cell: str) -> bool:
-    """Tell whether a cell holds a number, a mean with its deviation, or what stands in the place of one."""
+    """Tell whether a cell holds a number, a mean with its deviation, `diverged` or `-`."""
     return bool(re.fullmatch(r"-?\d[\d.,]*(e-?\d+)?( ± [\d.]+)?( \(.*\))?|diverged|-", cell))

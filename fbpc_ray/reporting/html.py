@@ -1,4 +1,4 @@
-"""A document as one HTML page that needs nothing else, by the template page.html.j2."""
+"""Render a document as one self-contained HTML page, by the template page.html.j2."""
 
 import base64
 import struct
@@ -14,13 +14,13 @@ from fbpc_ray.reporting.document import GENERATOR, Block, Picture, Table, clean,
 PAGE_SCALE = 96 / 150
 """CSS pixels for a pixel of a picture, which is drawn at 150 dots an inch."""
 WIDE = 640
-"""Width in CSS pixels from which a phone scrolls a picture instead of shrinking it until nobody can read it."""
+"""Width in CSS pixels from which a phone scrolls a picture instead of shrinking it."""
 LONG = 40
-"""Characters from which a cell is broken into lines."""
+"""Characters from which a table cell is broken into lines."""
 
 
 def to_html(title: str, blocks: Sequence[Block], footer: str) -> str:
-    """Render one page: pictures inside, no script, and a policy that lets it fetch nothing."""
+    """Render one page with embedded pictures, without scripts; its content policy forbids all fetches."""
     groups = [(name, list(group)) for name, group in groupby(blocks, lambda block: type(block).__name__)]
     template = _environment().get_template("page.html.j2")
     return template.render(
@@ -30,7 +30,7 @@ def to_html(title: str, blocks: Sequence[Block], footer: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Every expression is cleaned and escaped."""
+    """Return an environment that cleans and escapes every expression."""
     environment = Environment(
         loader=PackageLoader("fbpc_ray.reporting"),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""Image grids of a pseudocoreset: a titled one for people, a bare tiled one for MLflow's slider.
+"""Image grids of a pseudocoreset: one with titles and class names, and one of bare tiles for MLflow.
 
-The only file that imports matplotlib, and of it only the objects (Figure, Agg): no pyplot, whose global state and
-backends have no place in a tool that runs without a screen.
+This file and charts.py alone import matplotlib, and only its objects (Figure, Agg): pyplot has global state and needs a
+backend, which a tool without a screen should not.
 """
 
 import bisect
@@ -41,11 +41,11 @@ def coreset_grid(
     max_per_class: int = 10,
     max_classes: int = 20,
 ) -> None:
-    """Write a PNG of the images, whole or not at all.
+    """Write a PNG of the images.
 
-    With one image a class, a compact grid with the name of the class over each; with more, one row a class with its
-    name at the left. Pixels are kept sharp, one channel is grey, long names are cut, and what doesn't fit in
-    `max_classes` (the first ones by label) and `max_per_class` is left out, with a line that says so.
+    One image a class gives a compact grid with the name of the class above each image; more give one row a class with
+    its name at the left. Pixels stay sharp, one channel is grey, and long names are cut. Classes beyond `max_classes`
+    (by label) and images beyond `max_per_class` are left out, with a note below the grid.
 
     Args:
         images: (m, c, h, w) uint8 with c 1 or 3.
@@ -93,9 +93,9 @@ def coreset_grid(
 def coreset_over_time(
     history: Mapping[int, np.ndarray], names: Sequence[str], path: Place, title: str = "", max_steps: int = 8
 ) -> None:
-    """Write a PNG of the same images after several steps, whole or not at all: a row for each image with its name at
-    the left, a column for each step with its number above; of more than `max_steps` the first, the last, and those
-    that lie evenly between.
+    """Write a PNG of the same images after several steps: a row for each image, a column for each step.
+
+    Of more than `max_steps` steps, the first, the last and evenly spaced ones between are drawn.
 
     Args:
         history: {step: images (k, c, h, w) uint8 with c 1 or 3}, at least one.
@@ -171,7 +171,7 @@ def _rows(labels: np.ndarray, max_per_class: int, max_classes: int) -> list[list
 
 
 def _columns(count: int) -> int:
-    """Return the columns of a grid: one row up to 5 images, else wider than high, without gaps if possible."""
+    """Return the columns of a grid: one row up to 5 images, else wider than high, if possible full."""
     if count <= 5:
         return count
     start = math.ceil(math.sqrt(count))
@@ -179,7 +179,7 @@ def _columns(count: int) -> int:
 
 
 def _note(labels: np.ndarray, rows: list[list[int]]) -> str:
-    """Say which part of the coreset is not shown; empty if all of it is."""
+    """Describe the part of the coreset that is shown; return "" if that is all."""
     counts = np.unique(labels, return_counts=True)[1]
     most = max(len(row) for row in rows)
     parts = [f"{len(rows)} of {len(counts)} classes"] if len(rows) < len(counts) else []

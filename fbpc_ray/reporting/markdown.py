@@ -1,4 +1,4 @@
-"""A document as Markdown, with its pictures in a folder beside it."""
+"""Render a document as Markdown, with its pictures in a folder beside it."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fbpc_ray.reporting.document import (
 
 
 def to_markdown(title: str, blocks: Sequence[Block], footer: str, folder: str) -> str:
-    """Render Markdown; its pictures are files of `folder` beside it."""
+    """Render Markdown that links its pictures in `folder`."""
     parts = [f"<!-- {GENERATOR} -->", f"# {escape(title)}", *(_block(block, folder) for block in blocks)]
     return "\n\n".join([*parts, f"*{escape(footer)}*", ""])
 

@@ -1,6 +1,6 @@
-"""`fbpc report`: one run, or several compared, as one HTML page and as Markdown.
+"""Write the report of one run or several (`fbpc report`), as one HTML page and as Markdown.
 
-Everything comes out of the runs' files, which may be somebody else's: it is checked for its form, and shown as text.
+A report is made from the files of runs, which may be foreign: values are validated, and shown as plain text.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,18 +30,19 @@ from fbpc_ray.reporting.score_blocks import (
 
 
 def report(runs: Sequence[str], out: str, log: Callable[[str], None]) -> None:
-    """Write `out`, an HTML file, and the same beside it as Markdown with its pictures.
+    """Write `out`, an HTML file, and beside it the same report as Markdown with its pictures.
 
-    Raises UserError for a folder that holds no ended run, a damaged file, and an `out` that isn't a report's.
+    Raises:
+        UserError: a folder holds no ended run, a file is damaged, or `out` exists and is not a report.
     """
     target = place(out).absolute()
     if not out.endswith(".html"):
-        raise UserError(f"--out {out}: give a file that ends in .html; the Markdown lies beside it")
+        raise UserError(f"--out {out}: must end in .html; the Markdown is written beside it")
     texts = target, target.with_suffix(".md")
     for path in texts:
         _refuse_others(path)
-    folders = list(dict.fromkeys(place(each).absolute() for each in runs))
-    ended = [read(each, _letter(index) if len(folders) > 1 else "") for index, each in enumerate(folders)]
+    folders = list(dict.fromkeys(place(run).absolute() for run in runs))
+    ended = [read(folder, _letter(index) if len(folders) > 1 else "") for index, folder in enumerate(folders)]
     title, blocks = document(ended)
     foot = f"Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by fbpc-ray {__version__}."
     folder = f"{target.name.removesuffix('.html')}-files"
@@ -66,25 +67,25 @@ def document(ended: Sequence[EndedRun]) -> tuple[str, list[Block]]:
         *bar_charts(series),
         *curve_charts(ended),
     ]
-    for number, each in enumerate(ended, 1):
+    for number, run in enumerate(ended, 1):
         if several:
-            blocks += [Heading(each.name), Facts(facts_of(each)), *mixing_blocks(each.mixing)]
+            blocks += [Heading(run.name), Facts(facts_of(run)), *mixing_blocks(run.mixing)]
         else:
-            blocks += [*mixing_blocks(each.mixing), Heading("Pictures")]
-        blocks += [*run_pictures(each, f"{number:02d}"), *_later(each, f"{number:02d}"), *how_to_repeat(each)]
+            blocks += [*mixing_blocks(run.mixing), Heading("Pictures")]
+        blocks += [*run_pictures(run, f"{number:02d}"), *_later(run, f"{number:02d}"), *how_to_repeat(run)]
     blocks += [Heading("Every value"), Text("One line for each chain, by its seed."), value_table(series)]
     return title, [*blocks, *how_to_use(ended), *provenance(ended)]
 
 
 def _later(ended: EndedRun, number: str) -> list[Block]:
-    """Show what `fbpc evaluate` found after the run."""
+    """Show the evaluations by `fbpc evaluate` after the run."""
     blocks: list[Block] = []
-    for index, each in enumerate(ended.later, 1):
-        series = series_of(each.scores)
-        ood = f"; AUROC (higher is better): how well its uncertainty tells {each.ood}" if each.ood else ""
-        blocks += [Heading(f"Evaluated later: {each.name}", 3), Text(f"On the {each.split} split{ood}.")]
-        blocks += [mean_table(series), *mixing_blocks(each.mixing), value_table(series)]
-        for position, (kind, png) in enumerate(each.pictures, 1):
+    for index, later in enumerate(ended.later, 1):
+        series = series_of(later.scores)
+        ood = f"; AUROC (higher is better): how well uncertainty detects {later.ood}" if later.ood else ""
+        blocks += [Heading(f"Evaluated later: {later.name}", 3), Text(f"On the {later.split} split{ood}.")]
+        blocks += [mean_table(series), *mixing_blocks(later.mixing), value_table(series)]
+        for position, (kind, png) in enumerate(later.pictures, 1):
             blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", kind.replace(".", ", ")))
     return blocks
 
@@ -101,4 +102,4 @@ def _beside(path: Place, name: str) -> Place:
 
 def _refuse_others(path: Place) -> None:
     if path.exists() and (not path.is_file() or GENERATOR.encode() not in path.read_bytes()[:300]):
-        raise UserError(f"{path} is there and is no report: give another --out")
+        raise UserError(f"{path} exists and is not a report: give another --out")

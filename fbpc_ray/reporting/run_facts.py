@@ -1,4 +1,4 @@
-"""Facts of runs: what was done, where several runs differ, and what made them."""
+"""Facts of runs: their settings, where several runs differ, and their provenance."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +50,8 @@ def facts_of(found: EndedRun) -> list[tuple[str, str]]:
     return [*facts, ("Folder", str(found.run.folder))]
 
 
-def _shape(its: Coreset) -> str:
-    channels, height, width = its.images.shape[1:]
+def _shape(coreset: Coreset) -> str:
+    channels, height, width = coreset.images.shape[1:]
     return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
 
 

@@ -1,4 +1,4 @@
-"""Draw a run from its files: its images over the steps, and the course of its metrics."""
+"""Draw a run from its files: its images and its metrics over the steps."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.reporting import charts, image_grids
 
 FOLLOWED = 10
-"""Images that are shown over the steps, the first of each class."""
+"""Number of images shown over the steps, the first of each class."""
 
 
 def followed(images: np.ndarray, labels: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read an ended run for a report. Its files may be somebody else's: what the report shows is checked here."""
+"""Read an ended run for a report, and validate it: the files may be foreign."""
 
 import shlex
 from typing import Any, NamedTuple
@@ -31,17 +31,17 @@ class LaterEvaluation(NamedTuple):
 
 
 class EndedRun(NamedTuple):
-    """A run that has ended, as its files say."""
+    """Content of the files of an ended run."""
 
     label: str
-    """A, B, ... of several; empty for one alone."""
+    """A, B, ... if the report compares several runs, else empty."""
     run: RunDirectory
     config: Config
     result: dict[str, Any]
     scores: list[ChainScore]
     coreset: Coreset
     rows: list[dict[str, Any]]
-    """Of metrics.parquet."""
+    """Rows of metrics.parquet."""
     later: list[LaterEvaluation]
     mixing: list[Mixing]
     """How well the chains have mixed; empty in runs of earlier code."""
@@ -62,22 +62,22 @@ def read(folder: Place, label: str) -> EndedRun:
     run, config = RunDirectory(folder), read_config(folder)
     result = run.read_result()
     if result is None and (folder / "trial.json").is_file():
-        raise UserError(f"{folder} is a trial that was not judged on the test split: give the best one of its sweep")
+        raise UserError(f"{folder} is a trial that was not evaluated on test: give the best trial of the sweep")
     words = shlex.join(["fbpc", "distill", "--out", str(folder), "--resume"])
     if result is None:
-        raise UserError(f"the run in {folder} has not ended (no result.json): go on with it by `{words}`")
+        raise UserError(f"the run in {folder} has not ended (no result.json): resume it with `{words}`")
     scores, mixing = _checked(result, str(run.result_path))
-    its, step = run.read_coreset(config), coreset.metadata(run.coreset_path).get("step")
+    images, step = run.read_coreset(config), coreset.metadata(run.coreset_path).get("step")
     if not is_of_step(result, step):
-        why = f"its result is of step {result['steps']}, its coreset of step {step}"
-        raise UserError(f"the run in {folder} has not ended ({why}): go on with it by `{words}`")
+        steps = f"its result is of step {result['steps']}, its coreset of step {step}"
+        raise UserError(f"the run in {folder} has not ended ({steps}): resume it with `{words}`")
     return EndedRun(
         label,
         run,
         config,
         result,
         scores,
-        its,
+        images,
         _rows(run.metrics_path),
         _read_later(folder / "evaluations"),
         mixing,
@@ -89,7 +89,7 @@ def _checked(result: dict[str, Any], source: str) -> tuple[list[ChainScore], lis
     try:
         for name in ("data", "split", "device", "commit"):
             if not isinstance(result[name], str):
-                raise ValueError(f"{name} is no text")
+                raise ValueError(f"{name} must be text")
         if not isinstance(result["versions"], dict) or not isinstance(result.get("map_endings", {}), dict):
             raise ValueError("versions and map_endings must be objects")
         int(result["images_scored"])
@@ -109,7 +109,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
     """Read the evaluations in `folder`, in the order of their numbers."""
     evaluations = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
-        with undamaged(path, "delete it, and the report goes without"):
+        with undamaged(path, "delete it; the report does without"):
             result = inputs.read_checked_json(path)
         stem = path.name.removesuffix(".json")
         beside = sorted(
@@ -125,7 +125,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
 def image(path: Place) -> bytes:
     data = path.read_bytes()
     if not is_png(data):
-        raise UserError(f"{path} is no PNG: delete it, and the report goes without")
+        raise UserError(f"{path} is not a PNG: delete it; the report does without")
     return data
 
 
@@ -138,4 +138,4 @@ def _rows(path: Place) -> list[dict[str, Any]]:
         return [{**row, "step": int(row["step"]), "architecture": str(row["architecture"])} for row in rows]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason"])[0][:80]
-        raise UserError(f"{path} is damaged ({reason}): delete it, and the report goes without") from None
+        raise UserError(f"{path} is damaged ({reason}): delete it; the report does without") from None

@@ -1,4 +1,4 @@
-"""How to repeat a run, and how to load and use its coreset."""
+"""Commands that repeat a run, and code that loads and uses its coreset."""
 
 import shlex
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fbpc_ray.reporting.run_facts import LAST_BITS
 from fbpc_ray.reporting.run_reader import EndedRun
 
 PLACES = {f.name for group in (Workers, Output) for f in fields(group)} - LAST_BITS
-"""Settings that change no result."""
+"""Settings of places and machines, which change no result."""
 
 LOAD = """import json
 from safetensors import safe_open
@@ -57,7 +57,7 @@ def command(config: Config) -> list[str]:
 
 def how_to_repeat(found: EndedRun) -> list[Block]:
     commit = found.result["commit"]
-    note = f"It makes a new folder, at commit {commit}; what isn't named is the default there."
+    note = f"At commit {commit}, in a new folder; other settings have their defaults."
     return [Heading("To repeat it", 3), Code(redacted(wrap_command(command(found.config))), "sh"), Text(note)]
 
 
@@ -84,4 +84,8 @@ def how_to_use(found: Sequence[EndedRun]) -> list[Block]:
         blocks.append(Code(code, "python"))
     run = shlex.quote(str(found[0].run.folder))
     lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"
-    return [*blocks, Text("As a data set that `datasets` loads, and judged on another network:"), Code(lines, "sh")]
+    return [
+        *blocks,
+        Text("To export it for `datasets`, or evaluate it on another network:"),
+        Code(lines, "sh"),
+    ]

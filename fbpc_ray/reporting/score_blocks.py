@@ -17,7 +17,7 @@ PRINTED = {
     name: quantity._replace(label=f"AUROC {quantity.label}") if "auroc" in name else quantity
     for name, quantity in QUANTITIES.items()
 }
-"""Quantity -> how the report prints it."""
+"""Label, unit and digits of each quantity in a report."""
 
 
 class Series(NamedTuple):
@@ -40,7 +40,7 @@ def series_of(scores: Sequence[ChainScore]) -> list[Series]:
 
 
 def all_series(runs: Sequence[EndedRun]) -> list[Series]:
-    """Return every coreset of every run, the random ones first; a random coreset that several runs share, once."""
+    """Return all coresets, random ones first; a random coreset that several runs share appears once."""
     named: dict[str, tuple[Series, list[str]]] = {}
     for run in runs:
         for one in series_of(run.scores):
@@ -174,7 +174,7 @@ Point = tuple[str, int, tuple[float, float] | None]
 
 
 def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
-    """Draw scores and cost against images a class, and cost against networks, where the runs differ in them."""
+    """Draw scores and cost against images a class, and cost against networks, if the runs differ."""
     several = len({run.result["data"] for run in runs}) > 1
     scored: dict[str, list[Point]] = {"accuracy": [], "nll": []}
     by_ipc, by_networks = list[Point](), list[Point]()

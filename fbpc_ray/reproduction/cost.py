@@ -1,10 +1,9 @@
-"""Peak memory and seconds of one step of a method (Tables 7-9), in a process of its own.
+"""Measure peak memory and seconds of one step of a method (Tables 7-9), in a separate process.
 
 `python -m fbpc_ray.reproduction.cost` reads {"config": ..., "device": ..., "steps": ...} on standard input and writes
 {"peak_gb", "seconds": [...], "parameters"} on standard output. The experts are one untrained trajectory: neither memory
-nor time depends on the values of an expert's weights. Seconds are those of each step after a first one that warms up.
-The peak is that of CUDA's allocator, or on a CPU what the process grew by above what it held between two steps
-(data, network, libraries).
+nor time depends on the values of an expert's weights. A first step, which warms up, is not timed. The peak is that of
+CUDA's allocator, or on a CPU the growth of the process above its size between two steps (data, network, libraries).
 """
 
 import gc
@@ -30,29 +29,29 @@ from fbpc_ray.models.functional import Network
 
 
 class Cost(NamedTuple):
-    """What a step costs."""
+    """Cost of a step."""
 
     peak_gb: float
     """1e9 bytes."""
     seconds: list[float]
-    """One a timed step."""
+    """Of each timed step."""
     parameters: int
-    """Of all networks."""
+    """Sum over all networks."""
 
 
 def measure(config: Config, device: str, steps: int) -> Cost:
-    """The cost of `steps` steps, of all the configuration's architectures in turn, measured in a new process."""
-    words = json.dumps({"config": config.flat(), "device": device, "steps": steps})
+    """Measure `steps` steps in a new process; a step computes all architectures, one after the other."""
+    job = json.dumps({"config": config.flat(), "device": device, "steps": steps})
     program = [sys.executable, "-m", "fbpc_ray.reproduction.cost"]
-    done = subprocess.run(program, input=words, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    process = subprocess.run(program, input=job, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
         raise UserError(f"the measurement failed: {lines[-1].removeprefix('error: ')}")
-    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+    return Cost(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def _measured(config: Config, device: str, steps: int) -> Cost:
-    epochs = 3  # enough for every method to begin at 0
+def _measure(config: Config, device: str, steps: int) -> Cost:
+    epochs = 3  # enough for every method to start at 0
     rule = {"start_epoch": 1, "start_rule": "before"}
     with tempfile.TemporaryDirectory() as folder:
         config = config.updated(expert_count=1, expert_epochs=epochs, experts=folder, trajectory_cache_gb=0.0, **rule)
@@ -78,7 +77,7 @@ def _measured(config: Config, device: str, steps: int) -> Cost:
 
 
 def _reset(device: str) -> int:
-    """Begin to watch the peak; bytes in use now."""
+    """Reset the peak; return the bytes in use."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -94,19 +93,20 @@ def _peak(device: str) -> int:
 
 
 def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status, which gives kB."""
+    """Read a line of /proc/self/status, given in kB, as bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 
 
 def main() -> None:
-    asked: dict[str, Any] = json.load(sys.stdin)
+    """Measure the job on standard input; print the cost."""
+    job: dict[str, Any] = json.load(sys.stdin)
     try:
-        found = _measured(configs.Config().updated(**asked["config"]), asked["device"], asked["steps"])
+        cost = _measure(configs.Config().updated(**job["config"]), job["device"], job["steps"])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
-    print(json.dumps(found._asdict()))
+    print(json.dumps(cost._asdict()))
 
 
 if __name__ == "__main__":

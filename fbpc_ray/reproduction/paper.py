@@ -1,6 +1,6 @@
-"""The paper's own numbers: {table: {(row, column): {quantity: (mean, +-)}}}. Accuracy and degradation in per cent.
+"""Numbers that the paper prints: {table: {(row, column): {quantity: (mean, +-)}}}.
 
-Fig. 2a's bars are not printed as numbers, so it has none; the +- of Tables 3, 6, 7 and 8 is not given: None.
+Accuracy and degradation are in per cent. Tables 3, 6, 7 and 8 have no +-: None. Fig. 2a prints no numbers.
 """
 
 Value = tuple[float, float | None]
@@ -8,7 +8,7 @@ Numbers = dict[tuple[str, str], dict[str, Value]]
 
 
 def _scores(columns: list[str], rows: dict[str, tuple[list[Value], list[Value]]]) -> Numbers:
-    """Rows of accuracy and NLL over columns."""
+    """Combine rows of accuracy and NLL."""
     return {
         (row, column): {"accuracy": accuracy, "nll": nll}
         for row, (accuracies, nlls) in rows.items()

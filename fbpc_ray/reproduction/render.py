@@ -1,4 +1,4 @@
-"""Rows as the paper prints them: Markdown with the paper's value beside ours, and a picture."""
+"""Render rows as the paper prints them: Markdown with the paper's values beside ours, and a picture."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.reporting.charts import Curve, bars, curves
 from fbpc_ray.reproduction.paper import PAPER, Value
 from fbpc_ray.reproduction.tables import TABLES, Request
@@ -16,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Quantity(NamedTuple):
-    """How a column of the rows is shown."""
+    """Label, unit and digits of a printed column."""
 
     label: str
     scale: float
@@ -35,19 +36,19 @@ SHOWN = {
 
 
 class Summary(NamedTuple):
-    """What the seeds of one cell say of one quantity, in the unit that is shown."""
+    """Mean and spread of one quantity over the seeds of a cell, in the printed unit."""
 
     mean: float
     evaluation: float | None
-    """Standard deviation over seeds of the evaluation, pooled over those of the distillation; None for one seed."""
+    """Standard deviation over seeds of the evaluation, pooled over seeds of the distillation; None for one seed."""
     distillation: float | None
-    """Standard deviation over seeds of the distillation, of their means; None for one."""
+    """Standard deviation of the means of the seeds of the distillation; None for one seed."""
     values: int
     diverged: int
 
 
 def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
-    """Mean and spreads of `quantity` over the seeds of a cell; None where no seed has a value."""
+    """Summarise `quantity` over the seeds of a cell; return None if no seed has a value."""
     shown = SHOWN[quantity]
     by_distillation: dict[int, list[float]] = {}
     diverged = 0
@@ -74,13 +75,18 @@ def markdown(
     table: str, scale: str, request: Request, configs: list[Config], rows: list[Row], images: Sequence[str],
     notes: tuple[str, ...],
 ) -> str:  # fmt: skip
-    """The table: for each cell ours, and below it the paper's. `configs` are those of its cells, `images` the names of
-    its pictures; `notes` come last."""
+    """Format the table, the paper's row below each of ours.
+
+    Args:
+        configs: those of the cells.
+        images: file names of the pictures.
+        notes: printed last.
+    """
     shape = TABLES[table]
     lines = [
         f"# {shape.title}",
         "",
-        _what(scale, request, configs),
+        _describe_scale(scale, request, configs),
         "",
         *(f"![{table}]({image})" for image in images),
         "",
@@ -88,40 +94,39 @@ def markdown(
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
     for quantity in shape.quantities:
         shown, paper = SHOWN[quantity], PAPER.get(table, {})
-        lines += [f"| {shown.label} | {' | '.join(column or '-' for column in columns)} |"]
-        lines += ["|---" * (len(columns) + 1) + "|"]
+        body = []
         for name in names:
             ours = [summary(_cell(rows, name, column), quantity) for column in columns]
-            lines.append(f"| {name} | {' | '.join(_text(one, shown) for one in ours)} |")
+            body.append([name, *(_text(cell, shown) for cell in ours)])
             theirs = [paper.get((name, column), {}).get(quantity) for column in columns]
             if any(theirs):
-                lines.append(f"| *paper* | {' | '.join(_paper(value, shown) for value in theirs)} |")
-        lines.append("")
+                body.append(["*paper*", *map(_paper, theirs)])
+        lines += [markdown_table([shown.label, *(column or "-" for column in columns)], body), ""]
     return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
 
 
 def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
-    """{quantity/row/column: mean over seeds, as it is shown}."""
+    """Return {quantity/row/column: mean over seeds, in the printed unit}."""
     keys = dict.fromkeys((row["row"], row["column"]) for row in rows)
-    found = {
+    summaries = {
         "/".join(part for part in (quantity, name, column) if part): summary(_cell(rows, name, column), quantity)
         for name, column in keys
         for quantity in TABLES[table].quantities
     }
-    return {key: one.mean for key, one in found.items() if one}
+    return {key: one.mean for key, one in summaries.items() if one}
 
 
 def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
-    """The table's first quantity as bars, the paper's values as marks."""
+    """Draw the table's first quantity as bars, the paper's values as marks."""
     quantity = TABLES[table].quantities[0]
     shown, paper = SHOWN[quantity], PAPER.get(table, {})
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
-    found = {(name, c): summary(_cell(rows, name, c), quantity) for name in names for c in columns}
+    summaries = {(name, c): summary(_cell(rows, name, c), quantity) for name in names for c in columns}
     bars(
         names,
         columns,
-        {key: (one.mean, one.evaluation or 0.0) for key, one in found.items() if one},
-        {key: values[quantity][0] for key, values in paper.items() if quantity in values and key in found},
+        {key: (one.mean, one.evaluation or 0.0) for key, one in summaries.items() if one},
+        {key: values[quantity][0] for key, values in paper.items() if quantity in values and key in summaries},
         shown.label,
         _title(table, scale),
         path,
@@ -129,16 +134,16 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
 
 
 def _title(table: str, scale: str) -> str:
-    """The scale stays in one piece where the title is broken."""
+    """Return the title with the scale, which no line break splits."""
     return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")
 
 
 BY_IPC = re.compile(r"(?:(.*) )?ipc (\d+)")
-"""The name of a row or a column that is one of several sizes."""
+"""Name of a row or a column of one ipc."""
 
 
 def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
-    """Draw the table's scores, or its cost, against images a class; whether it has more than one size to draw."""
+    """Draw scores or costs against images a class. Return False, and draw nothing, for one ipc."""
     shape, paper, panels = TABLES[table], PAPER.get(table, {}), []
     if shape.kind not in ("scores", "cost"):
         return False
@@ -151,9 +156,9 @@ def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
                 theirs = paper.get((name, column), {}).get(quantity)
                 label = f"{other}, {match[1]}" if match[1] else other
                 lines.setdefault(label, []).append((int(match[2]), one, theirs[0] if theirs else None))
-        found = [_curve(label, sorted(points)) for label, points in lines.items() if len(points) > 1]
-        if found:
-            panels.append((SHOWN[quantity].label, found))
+        drawn = [_curve(label, sorted(points)) for label, points in lines.items() if len(points) > 1]
+        if drawn:
+            panels.append((SHOWN[quantity].label, drawn))
     if panels:
         curves(panels, "images a class", path, _title(table, scale))
     return bool(panels)
@@ -180,26 +185,26 @@ def _text(one: Summary | None, shown: Quantity) -> str:
     return f"{one.mean:,.{shown.digits}f}{spreads if shown.digits else ''}{diverged}"
 
 
-def _paper(value: Value | None, shown: Quantity) -> str:
+def _paper(value: Value | None) -> str:
     if value is None:
         return ""
     mean, spread = value
     return f"*{mean}" + (f" ± {spread}" if spread is not None else "") + "*"
 
 
-def _what(scale: str, request: Request, configs: list[Config]) -> str:
-    """One paragraph that says at which size this was made."""
+def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
+    """Describe the scale of the reproduction in one paragraph."""
     settings = [config.flat() for config in configs]
 
-    def seen(flag: str) -> str:
-        values = sorted({each[flag] for each in settings if flag != "steps" or each["method"] != "random"})
+    def values_of(flag: str) -> str:
+        values = sorted({flat[flag] for flat in settings if flag != "steps" or flat["method"] != "random"})
         return " or ".join(map(str, values)) or "-"
 
-    data = " or ".join(sorted({each["data"].rstrip("/").split("/")[-1] for each in settings}))
+    data = " or ".join(sorted({flat["data"].rstrip("/").split("/")[-1] for flat in settings}))
     size = (
-        f"width {seen('width')}, {seen('expert_count')} experts of {seen('expert_epochs')} epochs, "
-        f"{seen('steps')} steps, "
-        f"real batches of {seen('real_batch_size')}, chains of {seen('chain_epochs')} epochs; data {data}"
+        f"width {values_of('width')}, {values_of('expert_count')} experts of {values_of('expert_epochs')} epochs, "
+        f"{values_of('steps')} steps, "
+        f"real batches of {values_of('real_batch_size')}, chains of {values_of('chain_epochs')} epochs; data {data}"
     )
     kind = (
         "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"
@@ -217,7 +222,7 @@ def _legend(rows: list[Row]) -> list[str]:
         "*Italics* are the paper's values.",
         "",
         "Commit " + ", ".join(_order(row["commit"] for row in rows))
-        + "".join(f"; coresets made at {made}" for made in _order(row["coreset_commit"] for row in rows) if made)
+        + "".join(f"; coresets made at {commit}" for commit in _order(row["coreset_commit"] for row in rows) if commit)
         + "; " + ", ".join(_order(row["device"] for row in rows))
         + "; " + ", ".join(f"{k} {v}" for k, v in json.loads(rows[-1]["versions"]).items()) + ".",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a reproduction found, as Parquet: one row for each (cell, seed), each with its full cause."""
+"""Rows of a reproduction as Parquet: one for each (cell, seed), with everything it depends on."""
 
 import hashlib
 import io
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
     + [(name, pa.int64()) for name in ("distill_seed", "eval_seed")]
     + [(name, pa.float64()) for name in QUANTITIES]
 )
-"""Columns of a row; a quantity that a cell doesn't have, or that diverged, is null. Accuracies are shares of 1."""
+"""Columns of a row; null is a quantity that the cell doesn't have, or that diverged. Accuracies are in 0..1."""
 
 _ELSEWHERE = ELSEWHERE | {"num_chains"}
 _OF_POOL = {"map_init", "warm_pool_size", "warm_pool_uses"}
@@ -54,17 +54,17 @@ _EXPERTS = {"width", "depth", "architectures"}
 
 
 def coreset_key(config: Config) -> str:
-    """Of all that a coreset depends on: equal for cells of any table that share it."""
+    """Hash everything that a coreset depends on: cells of any table with equal keys share the coreset."""
     flat = _settings(config)
     left_out = _ELSEWHERE | _JUDGED
-    if flat["method"] == "random":  # real images: which ones depends on data, ipc and seed
+    if flat["method"] == "random":  # real images: they depend on data, ipc and seed alone
         left_out |= {f.name for f in fields(Distillation)} - {"method", "ipc", "seed"}
         left_out |= _EXPERTS | {name for name in flat if name.startswith("expert_")} | {"augment"}
     return _digest({name: value for name, value in flat.items() if name not in left_out})
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All flags, without those that came later and are not used: keys stay what they were."""
+    """Return all flags, without later flags that are unused, so that keys stay the same."""
     flat = config.flat()
     later = (
         (_OF_POOL, flat["map_init"] == "warm"),
@@ -77,45 +77,45 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
-    """Of all that a cell's numbers depend on, but for the evaluation's seed."""
+    """Hash everything that a cell's numbers depend on, except the seed of the evaluation."""
     settings = {name: value for name, value in _settings(config).items() if name not in _ELSEWHERE}
     return _digest({"table": table, "row": row, "column": column, "judged_on": judged_on, **settings})
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """Hash `values` under the names that the first rows were hashed under: a rename changes no key."""
+    """Hash `values` under the flags' original names, so that a rename changes no key."""
     return hashlib.sha256(json.dumps(original_names(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Rows:
-    """The rows in one folder, a file for each chain or measurement, so that a crash loses none that is done."""
+    """Rows in a folder, a file for each chain or measurement, so that a crash loses no finished one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """The rows of one cell and seed of its evaluation, all or none."""
+        """Write the rows of one cell and evaluation seed, all or none."""
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
         files.write_bytes(self.folder / f"{rows[0]['key']}-{rows[0]['eval_seed']}.parquet", buffer.getvalue())
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, in no order. Raises UserError for a file that is none of ours."""
-        found = []
+        """Read all rows, in no order. Raises UserError for a damaged or foreign file."""
+        rows = []
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                rows = _read(path).to_pylist()
-                if any(row["key"] is None for row in rows):
+                file_rows = _read(path).to_pylist()
+                if any(row["key"] is None for row in file_rows):
                     raise ValueError("it has no rows of a table")
-                found += rows
+                rows += file_rows
             except (pa.ArrowException, OSError, ValueError) as error:
                 line = str(error).splitlines()[0]
                 raise UserError(f"{path} can't be read ({line}): delete it, and its cell is made again") from None
-        return found
+        return rows
 
 
 def _read(path: Path) -> pa.Table:
-    """Read the rows of one file, under today's names. Raises pa.ArrowException or OSError."""
+    """Read the rows of one file under the present names. Raises pa.ArrowException or OSError."""
     old = {OLD_NAMES[name]: name for name in SCHEMA.names if name in OLD_NAMES}
     names = {old.get(name, name): name for name in pq.read_schema(path).names}
     schema = pa.schema([field.with_name(names.get(field.name, field.name)) for field in SCHEMA])

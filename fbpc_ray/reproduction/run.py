@@ -1,11 +1,11 @@
-"""Make a table or figure of the paper from scratch: experts, coresets, chains, rows, Markdown, picture.
+"""Reproduce a table or figure of the paper: experts, coresets, chains, rows, Markdown, picture.
 
-Every part is found again by what it depends on, so the same command goes on where it stopped, and cells of different
+Every file's name has a key of what it depends on, so the same command resumes where it stopped, and cells of different
 tables share their experts and coresets.
 
-    OUT/coresets/<key>/   a run for each distinct coreset
+    OUT/coresets/<key>/   a run directory for each distinct coreset
     OUT/rows/<table>/     a Parquet file for each (cell, seed)
-    OUT/<table>.md .png   what they say, beside the paper's numbers; <table>-by-ipc.png where it has several sizes
+    OUT/<table>.md .png   the table beside the paper's numbers; <table>-by-ipc.png if it has several sizes
 """
 
 import json
@@ -40,14 +40,14 @@ from fbpc_ray.reproduction.tables import TABLES, Cell, Request, cells_of
 
 
 class Options(NamedTuple):
-    """One call, beside the request."""
+    """Options of a reproduction."""
 
     table: str
     scale: str
     request: Request
     out: Path
     only: tuple[str, ...]
-    """Parts of 'row/column' names; a cell is made where one is in its name. Empty: all."""
+    """Parts of names 'row/column': only cells with one of them are made. Empty: all."""
     corruptions: Path | None
     cost_steps: int
     dry_run: bool
@@ -63,7 +63,7 @@ class Task(NamedTuple):
 
 
 def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
-    """Make the missing rows of a table; return the path of its Markdown, and its rows in order. Raises UserError."""
+    """Make the missing rows of a table; return its Markdown file and its rows. Raises UserError."""
     kind, rows = TABLES[options.table].kind, Rows(options.out / "rows" / options.table)
     tasks = _tasks(options, log)
     seeds = _seeds(options)
@@ -111,7 +111,7 @@ def _fill(
 
 
 def _tasks(options: Options, log: Log) -> list[Task]:
-    """Every chosen cell for every seed of the distillation, its data loaded and its networks built once."""
+    """Return the chosen cells for every seed of the distillation; load data, check networks."""
     cells = cells_of(options.table, options.request)
     names = [f"{cell.row}/{cell.column}" for cell in cells]
     chosen = [
@@ -121,7 +121,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
     ]
     if not chosen:
         raise UserError(
-            f"--only {' '.join(options.only)} fits no cell of {options.table}: choose from {', '.join(names)}"
+            f"--only {' '.join(options.only)}: no such cell in {options.table}; choose from {', '.join(names)}"
         )
     datasets: dict[str, Dataset] = {}
     tasks = []
@@ -130,7 +130,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
         if source not in datasets:
             datasets[source] = load_data(cell.config, log)
             if TABLES[options.table].kind == "corruptions" and options.corruptions:
-                official(options.corruptions, datasets[source])  # said now, if it does not fit
+                official(options.corruptions, datasets[source])  # raises if the folder doesn't fit the data
         dataset = datasets[source]
         validation.check(cell.config)
         network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
@@ -145,7 +145,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
 
 
 def _unmade(tasks: Iterable[Task]) -> list[Task]:
-    """One task for each coreset that is not there."""
+    """Return one task for each missing coreset."""
     first = {task.coreset: task for task in reversed(list(tasks))}
     return [task for path, task in reversed(first.items()) if not RunDirectory(path).coreset_path.exists()]
 
@@ -158,7 +158,7 @@ def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
 
 
 def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log) -> dict[Path, str]:
-    """Train the experts that the coresets need, then distil each coreset; return why some failed, by folder."""
+    """Train missing experts, then distil each coreset; return why coresets failed, by folder."""
     failures = {}
     for dataset, group in _by_data(tasks):
         _train_experts([task.cell.config for task in group], dataset, workers, log)
@@ -183,8 +183,8 @@ def _train_experts(configs: list[Config], dataset: Dataset, workers: TaskRunner,
                 stores[store.folder] = (store, spec)
             count = max(count, config.experts.expert_count)
     if stores:
-        each, specs = zip(*stores.values(), strict=True)
-        train_missing_experts(each, specs, count, dataset, workers, log)
+        all_stores, specs = zip(*stores.values(), strict=True)
+        train_missing_experts(all_stores, specs, count, dataset, workers, log)
 
 
 def _evaluate(
@@ -233,34 +233,35 @@ def _row_task(task: Task, seed: int, kind: str, corruptions: Path | None) -> wor
 
 
 def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: TaskRunner, provenance: Provenance) -> None:
-    """One after the other, so that no measurement disturbs another."""
+    """Measure one cell after the other, so that no measurement disturbs another."""
     for task in tasks:
         item = work.CostTask(task.cell.config, options.cost_steps)
-        for _, found in workers.map(work.run_cost_task, None, [item]):
-            for number, seconds in enumerate(found.seconds):
-                finding = {"peak_gb": found.peak_gb, "seconds": seconds, "parameters": float(found.parameters)}
+        for _, cost in workers.map(work.run_cost_task, None, [item]):
+            for number, seconds in enumerate(cost.seconds):
+                finding = {"peak_gb": cost.peak_gb, "seconds": seconds, "parameters": float(cost.parameters)}
                 rows.write([_row(options, task, number, finding, provenance)])
 
 
 def _row(options: Options, task: Task, seed: int, finding: work.Finding, provenance: Provenance) -> dict[str, Any]:
-    made = None if TABLES[options.table].kind == "cost" else task.coreset  # a cost is that of any coreset
+    folder = None if TABLES[options.table].kind == "cost" else task.coreset  # a cost doesn't depend on the images
     return {
         "table": options.table, "key": task.key, "row": task.cell.row, "column": task.cell.column,
         "scale": options.scale, "judged_on": task.cell.judged_on, "config": json.dumps(task.cell.config.flat()),
         "commit": provenance.commit, "versions": json.dumps(provenance.versions), "device": provenance.device,
-        "coreset": made and made.name, "coreset_commit": made and _commit_of(made),
+        "coreset": folder and folder.name, "coreset_commit": folder and _commit_of(folder),
         "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
     }  # fmt: skip
 
 
 def _commit_of(folder: Path) -> str | None:
-    """Of the code that made a coreset, which may be older than that which judges it."""
+    """Return the commit that made a coreset; the commit that evaluates it may be another."""
     return coreset.metadata(RunDirectory(folder).coreset_path).get("commit")
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
+    """Write the table as Markdown, and its pictures; return the path of the Markdown."""
     configs = [task.cell.config for task in tasks]
-    said = notes(options.corruptions, 0) if TABLES[options.table].kind == "corruptions" else ()
+    footnotes = notes(options.corruptions, 0) if TABLES[options.table].kind == "corruptions" else ()
     path, image = options.out / f"{options.table}.md", options.out / f"{options.table}.png"
     sizes = image.with_name(f"{options.table}-by-ipc.png")
     images = [image.name]
@@ -274,5 +275,5 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         picture(options.table, options.scale, rows, image)
         if over_ipc(options.table, options.scale, rows, sizes):
             images.append(sizes.name)
-    files.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, images, said))
+    files.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, images, footnotes))
     return path

@@ -1,4 +1,4 @@
-"""Every table and figure of the paper as a list of cells: which coreset, judged on which network, and how."""
+"""Tables and figures of the paper as lists of cells: a coreset, and the network that evaluates it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ METHODS = {
     "FBPC-isotropic": "fbpc-isotropic",
     "FBPC": "fbpc",
 }
-"""The paper's names -> `--method`. BPC-W is in none of its tables; we add it to Table 1."""
+"""Values of `--method` by the paper's names. The paper has BPC-W in no table; we add it to Table 1."""
 
 NORMS = {"IN": "convnet-in", "GN": "convnet-gn", "LN": "convnet-ln", "BN": "convnet-bn"}
 NETWORKS = {"ConvNet": "convnet-in", "ResNet18": "resnet18-in", "ResNet34": "resnet34-in", "VGG": "vgg11-in",
@@ -26,16 +26,16 @@ CONVNET = ("convnet-in",)
 
 
 class Scale(NamedTuple):
-    """How large a reproduction is."""
+    """Size of a reproduction."""
 
     changes: dict[str, Any]
-    """What differs from the paper's settings, by flag."""
+    """Settings that differ from the paper's, by flag."""
     most_steps: int | None
-    """Upper bound of --steps; with one, --start-epoch leaves at least two of the epochs that are."""
+    """Upper bound of --steps; if set, --start-epoch is lowered to the last epoch but one."""
     ipc: tuple[int, ...]
-    """Images a class, where a table goes over them."""
+    """Images a class, for tables over several sizes."""
     one_ipc: int
-    """Images a class, where a table has one."""
+    """Images a class, for tables of one size."""
     distill_seeds: int
     num_chains: int
 
@@ -55,23 +55,23 @@ class Cell(NamedTuple):
     row: str
     column: str
     config: Config
-    """How its coreset is made (method, data, networks it is distilled on, seed) and how it is judged."""
+    """Settings of the distillation (method, data, networks, seed) and of the evaluation."""
     judged_on: str
-    """The network."""
+    """Network that the coreset is evaluated on."""
 
 
 class Request(NamedTuple):
-    """What was asked for, beside the table."""
+    """Options of a reproduction that change its cells."""
 
     scale: Scale
     sources: dict[str, str]
-    """{cifar10 | cifar100 | tiny-imagenet: what --data takes}."""
+    """{cifar10 | cifar100 | tiny-imagenet: a value of --data}."""
     ipc: tuple[int, ...]
-    """Empty: those of the scale."""
+    """Images a class; empty for those of the scale."""
     overrides: dict[str, Any]
-    """Flags that change every cell, last."""
+    """Flags that change every cell, applied last."""
     base: Config
-    """Where it runs and where its files are: workers, output, experts."""
+    """Settings of workers, output and experts."""
 
     @property
     def all_ipc(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Table(NamedTuple):
     title: str
     kind: str
     """scores: SGHMC on the coreset | corruptions: the same on corrupted test images | cost: memory and time of a step |
-    logits: function values at one image | picture: the coreset itself."""
+    logits: function values at one image | picture: images of the coreset."""
     quantities: tuple[str, ...]
     cells: Callable[[Request], list[Cell]]
 
@@ -96,7 +96,7 @@ class Table(NamedTuple):
 def _config(
     request: Request, data: str, ipc: int, method: str, architectures: Sequence[str] = CONVNET, augment: str = "dsa"
 ) -> Config:
-    """The paper's settings, then the scale's, then what was asked for."""
+    """Return the paper's settings, changed by the scale, then by the request."""
     row = ipc if ipc in (1, 10, 50) else 1 if ipc < 10 else 10 if ipc < 50 else 50
     config = with_method(preset(f"{data}-ipc{row}").updated(ipc=ipc), method, ipc)
     changes = request.scale.changes | request.overrides
@@ -216,8 +216,8 @@ TABLES: dict[str, Table] = {
 
 
 def cells_of(name: str, request: Request) -> list[Cell]:
-    """The cells of a table for seed 0 of the distillation. Raises UserError where an override fits no flag."""
+    """Return the cells of a table for seed 0 of the distillation. Raises UserError for a bad override."""
     for flag in ("data", "architectures", "method", "ipc", "seed", "augment"):
         if flag in request.overrides:
-            raise UserError(f"--override {flag}=...: the table decides it; leave it out")
+            raise UserError(f"--override {flag}=...: the table sets {flag}; leave the override out")
     return TABLES[name].cells(request)

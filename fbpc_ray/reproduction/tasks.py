@@ -1,4 +1,4 @@
-"""The tasks of a reproduction, each a function of plain data that any worker can run: make a coreset, judge it."""
+"""Tasks of a reproduction that any worker can run: distil a coreset, run a chain, measure a cost."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,17 +27,17 @@ from fbpc_ray.reproduction.cost import Cost, measure
 
 
 class CoresetTask(NamedTuple):
-    """One coreset to make."""
+    """A coreset to distil."""
 
     config: Config
     folder: Path
-    """Its run directory: an interrupted distillation resumes from its checkpoint."""
+    """Run directory: an interrupted distillation resumes from its checkpoint."""
     commit: str
-    """Of the code that makes it."""
+    """Commit of this code."""
 
 
 def make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> str:
-    """Distil a coreset in this process, from its last checkpoint; return why it failed, or an empty string."""
+    """Distil a coreset in this process, from its last checkpoint; return why it failed, or ""."""
     try:
         _make_coreset(dataset, task, device)
     except UserError as error:
@@ -62,29 +62,29 @@ def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
 
 
 class RowTask(NamedTuple):
-    """One chain to run, and what to do with its samples."""
+    """A chain to run, and the kind of rows to make of its samples."""
 
     chain: Chain
     kind: str
     corruptions: Path | None
-    """The official CIFAR-10-C folder; None generates."""
+    """Official CIFAR-10-C folder; None generates the images."""
     cache: Path
-    """Where generated corruptions are kept."""
+    """Folder of generated corruptions."""
 
 
 class SharedContext(NamedTuple):
-    """What the chains of one data set share."""
+    """Data that the chains of one data set share."""
 
     context: EvaluationContext
     dataset: Dataset
 
 
 Finding = dict[str, Any]
-"""Part of a row: its column, where a chain fills several, and its quantities."""
+"""Part of a row: its quantities, and its column if a chain fills several."""
 
 
 def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
-    """One task: a chain, and the rows that it fills. A chain that diverged fills its rows with nothing."""
+    """Run a chain and return its rows; a chain that diverged returns one empty row."""
     if item.kind == "scores":
         return [values(run_chain(shared.context, item.chain, device))]
     passes = passes_of(shared.context, item.chain, device)
@@ -98,7 +98,7 @@ def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Find
 
 
 def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch.Tensor, dataset: Dataset) -> list:
-    """Fig. 2b: the mean logits at the coreset's first image of 'dog', or of the last class where there is no dog."""
+    """Return mean logits at the coreset's first image of 'dog', or of the last class (Fig. 2b)."""
     shown = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
     image = images[labels == shown][:1]
     logits = ensemble.logits_of(network.predict, samples, ensemble.statistics_of(network, samples, images), image)
@@ -109,34 +109,37 @@ def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch
 def _corrupted(
     passes: Passes, samples: list, images: torch.Tensor, shared: SharedContext, item: RowTask
 ) -> list[Finding]:
-    """Table 3: accuracy under each corruption, averaged over severities; degradation = 1 - it / clean accuracy."""
+    """Return the accuracy under each corruption, averaged over severities (Table 3).
+
+    Degradation is 1 - accuracy / clean accuracy.
+    """
 
     def accuracy(split: Any) -> float:
         data = DeviceDataset(*tensors(split, passes.network.device), shared.dataset.mean, shared.dataset.std)
         return scores(predictive(passes, samples, images, data).stats).accuracy
 
     clean = accuracy(shared.context.split)
-    found = []
+    accuracies = []
     for name, corruption in CORRUPTIONS.items():
         splits = (
             corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
             for severity in SEVERITIES
         )
-        found.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
-    found.append(("Avg.", float(np.mean([value for _, value in found]))))
+        accuracies.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
+    accuracies.append(("Avg.", float(np.mean([value for _, value in accuracies]))))
     return [
         {"column": column, "accuracy": value, "degradation": 1 - value / clean if clean else None}
-        for column, value in found
+        for column, value in accuracies
     ]
 
 
 class CostTask(NamedTuple):
-    """One cost to measure."""
+    """A cost to measure."""
 
     config: Config
     steps: int
 
 
 def run_cost_task(shared: None, item: CostTask, device: str) -> Cost:
-    """One task: a step's cost, in a process of its own."""
+    """Measure the cost of a step in a separate process."""
     return measure(item.config, device, item.steps)

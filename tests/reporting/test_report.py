@@ -320,7 +320,7 @@ def test_what_is_no_ended_run_is_one_line(runs, tmp_path, capsys):
     for scores in ({}, {"a": {"b": {}}}, {"a": {"b": {"accuracy": 1}}}, {"a": []}, infinite):
         assert "result.json" in broken("result.json", json.dumps(result | {"coresets": scores}).encode())
     assert "metrics.parquet is damaged" in broken("metrics.parquet", b"PAR1")
-    assert "is no PNG" in broken("coreset.png", b"GIF89a")
+    assert "is not a PNG" in broken("coreset.png", b"GIF89a")
     assert "config.json" in broken("config.json", b"[]")
     assert not (tmp_path / "r.html").exists() and not (tmp_path / "r.md").exists()
 
@@ -330,7 +330,7 @@ def test_nothing_else_is_overwritten(runs, tmp_path, capsys):
     assert ".html" in refused(capsys, run, "--out", str(tmp_path / "report.txt"))
     for name in ("mine.html", "mine.md"):
         (tmp_path / name).write_text("my own")
-        assert "is no report" in refused(capsys, run, "--out", str(tmp_path / "mine.html"))
+        assert "is not a report" in refused(capsys, run, "--out", str(tmp_path / "mine.html"))
         assert (tmp_path / name).read_text() == "my own"
         (tmp_path / name).unlink()
     assert "name a run" in refused(capsys)

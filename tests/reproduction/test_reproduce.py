@@ -238,10 +238,10 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     "more, said",
     [
         (["table4"], "unknown table 'table4'"),
-        (["table1", "--only", "nothing"], "fits no cell.*Random/ipc 1"),
+        (["table1", "--only", "nothing"], "no such cell.*Random/ipc 1"),
         (["table1", "--override", "stepz=3"], "FLAG=VALUE.*steps"),
         (["table1", "--override", "steps=many"], "must be of type int, got 'many'"),
-        (["table1", "--override", "ipc=3"], "the table decides it"),
+        (["table1", "--override", "ipc=3"], "the table sets ipc"),
         (["table1", "--ipc", "0"], "--ipc: must be 1 or more, got 0"),
         (["table1", "--num-chains", "-1"], "--num-chains: must be 0 or more, got -1"),
         (["table1", "--cifar10", "npz:/nowhere.npz"], "nowhere"),
