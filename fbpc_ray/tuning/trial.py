@@ -203,7 +203,7 @@ def mean_result(scores: Sequence[ChainScore], step: int, since: list[list[float]
     for architecture in unique(score.architecture for score in scores):
         if not mean_scores(select(scores, architecture=architecture)):
             raise UserError(
-                f"a chain of {architecture} on the coreset of step {step} diverged: lower chain_eta or alpha"
+                f"a chain of {architecture} on the coreset of step {step} diverged: lower --chain-eta or --alpha"
             )
     return ValidationResult(step, **mean_scores(scores), losses=since)
 

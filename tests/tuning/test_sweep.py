@@ -97,7 +97,7 @@ def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
     [
         (["--grid", "alhpa=1,2"], "did you mean alpha"),
         (["--grid", "alpha=1,much"], "must be of type float, got 'much'"),
-        (["--grid", "alpha=1,-3"], "trial 1: --alpha: must be above 0 and at most 1e+09, got -3.0"),
+        (["--grid", "alpha=1,-3"], "trial 1: --alpha: must be above 0 and at most 1e.09, got -3.0"),
         (["--grid", "start-epoch=99"], "trial 0: .*start-epoch"),
         (["--grid", "data-seed=1,2"], "the same for all trials; give --data-seed"),
         (["--grid", "architectures=convnet"], "must be of type tuple"),
@@ -106,8 +106,8 @@ def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
         (["--space", "spaces_of_tests:LIST"], "must be a dict"),
         (["--validation", "0"], "a sweep selects on the validation split"),
         (["--backend", "serial"], "must be ray for a sweep, got serial"),
-        (["--num-trials", "-1"], "--num-trials: must be 0 or more, got -1"),
-        (["--val-chains", "0"], "--val-chains: must be 1 or more, got 0"),
+        (["--num-trials", "-1"], "--num-trials: must be 0 or more .*, got -1"),
+        (["--val-chains", "0"], "--val-chains: must be 1 or more .*, got 0"),
         (["--resume", "auto"], "add --out DIR"),
         (["--preset", "nowhere/best.json"], "nowhere/best.json not found"),
     ],
@@ -268,11 +268,11 @@ def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
 
 
 def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, digits, tmp_path):
-    task = task_of(small, digits, tmp_path, {"alpha": 1e30})
+    task = task_of(small, digits, tmp_path, {"alpha": 1e9, "architectures": ["convnet-none"]})
     one_trial(task)
     found = sweep.read_outcome(task.configs[0], 0)
     assert found.status == "failed"
-    assert "lower --alpha" in found.reason
+    assert "diverged: lower --chain-eta or --alpha" in found.reason
 
 
 def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_path):
