@@ -187,7 +187,7 @@ def tune(words: Sequence[str]) -> None:
 
     resume = resumes(job.resume, out)
     if resume:
-        base = base if job.preset else tuning.read_base(place(out))
+        base = base if job.preset else tuning.read_base(place(out)).updated(download=False)  # as base_config
         stored = tuning.read_plan(place(out)).settings
         args = parse(TuneArguments, words, "fbpc tune", TuneArguments(sweep=stored, config=base))
     tuning.tune(args.config, args.sweep, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)

@@ -1,5 +1,6 @@
 """No address in a file of a run is a destination: a stranger's file gets no request, token or password of the user."""
 
+import dataclasses
 import json
 import shutil
 import stat
@@ -135,6 +136,22 @@ def test_a_resume_downloads_only_where_the_command_line_says_so(finished_run, tm
     words = ["--out", str(tmp_path / "run"), "--resume", "yes"]
     assert distill_arguments(words).config.data.download is False
     assert distill_arguments([*words, "--download"]).config.data.download is True
+
+
+def test_the_resume_of_a_sweep_downloads_only_where_the_command_line_says_so(finished_run, tmp_path, monkeypatch):
+    from fbpc_ray.core.config import Config, Sweep
+    from fbpc_ray.tuning import sweep
+
+    shutil.copytree(finished_run, tmp_path / "run")
+    edit(tmp_path / "run" / "config.json", download=True)
+    plan = {"name": "s", "id": "1", "settings": dataclasses.asdict(Sweep()), "trials": [{}]}
+    files.write_json(tmp_path / "run" / "sweep.json", plan)
+    configs: list[Config] = []
+    monkeypatch.setattr(sweep, "tune", lambda base, *_, **__: configs.append(base))
+    words = ["tune", "--out", str(tmp_path / "run"), "--resume", "yes"]
+    main.main(words)
+    main.main([*words, "--download"])
+    assert [config.data.download for config in configs] == [False, True]
 
 
 def test_the_trials_of_a_stored_sweep_name_no_destination(small):
