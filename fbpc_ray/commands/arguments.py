@@ -17,6 +17,8 @@ class Job:
     """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50), digits, or a JSON file, such as the best.json of a
     sweep; other flags change it. Empty: digits for --data digits, the row of --data and --ipc where the table has it,
     else the paper's values."""
+    recipe: Literal["paper", "improved"] = "paper"
+    """paper: as printed; improved: --views 4 --image-average 0.98. Other flags change it."""
     resume: Literal["no", "yes", "auto"] = "no"
     """yes (or --resume alone): continue the run in --out from its last checkpoint. auto: continue the run if --out
     holds one, else start it, so that every attempt of a job is the same command."""

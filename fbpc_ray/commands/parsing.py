@@ -25,7 +25,7 @@ from fbpc_ray.core.config import (
     started,
 )
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.presets import PRESETS, default
+from fbpc_ray.core.presets import PRESETS, RECIPES, default
 from fbpc_ray.core.progress import log_to_stderr
 from fbpc_ray.core.ranges import check_flags
 from fbpc_ray.core.storage import place
@@ -95,7 +95,7 @@ def base_config(words: Sequence[str]) -> Config:
     Raises UserError.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--data", "--ipc", "--out", "--method", "--address", "--experts"):
+    for flag in ("--preset", "--recipe", "--data", "--ipc", "--out", "--method", "--address", "--experts"):
         early.add_argument(flag)
     early.add_argument("--architectures", nargs="*")
     early.add_argument("--resume", nargs="?", const="yes", default="no")
@@ -104,14 +104,16 @@ def base_config(words: Sequence[str]) -> Config:
     except argparse.ArgumentError:
         return Config()  # a flag without its value: `parse` refuses it
     given = {name for name, value in vars(known).items() if value is not None}
+    recipe = RECIPES.get(known.recipe, {})
     if known.out and not known.preset and resumes(known.resume, known.out):
         stored = read_config(place(known.out), NOT_STARTED)
         refuse_unasked(stored, given, known.out)
-        return stored.updated(download=False)  # into a folder that the file names: only where the command line asks
+        # A download goes into a folder that the file names: only where the command line asks.
+        return stored.updated(download=False, **recipe)
     base = default(known.data, known.ipc, known.preset or "", known.method)
     if known.preset and known.preset not in PRESETS:
         refuse_unasked(base, given, known.preset)
-    return base
+    return base.updated(**recipe)
 
 
 def resumes(resume: str, out: str) -> bool:

@@ -106,6 +106,10 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
     return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
 
 
+RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "improved": {"views": 4, "image_average": 0.98}}
+"""{--recipe: settings beside the paper's}."""
+
+
 def start_of(config: Config) -> tuple[str, Config]:
     """Return (name, preset) for the data set and ipc of a configuration; ("", defaults) if there is none."""
     data = config.data.data

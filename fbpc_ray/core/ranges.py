@@ -49,6 +49,7 @@ RANGES: dict[str, Range] = {
     "label_lr": NOT_NEGATIVE, "lr_decay": OPTIONAL_COUNT, "kl_weight": NOT_NEGATIVE, "chain_d": NOT_NEGATIVE,
     "chain_init": NOT_NEGATIVE, "chain_weight_decay": NOT_NEGATIVE, "inner_alpha": NOT_NEGATIVE,
     "weight_noise": NOT_NEGATIVE,
+    "views": Range(0, 1e4), "gamma_window": Range(1, 1e4), "alpha_decay": OPTIONAL_COUNT, "image_average": Range(0, 1),
     "momentum": FRACTION, "chain_friction": FRACTION, "validation": Range(0, 0.9),
     "threads": Range(0, 512), "cpus_per_actor": Range(0, 1e4), "gpus_per_actor": Range(0, 1e4),
     "placement_timeout": POSITIVE, "prefetch": Range(0, 1e4), "trajectory_cache_gb": NOT_NEGATIVE,

@@ -109,6 +109,20 @@ class Distillation:
     """Real images a step of the K steps; vbpc, frepo: real images of a gradient [method]."""
     mc_samples: int = 30
     """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
+    views: int = 0
+    """V: augmentations of u a step, over which the gradient is averaged (fbpc, fbpc-isotropic, bpc-fkl); 0: one, the
+    paper's, but for bpc-fkl one for each of --mc-samples, its authors'."""
+    gamma_window: int = 1
+    """Passes over u whose mean loss is compared with --gamma [paper: 1]; more, and no lucky augmentation ends a
+    solve."""
+    alpha_decay: int = 0
+    """alpha is divided by sqrt(1 + step / this); 0: it is constant [paper]. Not of vbpc, frepo."""
+    image_average: float = 0.0
+    """Decay of the exponential moving average of the images, which is then the coreset of the run; 1: the mean over all
+    steps (Polyak); 0: the images after the last step [paper]."""
+    rkl_estimator: Literal["scaled", "authors"] = "scaled"
+    """bpc-rkl: scaled: potentials of all N real and m coreset images, augmented, 1 / (S - 1); authors: as in its
+    authors' code, gaps of mean losses, no augmentation, 1 / S, for --alpha 1000 --momentum 0 --real-batch-size 1000."""
     syn_steps: int = 50
     """bpc-*: SGD steps on the pseudocoreset from theta_0 to mu_u."""
     inner_lr: float = 0.01

@@ -17,10 +17,12 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import (
     State,
     adam_rates,
+    average_images,
     check_gradients,
     check_state,
     combine,
     gradient_tasks,
+    image_rate,
     keep_solutions,
     update,
     update_by_adam,
@@ -93,9 +95,11 @@ def take_step(settings: Distillation, architectures: Sequence[str], state: State
         after = update_by_adam(state, combined, image_lr=image_lr, label_lr=label_lr)
     else:
         after = update(
-            state, combined, alpha=settings.alpha, momentum=settings.momentum, inner_alpha=settings.inner_alpha
-        )
+            state, combined, alpha=image_rate(settings, state.step), momentum=settings.momentum,
+            inner_alpha=settings.inner_alpha,
+        )  # fmt: skip
     check_state(after)
+    after = average_images(after, state, settings.image_average)
     after = keep_solutions(after, state.step, tasks, answers, settings)
     seconds = time.perf_counter() - start
     rows = [

@@ -57,6 +57,27 @@ class State(NamedTuple):
     """Other moments of Adam: images/second, labels/first, labels/second."""
 
 
+AVERAGE = "images/average"
+"""Name of the average of the images in `State.moments`."""
+
+
+def coreset_images(state: State) -> Tensor:
+    """Return the images of the run's coreset: their average over steps where it is kept, else those of the step."""
+    return state.moments.get(AVERAGE, state.images)
+
+
+def average_images(state: State, before: State, decay: float) -> State:
+    """Add the images of `state` to the average that `before` holds, if `decay` is not 0.
+
+    An exponential moving average; of the first 1 / (1 - decay) steps, and with decay 1 of all, the plain mean.
+    """
+    if not decay:
+        return state
+    weight = max(1 - decay, 1 / state.step)
+    average = before.moments.get(AVERAGE, torch.zeros_like(state.images))
+    return state._replace(moments={**state.moments, AVERAGE: average + weight * (state.images - average)})
+
+
 def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, Tensor]:
     """Draw real images, balanced over classes, as the pseudocoreset before step 1; return the state and (m,) labels."""
     real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
@@ -125,6 +146,11 @@ def update(
         step=state.step + 1, images=state.images - alpha * velocity, velocity=velocity,
         inner_lr=state.inner_lr - inner_alpha * inner, inner_velocity=inner,
     )  # fmt: skip
+
+
+def image_rate(settings: Distillation, step: int) -> float:
+    """Return alpha of the step after `step` steps. It doesn't depend on --steps."""
+    return settings.alpha * ((1 + step / settings.alpha_decay) ** -0.5 if settings.alpha_decay else 1.0)
 
 
 def adam_rates(settings: Distillation, step: int) -> tuple[float, float]:

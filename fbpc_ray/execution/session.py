@@ -23,7 +23,7 @@ from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.expert_store import ExpertStore, open_store
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
-from fbpc_ray.distillation.state import State, gradient_tasks, initial_state, with_soft_labels
+from fbpc_ray.distillation.state import State, coreset_images, gradient_tasks, initial_state, with_soft_labels
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import checks, functional
@@ -63,7 +63,7 @@ class Session:
     def coreset(self, state: State) -> Coreset:
         """Return the pseudocoreset of `state`."""
         data = self.dataset
-        return Coreset(state.images, self.labels, data.mean, data.std, data.classes, state.soft_labels)
+        return Coreset(coreset_images(state), self.labels, data.mean, data.std, data.classes, state.soft_labels)
 
     def train_experts(self, workers: TaskRunner, log: Log) -> None:
         """Train the trajectories that are missing; none for a method without experts."""

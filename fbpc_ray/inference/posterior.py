@@ -7,7 +7,7 @@
 The same functions serve both sides: `batches` are real images on the x side, and the pseudocoreset on the u side.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,6 +72,19 @@ def empirical_variance(logits: Iterable[Tensor]) -> Tensor:
     return squares / count
 
 
+@torch.no_grad()
+def variances(logits: Forward, samples: Iterable[Params], views: Sequence[Tensor]) -> list[Tensor]:
+    """Return Psi of Eq. 16 at each of `views` (b, c, h, w) of the same images, with one pass over the samples."""
+    of_all = empirical_variance(torch.cat([logits(sample, view) for view in views]) for sample in samples)
+    return list(of_all.split(len(views[0])))
+
+
+def posterior_at(forward: Forward, params: Params, images: Tensor, variance: Tensor | None) -> FunctionPosterior:
+    """Return Eq. 15's posterior of logits at `images`, with the `variance` Psi; None gives Psi = I (FBPC-isotropic)."""
+    mean = forward({name: value.detach() for name, value in params.items()}, images)
+    return FunctionPosterior(mean, torch.ones_like(mean) if variance is None else variance)
+
+
 def function_posterior(
     forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor, logits: Forward | None = None
 ) -> FunctionPosterior:
@@ -80,9 +93,5 @@ def function_posterior(
     `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic. `logits`: a faster
     `forward` for them, through which no gradient flows.
     """
-    mean = forward({name: value.detach() for name, value in params.items()}, images)
-    if samples is None:
-        return FunctionPosterior(mean, torch.ones_like(mean))
-    with torch.no_grad():
-        fixed = images.detach()
-        return FunctionPosterior(mean, empirical_variance((logits or forward)(sample, fixed) for sample in samples))
+    psi = None if samples is None else variances(logits or forward, samples, [images.detach()])[0]
+    return posterior_at(forward, params, images, psi)

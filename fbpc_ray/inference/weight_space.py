@@ -79,11 +79,13 @@ def reverse_kl(
     scale: float,
     source: torch.Generator,
     loss: Loss = cross_entropy,
+    scaled: bool = True,
 ) -> WeightDivergence:
     """The rKL's gradient by S = `samples` draws of q_u, divided by m.
 
     One `view` of the images and one `real` batch (of `real_count` images) serve all draws: were they drawn anew for
-    each, their own variation would enter the covariance. Unbiased (1 / (S - 1)). Raises ValueError for S < 2.
+    each, their own variation would enter the covariance. Unbiased (1 / (S - 1)). Without `scaled`, as in the
+    authors' code: the gap of mean losses, without the numbers of images, and 1 / S. Raises ValueError for S < 2.
     """
     if samples < 2:
         raise ValueError("a covariance needs at least two draws (S >= 2)")
@@ -98,14 +100,14 @@ def reverse_kl(
         fixed = seen.detach().requires_grad_()
         loss_u = loss(forward(theta, fixed), labels)
         gradient = torch.autograd.grad(loss_u, fixed)[0]  # of U_u / m
-        gap = real_count * loss_x - m * loss_u.item()
+        gap = (real_count if scaled else 1) * loss_x - (m if scaled else 1) * loss_u.item()
         # Welford's recurrence: the gap's mean is orders of magnitude above its spread.
         deviation = gap - mean_gap
         mean_gap += deviation / count
         mean_gradient = mean_gradient + (gradient - mean_gradient) / count
         covariance = covariance + deviation * (gradient - mean_gradient)
         sum_x, sum_u = sum_x + loss_x, sum_u + loss_u.item()
-    (value,) = torch.autograd.grad(seen, u, -covariance / (samples - 1))
+    (value,) = torch.autograd.grad(seen, u, -covariance / (samples - 1 if scaled else samples))
     return WeightDivergence(value, sum_x / samples, sum_u / samples)
 
 

@@ -10,7 +10,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.loop import Row
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.distillation.state import State
+from fbpc_ray.distillation.state import State, coreset_images
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation, evaluate
@@ -95,4 +95,4 @@ def draw_reliability(scored: EvaluationResult, path: Any, images: int) -> None:
 
 def pixels_of(state: State, dataset: Dataset) -> np.ndarray:
     """Return the pseudocoreset as (m, c, h, w) uint8."""
-    return denormalise(state.images, dataset.mean, dataset.std).numpy()
+    return denormalise(coreset_images(state), dataset.mean, dataset.std).numpy()

@@ -71,6 +71,11 @@ def _settings(config: Config) -> dict[str, Any]:
         (_OF_VBPC, flat["method"] in network_pool.METHODS),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
         ({"chain_init"}, flat["chain_init"] != 0),
+        ({"views"}, flat["views"] != 0),
+        ({"gamma_window"}, flat["gamma_window"] != 1),
+        ({"alpha_decay"}, flat["alpha_decay"] != 0),
+        ({"image_average"}, flat["image_average"] != 0),
+        ({"rkl_estimator"}, flat["rkl_estimator"] != "scaled"),
     )
     unused = {name for names, used in later if not used for name in names}
     return {name: value for name, value in flat.items() if name not in unused}

@@ -14,7 +14,7 @@ from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.distillation.state import initial_state
+from fbpc_ray.distillation.state import coreset_images, initial_state
 from fbpc_ray.execution.session import num_steps
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
@@ -197,7 +197,7 @@ class SweepMonitor:
         first, labels = initial_state(dataset, d.ipc, d.seed)
         state, _ = run.restore(labels, dataset.image_shape) or (first, [])
         title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
-        images = denormalise(state.images, dataset.mean, dataset.std).numpy()
+        images = denormalise(coreset_images(state), dataset.mean, dataset.std).numpy()
         image_grids.coreset_grid(images, labels.numpy(), dataset.classes, run.picture_path, title)
         return run.picture_path
 

@@ -93,3 +93,12 @@ def test_every_setting_is_a_flag():
     assert settings | {"preset", "resume", "dry_run", "json"} == flags_of(KINDS["distill"][0])
     assert settings < flags_of(TuneArguments)
     assert {"num_chains", "chain_epochs", "threads"} < flags_of(KINDS["evaluate"][0]) & flags_of(KINDS["evaluate"][1])
+
+
+def test_a_recipe_sets_its_parts_and_other_flags_change_it():
+    """--recipe improved is views and the average of the images; paper, the default, changes nothing."""
+    words = ["--preset", "cifar10-ipc10"]
+    assert distill_arguments([*words, "--recipe", "paper"]).config == distill_arguments(words).config
+    improved = distill_arguments([*words, "--recipe", "improved"]).config
+    assert improved == distill_arguments([*words, "--views", "4", "--image-average", "0.98"]).config
+    assert distill_arguments([*words, "--recipe", "improved", "--views", "2"]).config == improved.updated(views=2)

@@ -191,6 +191,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
+        "views", "gamma_window", "alpha_decay", "image_average", "rkl_estimator",
         "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
         "image_lr", "label_lr", "lr_decay", "label_scale", "ridge",
         "precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
@@ -233,14 +234,14 @@ NAN, INF = float("nan"), float("inf")
 COUNTS = (
     "ipc", "steps", "batch_size", "map_max_steps", "posterior_steps", "real_batch_size", "mc_samples",
     "checkpoint_every", "width", "expert_count", "expert_epochs", "expert_batch_size", "num_chains", "chain_epochs",
-    "chain_every", "chain_batch_size", "syn_steps", "draws_per_step",
+    "chain_every", "chain_batch_size", "syn_steps", "draws_per_step", "gamma_window",
 )  # fmt: skip
 POSITIVE = (
     "alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr", "placement_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_init", "chain_weight_decay", "inner_alpha", "weight_noise",
-    "prefetch", "step_deadline", "skip_stragglers",
+    "views", "alpha_decay", "image_average", "prefetch", "step_deadline", "skip_stragglers",
 )  # fmt: skip
 FRACTION = ("momentum", "chain_friction", "validation")
 

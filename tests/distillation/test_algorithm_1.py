@@ -11,6 +11,7 @@ from support import reference
 from support.runs import flags
 
 from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.augment import AUGMENTATIONS
@@ -26,13 +27,17 @@ from fbpc_ray.distillation.methods.common import (
     draw_expert,
     expert_epochs,
 )
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import (
     GradientTask,
     State,
+    average_images,
     check_gradients,
     check_state,
     combine,
+    coreset_images,
     gradient_tasks,
+    image_rate,
     initial_state,
     update,
 )
@@ -76,6 +81,92 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
     assert expected.norm() > 1e-4
     assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
     torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["fbpc", "fbpc-isotropic"])
+def test_views_are_averaged(setting, method, monkeypatch):
+    """V = 3 is the mean of three gradients with one view each, at the same theta_x, theta_u and noise of its own."""
+    config, digits, real, state, labels = setting
+    arguments = (config, digits, real, state.images, labels)
+    found = compute(*arguments, method=method, views=3)
+    parts, streams = [], {}
+    for number in range(3):
+
+        def rng(context, step, purpose, number=number):
+            source = generator(0, "step", step, context.network.spec.architecture, purpose)
+            if purpose == "augment":
+                for _ in range(number):
+                    AUGMENTATIONS["dsa"](len(labels), source)
+            if purpose == "monte-carlo":
+                return streams.setdefault(purpose, source)  # the noise goes on from view to view
+            return source
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GradientContext, "rng", rng)
+            parts.append(compute(*arguments, method=method))
+    mean = torch.stack([part.value for part in parts]).mean(0)
+    torch.testing.assert_close(found.value, mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
+    for name in ("loss", "expected_x", "psi_u"):
+        expected = sum(getattr(part.stats, name) for part in parts) / 3
+        assert getattr(found.stats, name) == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(found.value, parts[0].value)
+    assert torch.equal(compute(*arguments, method=method, views=1).value, parts[0].value)
+    assert torch.equal(compute(*arguments, method=method).value, parts[0].value)
+
+
+def test_views_of_bpc_fkl_are_shared_by_its_draws(setting):
+    """S = 5 draws in turn on V = 2 views, against the plain reference; V = S is the default; V > S gives V terms."""
+    config, digits, real, state, labels = setting
+    spec = session.network_specs(config, digits)[0]
+    store = session.expert_store(config, digits, spec)
+    snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
+    changes = {"method": "bpc-fkl", "start_epoch": 2, "start_rule": "before", "syn_steps": 2, "inner_lr": 0.05}
+    settings = replace(config.distillation, batch_size=100, views=2, **changes)
+    problem = GradientContext(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
+    expected = reference.weight_space(problem, snapshots, state.images, 3)
+    found = compute(config, digits, real, state.images, labels, views=2, **changes).value
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    own = compute(config, digits, real, state.images, labels, **changes).value
+    assert torch.equal(compute(config, digits, real, state.images, labels, views=5, **changes).value, own)
+    assert not torch.equal(found, own)
+    more, as_many = ({**changes, "views": 7, "mc_samples": count} for count in (5, 7))
+    results = [compute(config, digits, real, state.images, labels, **each).value for each in (more, as_many)]
+    assert torch.equal(*results)
+
+
+def test_a_window_of_passes_ends_no_solve_early(setting):
+    """gamma is compared with the mean loss of 1 pass or of 5, which takes no fewer steps, and at least 4."""
+    config, digits, real, state, labels = setting
+    one, five = (compute(config, digits, real, state.images, labels, gamma_window=n).stats for n in (1, 5))
+    assert one.map_status == five.map_status == "converged"
+    assert one.map_steps is not None and five.map_steps is not None and five.map_loss is not None
+    assert five.map_steps >= max(one.map_steps, 4)
+    assert five.map_loss <= 0.5
+
+
+def test_alpha_decays_with_the_inverse_root_of_the_steps():
+    settings = replace(Config().distillation, alpha=100.0, alpha_decay=8)
+    assert [image_rate(settings, step) for step in (0, 8, 24)] == pytest.approx([100, 100 / math.sqrt(2), 50])
+    assert image_rate(replace(settings, alpha_decay=0), 24) == 100.0
+
+
+def test_the_average_of_images_is_a_mean_at_first_and_exponential_then(tmp_path):
+    """Decay .75: means of the first 4 steps, 1, 1.5, 2, 2.5, then 2.5 + (5 - 2.5) / 4; decay 1: the mean of all."""
+    zero = torch.zeros(1, 1, 1, 1)
+    for decay, expected in ((0.75, [1, 1.5, 2, 2.5, 3.125]), (1.0, [1, 1.5, 2, 2.5, 3])):
+        before, averages = State(0, zero, zero, 0.0), []
+        for step in range(1, 6):
+            before = average_images(State(step, zero + step, zero, 0.0), before, decay)
+            averages.append(coreset_images(before).item())
+        assert averages == expected
+        assert before.images.item() == 5
+    run = RunDirectory(tmp_path)
+    run.save(before, [])  # a resume goes on with the average, to the bit
+    restored, _ = run.restore(torch.zeros(1), (1, 1, 1)) or (None, None)
+    assert restored is not None and torch.equal(coreset_images(restored), coreset_images(before))
+    state = State(1, zero, zero, 0.0)
+    assert average_images(state, state, 0.0) is state
+    assert coreset_images(state) is state.images
 
 
 @pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl", "bpc-w"])

@@ -105,6 +105,24 @@ def test_reverse_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
     agrees(found, exact_gradient(c, "reverse"))
 
 
+def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate):
+    """By hand from its draws: -1/S sum (gap - mean gap) (gradient - mean gradient), the gap of mean losses."""
+    c, (_, mu_u) = conjugate, means(conjugate)
+    found = reverse_kl(
+        gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), len(c.x), samples=3, scale=c.scale,
+        source=torch.Generator().manual_seed(0), loss=gaussian_loss, scaled=False,
+    )  # fmt: skip
+    source, gaps, gradients = torch.Generator().manual_seed(0), [], []
+    for _ in range(3):
+        theta, u = perturbed(mu_u, c.scale, source), c.u.clone().requires_grad_()
+        loss_u = gaussian_loss(gaussian_forward(theta, u), c.y)
+        gradients.append(torch.autograd.grad(loss_u, u)[0])
+        gaps.append((gaussian_loss(gaussian_forward(theta, c.x), c.t) - loss_u).detach())
+    gap, gradient = torch.stack(gaps), torch.stack(gradients)
+    centred = (gap - gap.mean()).view(-1, *[1] * c.u.ndim) * (gradient - gradient.mean(0))
+    torch.testing.assert_close(found.gradient, -centred.mean(0), rtol=1e-5, atol=1e-7)
+
+
 def test_equal_posteriors_need_no_move(conjugate):
     """With mu_x = mu_u and no weight noise both terms of Eq. 7 are the same function of u: exactly zero."""
     c, (_, mu_u) = conjugate, means(conjugate)

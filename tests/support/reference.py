@@ -141,8 +141,9 @@ def weight_space(problem: GradientContext, snapshots: list[dict[str, Tensor]], i
 
     noise, source = rng("monte-carlo"), rng("augment")
     if s.method == "bpc-fkl":
-        for _ in range(s.mc_samples):
-            x = dsa.apply(dsa.draw(m, source), u)
+        views = [dsa.draw(m, source) for _ in range(s.views or s.mc_samples)]
+        for number in range(s.mc_samples):
+            x = dsa.apply(views[number % len(views)], u)
             of_x, of_u = shaken(mu_x, noise)(x).log_softmax(-1), shaken(mu_u, noise)(x).log_softmax(-1)
             for j, label in enumerate(labels):
                 ((of_u[j, label] - of_x[j, label]) / (m * s.mc_samples)).backward(retain_graph=True)

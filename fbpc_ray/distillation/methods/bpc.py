@@ -41,17 +41,20 @@ def reverse(context: GradientContext, step: int, images: Tensor, inner_lr: float
     start = _start(context, step)
     mu_u = _trained(context, step, images, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
+    authors = settings.rkl_estimator == "authors"
+    augment = "none" if authors else context.augment
     divergence = reverse_kl(
         context.network.forward,
         mu_u,
         images[chosen],
         context.labels[chosen],
-        AUGMENTATIONS[context.augment](len(chosen), context.rng(step, "augment")),
-        next(context.real.stream(settings.real_batch_size, context.augment, context.rng(step, "real"))),
+        AUGMENTATIONS[augment](len(chosen), context.rng(step, "augment")),
+        next(context.real.stream(settings.real_batch_size, augment, context.rng(step, "real"))),
         len(context.real),
         samples=settings.mc_samples,
         scale=settings.weight_noise,
         source=context.rng(step, "monte-carlo"),
+        scaled=not authors,
     )
     return _scattered(divergence, chosen, images, start, seconds_u, clock)
 
@@ -63,14 +66,15 @@ def forward(context: GradientContext, step: int, images: Tensor, inner_lr: float
     mu_x = _target(context, start)
     mu_u = _trained(context, step, images, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
-    draws = context.rng(step, "augment")
+    draws, count = context.rng(step, "augment"), settings.views or settings.mc_samples
+    views = [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(count)]
     divergence = forward_kl(
         context.network.forward,
         mu_x,
         mu_u,
         images[chosen],
         context.labels[chosen],
-        [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(settings.mc_samples)],
+        [views[number % count] for number in range(max(count, settings.mc_samples))],
         scale=settings.weight_noise,
         source=context.rng(step, "monte-carlo"),
     )

@@ -23,7 +23,7 @@ from fbpc_ray.distillation.methods.common import (
 from fbpc_ray.distillation.trajectory_cache import TrajectoryKey
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
-from fbpc_ray.inference.posterior import function_posterior, sgd_trajectory
+from fbpc_ray.inference.posterior import posterior_at, sgd_trajectory, variances
 
 EXPERT_SIDE_FORMAT = 1
 """To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
@@ -44,8 +44,10 @@ def gradient(
     expert_side: np.ndarray | None = None,
     start: np.ndarray | None = None,
 ) -> Gradient:
-    """Eq. 17 for one architecture at the pseudocoreset `images`. `inner_lr` is not used; `expert_side`, where it was
-    computed ahead, changes no bit. `start` (P,) is where the MAP solve begins (`--map-init warm`); None: at the prior.
+    """Eq. 17 for one architecture at the pseudocoreset `images`, averaged over V augmentations of it.
+
+    `inner_lr` is not used; `expert_side`, where it was computed ahead, changes no bit. `start` (P,) is where the MAP
+    solve begins (`--map-init warm`); None: at the prior.
 
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
@@ -56,7 +58,10 @@ def gradient(
     clock = Clock(network.device)
     u = images.detach().requires_grad_()
     chosen = context.batch(step)
-    augmented = AUGMENTATIONS[augment](len(chosen), rng(step, "augment"))(u[chosen])
+    draws = rng(step, "augment")
+    views = [AUGMENTATIONS[augment](len(chosen), draws) for _ in range(settings.views or 1)]
+    with torch.no_grad():
+        seen = [view(u[chosen]) for view in views]
     isotropic = settings.method == "fbpc-isotropic"
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
@@ -69,7 +74,7 @@ def gradient(
         samples_x = _k_steps(context, expert, epoch, theta_x)
     else:
         theta_x, samples_x = _params(context, expert_side[0]), (_params(context, row) for row in expert_side[1:])
-    posterior_x = function_posterior(forward, theta_x, None if isotropic else samples_x, augmented, logits)
+    psi_x = None if isotropic else variances(logits, samples_x, seen)
     seconds_x = clock.lap()
 
     # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
@@ -80,7 +85,7 @@ def gradient(
         threshold=settings.gamma,
         learning_rate=settings.map_lr,
         max_steps=settings.map_max_steps,
-        batches_per_pass=math.ceil(len(labels) / size),
+        batches_per_pass=settings.gamma_window * math.ceil(len(labels) / size),
     )
     seconds_map = clock.lap()
 
@@ -89,18 +94,27 @@ def gradient(
     samples_u = islice(
         sgd_trajectory(loss_and_grad, solution.value, batches, settings.lambda_u), settings.posterior_steps
     )
-    posterior_u = function_posterior(forward, solution.value, None if isotropic else samples_u, augmented, logits)
+    psi_u = None if isotropic else variances(logits, samples_u, seen)
     seconds_u = clock.lap()
 
-    divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, rng(step, "monte-carlo"))
-    (value,) = torch.autograd.grad(divergence.value, u)
-    value = value.cpu()
+    noise, parts = rng(step, "monte-carlo"), list[tuple[float, float, float, float, float]]()
+    value = torch.zeros_like(u)
+    for number, view in enumerate(views):  # the graph of one view at a time
+        augmented = view(u[chosen])
+        posterior_x = posterior_at(forward, theta_x, augmented, psi_x[number] if psi_x else None)
+        posterior_u = posterior_at(forward, solution.value, augmented, psi_u[number] if psi_u else None)
+        divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, noise)
+        value = value + torch.autograd.grad(divergence.value, u)[0]
+        terms = (*divergence, posterior_x.variance.mean(), posterior_u.variance.mean())
+        parts.append(tuple(term.item() for term in terms))  # type: ignore[arg-type]
+    value = (value / len(views)).cpu()
+    loss, expected_x, expected_u, mean_psi_x, mean_psi_u = (sum(part) / len(views) for part in zip(*parts, strict=True))
     stats = GradientStats(
-        loss=divergence.value.item(),
-        expected_x=divergence.expected_x.item(),
-        expected_u=divergence.expected_u.item(),
-        psi_x=posterior_x.variance.mean().item(),
-        psi_u=posterior_u.variance.mean().item(),
+        loss=loss,
+        expected_x=expected_x,
+        expected_u=expected_u,
+        psi_x=mean_psi_x,
+        psi_u=mean_psi_u,
         gradient_norm=value.norm().item(),
         map_steps=solution.stats.steps,
         map_status=str(solution.status),
