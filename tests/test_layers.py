@@ -248,3 +248,20 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     top = [f"commands.{name}" for name in ("distill", "export", "doctor", "ui", "main")] + ["tuning.sweep"]
     found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
     assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "True"]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_says_in_one_line_what_it_is(module):
+    """The map of modules on the documentation site (docs/site_hooks.py) is made of these lines."""
+    line = (ast.get_docstring(modules()[module]) or "").partition("\n")[0]
+    assert 10 < len(line) <= 100, line
+    assert line[-1] in ".:", line
+
+
+def test_contributing_names_the_rooms():
+    """Bottom to top, all of them, and each is a folder."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    rooms = text.partition("Rooms, bottom to top: `")[2].partition("`")[0].split()
+    assert rooms == [room for room in ROOMS if room not in ("api", "__main__")]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(rooms)

@@ -1,4 +1,4 @@
-"""The arguments of each command: tyro makes flags and their help from these classes and those of core/settings.py."""
+"""Arguments of each command: tyro makes flags and help from these classes and core/settings.py."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""What --help prints above the flags: the purpose of each command and examples, which tests/test_docs.py runs."""
+"""Text of --help above the flags: the purpose of each command, and examples that tests run."""
 
 import shutil
 import textwrap

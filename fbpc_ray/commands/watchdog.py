@@ -1,4 +1,4 @@
-"""Run a command that ends when this process's standard input does: when its parent dies, even by SIGKILL.
+"""Run a command that ends when its standard input closes: when its parent dies, even by SIGKILL.
 
 `python watchdog.py COMMAND...`, in a process group of its own, which the command and its children join. The kernel has
 a signal for a parent's death (PR_SET_PDEATHSIG), but grandchildren, such as a server's workers, don't inherit it.

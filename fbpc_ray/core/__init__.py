@@ -1,1 +1,1 @@
-"""Configuration, files, storage, errors and random streams. No domain knowledge; imports no other room."""
+"""Configuration, files, storage, errors and random streams. Imports no other room."""

@@ -1,4 +1,4 @@
-"""Read files that a user names or that others made: regular files only, JSON within limits, checksums where present.
+"""Read files of users and strangers: regular files, JSON within limits, checksums if present.
 
     {"steps": 12, ..., "checksum": "crc32:0f3a5b7c"}
 

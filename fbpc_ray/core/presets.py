@@ -1,4 +1,4 @@
-"""Presets: the rows of the paper's Table 4, the small `digits`, and the settings of the weight-space baselines."""
+"""Presets: the rows of the paper's Table 4, `digits`, and the settings of the weight-space baselines."""
 
 import json
 from dataclasses import fields

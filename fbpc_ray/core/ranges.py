@@ -1,4 +1,4 @@
-"""The range of each number on the command line; its upper end is far above any use, below what hangs or overflows."""
+"""Ranges of numeric flags; an upper end is far above any use, below what hangs or overflows."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Randomness as an argument: one torch.Generator per named purpose, and the only file that touches a global seed."""
+"""Randomness as an argument: one torch.Generator per purpose; no other file touches a global seed."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The settings of a run, in groups; the command line's flags and their help are made from these classes.
+"""Settings of a run, in groups; flags and their help are made from these classes.
 
 Values marked [paper] are the paper's; [method] are readings of what the paper leaves open.
 """

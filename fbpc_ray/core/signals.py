@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that the driver checks between two steps, not an exception in the middle of one."""
+"""Ctrl-C and SIGTERM as a flag that the driver checks between two steps."""
 
 import signal
 import sys

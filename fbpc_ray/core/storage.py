@@ -1,4 +1,4 @@
-"""Read and write runs and experts in a local path (NFS too) or an object store, s3://BUCKET/PREFIX or gs://....
+"""Read and write files in a local path (NFS too) or an object store, s3:// or gs://.
 
 `place` parses a user's text. A `Remote` has those methods of pathlib.Path that this package uses, so that the same code
 serves both. It is plain data: each process opens the store itself, with the credentials and the endpoint of its own

@@ -1,4 +1,4 @@
-"""Image data that is in memory already: arrays, tensors, or any map-style torch Dataset, as a reader's `RawDataset`."""
+"""Convert arrays, tensors or a map-style torch Dataset to a reader's `RawDataset`."""
 
 import operator
 from collections.abc import Sequence

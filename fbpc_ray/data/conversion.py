@@ -1,4 +1,4 @@
-"""Arrays of images and labels -> a split: the one conversion and set of checks for npz files and data from Python."""
+"""Convert arrays of images and labels, from npz files or Python, to a checked split."""
 
 import numpy as np
 

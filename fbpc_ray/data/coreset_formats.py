@@ -1,4 +1,4 @@
-"""Write coresets in the files that others read: Hugging Face's Parquet, MTT's pair of .pt, npz, PNG, safetensors.
+"""Write coresets in others' formats: Hugging Face's Parquet, MTT's .pt, npz, PNG, safetensors.
 
 `files` says what an export consists of:
 

@@ -1,4 +1,4 @@
-"""Parquet files in the layout of Hugging Face's hub: their columns and rows. Which files belong together: shards.py."""
+"""Read Parquet files in the layout of Hugging Face's hub; shards.py finds the files of a split."""
 
 import json
 from bisect import bisect_right

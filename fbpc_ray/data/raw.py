@@ -1,4 +1,4 @@
-"""`RawDataset`, which every reader returns: decoded images as whole arrays; and the helpers that readers share."""
+"""`RawDataset`, the decoded images that every reader returns, and helpers that readers share."""
 
 import sys
 import time

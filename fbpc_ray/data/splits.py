@@ -1,4 +1,4 @@
-"""Names of splits: which split the name of a folder or file means, and which of several names are the data set's."""
+"""Names of splits: which folder or file names mean train, validation and test."""
 
 import re
 from collections.abc import Iterable

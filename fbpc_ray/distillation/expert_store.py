@@ -1,4 +1,4 @@
-"""Expert trajectories on disk: one folder for one (data set, architecture, recipe), one Arrow file for one trajectory.
+"""Expert trajectories on disk: a folder for each (data set, architecture, recipe), a file for each.
 
     store.json      the recipe, written before anything else
     00000.arrow     the snapshots of one trajectory (expert_format.py)

@@ -1,4 +1,4 @@
-"""The pool of networks of `--method vbpc` and `frepo`: what the driver holds of them, and whose turn it is.
+"""Pool of networks of `--method vbpc` and `frepo`: their state, and the turn of each.
 
 Each architecture has one pool. A step draws M of its slots without replacement (`--draws-per-step`), by (seed, step)
 alone. A network is one vector, so that it travels and is stored as one: parameters, Adam's two moments, training steps

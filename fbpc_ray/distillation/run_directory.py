@@ -1,4 +1,4 @@
-"""The files of a run: what is written, in which order, so that a crash at any moment leaves a run that resumes.
+"""Files of a run, written in an order such that a crash at any moment leaves a resumable run.
 
     config.json  checkpoint/state.safetensors  metrics.parquet  coreset/over-time.safetensors
     coreset/{coreset,random}.safetensors  before.png  coreset.png  over-time.png  course.png  reliability.png

@@ -1,4 +1,4 @@
-"""The driver's state between two steps, and Algorithm 1's last line: the sum over architectures moves the images."""
+"""The driver's state between steps, and Algorithm 1's update of the images by the summed gradient."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Cache theta_x and its K steps on the disk of this node, once for all steps, runs and sweeps that need them.
+"""Cache theta_x and its K steps on this node's disk, for all steps, runs and sweeps.
 
 They depend on an expert's snapshot and on the settings of the K steps, not on the pseudocoreset. Each trajectory is one
 .npy file, named by a checksum of all that it depends on (`TrajectoryKey`). The folder holds a bounded number of bytes;

@@ -1,4 +1,4 @@
-"""What a coreset is worth: SGHMC chains on it (Eq. 27), and the scores of their model average on test data."""
+"""Evaluate a coreset by SGHMC chains on it (Eq. 27), and score their model average on test data."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

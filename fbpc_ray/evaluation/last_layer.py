@@ -1,4 +1,4 @@
-"""Judge a coreset by networks trained on it with squared loss: `--inference last-layer | mse | ensemble`.
+"""Evaluate a coreset by networks with squared loss: `--inference last-layer | mse | ensemble`.
 
     last-layer   one network; its last layer is replaced by its posterior in closed form (inference/last_layer.py)
     mse          the softmax of that network's own outputs

@@ -1,4 +1,4 @@
-"""A session: what a configuration stands for. Opening one loads the data set and builds each network once."""
+"""A session: a configuration with its data set, networks, expert stores and steps."""
 
 import os
 from collections.abc import Iterator, Sequence

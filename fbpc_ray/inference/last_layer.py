@@ -1,4 +1,4 @@
-"""A Gaussian last layer on fixed features, in closed form: Bayesian linear regression in its n x n (dual) form.
+"""Gaussian last layer on fixed features in closed form: Bayesian linear regression, dual form.
 
     f_k(x) = w_k . phi(x),   w_k ~ N(0, I / rho),   Y_jk = f_k(u_j) + noise,   noise ~ N(0, sigma^2)
 

@@ -1,4 +1,4 @@
-"""Algorithm 1's inner loop: the MAP solution theta_u of the pseudocoreset, by Adam from a fresh initialisation.
+"""MAP solve of Algorithm 1 with its stopping rule: theta_u by Adam from a fresh initialisation.
 
 repeat  theta <- Adam(theta, (u, y))  until  the current augmented mean loss <= gamma              (App. C.2)
 """

@@ -1,4 +1,4 @@
-"""Scores of a predictive distribution as sums and counts: `+` merges shards, and one division comes last.
+"""Scores of a predictive distribution as sums and counts: `+` merges shards, division comes last.
 
 So neither the size, the order nor the placement of test batches can change a number.
 

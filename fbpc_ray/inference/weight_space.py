@@ -1,4 +1,4 @@
-"""Eqs. 5-7 and their kin: divergences between Gaussian posteriors in weight space (BPC), the baselines of the paper.
+"""Divergences between Gaussian posteriors in weight space (BPC, Eqs. 5-7).
 
     q_x = N(mu_x, s^2 I),  q_u = N(mu_u, s^2 I)                                                     (Eq. 6)
     fKL:  grad_u KL(pi_x | pi_u) ~= grad_u 1/S sum_s [ CE(u; mu_x + s eps_x) - CE(u; sg(mu_u) + s eps_u) ]  (Eq. 7)

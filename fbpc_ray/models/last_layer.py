@@ -1,4 +1,4 @@
-"""A network seen as features and a linear last layer: its closed-form posterior, and its training by squared loss.
+"""Network as features and a linear last layer: closed-form posterior, training by squared loss.
 
 BatchNorm: while distilling, the features of u use the statistics of u, those of real images the statistics of their
 batch; in evaluation both use the statistics of u (`Network.statistics`).

@@ -1,4 +1,4 @@
-"""State of MLflow's SQLite database, read without MLflow and SQLAlchemy; `fbpc doctor` runs this file without either.
+"""State of MLflow's SQLite database, read without MLflow and SQLAlchemy.
 
 MLflow creates a database in some seventy migrations. A process that is killed among them leaves a database that MLflow
 refuses for good.

@@ -1,4 +1,4 @@
-"""Delivery of records to MLflow by one daemon thread, which may be late or fail and never stops the caller.
+"""Deliver records to MLflow from a daemon thread, which may be late or fail but never blocks a run.
 
 A thread, and not a call that tries and gives up: the first use of a SQLite database takes seconds, and a server that
 accepts and never answers costs a whole timeout a call. Nothing forks. Notes are printed by the caller's thread at its

@@ -1,4 +1,4 @@
-"""MLflow's client: its import and environment, the opening of stores, and requests that can be repeated safely.
+"""MLflow's client: import, environment, stores, and requests that can be repeated safely.
 
 Importing this file takes 3 s, all of them MLflow's. A caller imports it, not a thread: two threads that import at once
 can see half-made modules.

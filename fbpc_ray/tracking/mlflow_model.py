@@ -1,4 +1,4 @@
-"""An ensemble as an MLflow model, in a folder or as an output of a run; mlflow_client.py sets MLflow up."""
+"""Write an ensemble as an MLflow model, in a folder or as an output of a run."""
 
 import contextlib
 import shutil

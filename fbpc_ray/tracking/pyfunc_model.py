@@ -1,4 +1,4 @@
-"""The MLflow model of posterior samples: MLflow runs this file, which it copies into the model, as it loads the model.
+"""MLflow model of posterior samples; MLflow copies this file into the model and runs it on loading.
 
 In: images (n, c, h, w) uint8, as they are in an image file. Out: one row an image, its most probable class, the
 probabilities of all classes, entropy and mutual information (nats). Weights come from a safetensors file: there is no

@@ -1,4 +1,4 @@
-"""BPC-fKL, BPC-rKL and BPC-W: one architecture's part of a step of the weight-space baselines (Eqs. 5-7).
+"""BPC-fKL, BPC-rKL and BPC-W: one architecture's gradient in a step (Eqs. 5-7).
 
 All begin at theta_0, a snapshot of a random expert. mu_x is a later snapshot of the same expert; mu_u is theta_0 after
 `syn_steps` SGD steps on the pseudocoreset with fresh augmentation.

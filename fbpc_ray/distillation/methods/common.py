@@ -1,4 +1,4 @@
-"""What the gradients of all methods share: their arguments, their result, and the draws that they begin with."""
+"""Arguments, results and first draws that the gradients of all methods share."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping

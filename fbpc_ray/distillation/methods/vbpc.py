@@ -1,4 +1,4 @@
-"""VBPC and FRePo: one architecture's part of a step, through the closed-form last layer of a network of the pool.
+"""VBPC and FRePo: one architecture's gradient, through a closed-form last layer on pool features.
 
     features of u and of its mirror images -> posterior of the last layer -> predictions for a batch of real images
     VBPC    mean -log p(y | x) + kl_weight / N KL(q || prior)                      N: the number of real images

@@ -1,4 +1,4 @@
-"""Notice that the Ray cluster died: Ray itself ends the driver then, a minute later and without saying how to go on."""
+"""Detect the death of the Ray cluster, and say how to resume before Ray ends the driver."""
 
 import atexit
 import os

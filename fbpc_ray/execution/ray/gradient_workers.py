@@ -1,4 +1,4 @@
-"""The workers of a distillation: they compute the gradients of each step, and expert sides ahead of it.
+"""Workers of a distillation: they compute the gradients of a step, and expert sides ahead of it.
 
 `scheduling` decides what runs where; this class carries it out on a `WorkerPool`.
 """

@@ -1,4 +1,4 @@
-"""Independent tasks on Ray: as Ray tasks or, while the workers of a distillation hold the resources, on these.
+"""Map a function over independent tasks, as Ray tasks or on the workers of a distillation.
 
 Both put `shared` into the object store once for a call of `map`, and hold no reference to it once the call has ended.
 """

@@ -1,4 +1,4 @@
-"""The Ray backend: Ray tasks for what is independent, a pool of actors for the gradients of Algorithm 1.
+"""Ray backend: Ray tasks for independent work, a pool of actors for the gradients of Algorithm 1.
 
 Every call is a pure function of its arguments. So a lost worker is replaced and its call made again, and the result is
 the same to the bit. Arrays travel as numpy: zero-copy through the object store.

@@ -1,4 +1,4 @@
-"""Which gradient or expert side which worker computes next, and for how long. Pure: knows neither Ray nor the clock."""
+"""Decide which worker computes which gradient or expert side next. Pure: no Ray, no clock."""
 
 import itertools
 import statistics

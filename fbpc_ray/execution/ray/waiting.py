@@ -1,4 +1,4 @@
-"""A wait with a limit: one log line if it is long, an error if it is too long. Pure: the clock is an argument."""
+"""Wait with a limit: log once if it is long, raise if too long. Pure: the clock is an argument."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A pool of actors that come and go: as many as wanted and as fit, each with at most one call at a time.
+"""Pool of actors that grows, shrinks and replaces lost workers; at most one call each at a time.
 
 A call is a pure function of its arguments, so any worker can repeat a lost one. The pool does not know what the calls
 compute, and reaches Ray only through `Runtime`, which tests replace.
