@@ -21,9 +21,17 @@ class Range(NamedTuple):
         above = value > self.least if self.open_low else value >= self.least
         return above and (value < self.most if self.open_high else value <= self.most)
 
-    def __str__(self) -> str:
-        low = f"above {self.least:g}" if self.open_low else f"{self.least:g} or more"
-        return f"{low} and {f'below {self.most:g}' if self.open_high else f'at most {self.most:g}'}"
+    def describe(self, value: float) -> str:
+        """Return the end of the range that `value` is beyond, in words; both for NaN."""
+        low = f"above {_text(self.least)}" if self.open_low else f"{_text(self.least)} or more"
+        high = f"below {_text(self.most)}" if self.open_high else f"at most {_text(self.most)}"
+        if value > self.least:
+            return high
+        return low if value <= self.least else f"{low} and {high}"
+
+
+def _text(bound: float) -> str:
+    return f"{bound:,.0f}" if bound == int(bound) else f"{bound:g}"
 
 
 LARGE = 1e9
@@ -83,7 +91,8 @@ def check_flags(values: Mapping[str, Any]) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            allowed = OF_COMMANDS.get(name) or RANGES.get(name, INTEGER)._replace(least=-math.inf)
+            lower_end_later = RANGES[name]._replace(least=-math.inf) if name in RANGES else INTEGER
+            allowed = OF_COMMANDS.get(name, lower_end_later)
             if name in RANGES and number == 0:
                 continue
             if not allowed.holds(number):
@@ -92,4 +101,4 @@ def check_flags(values: Mapping[str, Any]) -> None:
 
 def _refuse(name: str, value: float, allowed: Range) -> None:
     text = str(value) if isinstance(value, float) or abs(value) < 10**20 else "a number of more than 20 digits"
-    raise UserError(f"--{name.replace('_', '-')}: must be {allowed}, got {text}")
+    raise UserError(f"--{name.replace('_', '-')}: must be {allowed.describe(value)}, got {text}")
