@@ -31,9 +31,13 @@ from fbpc_ray.tracking.mlflow_client import (
     valid_name,
 )
 from fbpc_ray.tracking.mlflow_run import MlflowRun
-from fbpc_ray.tracking.uri import absolute, run_url
+from fbpc_ray.tracking.uri import absolute, database, run_url
 
 __all__ = ["Metric", "MlflowClient", "MlflowTracker", "find_runs"]
+
+
+FIRST_USE = 4
+"""Times `finish_seconds` that a short run waits for its database, whose creation takes 3 s of CPU, more when busy."""
 
 
 class MlflowTracker:
@@ -157,11 +161,15 @@ class MlflowTracker:
         self._put(Record(lambda client, run, _: send_tags(client, run, values)))
 
     def finish(self, status: str) -> None:
-        """End the run as FINISHED, FAILED or KILLED: try a last time to deliver the rest, for at most
-        `finish_seconds`, and log one line about what was not delivered. A second call does nothing."""
+        """End the run as FINISHED, FAILED or KILLED; a second call does nothing.
+
+        Try a last time to deliver the rest, for at most `finish_seconds` (longer while a database is created), and log
+        one line about what was not delivered.
+        """
         if self._sender.finished:
             return
-        self._sender.finish(status, self._finish_seconds)
+        creates = status == "FINISHED" and database(self.uri) is not None and not self.in_store
+        self._sender.finish(status, self._finish_seconds * (FIRST_USE if creates else 1))
         self._notes.print(self._log)
         uri = redacted(self.uri)
         if self.pending:
