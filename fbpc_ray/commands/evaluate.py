@@ -99,7 +99,9 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
 
 
 def _ood_images(session: Session, options: Options) -> Split:
-    other = load_data(session.config.updated(data=options.ood, normalisation="auto"), log)
+    other = load_data(
+        session.config.updated(data=options.ood, normalisation="auto", label_column="", image_column=""), log
+    )
     return ood_split(session.dataset, other, options.ood_resize)
 
 

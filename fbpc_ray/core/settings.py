@@ -13,6 +13,10 @@ class Data:
 
     data: str = "digits"
     """digits | cifar10 | cifar100 | tiny-imagenet | parquet:PATH | folder:PATH | npz:PATH."""
+    label_column: str = ""
+    """parquet: column of integer labels, such as coarse_label; empty: label, fine_label or labels."""
+    image_column: str = ""
+    """parquet: column of images; empty: img or image."""
     data_root: str = "data"
     """Folder of the torchvision data sets and of tiny-imagenet-200."""
     download: bool = False

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.rng import generator
+from fbpc_ray.data.parquet import Columns
 from fbpc_ray.data.raw import RawDataset, RawSplit, size
 from fbpc_ray.data.readers import read
 from fbpc_ray.data.splits import listed
@@ -77,6 +78,8 @@ def load(
     normalisation: str = "auto",
     validation: float = 0.0,
     seed: int = 0,
+    label_column: str = "",
+    image_column: str = "",
 ) -> Dataset:
     """Read a data set into memory, decoded.
 
@@ -91,12 +94,15 @@ def load(
             the train images that remain after the splits), or the name of a data set with usual constants.
         validation: share in [0, 1) of each class of train that becomes the validation split, drawn with `seed`;
             ignored if the source has its own.
+        label_column, image_column: columns of parquet:PATH; empty: the usual ones.
 
     Raises:
         UserError: an argument or a file is wrong; one line with the cause and the fix.
     """
     _check_arguments(normalisation, validation)
-    return assemble(read(name, Path(root), download), name, normalisation, validation, seed)
+    return assemble(
+        read(name, Path(root), download, Columns(image_column, label_column)), name, normalisation, validation, seed
+    )
 
 
 def assemble(

@@ -20,15 +20,25 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
-def parquet(path: Path) -> RawDataset:
+class Columns(NamedTuple):
+    """Names of the columns to read; empty: the usual ones."""
+
+    image: str = ""
+    label: str = ""
+
+
+USUAL_COLUMNS = Columns()
+
+
+def parquet(path: Path, columns: Columns = USUAL_COLUMNS) -> RawDataset:
     """Read Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
 
     Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label`, `fine_label` or
-    `labels`. Raises UserError.
+    `labels`, or those of `columns`. Raises UserError.
     """
     check_is_not_saved_to_disk(path)
     shards, notes = find_shards(path)
-    heads = {split: [_head(file) for file in files] for split, files in shards.items()}
+    heads = {split: [_head(file, columns) for file in files] for split, files in shards.items()}
     every = [head for each in heads.values() for head in each]
     for head in every[1:]:
         if head.label != every[0].label:
@@ -43,7 +53,7 @@ def parquet(path: Path) -> RawDataset:
                 f"{named[0][0]} and {file} name different classes: their labels don't mean the same; "
                 "write both with the same names"
             )
-    if every[0].other_labels:
+    if every[0].other_labels and not columns.label:
         notes += (f"{path}: labels are of the column {every[0].label}, not of {', '.join(every[0].other_labels)}",)
     parts = {split: _part(each) for split, each in heads.items()}
     return RawDataset(str(path), named[0][1] if named else None, parts, notes)
@@ -61,7 +71,7 @@ class _Head(NamedTuple):
     """Further columns of LABEL_COLUMNS, which are not read."""
 
 
-def _head(file: Path) -> _Head:
+def _head(file: Path, columns: Columns) -> _Head:
     with file.open("rb") as raw:
         check_is_not_pointer(file, raw.read(64))
     try:
@@ -69,12 +79,14 @@ def _head(file: Path) -> _Head:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file ({line(error)}); fetch it again") from error
+    image_names = (columns.image,) if columns.image else IMAGE_COLUMNS
+    label_names = (columns.label,) if columns.label else LABEL_COLUMNS
     image, label = (
-        next((name for name in names if name in schema.names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)
+        next((name for name in names if name in schema.names), None) for names in (image_names, label_names)
     )
     if image is None or label is None:
-        lacks = IMAGE_COLUMNS if image is None else LABEL_COLUMNS
-        raise UserError(f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); rename it")
+        lacks, flag = (image_names, "--image-column") if image is None else (label_names, "--label-column")
+        raise UserError(f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); name it by {flag}")
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type

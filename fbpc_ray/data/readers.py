@@ -12,7 +12,7 @@ from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.data.folder import folder
 from fbpc_ray.data.named import cifar, digits, tiny_imagenet
 from fbpc_ray.data.npz import npz
-from fbpc_ray.data.parquet import parquet
+from fbpc_ray.data.parquet import USUAL_COLUMNS, Columns, parquet
 from fbpc_ray.data.raw import RawDataset, line
 from fbpc_ray.data.shards import has_parquet
 
@@ -28,9 +28,11 @@ AT_PATH: dict[str, Callable[[Path], RawDataset]] = {"parquet": parquet, "folder"
 """Kind, as in kind:PATH -> reader(path)."""
 
 
-def read(name: str, root: Path, download: bool) -> RawDataset:
+def read(name: str, root: Path, download: bool, columns: Columns = USUAL_COLUMNS) -> RawDataset:
     """Read the data called `name`, see NAMED and AT_PATH. Raises UserError for all that is wrong with the input."""
     kind, _, path = name.partition(":")
+    if kind != "parquet" and any(columns):
+        raise UserError(f"--label-column, --image-column: {name!r} has no columns; give them with parquet:PATH alone")
     try:
         if name in NAMED:
             return NAMED[name](root, download)
@@ -39,7 +41,7 @@ def read(name: str, root: Path, download: bool) -> RawDataset:
                 raise UserError(f"{at} does not exist; check the path after {kind}:")
             if not (at.is_dir() or at.is_file()):
                 raise UserError(f"{at} is neither a folder nor a regular file; check the path after {kind}:")
-            return AT_PATH[kind](at)
+            return parquet(at, columns) if kind == "parquet" else AT_PATH[kind](at)
     except (OSError, RuntimeError, ValueError) as error:  # of the last two: ~nobody, a NUL in a path
         raise UserError(f"{name!r}: cannot read the data: {line(error)}") from error
     if kind in AT_PATH:

@@ -111,7 +111,7 @@ def load_data(config: Config, log: Log) -> Dataset:
     d = config.data
     dataset = datasets.load(
         d.data, root=d.data_root, download=d.download, normalisation=d.normalisation,
-        validation=d.validation, seed=d.data_seed,
+        validation=d.validation, seed=d.data_seed, label_column=d.label_column, image_column=d.image_column,
     )  # fmt: skip
     for note in dataset.notes:
         log(f"note: {note}")

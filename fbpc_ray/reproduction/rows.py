@@ -71,6 +71,8 @@ def _settings(config: Config) -> dict[str, Any]:
         (_OF_VBPC, flat["method"] in network_pool.METHODS),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
         ({"chain_init"}, flat["chain_init"] != 0),
+        ({"label_column"}, flat["label_column"] != ""),
+        ({"image_column"}, flat["image_column"] != ""),
         ({"views"}, flat["views"] != 0),
         ({"gamma_window"}, flat["gamma_window"] != 1),
         ({"alpha_decay"}, flat["alpha_decay"] != 0),

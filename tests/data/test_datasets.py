@@ -829,3 +829,26 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
     assert "\n" not in str(caught.value)
     if str(tmp_path) in name:
         assert str(tmp_path) in str(caught.value)  # names the place
+
+
+def test_columns_are_chosen_and_another_column_is_another_data_set(tmp_path):
+    """Two columns of labels and of images in one file: each choice gives its labels, classes and a fingerprint."""
+    images = pixels(10)
+    blobs, other = pa.array([encoded(image) for image in images]), pa.array([encoded(255 - image) for image in images])
+    fine, coarse = [i % 5 for i in range(10)], [i % 2 for i in range(10)]
+    columns = {"img": blobs, "negative": other, "fine_label": fine, "coarse_label": coarse}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    name = f"parquet:{tmp_path}"
+    usual = load(name)
+    by_coarse = load(name, label_column="coarse_label")
+    negative = load(name, image_column="negative")
+    assert usual.train.labels.tolist() == fine and len(usual.classes) == 5
+    assert by_coarse.train.labels.tolist() == coarse and len(by_coarse.classes) == 2
+    assert np.array_equal(negative.train.images, 255 - usual.train.images)
+    assert load(name, label_column="fine_label").fingerprint == usual.fingerprint
+    assert len({usual.fingerprint, by_coarse.fingerprint, negative.fingerprint}) == 3
+    with pytest.raises(UserError, match=r"no column coarse \(found img, .*name it by --label-column"):
+        load(name, label_column="coarse")
+    with pytest.raises(UserError, match="--label-column, --image-column: 'digits' has no columns"):
+        load("digits", label_column="coarse_label")
