@@ -64,6 +64,9 @@ class EvaluateArguments:
     """Channels of a convolution; 0 means that of the run."""
     split: str = "test"
     """test | validation."""
+    tune_chain: bool = False
+    """Also choose --chain-d and --chain-weight-decay for the run's coreset on its validation split, and report the
+    calibrated chains beside those of the other flags."""
     ood: str = ""
     """A second data set, as --data takes it: also score how well entropy and mutual information separate its test
     images from those of the run (AUROC)."""

@@ -10,13 +10,14 @@ from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place
+from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import evaluate as evaluation
-from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation import results, tune_chain
 from fbpc_ray.evaluation.chains import ood_split
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
 from fbpc_ray.execution import validation
@@ -40,6 +41,8 @@ class Options(NamedTuple):
     """A folder for the samples of the first chain, as an MLflow model."""
     tracking_uri: str = ""
     """The MLflow store; empty means the default one."""
+    tune_chain: bool = False
+    """Also evaluate chains whose temperature and prior the validation split chooses."""
 
 
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
@@ -71,16 +74,30 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
                 config, session.dataset, [], scored.to_json(), options.split, provenance, cpu_threads(config)
             )
             result |= {"ood": options.ood} if options.ood else {}
+            calibrated = _calibrated(session, coresets, options.split, workers) if options.tune_chain else None
+            result |= {"calibrated": calibrated} if calibrated else {}
             if path.exists():  # of an evaluation that began when this one did
                 path = _next_path(run, options.split, session.specs)
                 tracker.set_tags({"evaluation": path.name})
             written = _write(path, result, scored, session.dataset, options.ood)
             _log_result(run, session, scored, options.split, tracker, written)
     files.write_output(json, result)
+    if calibrated:
+        log(f"\ncalibrated on the validation split:\n{results.table(results.from_json(calibrated['coresets']))}")
+        log("\nas the flags say:")
     log(f"\n{results.table(scored.scores)}\n\nresult: {path} (pictures beside it)")
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
         _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)
+
+
+def _calibrated(session: Session, coresets: dict[str, Coreset], split: str, workers: TaskRunner) -> dict[str, Any]:
+    """Choose temperature and prior for the run's coreset, and evaluate all coresets with them."""
+    config, specs, dataset = session.config, session.specs, session.dataset
+    chosen = {name: each for name, each in coresets.items() if name != "random"} or coresets
+    config, tried = tune_chain.tune_chain(chosen, specs, dataset, config, workers, log)
+    scored = evaluation.evaluate(coresets, specs, dataset, split, config, workers, log)
+    return tune_chain.to_json(config, tried) | scored.to_json()
 
 
 def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:

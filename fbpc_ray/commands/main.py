@@ -154,7 +154,9 @@ def evaluate(words: Sequence[str]) -> None:
     refuse_unasked(config, {"address"} | unused | ({"architectures"} if args.architectures else set()), args.run)
     from fbpc_ray.commands import evaluate as commands
 
-    options = commands.Options(args.split, args.ood, args.ood_resize, args.save_model, args.tracking_uri)
+    options = commands.Options(
+        args.split, args.ood, args.ood_resize, args.save_model, args.tracking_uri, args.tune_chain
+    )
     commands.evaluate(place(args.run), config, options, dry_run=args.dry_run, json=args.json)
 
 
