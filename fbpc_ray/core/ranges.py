@@ -50,7 +50,8 @@ RANGES: dict[str, Range] = {
     "expert_count": Range(1, 99999), "expert_epochs": Range(1, 1e5), "expert_batch_size": IN_MEMORY,
     "num_chains": Range(1, 1e4), "chain_epochs": COUNT, "chain_every": COUNT, "chain_batch_size": IN_MEMORY,
     "chain_full_batch": Range(0, 1e6), "net_steps": OPTIONAL_COUNT, "ensemble_size": Range(1, 1e4),
-    "alpha": POSITIVE, "gamma": POSITIVE, "map_lr": POSITIVE, "lambda_x": POSITIVE, "lambda_u": POSITIVE,
+    "alpha": Range(0, 1e30, open_low=True),  # a run that diverges ends with a line that names --alpha
+    "gamma": POSITIVE, "map_lr": POSITIVE, "lambda_x": POSITIVE, "lambda_u": POSITIVE,
     "expert_lr": POSITIVE, "inner_lr": POSITIVE, "chain_eta": POSITIVE, "image_lr": POSITIVE, "pool_lr": POSITIVE,
     "net_lr": POSITIVE, "label_scale": POSITIVE, "ridge": POSITIVE, "precision": POSITIVE, "net_ridge": POSITIVE,
     "net_label_scale": POSITIVE, "net_precision": POSITIVE,
