@@ -87,14 +87,11 @@ def step_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def score_metrics(scored: EvaluationResult, method: str, split: str = "test") -> dict[str, float]:
     """Return scores under MLflow's names: the coreset's means over networks and chains as test/accuracy, test/nll and
     test/ece (val/... of the validation split), and all means over chains under `debug/`.
-
-    `accuracy` is test/accuracy again: MLflow's page that compares runs opens with the first name of the alphabet.
     """
     means = results.mean_scores(results.select(scored.scores, method))
     prefix = "test" if split == "test" else "val"
     leading = {f"{prefix}/{name}": means[name] for name in LEADING if name in means}
-    first = {"accuracy": means["accuracy"]} if means and split == "test" else {}
-    return {**first, **leading, **{f"debug/{name}": value for name, value in scored.metrics(split).items()}}
+    return {**leading, **{f"debug/{name}": value for name, value in scored.metrics(split).items()}}
 
 
 @contextmanager

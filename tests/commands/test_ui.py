@@ -223,7 +223,7 @@ def test_a_browser_compares_the_methods(store, address, tmp_path):
 
     def look(page: Page) -> None:
         page.open(mlflow_uri.compare_url(url, store.experiment, [run.info.run_id for run in runs]))
-        page.reads("Comparing 2 Runs", *NAMES, "bpc-fkl", "test/accuracy")
+        page.reads("Comparing 2 Runs", *NAMES, "bpc-fkl", "val/accuracy")
         page.picture(tmp_path / "compare.png")
         rows = page.ask("[...document.querySelectorAll('tr')].map(row => [...row.cells].map(each => each.innerText))")
         found = {row[0].strip(" :\n"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 3}
