@@ -1,4 +1,4 @@
-"""From the words of a command line to arguments: old names of flags, defaults, and errors of one line."""
+"""Parse a command line: aliases of renamed flags, defaults, and errors of one line."""
 
 import argparse
 import contextlib

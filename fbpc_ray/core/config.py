@@ -1,4 +1,4 @@
-"""The configuration of a run: its settings together, as JSON, and under the names of earlier code."""
+"""Configuration of a run: its settings together, as JSON, and the aliases of renamed flags."""
 
 import json
 from collections.abc import Mapping, Set

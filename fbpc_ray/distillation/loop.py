@@ -1,4 +1,4 @@
-"""Algorithm 1's outer loop: a generator of steps, and what follows each step.
+"""Outer loop of Algorithm 1: a generator of steps, and its consumers, such as the checkpoint.
 
 `distill_steps` yields; a `Checkpointer`, tracking, validation and a progress bar consume. Nothing here knows where the
 workers run.

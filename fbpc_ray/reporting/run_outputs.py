@@ -1,4 +1,4 @@
-"""What a run writes at its end: coresets, pictures, scores, result.json; and the same to MLflow."""
+"""Write the outputs of an ended run: coresets, pictures, scores, result.json; log them to MLflow."""
 
 from typing import Any, NamedTuple
 
