@@ -48,6 +48,7 @@ from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset, Split, tensors
@@ -445,24 +446,27 @@ def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[charts.Curve]:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each case; medians, and of each ratio its least and largest value."""
+    """Format Markdown tables, a row for each case: medians, and the range of each ratio."""
     ways = list(dict.fromkeys(way for case in cases for way in case["seconds"]))
     ratios = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
-    lines = ["Seconds a step", "", _row("", "MAP steps", *ways, *PHASES.values()), _row(*["---"] * (6 + len(ways)))]
+    seconds, others = [], []
     for case in cases:
-        taken = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
-        lines.append(_row(name_of(case), f"{case['map_steps']:.0f}", *taken, *map(_figure, case["phases"].values())))
-    lines += ["", "Ratios, peak memory of a step (GB), first run", ""]
-    last = ["GB, ours", "GB, bpc-fkl", "training: ours / bare loop", "first run: reference / ours"]
-    lines += [_row("", *ratios, *last), _row(*["---"] * (1 + len(ratios) + len(last)))]
-    for case in cases:
-        each = [case["ratios"].get(name) for name in ratios]
-        told = [f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else "" for r in each]
+        medians = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
+        phases = map(_figure, case["phases"].values())
+        seconds.append([name_of(case), f"{case['map_steps']:.0f}", *medians, *phases])
+        spreads = [
+            f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else ""
+            for r in (case["ratios"].get(name) for name in ratios)
+        ]
         memory, first = case.get("peak_gb", {}), case.get("first_run", {})
-        taught = case.get("training", {}).get("ratio", {}).get("median")
-        more = (memory.get("ours"), memory.get("bpc-fkl"), taught, first.get("reference / ours"))
-        lines.append(_row(name_of(case), *told, *map(_figure, more)))
-    return "\n".join(lines) + "\n"
+        training = case.get("training", {}).get("ratio", {}).get("median")
+        rest = (memory.get("ours"), memory.get("bpc-fkl"), training, first.get("reference / ours"))
+        others.append([name_of(case), *spreads, *map(_figure, rest)])
+    last = ["GB, ours", "GB, bpc-fkl", "training: ours / bare loop", "first run: reference / ours"]
+    return "\n".join([
+        "Seconds a step", "", markdown_table(["", "MAP steps", *ways, *PHASES.values()], seconds), "",
+        "Ratios, peak memory of a step (GB), first run", "", markdown_table(["", *ratios, *last], others), "",
+    ])  # fmt: skip
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -473,12 +477,8 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def line(case: dict[str, Any]) -> str:
-    """A case for the terminal."""
+    """Format a case for the terminal."""
     seconds = ", ".join(f"{way} {each['median']:.3g}" for way, each in case["seconds"].items())
     ratios = ", ".join(f"{name} {each['median']:.2f}" for name, each in case["ratios"].items())
     phases = ", ".join(f"{name} {value:.3g}" for name, value in case["phases"].items())
