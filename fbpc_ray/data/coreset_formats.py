@@ -104,7 +104,7 @@ def _hf(found: Coreset, facts: dict[str, str]) -> Files:
 def _pt(found: Coreset, facts: dict[str, str]) -> Files:
     del facts
     made: Files = {}
-    tensors = dict(zip(PAIR, (found.images, found.labels), strict=True))
+    tensors: dict[str, torch.Tensor] = dict(zip(PAIR, (found.images, found.labels), strict=True))
     if found.soft_labels is not None:
         tensors[SOFT] = found.soft_labels
     for name, tensor in tensors.items():

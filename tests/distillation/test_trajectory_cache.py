@@ -207,6 +207,7 @@ def test_each_flipped_byte_and_a_file_without_a_checksum_are_made_again(tmp_path
         monkeypatch.setattr(trajectory_cache, "_checked", set())
         (tmp_path / "a.npy").write_bytes(damaged)
         block = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+        assert block is not None
         assert np.array_equal(block, [[5] * 3, [6] * 3])
         assert (tmp_path / "a.npy").read_bytes()[trajectory_cache.HEADER :] == data[trajectory_cache.HEADER :]
 

@@ -45,15 +45,17 @@ def test_rhat_is_its_formula_and_of_what_does_not_vary():
 
 def test_chains_of_one_distribution_have_mixed_and_chains_apart_or_adrift_have_not():
     noise = np.random.default_rng(0).normal(size=(3, 10, 101))
-    assert mixing("fbpc", "convnet-in", list(noise)).mixed
+    alike = mixing("random", "lenet", list(noise))
     apart = mixing("fbpc", "convnet-in", [chain + 5 * k for k, chain in enumerate(noise)])
     drifting = mixing("fbpc", "convnet-in", [noise[0] + np.arange(10)[:, None]])
+    assert alike and apart and drifting
+    assert alike.mixed
     assert not apart.mixed and not drifting.mixed
     assert apart.samples == 30 and apart.ess_nll < 10
     assert mixing("fbpc", "convnet-in", [noise[0, :3]]) is None
-    line = diagnostics.describe([mixing("random", "lenet", list(noise)), apart])
+    line = diagnostics.describe([alike, apart])
     assert line.startswith("note: chains have not mixed: fbpc on convnet-in (R-hat ") and "random" not in line
-    assert diagnostics.describe([mixing("random", "lenet", list(noise))]) == ""
+    assert diagnostics.describe([alike]) == ""
 
 
 def test_traces_are_the_mean_and_images_over_the_whole_split():
