@@ -285,7 +285,7 @@ def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
         (lambda data, made: api.dataset("digits", (1, 2)), "brings its test images"),
         (lambda data, made: api.distill(data, step=3), "did you mean steps"),
         (lambda data, made: api.distill(data, out="x"), "no setting 'out'"),
-        (lambda data, made: api.distill(data, steps=0), "--steps is 0"),
+        (lambda data, made: api.distill(data, steps=0), "--steps: must be 1 or more, got 0"),
         (lambda data, made: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
         (lambda data, made: api.distill(data, nn.Linear(2, 2)), "a function of"),
         (lambda data, made: api.distill(data, []), "name a network"),

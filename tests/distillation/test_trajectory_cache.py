@@ -129,7 +129,7 @@ def test_the_real_images_of_the_k_steps_are_drawn_by_the_snapshots_name(context)
     def expert_side(seed, step, recipe=recipe):
         settings = replace(context.settings, seed=seed, start_epoch=last, start_rule="from")
         store = cast(Any, OneSnapshot(recipe, snapshot))
-        changed = context._replace(settings=settings, store=store, expert_count=2)
+        changed = context._replace(settings=settings, experts=store, expert_count=2)
         drawn = generator(seed, "step", step, context.network.spec.architecture, "expert")
         return int(torch.randint(2, (), generator=drawn)), fbpc.expert_side(changed, step)
 
