@@ -290,7 +290,7 @@ def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
     code, said = refused(capsys)
     assert code == 2 and f"{tmp_path}/mlflow.db not found; log a run first" in said
     _, said = refused(capsys, "--port", "70000", "--tracking-uri", store.uri)
-    assert "--port: must be from 1 to 65535, got 70000" in said
+    assert "--port: must be at most 65,535, got 70000" in said
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port: {port} is taken" in refused(capsys, "--port", port, "--tracking-uri", store.uri)[1]

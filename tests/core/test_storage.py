@@ -534,11 +534,11 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 143, output
-    assert f"fbpc distill --out {out} --resume" in output
+    assert f"fbpc distill --out {out} --resume --experts {s3 / 'experts'}" in output
     assert not RunDirectory(out).result_path.exists()
 
     monkeypatch.setenv("FBPC_HOME", str(tmp_path / "home"))
-    distil("--out", str(out), "--resume", "--backend", "serial", "--tracking")
+    distil("--out", str(out), "--resume", "--experts", str(s3 / "experts"), "--backend", "serial", "--tracking")
     assert torch.equal(remote_images(out), images_of(folder))
     mine, its = (json.loads(RunDirectory(each).result_path.read_text())["coresets"] for each in (out, folder))
     assert mine == its
@@ -546,7 +546,7 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     kept = {path.name for path in (tmp_path / "home" / "mlartifacts").rglob("*.*")}
     assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= kept
     assert "resumed at step" in capsys.readouterr().out
-    distil("--out", str(out), "--resume")
+    distil("--out", str(out), "--resume", "--experts", str(s3 / "experts"))
     assert "this run is complete" in capsys.readouterr().out
 
     main.main(["evaluate", str(out), "--backend", "serial", "--architectures", "convnet-in"])

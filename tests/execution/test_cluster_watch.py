@@ -8,7 +8,6 @@ import pytest
 from support.processes import alive, kill, soon
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.execution.ray import cluster_watch
 from fbpc_ray.execution.ray.cluster_watch import PATIENCE, ClusterWatch, Liveness
 from fbpc_ray.execution.ray.reaper import Reaper
 
@@ -40,10 +39,9 @@ def test_a_head_that_is_silent_for_a_while_is_no_dead_head():
     assert "has not answered for 31 s" in liveness.fault()
 
 
-def test_the_driver_raises_what_the_thread_saw(monkeypatch):
+def test_the_driver_raises_what_the_thread_saw():
     dead = ""
-    monkeypatch.setattr(cluster_watch, "dead_process", lambda: dead)
-    watch = ClusterWatch(own=False)
+    watch = ClusterWatch(Liveness(lambda: dead, lambda: True), connected=lambda: True)
     try:
         watch.check()
         dead = "gcs_server"
@@ -52,6 +50,14 @@ def test_the_driver_raises_what_the_thread_saw(monkeypatch):
             watch.check()
     finally:
         watch.close()
+
+
+def test_a_process_that_disconnected_watches_nothing():
+    """After ray.shutdown the processes of its own cluster end; that ends nobody else."""
+    watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: False)
+    watch._thread.join(10)
+    watch.check()
+    watch.close()
 
 
 PARENT = f"""

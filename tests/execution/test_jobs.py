@@ -168,7 +168,7 @@ def test_bad_input_is_told_by_the_exit_code_of_the_driver(client, small, tmp_pat
     job = submit(client, ["jobs/distill_multi.py", *words])
     info = ended(client, job)
     assert (info.status, info.driver_exit_code) == ("FAILED", 2)
-    assert client.get_job_logs(job).strip().splitlines()[-1].startswith("error: --alpha is -1.0")
+    assert client.get_job_logs(job).strip().splitlines()[-1].startswith("error: --alpha: must be above 0, got -1.0")
     assert not (tmp_path / "bad").exists()
 
 

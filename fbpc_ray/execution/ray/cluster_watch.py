@@ -58,10 +58,16 @@ class ClusterWatch:
     as Ray would.
     """
 
-    def __init__(self, own: bool):
-        """Start; `own` says whether this process started the cluster."""
-        self._liveness = Liveness(dead_process, (lambda: True) if own else head_answers)
-        self._reaper = Reaper(worker._global_node) if own else None
+    def __init__(
+        self, liveness: Liveness, reaper: Reaper | None = None, connected: Callable[[], bool] = ray.is_initialized
+    ):
+        """Start.
+
+        Args:
+            reaper: of the cluster that this process started.
+            connected: returns whether this process is still connected; where it is not, there is nothing to watch.
+        """
+        self._liveness, self._reaper, self._connected = liveness, reaper, connected
         self._stop, self._raised = threading.Event(), threading.Event()
         self.message = ""
         """Why the cluster is dead; empty while it lives."""
@@ -83,7 +89,7 @@ class ClusterWatch:
             self._reaper.dismiss()
 
     def _watch(self) -> None:
-        while not self._stop.wait(INTERVAL):
+        while not self._stop.wait(INTERVAL) and self._connected():
             if fault := self._liveness.fault():
                 self.message = fault
                 if self._reaper:
@@ -94,6 +100,14 @@ class ClusterWatch:
                 return
 
 
+def watch(own: bool) -> ClusterWatch:
+    """Watch the cluster that this process is connected to; `own` says whether this process started it."""
+    if own:
+        return ClusterWatch(Liveness(dead_process, lambda: True), Reaper(worker._global_node))
+    address = ray.get_runtime_context().gcs_address  # not in the thread: it starts a cluster where there is none
+    return ClusterWatch(Liveness(dead_process, lambda: head_answers(address)))
+
+
 def dead_process() -> str:
     """Return the name of a Ray process that this process started and that ended, or ""."""
     node = worker._global_node
@@ -101,9 +115,9 @@ def dead_process() -> str:
     return dead[0][0] if dead else ""
 
 
-def head_answers() -> bool:
-    """Return whether the head of the cluster accepts a connection."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+def head_answers(address: str) -> bool:
+    """Return whether the head of a cluster at `address` (host:port) accepts a connection."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError:

@@ -17,7 +17,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.state import State
 from fbpc_ray.distillation.worker import Worker, WorkerGroupSpec
-from fbpc_ray.execution.ray.cluster_watch import ClusterWatch
+from fbpc_ray.execution.ray.cluster_watch import watch
 from fbpc_ray.execution.ray.connection import connect, free, get, nodes, num_nodes, put
 from fbpc_ray.execution.ray.gradient_workers import GradientWorkers
 from fbpc_ray.execution.ray.mapping import map_as_tasks, map_on_pool
@@ -56,7 +56,7 @@ class RayBackend:
         self.owns_connection = not ray.is_initialized()
         self.owns_cluster = self.owns_connection and connect(settings.address, init_options, log)
         """Whether this process started the cluster: a missing worker is then starting, not waiting for resources."""
-        self.watch = ClusterWatch(own=self.owns_cluster)
+        self.watch = watch(own=self.owns_cluster)
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
