@@ -44,6 +44,7 @@ from fbpc_ray.distillation.state import (
 from fbpc_ray.distillation.worker import EXPERT_SIDES, METHODS, Worker
 from fbpc_ray.execution import session
 from fbpc_ray.inference.divergence import forward_kl
+from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 
@@ -81,6 +82,22 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
     assert expected.norm() > 1e-4
     assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
     torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("window", "batches"), [(1, 3), (4, 12)])
+def test_gamma_is_compared_with_the_mean_of_whole_passes(setting, window, batches, monkeypatch):
+    """20 images in batches of 8 are three batches a pass, the last one of four images."""
+    config, digits, real, state, labels = setting
+    solves = []
+
+    def solve(*arguments, batches_per_pass, **settings):
+        solves.append(batches_per_pass)
+        return map_solve(*arguments, batches_per_pass=batches_per_pass, **settings)
+
+    monkeypatch.setattr(fbpc, "map_solve", solve)
+    found = compute(config, digits, real, state.images, labels, batch_size=8, gamma_window=window, gamma=5.0)
+    assert solves == [batches]
+    assert found.stats.map_steps == batches - 1  # every loss is below gamma: it ends as soon as the window is full
 
 
 @pytest.mark.parametrize("method", ["fbpc", "fbpc-isotropic"])
