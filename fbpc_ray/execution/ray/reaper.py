@@ -1,7 +1,7 @@
 """End the processes of a Ray cluster of ours that outlive a killed driver.
 
 Ray's agents notice that their parent is gone, report it to the cluster's head, and wait forever for its answer if it is
-gone, too. So a small process waits for the driver's end and then kills them.
+gone, too. So a small process, this file run as a script, waits for the driver's end and then kills them.
 """
 
 import contextlib
@@ -9,24 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-SCRIPT = """
-import os, signal, sys, time
-words = sys.stdin.readline().split()
-if sys.stdin.readline():
-    sys.exit()
-time.sleep(2)
-for pid, started in zip(words[::2], words[1::2]):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            if file.read().rsplit(")", 1)[1].split()[19] == started:
-                os.kill(int(pid), signal.SIGKILL)
-    except OSError:
-        pass
-"""
-"""Reads pids and their start times. A second line dismisses it; the end of the file, the driver's, makes it kill."""
+AFTER_SECONDS = 2.0
+"""From the driver's end until what is left is killed."""
 
 
 class Reaper:
@@ -37,7 +25,7 @@ class Reaper:
         roots = [info.process.pid for infos in node.all_processes.values() for info in infos] if node else []
         self._processes = {pid: started for root in roots for pid, started in _family(root)}
         self._waiting = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", SCRIPT], stdin=subprocess.PIPE, start_new_session=True, text=True
+            [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, start_new_session=True, text=True
         )
         assert self._waiting.stdin
         with contextlib.suppress(OSError):
@@ -46,10 +34,7 @@ class Reaper:
 
     def reap(self) -> None:
         """Kill the processes that are left."""
-        for pid, started in self._processes.items():
-            if _started(pid) == started:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+        _kill(self._processes)
 
     def dismiss(self) -> None:
         """End the process that waits."""
@@ -60,6 +45,22 @@ class Reaper:
             self._waiting.stdin.write("done\n")
             self._waiting.stdin.close()
         self._waiting.wait()
+
+
+def main() -> None:
+    """Read pids and start times from standard input; a second line dismisses, its end, the driver's, makes it kill."""
+    words = sys.stdin.readline().split()
+    if not sys.stdin.readline():
+        time.sleep(AFTER_SECONDS)
+        _kill(dict(zip(map(int, words[::2]), words[1::2], strict=True)))
+
+
+def _kill(processes: dict[int, str]) -> None:
+    """Kill those of the processes, by pid and start time, that still run."""
+    for pid, started in processes.items():
+        if _started(pid) == started:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[tuple[int, str]]:
@@ -77,3 +78,7 @@ def _started(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         return ""
+
+
+if __name__ == "__main__":
+    main()
