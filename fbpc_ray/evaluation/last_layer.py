@@ -22,7 +22,7 @@ from fbpc_ray.evaluation.chains import Chain, ChainResult, EvaluationContext, Lo
 from fbpc_ray.inference.adam import adam_start
 from fbpc_ray.inference.last_layer import mean_field_logits, one_hot_targets, predictive
 from fbpc_ray.models import last_layer
-from fbpc_ray.models.functional import Network
+from fbpc_ray.models.functional import Network, flatten, unflatten
 from fbpc_ray.models.last_layer import Targets
 from fbpc_ray.models.passes import Passes
 
@@ -56,11 +56,11 @@ def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets
 def trained(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
     """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
     name = network.spec.architecture
-    state = adam_start(last_layer.flatten(network.init(generator(seed, "network", name, member))))
+    state = adam_start(flatten(network.init(generator(seed, "network", name, member))))
     for index in _batches(len(data.images), settings, generator(seed, "network", name, member, "batch")):
         batch = data if index is None else Targets(data.images[index], data.targets[index])
         state = last_layer.train_step(network, state, batch, settings.net_lr)
-    return last_layer.unflatten(state.value, network.shapes)
+    return unflatten(state.value, network.shapes)
 
 
 def closed_form(network: Network, params: Params, data: Targets, settings: Evaluation) -> Logits:

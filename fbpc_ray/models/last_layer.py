@@ -5,8 +5,6 @@ batch; in evaluation both use the statistics of u (`Network.statistics`).
 """
 
 import math
-from collections.abc import Mapping
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.adam import AdamState, adam_step
 from fbpc_ray.inference.last_layer import LastLayer, squared_loss
-from fbpc_ray.models.functional import Network
+from fbpc_ray.models.functional import Network, unflatten
 
 CHUNK = 64
 """Images of a forward pass, for a network without BatchNorm: on a CPU larger ones take twice as long an image."""
@@ -60,15 +58,3 @@ def train_step(network: Network, state: AdamState, data: Targets, learning_rate:
         loss = squared_loss(features_and_outputs(network, leaves, data.images)[1], data.targets)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
     return adam_step(state, torch.cat([gradient.flatten() for gradient in gradients]), learning_rate)
-
-
-def flatten(params: Params) -> Tensor:
-    """Return parameters as one vector (P,)."""
-    return torch.cat([value.flatten() for value in params.values()])
-
-
-def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
-    """Invert `flatten`. Each tensor has its own memory: kernels may sum in another order at another alignment."""
-    ends = list(accumulate(shape.numel() for shape in shapes.values()))
-    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
-    return {name: vector[a:b].clone().view(shape) for (name, shape), a, b in parts}

@@ -29,8 +29,7 @@ from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session, validation
 from fbpc_ray.execution.serial import Serial, gradient_of
 from fbpc_ray.inference.adam import AdamState, adam_start
-from fbpc_ray.models.functional import Network
-from fbpc_ray.models.last_layer import flatten, unflatten
+from fbpc_ray.models.functional import Network, flatten, unflatten
 
 SMALL = {
     "method": "vbpc", "architectures": ("convnet-in", "convnet-bn"), "width": 8, "steps": 7, "real_batch_size": 32,

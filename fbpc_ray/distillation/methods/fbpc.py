@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fbpc_ray.distillation.trajectory_cache import TrajectoryKey
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import posterior_at, sgd_trajectory, variances
+from fbpc_ray.models.functional import flatten, unflatten
 
 EXPERT_SIDE_FORMAT = 1
 """To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""
@@ -126,7 +127,7 @@ def gradient(
         seconds_u=seconds_u,
         seconds_gradient=clock.lap(),
     )
-    return Gradient(value, stats, solution=_vector(solution.value).cpu() if settings.map_init == "warm" else None)
+    return Gradient(value, stats, solution=flatten(solution.value).cpu() if settings.map_init == "warm" else None)
 
 
 def _expert(context: GradientContext, step: int) -> tuple[int, int]:
@@ -152,7 +153,7 @@ def _k_steps(context: GradientContext, expert: int, epoch: int, theta_x: Params)
 def _rows(context: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]:
     theta_x = _theta_x(context, expert, epoch)
     for params in chain([theta_x], _k_steps(context, expert, epoch, theta_x)):
-        yield _vector(params).cpu()
+        yield flatten(params).cpu()
 
 
 def _kept(context: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
@@ -176,14 +177,6 @@ def trajectory_key(context: GradientContext, expert: int, epoch: int) -> Traject
     )  # fmt: skip
 
 
-def _vector(params: Params) -> Tensor:
-    return torch.cat([value.flatten() for value in params.values()])
-
-
 def _params(context: GradientContext, row: np.ndarray) -> Params:
-    """The inverse of `_vector`, on the device. Each tensor has memory of its own: kernels may sum in another order
-    where memory is aligned otherwise."""
-    shapes = context.network.shapes
-    ends = list(accumulate(shape.numel() for shape in shapes.values()))
-    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
-    return {name: torch.tensor(row[a:b], device=context.network.device).view(shape) for (name, shape), a, b in parts}
+    """Return the parameters in a row of `_rows`, on the device."""
+    return unflatten(torch.tensor(row, device=context.network.device), context.network.shapes)
