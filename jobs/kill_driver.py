@@ -33,18 +33,19 @@ class Arguments:
     seed: int = 0
     """Of what is sent, and when."""
     json: str = ""
-    """Also write the counts to this file."""
+    """Also write the counts to this file, after each run."""
 
 
 def run(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/kill_driver.py", about=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="fbpc-kills-"))
-    report = kill_drivers(folder, args.kills, args.seed)
-    found = {"seed": args.seed, **report.as_json(), **capture(device_name("cpu"))._asdict()}
-    for name, value in found.items():
+    provenance = capture(device_name("cpu"))._asdict()
+    for report in kill_drivers(folder, args.kills, args.seed):
+        print(f"{report.runs} runs, {sum(report.hits.values())} hits, {len(report.faults)} faults", flush=True)
+        if args.json:
+            files.write_json(Path(args.json).absolute(), {"seed": args.seed, **report.as_json(), **provenance})
+    for name, value in report.as_json().items():
         print(f"{name}: {value}")
-    if args.json:
-        files.write_json(Path(args.json).absolute(), found)
     if report.faults:
         print(f"the folders of the runs that differ are in {folder}")
         sys.exit(1)

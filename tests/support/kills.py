@@ -181,8 +181,11 @@ def compare(place: Place, expected: dict[str, Any], status: int) -> list[str]:
     return wrong
 
 
-def kill_drivers(folder: Path, kills: int, seed: int, **changes: Any) -> Report:
-    """Hit runs of `small_config(**changes)` `kills` times or a few more; folders of runs with a fault are kept."""
+def kill_drivers(folder: Path, kills: int, seed: int, **changes: Any) -> Iterator[Report]:
+    """Hit runs of `small_config(**changes)` `kills` times or a few more; yield the report after each run.
+
+    Folders of runs with a fault are kept.
+    """
     config = small_config(**changes)
     expected, seconds = undisturbed(Place(folder / "undisturbed", config))
     report, draw = Report(), random.Random(seed)
@@ -194,4 +197,4 @@ def kill_drivers(folder: Path, kills: int, seed: int, **changes: Any) -> Report:
             report.faults.append(f"run {report.runs - 1}: {'; '.join(wrong)}")
         else:
             shutil.rmtree(place.folder)
-    return report
+        yield report
