@@ -77,14 +77,14 @@ def write_text(path: Place, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Place, value: Any) -> None:
+def write_json(path: Place, value: Any, private: bool = False) -> None:
     """Write `value` as JSON by `write_bytes`. Raises ValueError for NaN and infinity, which are not JSON."""
-    write_text(path, _to_json(value))
+    write_bytes(path, _to_json(value).encode(), private)
 
 
-def write_checked_json(path: Place, value: Mapping[str, Any]) -> None:
+def write_checked_json(path: Place, value: Mapping[str, Any], private: bool = False) -> None:
     """Write a JSON object with its checksum, which `inputs.read_checked_json` compares. Raises as `write_json`."""
-    write_json(path, inputs.with_checksum(value))
+    write_json(path, inputs.with_checksum(value), private)
 
 
 def _to_json(value: Any) -> str:

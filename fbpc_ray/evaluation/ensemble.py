@@ -3,7 +3,8 @@
     p(y | x) = 1/S sum_s p(y | f_theta_s(x))            (the Bayesian model average)
 
 A file of samples is one safetensors file: `samples/S/NAME` and `statistics/S/NAME` are the tensors of sample S, the
-metadata says which network they are of, the normalisation and the names of the classes. Nothing is pickled.
+metadata says which network they are of, the normalisation and the names of the classes, and has a checksum. Nothing is
+pickled.
 """
 
 import json
@@ -13,12 +14,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fbpc_ray.core import files, storage
+from fbpc_ray.core import files, inputs, storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.types import Params
@@ -144,29 +144,29 @@ def save(ensemble: Ensemble, path: Place, facts: dict[str, str] | None = None) -
         for name, value in params.items()
     }
     head = {name: getattr(ensemble, name) for name in ("spec", "mean", "std", "classes")}
-    told = {"format": FORMAT, "count": str(len(ensemble.samples)), **{k: json.dumps(v) for k, v in head.items()}}
-    files.write_bytes(path, safetensors.torch.save(tensors, {**(facts or {}), **told}))
+    own = {"format": FORMAT, "count": str(len(ensemble.samples)), **{k: json.dumps(v) for k, v in head.items()}}
+    files.write_bytes(path, tensor_files.dumps(tensors, {**(facts or {}), **own}))
 
 
 def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
-    """What `save` wrote to `path`. Raises UserError for any other file.
+    """Read the samples that `save` wrote to `path`. Raises UserError for any other file.
 
     A file alone imports no code: for a network of the user's own, `network` repeats its name, MODULE:FUNCTION.
     """
     try:
-        with storage.local(path) as near, safe_open(near, framework="pt", device=device) as file:
+        with storage.local(path) as near, tensor_files.open_checked(near) as file:
             facts = file.metadata() or {}
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-            spec, mean, std, classes = (json.loads(facts[name]) for name in ("spec", "mean", "std", "classes"))
+            spec, mean, std, classes = (inputs.parse_json(facts[name]) for name in ("spec", "mean", "std", "classes"))
             architecture, shape, *rest = spec
             spec = Spec(architecture, tuple(shape), *map(int, rest))
-            found: dict[str, list[Params]] = {
+            tensors: dict[str, list[Params]] = {
                 kind: [{} for _ in range(int(facts["count"]))] for kind in ("samples", "statistics")
             }
             for key in file.keys():  # noqa: SIM118  no mapping
                 kind, number, name = key.split("/", 2)
-                found[kind][int(number)][name] = file.get_tensor(key).clone()  # clone: out of the map
+                tensors[kind][int(number)][name] = file.get_tensor(key).clone().to(device)  # clone: out of the map
     except FileNotFoundError:
         raise UserError(f"there are no samples {path}: check the path") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError) as error:
@@ -176,7 +176,9 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
             f"{path} holds samples of {spec.architecture}, but a file alone imports no code: name that network too"
         )
     custom.search_current_folder()
-    ensemble = Ensemble(spec, found["samples"], found["statistics"], tuple(mean), tuple(std), tuple(classes), device)
+    ensemble = Ensemble(
+        spec, tensors["samples"], tensors["statistics"], tuple(mean), tuple(std), tuple(classes), device
+    )
     for params, statistics in zip(ensemble.samples, ensemble.statistics, strict=True):
         fits = {name: value.shape for name, value in params.items()} == ensemble.network.shapes
         if not fits or statistics.keys() != ensemble.network.buffer_names:

@@ -1,15 +1,14 @@
 """MLflow runs of distillations and evaluations: their names, tags and params, their start and end."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from fbpc_ray.core import files
+from fbpc_ray.core import files, inputs
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Config
-from fbpc_ray.core.errors import undamaged
+from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
@@ -206,18 +205,20 @@ def read_run_reference(run: RunDirectory) -> dict[str, str]:
     if not path.exists():
         return {}
     with undamaged(path, "delete it, and the run is logged as a new one"):
-        reference = json.loads(path.read_text())
+        reference = inputs.read_checked_json(path)
         texts = {name: str(reference[name]) for name in ("uri", "run_id")}
         return {name: "".join(c if c.isprintable() else "?" for c in text) for name, text in texts.items()}
 
 
 def write_run_reference(run: RunDirectory, tracker: Tracker) -> None:
     """Write the id of the MLflow run, so that --resume continues it; nothing while the run has no id."""
-    path = _reference_path(run)
-    if tracker.run_id:
-        text = json.dumps({"uri": redacted(tracker.uri), "run_id": tracker.run_id}) + "\n"
-        if not path.exists() or path.read_text() != text:
-            files.write_bytes(path, text.encode(), private=True)
+    if not tracker.run_id:
+        return
+    reference = {"uri": redacted(tracker.uri), "run_id": tracker.run_id}
+    with suppress(UserError):  # a damaged file is replaced
+        if read_run_reference(run) == reference:
+            return
+    files.write_checked_json(_reference_path(run), reference, private=True)
 
 
 def _run_id(run: RunDirectory, uri: str) -> str | None:

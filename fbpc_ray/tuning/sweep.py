@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fbpc_ray.core import files
+from fbpc_ray.core import files, inputs
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import (
     MAY_CHANGE_ON_RESUME,
@@ -61,7 +61,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
     path = folder / "result.json"
     if resume and path.exists():
         with undamaged(path, "delete it, and the best trial is evaluated again"):
-            result = json_format.loads(path.read_text())
+            result = inputs.read_checked_json(path)
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
         files.write_output(json, result)
         return
@@ -200,8 +200,8 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
 
 
 def _write_plan(sweep: OpenSweep) -> None:
-    text = {**sweep.plan._asdict(), "settings": asdict(sweep.plan.settings)}
-    files.write_text(sweep.folder / "sweep.json", json_format.dumps(text, indent=1) + "\n")
+    plan = {**sweep.plan._asdict(), "settings": asdict(sweep.plan.settings)}
+    files.write_checked_json(sweep.folder / "sweep.json", plan)
     files.write_checked_json(sweep.folder / "config.json", sweep.base.flat())  # last: makes the folder a sweep
 
 
@@ -211,7 +211,7 @@ def read_plan(folder: Place) -> Plan:
     if not path.is_file():
         raise UserError(f"{folder}: no sweep (sweep.json not found); check the path, or start one without --resume")
     with undamaged(path, "start the sweep again in another --out"):
-        plan = json_format.loads(path.read_text())
+        plan = inputs.read_checked_json(path)
         settings = {**current_names(plan["settings"]), "grid": tuple(plan["settings"]["grid"])}
         settings.pop("val_every", None)  # of earlier code, see `read_base`
         return Plan(plan["name"], plan["id"], Sweep(**settings), [current_names(flags) for flags in plan["trials"]])
@@ -225,7 +225,7 @@ def read_base(folder: Place) -> Config:
     path = folder / "sweep.json"
     base = read_config(folder, NOT_STARTED)
     with undamaged(path, "start the sweep again in another --out"):
-        every = json_format.loads(path.read_text())["settings"].get("evaluate_every", 0)
+        every = inputs.read_checked_json(path)["settings"].get("evaluate_every", 0)
     return base.updated(val_every=every) if every else base
 
 
@@ -253,7 +253,7 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
     outcomes = monitor.outcomes
     rows = trial.table_rows(outcomes, sweep.plan.trials)
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    pq.write_table(pa.Table.from_pylist(rows), buffer, write_page_checksum=True)
     files.write_bytes(folder / "trials.parquet", buffer.getvalue())
     order = [outcome.number for outcome in trial.rank(outcomes, metric)]
     rest = [outcome.number for outcome in outcomes if outcome.number not in order]
@@ -264,7 +264,8 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
     assert best.last is not None
     config = sweep.task.configs[best.number]
     experts, every = sweep.base.experts.experts, sweep.base.distillation.checkpoint_every
-    files.write_text(folder / "best.json", to_preset(config.updated(experts=experts, checkpoint_every=every)))
+    preset = to_preset(config.updated(experts=experts, checkpoint_every=every))
+    files.write_checked_json(folder / "best.json", json_format.loads(preset))
     log(f"best: trial {best.number}, {metric} {getattr(best.last, metric):.4g} on the validation split; now on test")
     tested = _on_test(config, sweep.dataset, workers, provenance, monitor.parent)
     result = {
@@ -276,7 +277,7 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
         },
         "test": tested, "rows": rows,
     }  # fmt: skip
-    files.write_json(folder / "result.json", result)
+    files.write_checked_json(folder / "result.json", result)
     for name in ("best.json", "trials.md", "trials.parquet", "result.json"):
         monitor.parent.log_artifact(folder / name)
     return result

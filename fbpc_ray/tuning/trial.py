@@ -6,16 +6,16 @@
       trial.json     its validation scores, written by the trial with each checkpoint
       ended.json     why the driver ended it: stopped by the scheduler, or lost
 
-The files are plain JSON, written atomically: a sweep resumes from them after any kill, on any cluster that sees them.
+The files are plain JSON with checksums, written atomically: a sweep resumes from them after any kill, on any cluster
+that sees them.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from fbpc_ray.core import files
+from fbpc_ray.core import files, inputs
 from fbpc_ray.core.config import RENAMED, Config, Data, Evaluation, Output, Sweep, Workers, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest, undamaged
 from fbpc_ray.core.presets import with_method
@@ -223,7 +223,7 @@ def read_record(folder: Place) -> Record:
     if not path.exists():
         return Record()
     with undamaged(path, f"delete {folder}, its trial then starts again"):
-        stored = json.loads(path.read_text())
+        stored = inputs.read_checked_json(path)
         return Record(stored["starts"], [ValidationResult(**result) for result in stored["looks"]], stored["error"])
 
 
@@ -232,12 +232,12 @@ def write_record(folder: Place, record: Record) -> None:
     values = {
         "starts": record.starts, "looks": [result._asdict() for result in record.validations], "error": record.error,
     }  # fmt: skip
-    files.write_text(folder / "trial.json", json.dumps(values, indent=1) + "\n")
+    files.write_checked_json(folder / "trial.json", values)
 
 
 def write_end(folder: Place, status: str, reason: str) -> None:
     """Write ended.json: the driver, not the trial, ended the trial."""
-    files.write_text(folder / "ended.json", json.dumps({"how": status, "why": reason}) + "\n")
+    files.write_checked_json(folder / "ended.json", {"how": status, "why": reason})
 
 
 def read_outcome(config: Config, number: int) -> Outcome:
@@ -251,7 +251,7 @@ def read_outcome(config: Config, number: int) -> Outcome:
     path = folder / "ended.json"
     if path.exists():
         with undamaged(path, "delete it, and the trial goes on"):
-            stored = json.loads(path.read_text())
+            stored = inputs.read_checked_json(path)
             return Outcome(number, stored["how"], stored["why"], record)
     return Outcome(number, "open", "", record)
 

@@ -14,7 +14,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.coreset import Coreset, balanced
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation import chains, last_layer
 from fbpc_ray.evaluation.chains import Chain, CoresetArrays, sample_chain, score
 from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.evaluation.last_layer import closed_form, run_networks, targets_of, trained
@@ -106,6 +106,18 @@ def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, corese
     assert not torch.equal(other["head.weight"], found["head.weight"])
 
 
+def test_a_step_takes_a_random_batch_of_a_coreset_too_large_for_one(digits, coreset):
+    """Of 41 images batches of 5, each a draw without replacement; of 40, all of them."""
+    settings = replace(SETTINGS, chain_full_batch=40, chain_batch_size=5, net_steps=200)
+    assert set(last_layer._batches(40, settings, generator(0))) == {None}
+    batches = [batch for batch in last_layer._batches(41, settings, generator(0)) if batch is not None]
+    assert len(batches) == 200
+    assert all(len(set(batch.tolist())) == 5 for batch in batches)
+    counts = torch.cat(batches).bincount(minlength=41)
+    assert counts.min() >= 8 and counts.max() <= 44  # each 200 * 5 / 41 = 24 times in the mean
+    assert batches[0].tolist() != batches[1].tolist()
+
+
 def test_an_ensemble_averages_the_probabilities_of_the_networks(digits, coreset):
     spec = spec_of(digits)
     one, both = (replace(SETTINGS, inference=name) for name in ("mse", "ensemble"))
@@ -113,6 +125,9 @@ def test_an_ensemble_averages_the_probabilities_of_the_networks(digits, coreset)
     single, pair = (run_networks(context(digits, coreset, s), chain, "cpu") for s in (one, both))
     assert [len(result.samples or []) for result in (single, pair)] == [1, 2]
     network = Network(spec)
+    first, second = (params["head.weight"] for params in pair.samples or [])
+    assert torch.equal(first, (single.samples or [])[0]["head.weight"])
+    assert not torch.equal(first, second)
     images, labels = tensors(digits.test, "cpu")
     real = DeviceDataset(images, labels, digits.mean, digits.std).batch(torch.arange(len(labels)))
     outputs = [network.forward(params, real.images).double().softmax(1) for params in pair.samples or []]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from fbpc_ray.inference.last_layer import (
+    PROBIT,
     kl_to_prior,
     mean_field_logits,
     one_hot_targets,
@@ -106,6 +107,14 @@ def test_features_that_are_not_finite_give_nan_not_an_exception():
 def test_without_variance_the_mean_field_softmax_is_the_softmax():
     mean = draw(4, 3)
     torch.testing.assert_close(mean_field_logits(mean, torch.zeros(4)), mean)
+
+
+def test_a_variance_of_8_over_pi_divides_logits_by_the_root_of_2():
+    """sigmoid(x) and Phi(sqrt(pi / 8) x) have the slope 1/4 at 0."""
+    mean = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
+    scaled = mean_field_logits(mean, torch.tensor([8 / math.pi], dtype=torch.float64))
+    torch.testing.assert_close(scaled, mean / math.sqrt(2.0))
+    assert math.sqrt(PROBIT) / math.sqrt(2 * math.pi) == pytest.approx(1 / 4)
 
 
 def test_the_mean_field_softmax_is_near_the_expected_softmax():

@@ -18,7 +18,7 @@ from PIL import Image
 from support.experts import RECIPE, trajectory
 
 from fbpc_ray.core import files, tensor_files
-from fbpc_ray.core.config import Config, read_config
+from fbpc_ray.core.config import Config, Sweep, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, to_preset
 from fbpc_ray.core.rng import generator
@@ -30,7 +30,14 @@ from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import State
 from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
+from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation.ensemble import Ensemble
+from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking.protocol import Tracker
+from fbpc_ray.tuning import sweep, trial
+from fbpc_ray.tuning.monitor import Plan
+from fbpc_ray.tuning.trial import Record, ValidationResult
 
 SECONDS, MEMORY = 10.0, 2**30
 """A reading may take this long, and this many bytes more than the process had at its largest."""
@@ -168,8 +175,8 @@ def small_coreset() -> Coreset:
 def all_readers(folder: Path) -> list[Reader]:
     """Write a whole file for each reader below `folder`."""
     return [
-        *_run_readers(folder / "run"), *_store_readers(folder), *_coreset_readers(folder / "coresets"),
-        *_data_readers(folder / "data"),
+        *_run_readers(folder / "run"), *sweep_readers(folder / "sweep"), *_store_readers(folder),
+        *_coreset_readers(folder / "coresets"), *_data_readers(folder / "data"),
     ]  # fmt: skip
 
 
@@ -186,10 +193,10 @@ def _run_readers(folder: Path) -> list[Reader]:
         "method": "fbpc", "data": "digits", "steps": 7, "split": "test", "commit": "0123", "device": "cpu",
         "seconds_per_step": 0.25, "coresets": {"fbpc": {"convnet-in": scores}, "random": {"convnet-in": scores}},
     })  # fmt: skip
-    reference = folder / "mlflow.json"
-    reference.write_text(json.dumps({"uri": "sqlite:///mlflow.db", "run_id": "0" * 32}))
-    best = folder / "best.json"
-    best.write_text(to_preset(config))
+    tracker: Tracker = SimpleNamespace(uri="sqlite:///mlflow.db", run_id="0" * 32)  # type: ignore[assignment]
+    run_logging.write_run_reference(run, tracker)
+    preset_path = folder / "preset.json"
+    preset_path.write_text(to_preset(config))
 
     def restore() -> list[Any]:
         restored = run.restore(saved.labels, SHAPE)
@@ -201,14 +208,46 @@ def _run_readers(folder: Path) -> list[Reader]:
         Reader("checkpoint", run.state_path, restore, True),
         Reader("coreset", run.coreset_path, lambda: tuple(coreset.load(run.coreset_path)), True),
         Reader("result.json", run.result_path, run.read_result, True),
-        Reader("mlflow.json", reference, lambda: run_logging.read_run_reference(run), False),
-        Reader("preset", best, lambda: preset(str(best)).flat(), False),
+        Reader("mlflow.json", folder / "mlflow.json", lambda: run_logging.read_run_reference(run), True),
+        Reader("preset", preset_path, lambda: preset(str(preset_path)).flat(), False),
     ]
 
 
+def sweep_readers(folder: Path) -> list[Reader]:
+    """Write the files of a sweep and of its trials, and the posterior samples of a network."""
+    folder.mkdir(parents=True)
+    config = Config().updated(width=8, steps=7, out=str(folder / "ended"))
+    files.write_checked_json(folder / "best.json", json.loads(to_preset(config)))
+    plan = {"name": "first", "id": "0" * 32, "settings": asdict(Sweep(grid=("alpha=1,2",))), "trials": [{"alpha": 1.0}]}
+    files.write_checked_json(folder / "sweep.json", plan)
+    validation = ValidationResult(3, 1.5, 0.5, 0.125, 0.25, [[1, 2.5], [2, 2.25]])
+    trial.write_record(folder, Record([0], [validation]))
+    trial.write_end(folder / "ended", "stopped", "by the scheduler at step 3")
+    spec = specify("convnet-none", (1, 8, 8), 3, 4, 0)
+    params = Network(spec).init(generator(4, "fuzz"))
+    samples = Ensemble(spec, [params], [{}], (0.5,), (0.25,), CLASSES)
+    ensemble.save(samples, folder / "samples.safetensors")
+
+    def loaded() -> list[Any]:
+        read = ensemble.load(folder / "samples.safetensors")
+        return [*read.spec, *read.samples, *read.mean, *read.std, *read.classes]
+
+    return [
+        Reader("best.json", folder / "best.json", lambda: preset(str(folder / "best.json")).flat(), True),
+        Reader("sweep.json", folder / "sweep.json", lambda: asdict_plan(sweep.read_plan(folder)), True),
+        Reader("trial.json", folder / "trial.json", lambda: asdict(trial.read_record(folder)), True),
+        Reader("ended.json", folder / "ended" / "ended.json", lambda: tuple(trial.read_outcome(config, 0)[:3]), True),
+        Reader("posterior samples", folder / "samples.safetensors", loaded, True),
+    ]
+
+
+def asdict_plan(plan: Plan) -> dict[str, Any]:
+    return {**plan._asdict(), "settings": asdict(plan.settings)}
+
+
 def _store_readers(folder: Path) -> list[Reader]:
-    place, made = folder / "experts", [*trajectory(0)]
-    ExpertStore(place, RECIPE).write(0, made)
+    place, snapshots = folder / "experts", [*trajectory(0)]
+    ExpertStore(place, RECIPE).write(0, snapshots)
 
     def expert() -> list[Any]:
         return [ExpertStore(place, RECIPE).read(0, epoch) for epoch in range(RECIPE.epochs + 1)]
@@ -233,7 +272,7 @@ def _coreset_readers(folder: Path) -> list[Reader]:
     dataset: Dataset = SimpleNamespace(  # type: ignore[assignment]
         name="pets", classes=CLASSES, image_shape=SHAPE, mean=saved.mean, std=saved.std
     )
-    found = []
+    exports = []
     for kind, file in (("npz", ""), ("pt", "images_best.pt"), ("hf", coreset_formats.SHARD), ("png", "coreset.json")):
         out = folder / f"export-{kind}{coreset_formats.SINGLE.get(kind, '')}"
         coreset_formats.write(coreset_formats.files(saved, kind, {}, ""), out)
@@ -242,8 +281,8 @@ def _coreset_readers(folder: Path) -> list[Reader]:
         def read(out: Path = out) -> Any:
             return tuple(coreset_reader.load(out, dataset).coreset)
 
-        found.append(Reader(f"export {kind} {file}".strip(), at, read, False))
-    return found
+        exports.append(Reader(f"export {kind} {file}".strip(), at, read, False))
+    return exports
 
 
 def _data_readers(folder: Path) -> list[Reader]:
@@ -254,7 +293,7 @@ def _data_readers(folder: Path) -> list[Reader]:
     np.savez(archive, x_train=images, y_train=labels, x_test=images[:4], y_test=labels[:4])
     shard = folder / "data.parquet"
     _write_parquet(shard, images, labels)
-    found = [
+    datasets = [
         Reader("data npz", archive, lambda: _parts(f"npz:{archive}"), False),
         Reader("data parquet", shard, lambda: _parts(f"parquet:{shard}"), False),
     ]
@@ -264,8 +303,8 @@ def _data_readers(folder: Path) -> list[Reader]:
             (root / name).mkdir(parents=True)
             Image.fromarray(images[label]).save(root / name / f"0.{suffix}")
         at = root / "ant" / f"0.{suffix}"
-        found.append(Reader(f"image {suffix}", at, lambda root=root: _parts(f"folder:{root}"), False))
-    return found
+        datasets.append(Reader(f"image {suffix}", at, lambda root=root: _parts(f"folder:{root}"), False))
+    return datasets
 
 
 def _parts(name: str) -> Any:
@@ -289,5 +328,5 @@ def _write_parquet(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def write_report(path: Path, seed: int, counts: dict[str, Counts], provenance: dict[str, Any]) -> None:
-    readers_of = {name: each.as_json() for name, each in counts.items()}
+    readers_of = {name: count.as_json() for name, count in counts.items()}
     files.write_json(path, {"seed": seed, "readers": readers_of, **provenance})

@@ -69,7 +69,7 @@ def test_the_file_of_the_store_holds_no_password_and_is_private(user):
     run.folder.mkdir()
     path = run.folder / "mlflow.json"
     run_logging.write_run_reference(run, Tracked(uri, "7"))
-    assert json.loads(path.read_text()) == {"uri": "http://***@127.0.0.1:9", "run_id": "7"}
+    assert inputs.read_checked_json(path) == {"uri": "http://***@127.0.0.1:9", "run_id": "7"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert run_logging._run_id(run, uri) == "7"
     assert run_logging._run_id(run, "http://127.0.0.1:9") is None
@@ -78,6 +78,10 @@ def test_the_file_of_the_store_holds_no_password_and_is_private(user):
     assert run_logging._run_id(run, uri) == "7"
     run_logging.write_run_reference(run, Tracked(uri, "7"))
     assert "hidden" not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
+    written = path.read_bytes()
+    path.write_bytes(written[:-9])
+    run_logging.write_run_reference(run, Tracked(uri, "7"))
+    assert path.read_bytes() == written
 
 
 @pytest.mark.slow
