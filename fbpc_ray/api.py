@@ -12,7 +12,7 @@ A network is a name, as in --architectures, or a function of ((channels, height,
 nn.Module (models/checks.py lists the requirements). Other settings have the names of the command line's flags, and the
 same settings give the same coreset, to the bit. Everything runs in this process unless `backend="ray"`; neither Ray nor
 MLflow need be installed. Bad input raises UserError with a message of one line. Ctrl-C raises KeyboardInterrupt;
-experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress bars.
+experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress.
 """
 
 from collections.abc import Callable, Sequence
@@ -147,13 +147,13 @@ def distill(
     state, d = session.initial[0], chosen.distillation
     if session.num_steps:
         interruption = Interruption(())
-        with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step") as bar:
+        with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step", log=log) as bar:
             session.train_experts(workers, log)
 
             def report(step: Step) -> None:
                 if on_step:
                     on_step(step.metrics(), step.state.step)
-                bar.update()
+                bar.update(loss=f"{step.metrics()['loss']:.3f}")
 
             steps = session.steps(state, workers)
             state = follow(steps, Checkpointer(None, state, [], d), [report], interruption)

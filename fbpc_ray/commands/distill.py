@@ -143,8 +143,7 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
             tracker.log_metrics(run_logging.step_metrics(step.metrics()), step.state.step)
 
         def show_progress(step: Step) -> None:
-            bar.set_postfix(loss=f"{step.metrics()['loss']:.3f}", refresh=False)
-            bar.update()
+            bar.update(loss=f"{step.metrics()['loss']:.3f}")
 
         state = follow(session.steps(state, workers), checkpointer, [track, validator, show_progress], interruption)
     log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_solver_summary(rows)}")

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import NoReturn
 
@@ -29,6 +29,7 @@ from fbpc_ray.commands.arguments import (
     UiArguments,
 )
 from fbpc_ray.commands.parsing import base_config, current_words, distill_arguments, parse, resumes
+from fbpc_ray.core import progress
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
 from fbpc_ray.core.errors import UserError, closest, escape_controls
@@ -67,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if words[0] == "--version":
         print(f"fbpc-ray {__version__}")
         return
-    run(_command, words)
+    run(_command, words, watched=words[0] != "ui")
 
 
 def _command(words: Sequence[str]) -> None:
@@ -77,13 +78,17 @@ def _command(words: Sequence[str]) -> None:
     COMMANDS[name](current_words(rest, KINDS[name]))
 
 
-def run(function: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
-    """Call `function` with `words`; print an error that a user can fix as one line, and exit with its status."""
+def run(function: Callable[[Sequence[str]], None], words: Sequence[str], watched: bool = True) -> None:
+    """Call `function` with `words`; print an error that a user can fix as one line, and exit with its status.
+
+    `watched`: where there is no terminal, a line tells of each minute in which `function` prints none.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets escapes, not a traceback
             stream.reconfigure(errors="backslashreplace")
     try:
-        function(words)
+        with progress.watched() if watched else nullcontext():
+            function(words)
     except UserError as error:
         _exit(str(error), error.code)
     except Interrupted as stop:
@@ -111,6 +116,12 @@ def _again(words: Sequence[str]) -> str:
     return "run the same command again"
 
 
+def _loading() -> None:
+    """Print the first line of a command before it imports torch, which takes seconds."""
+    if "torch" not in sys.modules:
+        progress.log("loading torch ...")
+
+
 def _exit(message: str, code: int) -> NoReturn:
     print(f"error: {escape_controls(redacted(message))}", file=sys.stderr)
     sys.exit(code)
@@ -121,6 +132,7 @@ def distill(words: Sequence[str]) -> None:
     job, out = args.job, args.config.output.out
     if job.resume == "auto" and not out:
         raise UserError("--resume auto needs the folder of the run: add --out DIR")
+    _loading()
     from fbpc_ray.commands import distill as commands
 
     commands.distill(args.config, resume=resumes(job.resume, out), dry_run=job.dry_run, json=job.json)
@@ -130,6 +142,7 @@ def experts(words: Sequence[str]) -> None:
     base = base_config(words)
     default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts, workers=base.workers)
     args = parse(ExpertArguments, words, "fbpc experts", default)
+    _loading()
     from fbpc_ray.commands import experts as commands
 
     config = replace(base, data=args.data, networks=args.networks, experts=args.experts, workers=args.workers)
@@ -152,6 +165,7 @@ def evaluate(words: Sequence[str]) -> None:
     config = replace(stored, data=data, networks=networks, evaluation=args.evaluation, workers=args.workers)
     unused = {"experts", "out"}
     refuse_unasked(config, {"address"} | unused | ({"architectures"} if args.architectures else set()), args.run)
+    _loading()
     from fbpc_ray.commands import evaluate as commands
 
     options = commands.Options(
@@ -164,6 +178,7 @@ def _evaluate_coreset(words: Sequence[str]) -> None:
     args = parse(CoresetArguments, words, "fbpc evaluate --coreset")
     if not args.data.data:
         raise UserError("--data: missing; name the data set whose test images score the coreset")
+    _loading()
     from fbpc_ray.commands import export as exports
 
     config = Config(data=args.data, networks=args.networks, evaluation=args.evaluation, workers=args.workers)
@@ -172,6 +187,7 @@ def _evaluate_coreset(words: Sequence[str]) -> None:
 
 def export(words: Sequence[str]) -> None:
     args = parse(ExportArguments, words, "fbpc export")
+    _loading()
     from fbpc_ray.commands import export as exports
 
     exports.export(place(args.run), args.format, args.out)
@@ -185,6 +201,7 @@ def tune(words: Sequence[str]) -> None:
     job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
     if job.resume != "no" and not out:
         raise UserError(f"--resume {job.resume} needs the folder of the sweep: add --out DIR")
+    _loading()
     from fbpc_ray.tuning import sweep as tuning
 
     resume = resumes(job.resume, out)
@@ -197,6 +214,7 @@ def tune(words: Sequence[str]) -> None:
 
 def reproduce(words: Sequence[str]) -> None:
     args = parse(ReproduceArguments, words, "fbpc reproduce")
+    _loading()
     from fbpc_ray.commands import reproduce as reproduction
 
     reproduction.reproduce(args)
@@ -206,6 +224,7 @@ def report(words: Sequence[str]) -> None:
     args = parse(ReportArguments, words, "fbpc report")
     if not args.runs:
         raise UserError("name a run: fbpc report RUN [RUN ...]")
+    _loading()
     from fbpc_ray.reporting import report
 
     report.report(args.runs, args.out, lambda line: print(line, flush=True))

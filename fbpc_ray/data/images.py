@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.data.raw import LFS_POINTER, Progress, line, size
+from fbpc_ray.core.progress import progress
+from fbpc_ray.data.raw import BAR_DELAY, LFS_POINTER, line, size
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 """What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
@@ -41,30 +42,30 @@ def decode(
 
     Returns the images and notes on what `origin` holds. Raises UserError, naming the image.
     """
-    images, seen, progress = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), Progress(f"{origin}: images decoded")
-    first = 1
-    for index, data in enumerate(files):
-        try:
-            pixels = _decode_one(data)
-        except UnidentifiedImageError as error:
-            known = ", ".join(IMAGE_FORMATS)
-            raise UserError(
-                f"{place(index)}: not a readable image (its start is cut off, or it is none of {known}); "
-                "fix or remove it"
-            ) from error
-        except Exception as error:  # a decoder fails in any way on damaged bytes
-            raise UserError(f"{place(index)}: not a readable image ({line(error)}); fix or remove it") from error
-        if index == 0:
-            images, first = np.empty((count, *pixels.values.shape), np.uint8), pixels.orientation
-        if pixels.values.shape != images.shape[1:]:
-            raise UserError(
-                f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
-                f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
-                "all images must have one size; docs/faq.md says how to resize them"
-            )
-        images[index] = pixels.values
-        seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep)
-        progress.step()
+    images, seen, first = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), 1
+    with progress(f"{origin}: images decoded", count, "image", delay=BAR_DELAY) as bar:
+        for index, data in enumerate(files):
+            try:
+                pixels = _decode_one(data)
+            except UnidentifiedImageError as error:
+                known = ", ".join(IMAGE_FORMATS)
+                raise UserError(
+                    f"{place(index)}: not a readable image (its start is cut off, or it is none of {known}); "
+                    "fix or remove it"
+                ) from error
+            except Exception as error:  # a decoder fails in any way on damaged bytes
+                raise UserError(f"{place(index)}: not a readable image ({line(error)}); fix or remove it") from error
+            if index == 0:
+                images, first = np.empty((count, *pixels.values.shape), np.uint8), pixels.orientation
+            if pixels.values.shape != images.shape[1:]:
+                raise UserError(
+                    f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
+                    f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
+                    "all images must have one size; docs/faq.md says how to resize them"
+                )
+            images[index] = pixels.values
+            seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep)
+            bar.update()
     if count and seen["hidden"] == count:
         raise UserError(
             f"{origin}: all of the picture of each image is in its transparency, which is not read; "

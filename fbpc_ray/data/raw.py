@@ -1,7 +1,5 @@
 """`RawDataset`, the decoded images that every reader returns, and helpers that readers share."""
 
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +8,8 @@ import numpy as np
 
 from fbpc_ray.core.errors import UserError
 
-PROGRESS_SECONDS = 5.0
-"""Seconds between two lines of progress."""
+BAR_DELAY = 5.0
+"""Seconds of reading until a terminal shows a bar."""
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for one in Git LFS."""
@@ -39,19 +37,6 @@ class RawDataset(NamedTuple):
     parts: dict[str, RawSplit]
     """'train' always; 'validation' and 'test' where the source has them."""
     notes: tuple[str, ...] = ()
-
-
-class Progress:
-    """Prints how many items were read, to standard error, a line every PROGRESS_SECONDS."""
-
-    def __init__(self, what: str):
-        self.what, self.count, self.next = what, 0, time.monotonic() + PROGRESS_SECONDS
-
-    def step(self) -> None:
-        self.count += 1
-        if self.count % 64 == 0 and time.monotonic() >= self.next:
-            print(f"{self.what}: {self.count:,} so far", file=sys.stderr, flush=True)
-            self.next = time.monotonic() + PROGRESS_SECONDS
 
 
 def check_is_not_pointer(path: Path, start: bytes) -> None:

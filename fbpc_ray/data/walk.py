@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import Progress, progress
 from fbpc_ray.data.images import decode
-from fbpc_ray.data.raw import Progress, RawSplit
+from fbpc_ray.data.raw import BAR_DELAY, RawSplit
 from fbpc_ray.data.splits import listed
 
 IMAGE_SUFFIXES = {
@@ -114,9 +115,10 @@ def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
 
     A file with several links to it is listed once: by its own path if that lies in `folders`, else by its first link.
     """
-    result, progress, entries = Walk(), Progress(f"{path}: files seen"), list[_Entry]()
-    for name, label, folder in folders:
-        entries += _entries(result, progress, name, label, folder)
+    result, entries = Walk(), list[_Entry]()
+    with progress(f"{path}: files seen", None, "file", delay=BAR_DELAY) as bar:
+        for name, label, folder in folders:
+            entries += _entries(result, bar, name, label, folder)
     for entry in sorted(entries, key=lambda entry: (entry.linked, entry.label, entry.path)):
         if entry.real in result.real:
             result.repeated += 1
@@ -130,7 +132,7 @@ def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
     return result
 
 
-def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path) -> Iterator[_Entry]:
+def _entries(result: Walk, bar: Progress, name: str, label: int, top: Path) -> Iterator[_Entry]:
     """Yield each image file below `top`: folders before links to folders, and no folder twice."""
     visited, holds_images = set[str](), Counter[str]()
     todo, links = [(top, os.path.realpath(top), top.is_symlink(), 0)], list[tuple[Path, str, bool, int]]()
@@ -144,7 +146,7 @@ def _entries(result: Walk, progress: Progress, name: str, label: int, top: Path)
             raise UserError(f"{folder} lies {depth} folders below its class; give a folder of train/CLASS/images")
         with os.scandir(folder) as children:
             for child in sorted((c for c in children if not is_hidden(c.name)), key=lambda child: child.name):
-                progress.step()
+                bar.update()
                 at = Path(child.path)
                 target = os.path.realpath(child.path) if child.is_symlink() else f"{real.rstrip(os.sep)}/{child.name}"
                 if child.is_dir():

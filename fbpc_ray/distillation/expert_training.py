@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.core.progress import Log, progress
+from fbpc_ray.core.progress import Log, progress, set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, tensors
@@ -77,7 +77,7 @@ def run_expert_task(dataset: Dataset, task: ExpertTask, device: str) -> float:
             network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
             augment=recipe.augment, seed=recipe.seed, index=task.number,
         )  # fmt: skip
-        task.store.write(task.number, snapshots)
+        task.store.write(task.number, _counted(snapshots, recipe.epochs))
     snapshot = task.store.read(task.number, recipe.epochs)
     buffers = {name: snapshot[name].to(device) for name in network.buffer_names}
     params = network.parameters_of(snapshot)
@@ -86,6 +86,13 @@ def run_expert_task(dataset: Dataset, task: ExpertTask, device: str) -> float:
     for batch in map(data.batch, index.split(100)):
         correct += int((network.predict(params, buffers, batch.images).argmax(1) == batch.labels).sum())
     return correct / len(index)
+
+
+def _counted(snapshots: Iterator[dict[str, Tensor]], epochs: int) -> Iterator[dict[str, Tensor]]:
+    """Pass on the snapshots of epochs 0 to `epochs`, and report the share of the trajectory."""
+    for epoch, snapshot in enumerate(snapshots):
+        set_part(epoch, epochs)
+        yield snapshot
 
 
 def train_missing_experts(
@@ -112,7 +119,7 @@ def train_missing_experts(
     for note in {short_training_note(store.recipe, len(dataset.train.labels)) for store in stores} - {""}:
         log(note)
     accuracies: dict[str, list[float]] = {}
-    with progress("experts", len(tasks), "trajectory") as bar:
+    with progress("experts", len(tasks), "trajectory", log=log) as bar:
         for index, accuracy in workers.map(run_expert_task, dataset, tasks):
             accuracies.setdefault(tasks[index].spec.architecture, []).append(accuracy)
             bar.update()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.data.augment import AUGMENTATIONS
@@ -85,7 +86,11 @@ def posterior_samples(
     passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> list[Params]:
     """theta after each `chain_every` epochs of SGHMC on the coreset (images, labels), which are on the device."""
-    return list(sampling(passes, images, labels, settings, augment, seed))
+    samples, total = [], settings.chain_epochs // settings.chain_every
+    for params in sampling(passes, images, labels, settings, augment, seed):
+        samples.append(params)
+        set_part(len(samples), total)
+    return samples
 
 
 def sampling(

@@ -110,7 +110,7 @@ def evaluate(
     if run is run_chain:
         context = without_impossible_compilation(context, chains, workers.device, log)
     results: dict[int, ChainResult] = {}
-    with progress("evaluate", len(chains), "chain") as bar:
+    with progress("evaluate", len(chains), "chain", log=log) as bar:
         for index, result in workers.map(run, context, chains):
             bar.update()
             results[index] = result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
+from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Params
 from fbpc_ray.evaluation import ensemble
@@ -31,8 +32,7 @@ def run_networks(context: EvaluationContext, chain: Chain, device: str) -> Chain
     """Train the networks of one seed on the coreset, and score their predictions; as `run_chain`."""
     start, settings, network = time.perf_counter(), context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
-    count = settings.ensemble_size if settings.inference == "ensemble" else 1
-    samples = [trained(network, data, settings, chain.seed, member) for member in range(count)]
+    samples = [trained(network, data, settings, chain.seed, member) for member in range(_num_networks(settings))]
     if not ensemble.finite(samples):
         return ChainResult(None, time.perf_counter() - start)
     if settings.inference == "last-layer":
@@ -40,6 +40,10 @@ def run_networks(context: EvaluationContext, chain: Chain, device: str) -> Chain
     else:
         logits = average_of(Passes(network), samples, data.images)
     return chain_result(context, chain, logits, samples, device, start)
+
+
+def _num_networks(settings: Evaluation) -> int:
+    return settings.ensemble_size if settings.inference == "ensemble" else 1
 
 
 def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets:
@@ -57,9 +61,12 @@ def trained(network: Network, data: Targets, settings: Evaluation, seed: int, me
     """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
     name = network.spec.architecture
     state = adam_start(flatten(network.init(generator(seed, "network", name, member))))
-    for index in _batches(len(data.images), settings, generator(seed, "network", name, member, "batch")):
+    total = settings.net_steps * _num_networks(settings)
+    batches = _batches(len(data.images), settings, generator(seed, "network", name, member, "batch"))
+    for step, index in enumerate(batches, 1):
         batch = data if index is None else Targets(data.images[index], data.targets[index])
         state = last_layer.train_step(network, state, batch, settings.net_lr)
+        set_part(member * settings.net_steps + step, total)
     return unflatten(state.value, network.shapes)
 
 

@@ -102,7 +102,8 @@ def _fill(
     with open_backend(options.request.base, Interruption(), log) as workers:
         provenance = capture(workers.describe())
         if TABLES[options.table].kind == "cost":
-            _measure(options, {task.key: task for task, _ in missing}.values(), rows, workers, provenance)
+            cells = list({task.key: task for task, _ in missing}.values())
+            _measure(options, cells, rows, workers, provenance, log)
             return {}
         failures = _make_coresets(unmade, workers, provenance.commit, log)
         possible = [(task, seed) for task, seed in missing if task.coreset not in failures]
@@ -163,7 +164,7 @@ def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log
     for dataset, group in _by_data(tasks):
         _train_experts([task.cell.config for task in group], dataset, workers, log)
         items = [work.CoresetTask(task.cell.config, task.coreset, commit) for task in group]
-        with progress("distil", len(items), "coreset") as bar:
+        with progress("distil", len(items), "coreset", log=log) as bar:
             for index, reason in workers.map(work.make_coreset, dataset, items):
                 bar.update()
                 log(f"coreset {items[index].folder.name}" + (f" FAILED: {reason}" if reason else ""))
@@ -197,7 +198,7 @@ def _evaluate(
         groups.setdefault(repr((task.dataset.name, config.evaluation, config.networks.augment)), []).append(
             (task, seed)
         )
-    with progress("evaluate", len(missing), "chain") as bar:
+    with progress("evaluate", len(missing), "chain", log=log) as bar:
         for group in groups.values():
             shared, items = _shared_context(options, group, workers.device, log)
             for index, findings in workers.map(work.run_row_task, shared, items):
@@ -232,14 +233,18 @@ def _row_task(task: Task, seed: int, kind: str, corruptions: Path | None) -> wor
     return work.RowTask(Chain(task.coreset.name, spec, seed), kind, corruptions, home() / "corruptions")
 
 
-def _measure(options: Options, tasks: Iterable[Task], rows: Rows, workers: TaskRunner, provenance: Provenance) -> None:
+def _measure(
+    options: Options, tasks: list[Task], rows: Rows, workers: TaskRunner, provenance: Provenance, log: Log
+) -> None:
     """Measure one cell after the other, so that no measurement disturbs another."""
-    for task in tasks:
-        item = work.CostTask(task.cell.config, options.cost_steps)
-        for _, cost in workers.map(work.run_cost_task, None, [item]):
-            for number, seconds in enumerate(cost.seconds):
-                finding = {"peak_gb": cost.peak_gb, "seconds": seconds, "parameters": float(cost.parameters)}
-                rows.write([_row(options, task, number, finding, provenance)])
+    with progress("measure", len(tasks), "cell", log=log) as bar:
+        for task in tasks:
+            item = work.CostTask(task.cell.config, options.cost_steps)
+            for _, cost in workers.map(work.run_cost_task, None, [item]):
+                for number, seconds in enumerate(cost.seconds):
+                    finding = {"peak_gb": cost.peak_gb, "seconds": seconds, "parameters": float(cost.parameters)}
+                    rows.write([_row(options, task, number, finding, provenance)])
+            bar.update()
 
 
 def _row(options: Options, task: Task, seed: int, finding: work.Finding, provenance: Provenance) -> dict[str, Any]:

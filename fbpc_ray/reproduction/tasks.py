@@ -8,13 +8,14 @@ import torch
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation.loop import Checkpointer, follow
+from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.chains import Chain, EvaluationContext, passes_of, predictive, run_chain, sample_chain, values
@@ -54,7 +55,11 @@ def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
         state, rows = run.restore(labels, dataset.image_shape) or (state, [])
         run.write_config(config)
         steps = session.steps(state, Serial(device, interruption))
-        state = follow(steps, Checkpointer(run, state, rows, config.distillation), [], interruption)
+
+        def report(step: Step) -> None:
+            set_part(step.state.step, session.num_steps)
+
+        state = follow(steps, Checkpointer(run, state, rows, config.distillation), [report], interruption)
     facts = {
         "method": config.distillation.method, "data": dataset.name, "step": str(state.step), "commit": task.commit,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config, Sweep
-from fbpc_ray.core.progress import log, progress
+from fbpc_ray.core.progress import Progress, log, progress
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import Place, place
@@ -62,14 +62,14 @@ class SweepMonitor:
         self._children: dict[int, Tracker] = {}
         self._page = ""
         self._steps = {outcome.number: outcome.last.step if outcome.last else 0 for outcome in self.outcomes}
-        self._bar: Any = None
+        self._progress: Progress | None = None
 
     def start(self) -> None:
         """Wait for the id of the parent's MLflow run, which the trials' runs carry, and open the bar."""
         if self._tracking and not self.parent.wait(60):
             log("note: MLflow has not answered yet; the trials' runs are not tied to a parent")
         self._summary()
-        self._bar = progress("sweep", sum(map(self._num_steps, self._steps)), "step", self._steps_done())
+        self._progress = progress("sweep", sum(map(self._num_steps, self._steps)), "step", self._steps_done())
 
     def trial_started(self, number: int) -> None:
         if number not in self._children:
@@ -102,12 +102,12 @@ class SweepMonitor:
 
     def close_bar(self) -> None:
         """Close the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def _advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update(self._steps_done() - self._bar.n)
+        if self._progress is not None:
+            self._progress.update(self._steps_done() - self._progress.done)
 
     def _num_steps(self, number: int) -> int:
         return num_steps(self._sweep.task.configs[number])

@@ -4,6 +4,8 @@ import io
 import os
 import pty
 import re
+import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -106,7 +108,8 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         trial.write_record(tmp_path / "sweep" / "trials" / "00001", trial.Record([0], [look(1, 1)]))
         board.trial_ended(1, "")
         board.trial_validated(0, look(0, 3))
-        board._bar.refresh()
+        assert board._progress is not None
+        board._progress.refresh()
         board.close_bar()
 
     text = seen(act)
@@ -124,3 +127,17 @@ def test_where_there_is_no_terminal_lines_alone_are_written(small, tmp_path, mon
     assert aside.getvalue() == ""
     assert "distilled: step 4" in said.getvalue()
     assert not re.search(r"[\r\x1b]", said.getvalue())
+
+
+@pytest.mark.slow
+def test_the_first_line_comes_before_torch_is_imported(tmp_path):
+    """Within 2 s of CPU; here by the order of the lines: `loading` stands before what Python says of torch's import."""
+    words = [sys.executable, "-X", "importtime", "-u", "-m", "fbpc_ray", "distill", "--dry-run", "--data", "digits"]
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    first = lines.index("loading torch ...")
+    assert not any(re.search(r"\| +(torch|ray|mlflow)(\.|$)", line) for line in lines[:first])
+    assert any(re.search(r"\| +torch$", line) for line in lines[first:])

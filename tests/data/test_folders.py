@@ -285,11 +285,14 @@ def test_a_fifo_is_refused_without_waiting(good):
 
 
 def test_a_long_walk_prints_progress(good, monkeypatch, capsys):
-    monkeypatch.setattr("fbpc_ray.data.raw.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("fbpc_ray.core.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("fbpc_ray.core.progress.LINE_SHARE", 0.0)
     for number in range(130):
         (good / "train" / "a" / f"{number}.txt").touch()
     read(good)
-    assert "files seen: 64 so far" in capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{good / 'train'}: files seen: 64 so far" in lines
+    assert any(line.startswith(f"{good / 'train'}: images decoded: image 4/8 (50 %), ") for line in lines)
 
 
 # ---- what is read of a class
