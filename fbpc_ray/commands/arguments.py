@@ -123,7 +123,8 @@ class ExportArguments:
     labels_best.pt | png: class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate
     --coreset` reads all."""
     out: str = ""
-    """A new local file or folder; empty means HOME/exports/RUN-FORMAT."""
+    """A new local file or folder; empty means HOME/exports/RUN-FORMAT. safetensors and npz, each one file, get their
+    suffix where the name lacks it; the others are folders."""
 
 
 @dataclass(frozen=True)

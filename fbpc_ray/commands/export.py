@@ -54,7 +54,7 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
 
 
 def export(folder: Place, kind: str, out: str) -> None:
-    """Write the coreset of the run in `folder` in format `kind` to `out`. Raises UserError if `out` exists."""
+    """Write the coreset of the run in `folder` in format `kind` to `out`, a new path; print the path. Raises UserError."""
     run, settings = RunDirectory(folder), read_config(folder)
     found = run.read_coreset(settings)
     data = _short(settings.data.data)
@@ -66,16 +66,15 @@ def export(folder: Place, kind: str, out: str) -> None:
         result = None
     if result and not results.is_of_step(result, facts.get("step")):
         result = None
-    name = (
-        f"{run.folder.name}-{kind}"
-        if kind not in coreset_formats.SINGLE
-        else run.folder.name + coreset_formats.SINGLE[kind]
-    )
-    target = local_folder(out, "--out") if out else home() / "exports" / name
+    default = run.folder.name if kind in coreset_formats.SINGLE else f"{run.folder.name}-{kind}"
+    target = coreset_formats.named(local_folder(out, "--out") if out else home() / "exports" / default, kind)
     coreset_formats.write(coreset_formats.files(found, kind, facts, card(found, kind, settings, facts, result)), target)
     log(f"export: {target}")
     if kind == "png":
-        log("note: png rounds to 8 bits a channel; hf, safetensors, pt and npz are exact")
+        log(
+            "note: png is for the eye: it rounds to 8 bits a channel, as `fbpc evaluate --coreset` then reads it; "
+            "hf, safetensors, pt and npz are exact"
+        )
         if found.soft_labels is not None:
             log("note: png leaves the learned soft labels out; the other formats have them")
 

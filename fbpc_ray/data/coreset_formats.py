@@ -56,6 +56,26 @@ def files(found: Coreset, kind: str, facts: dict[str, str], card: str) -> Files:
     return {**FORMATS[kind](found, facts), SIDECAR: sidecar.encode(), "README.md": card.encode()}
 
 
+def named(out: Path, kind: str) -> Path:
+    """Return `out` with the suffix of a format that is one file, by which readers know it.
+
+    Raises UserError for the suffix of another format.
+    """
+    suffix = SINGLE.get(kind, "")
+    if out.suffix == suffix or not out.name:
+        return out
+    if out.suffix in OTHERS and out.suffix != f".{kind}":
+        raise UserError(
+            f"--out {out.name}: --format {kind} is {describe(kind)}; give another name, or another --format"
+        )
+    return out.with_name(out.name + suffix)
+
+
+def describe(kind: str) -> str:
+    """Describe the path of a format."""
+    return f"one file {SINGLE[kind]}" if kind in SINGLE else "a folder"
+
+
 def write(made: Files, out: Path) -> None:
     """Write a file alone to `out`, or a folder, whole or not at all. Raises UserError where something is there."""
     if out.exists() or out.is_symlink():
@@ -158,3 +178,5 @@ FORMATS: dict[str, Callable[[Coreset, dict[str, str]], Files]] = {
 }  # fmt: skip
 SINGLE = {"safetensors": ".safetensors", "npz": ".npz"}
 """Format of one file -> its suffix."""
+OTHERS = (*SINGLE.values(), ".pt", ".pth", ".parquet", ".png")
+"""Suffixes of files that hold a coreset, or a picture."""

@@ -95,8 +95,9 @@ def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dic
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path, capsys):
+    """Under the path that is printed, whatever --out lacks of a suffix."""
     out = suffixed(tmp_path, kind)
-    main.main(["export", str(run), "--format", kind, "--out", str(out)])
+    main.main(["export", str(run), "--format", kind, "--out", str(tmp_path / "it")])
     assert capsys.readouterr().out == f"export: {out}\n"
     for source in (out, run):
         assert same(coreset_reader.load(source, _digits()).coreset, coreset.load(RunDirectory(run).coreset_path))
@@ -105,6 +106,36 @@ def test_what_is_exported_scores_the_same_to_the_bit(run, small, kind, tmp_path,
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
     assert before["random"] != before["fbpc"]
     assert (after["ipc"], after["images"], after["coreset"]) == (2, 20, str(out))
+
+
+@pytest.mark.parametrize("kind", coreset_formats.FORMATS)
+@pytest.mark.parametrize("name", ["", "it", "it.v2", "own"])
+def test_every_format_is_read_under_the_path_that_export_prints(run, small, kind, name, tmp_path, capsys, monkeypatch):
+    """By default, without a suffix, with a dot, and with the format's own name as suffix; png is rounded to 8 bits."""
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    out = [] if not name else ["--out", str(tmp_path / (f"it.{kind}" if name == "own" else name))]
+    main.main(["export", str(run), "--format", kind, *out])
+    printed = Path(capsys.readouterr().out.splitlines()[0].removeprefix("export: "))
+    assert printed.suffix == coreset_formats.SINGLE.get(kind, printed.suffix)
+    assert printed.is_dir() is (kind not in coreset_formats.SINGLE)
+    whole, found = coreset.load(RunDirectory(run).coreset_path), coreset_reader.load(printed, _digits())
+    assert found.notes == ()
+    if kind != "png":
+        assert same(found.coreset, whole)
+        return
+    rounded = normalise(denormalise(whole.images, whole.mean, whole.std), whole.mean, whole.std)
+    assert same(found.coreset, whole._replace(images=rounded))
+    if name == "it":  # the others are evaluated by the test above
+        assert evaluated(printed, small, tmp_path / "result.json")["images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("npz", "x.safetensors"), ("hf", "x.npz"), ("pt", "x.png"), ("png", "x.pt")]
+)
+def test_the_suffix_of_another_format_is_refused(run, kind, name, tmp_path, capsys):
+    text = refused(capsys, str(run), "--format", kind, "--out", str(tmp_path / name), command="export")
+    assert f"--out {name}: --format {kind} is " in text
+    assert not (tmp_path / name).exists()
 
 
 def _digits() -> Dataset:
