@@ -54,7 +54,7 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
 
 
 def export(folder: Place, kind: str, out: str) -> None:
-    """Write the coreset of the run in `folder` in format `kind` to `out`, a new path; print the path. Raises UserError."""
+    """Write the coreset of the run in `folder` to `out`, a new path, in format `kind`; print the path."""
     run, settings = RunDirectory(folder), read_config(folder)
     found = run.read_coreset(settings)
     data = _short(settings.data.data)

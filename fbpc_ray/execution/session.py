@@ -1,6 +1,7 @@
 """A session: a configuration with its data set, networks, expert stores and steps."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,6 +212,8 @@ def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterat
     if x.backend == "serial":
         opened: Backend = Serial(x.device, interruption)
     else:
+        if "ray" not in sys.modules:
+            log("loading Ray ...")
         try:
             from fbpc_ray.execution.ray.ray_backend import RayBackend
         except ImportError as error:
