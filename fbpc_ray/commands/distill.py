@@ -39,6 +39,7 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
         table = results.table(results.from_json(result["coresets"]))
         log(f"this run is complete; raise --steps above {result['steps']} to go on\n\n{table}")
+        run_logging.deliver_result(config, run, result, log)
         files.write_output(json, result)
         return
     session = open_session(config.updated(download=False) if dry_run else config, log)
@@ -130,6 +131,8 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
     session.train_experts(workers, log)
     if state.step:
         log(f"resumed at step {state.step}")
+        for step, values in run_logging.metrics_of_rows(rows).items():
+            tracker.log_metrics(values, step)  # a killed driver may not have delivered them
     validator = Validator(live)
     _show_images(live, state)
     if not state.step:
@@ -169,14 +172,16 @@ class Validator:
             return {}
         live = self.live
         scores = trial.validate(live.session, state, Sweep(), live.workers, log)
-        if means := results.mean_scores(scores):
-            live.tracker.log_metrics({f"val/{name}": value for name, value in means.items()}, state.step)
-            log(f"step {state.step}: validation NLL {means['nll']:.4g}, accuracy {100 * means['accuracy']:.1f} %")
-        return {
+        columns = {
             architecture: {f"val_{quantity}": value for quantity, value in results.mean_scores(chains).items()}
             for architecture in results.unique(score.architecture for score in scores)
             for chains in [results.select(scores, architecture=architecture)]
         }
+        if means := run_logging.validation_metrics(list(columns.values())):
+            live.tracker.log_metrics(means, state.step)
+            nll, accuracy = means["val/nll"], 100 * means["val/accuracy"]
+            log(f"step {state.step}: validation NLL {nll:.4g}, accuracy {accuracy:.1f} %")
+        return columns
 
 
 def _show_images(live: LiveRun, state: State) -> None:
@@ -184,7 +189,7 @@ def _show_images(live: LiveRun, state: State) -> None:
     session, pixels = live.session, pixels_of(state, live.session.dataset)
     live.tracker.log_image("coreset", image_grids.coreset_array(pixels, session.labels.numpy()), state.step)
     live.run.remember(state.step, from_numpy(run_figures.followed(pixels, session.labels)))
-    run_logging.write_run_reference(live.run, live.tracker)
+    run_logging.update_reference(live.run, live.tracker)
 
 
 def _solver_summary(rows: list[Row]) -> str:

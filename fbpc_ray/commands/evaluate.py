@@ -149,7 +149,7 @@ def _log_result(
 ) -> None:
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
-    metrics = run_logging.score_metrics(scored, session.config.distillation.method, split)
+    metrics = run_logging.score_metrics(scored.scores, scored.mixing, session.config.distillation.method, split)
     tracker.log_metrics(metrics, int(step) if step.isdecimal() else 0)
     tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
     for path in paths:

@@ -32,6 +32,8 @@ from fbpc_ray.inference.solution import SolverStatus
 
 Row = dict[str, Any]
 """A row of metrics.parquet: one step, architecture and draw."""
+NOT_METRICS = {"step", "architecture", "draw", "seconds_step"}
+"""Columns of a row that are no quantity of one gradient."""
 
 
 class TaskGradient(NamedTuple):
@@ -60,22 +62,25 @@ class Step(NamedTuple):
 
         `loss`, the sum over architectures, comes first: MLflow's plot of several runs opens with their first metric.
         """
-        return step_metrics(self.gradients, self.seconds, self.skipped)
+        metrics = metrics_of_rows(self.rows)
+        return metrics | ({"skipped": float(self.skipped)} if self.skipped else {})
 
 
-def step_metrics(gradients: Sequence[TaskGradient], seconds: float, skipped: int = 0) -> dict[str, float]:
-    """See `Step.metrics`."""
+def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
+    """Return one step's rows of metrics.parquet as flat metrics, without validation scores; see `Step.metrics`."""
     draws: dict[str, list[float]] = {}
-    for name, _, gradient in gradients:
-        for quantity, value in gradient.stats.row().items():
+    for row in rows:
+        for quantity, value in row.items():
+            if quantity in NOT_METRICS or quantity.startswith("val_") or value is None:
+                continue
+            if quantity == "map_ending":
+                quantity, value = "map_converged", value == SolverStatus.CONVERGED
             if isinstance(value, int | float):
-                draws.setdefault(f"{quantity}/{name}", []).append(float(value))
-        if (status := gradient.stats.map_status) is not None:
-            draws.setdefault(f"map_converged/{name}", []).append(float(status == SolverStatus.CONVERGED))
+                draws.setdefault(f"{quantity}/{row['architecture']}", []).append(float(value))
     means = {key: statistics.fmean(values) for key, values in draws.items()}
-    architectures = dict.fromkeys(name for name, _, _ in gradients)
-    metrics = {"loss": sum(means[f"loss/{name}"] for name in architectures), "seconds/step": seconds, **means}
-    return metrics | ({"skipped": float(skipped)} if skipped else {})
+    architectures = dict.fromkeys(row["architecture"] for row in rows)
+    loss = sum(means[f"loss/{name}"] for name in architectures)
+    return {"loss": loss, "seconds/step": float(rows[0]["seconds_step"]), **means}
 
 
 def take_step(settings: Distillation, architectures: Sequence[str], state: State, workers: Backend) -> Step:

@@ -109,6 +109,16 @@ class RunDirectory(Generic[Where]):
             raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}): {fix}") from None
         return state, rows
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read the rows of metrics.parquet; none where the run has no steps. Raises UserError for damage."""
+        if not self.metrics_path.exists():
+            return []
+        try:
+            with undamaged(self.metrics_path, "run it again in another --out"):
+                return _rows(self.metrics_path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.metrics_path} is damaged ({error}): run it again in another --out") from None
+
     def _check_inner_lr(self, state: State) -> None:
         """Raise ValueError if the inner learning rate is not the configuration's, in a run that doesn't learn it."""
         if not self.config_path.exists():

@@ -25,7 +25,7 @@ from fbpc_ray.evaluation.chains import (
 )
 from fbpc_ray.evaluation.diagnostics import Mixing, mixing
 from fbpc_ray.evaluation.last_layer import RUNNERS
-from fbpc_ray.evaluation.results import ChainScore, metrics, to_json
+from fbpc_ray.evaluation.results import ChainScore, to_json
 from fbpc_ray.inference.metrics import PredictiveStats
 from fbpc_ray.inference.uncertainty import Uncertainty
 from fbpc_ray.models.functional import Spec
@@ -47,11 +47,6 @@ class EvaluationResult(NamedTuple):
 
     mixing: list[Mixing]
     """By coreset and architecture; empty where samples are too few, or are no chain's."""
-
-    def metrics(self, split: str = "test") -> dict[str, float]:
-        """Return scores and diagnostics as flat metrics."""
-        prefix = "test" if split == "test" else "val"
-        return metrics(self.scores, split) | diagnostics.metrics(self.mixing, prefix)
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys of result.json that hold scores."""

@@ -42,7 +42,9 @@ def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]
         session.config, session.dataset, rows, scored.to_json(), "test", live.provenance, cpu_threads(session.config)
     )
     run.write_result(result)
-    _log_result(live, state, scored)
+    run_logging.log_result(
+        live.tracker, run, session.config, session.dataset.name, scored.scores, scored.mixing, state.step
+    )
     return result
 
 
@@ -70,20 +72,6 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
         image_grids.coreset_grid(first, labels.numpy(), dataset.classes, run.before_path, title)
         run_figures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
         run_figures.course(rows, d.method, run.course_path)
-
-
-def _log_result(live: LiveRun, state: State, scored: EvaluationResult) -> None:
-    """Log scores, description and files to MLflow."""
-    session, run, tracker = live.session, live.run, live.tracker
-    method = session.config.distillation.method
-    tracker.log_metrics(run_logging.score_metrics(scored, method), state.step)
-    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
-    for path in (
-        run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
-        run.reliability_path, run.result_path, run.metrics_path,
-    ):  # fmt: skip
-        if path.exists():
-            tracker.log_artifact(path)
 
 
 def draw_reliability(scored: EvaluationResult, path: Any, images: int) -> None:

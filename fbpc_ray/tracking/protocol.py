@@ -26,6 +26,11 @@ class Tracker(Protocol):
         """Whether the store has the run."""
         ...
 
+    @property
+    def delivered(self) -> bool:
+        """Whether the store has the end of the run and every record."""
+        ...
+
     def wait(self, seconds: float) -> bool:
         """Wait until the run has an id, `seconds` at most; return whether it has one."""
         ...
@@ -53,6 +58,7 @@ class NullTracker:
     run_id: str | None = None
     uri: str = ""
     in_store: bool = False
+    delivered: bool = False
 
     def wait(self, seconds: float) -> bool:
         return False

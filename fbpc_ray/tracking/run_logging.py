@@ -1,26 +1,30 @@
 """MLflow runs of distillations and evaluations: their names, tags and params, their start and end."""
 
+import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from fbpc_ray.core import files, inputs
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Config
-from fbpc_ray.core.errors import UserError, undamaged
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
-from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.distillation import loop
+from fbpc_ray.distillation.loop import Row
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation import results
-from fbpc_ray.evaluation.evaluate import EvaluationResult
+from fbpc_ray.evaluation import diagnostics, results
+from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution.session import Log
+from fbpc_ray.tracking import run_reference
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
+from fbpc_ray.tracking.run_reference import RunReference
 from fbpc_ray.tracking.uri import absolute, default_uri
 
 
@@ -83,14 +87,45 @@ def step_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name if name == "loss" else f"debug/{name}": value for name, value in metrics.items()}
 
 
-def score_metrics(scored: EvaluationResult, method: str, split: str = "test") -> dict[str, float]:
+def validation_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the means over architectures of the validation columns in a step's rows, as val/nll and so on.
+
+    Empty where an architecture has none: the step was not validated, or all chains of one diverged.
+    """
+    columns = {
+        row["architecture"]: {
+            name: value for name, value in row.items() if name.startswith("val_") and value is not None
+        }
+        for row in rows
+    }
+    return {
+        name.replace("_", "/", 1): statistics.fmean(values[name] for values in columns.values())
+        for name in next(iter(columns.values()), {})
+        if all(name in values for values in columns.values())
+    }
+
+
+def metrics_of_rows(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """Return all metrics that the rows of metrics.parquet hold, by step, under MLflow's names."""
+    metrics = {}
+    for step, group in itertools.groupby(rows, lambda row: row["step"]):
+        same = list(group)
+        quantities = step_metrics(loop.metrics_of_rows(same)) if step else {}
+        metrics[step] = quantities | validation_metrics(same)
+    return metrics
+
+
+def score_metrics(
+    scores: Sequence[ChainScore], mixing: Sequence[Mixing], method: str, split: str = "test"
+) -> dict[str, float]:
     """Return scores under MLflow's names: the coreset's means over networks and chains as test/accuracy, test/nll and
     test/ece (val/... of the validation split), and all means over chains under `debug/`.
     """
-    means = results.mean_scores(results.select(scored.scores, method))
+    means = results.mean_scores(results.select(scores, method))
     prefix = "test" if split == "test" else "val"
     leading = {f"{prefix}/{name}": means[name] for name in LEADING if name in means}
-    return {**leading, **{f"debug/{name}": value for name, value in scored.metrics(split).items()}}
+    others = results.metrics(scores, split) | diagnostics.metrics(mixing, prefix)
+    return {**leading, **{f"debug/{name}": value for name, value in others.items()}}
 
 
 @contextmanager
@@ -99,17 +134,64 @@ def track_distillation(
 ) -> Iterator[Tracker]:
     """Yield the tracker of a distillation; a resumed run continues its MLflow run. The run ends with the block."""
     tags = {**run_tags(config, dataset.name), **provenance_tags(provenance), "folder": str(run.folder)}
-    run_id = _run_id(run, default_uri(home()))
-    tracker = _start_tracker(config, run, log, run_name=run.folder.name, run_id=run_id, tags=tags)
-    for part in ("train", "validation", "test"):
-        split = getattr(dataset, part)
-        if len(split.labels):
-            tracker.log_dataset(dataset.name, dataset.name, split.images, split.labels, part)
+    with _tracking(config, run, tags, log) as tracker:
+        for part in ("train", "validation", "test"):
+            split = getattr(dataset, part)
+            if len(split.labels):
+                tracker.log_dataset(dataset.name, dataset.name, split.images, split.labels, part)
+        yield tracker
+
+
+def deliver_result(config: Config, run: RunDirectory, result: Mapping[str, Any], log: Log) -> None:
+    """Log to MLflow what it lacks of a complete run, whose driver was killed or whose server was away at its end."""
+    reference = run_reference.read(run)
+    if reference is None or reference.delivered or not config.output.tracking:
+        return
+    with _tracking(config, run, run_tags(config, result["data"]), log) as tracker:
+        for step, values in metrics_of_rows(run.read_metrics()).items():
+            tracker.log_metrics(values, step)
+        scores, mixing = results.from_json(result["coresets"]), diagnostics.from_json(result.get("mixing", {}))
+        log_result(tracker, run, config, result["data"], scores, mixing, result["steps"])
+
+
+@contextmanager
+def _tracking(config: Config, run: RunDirectory, tags: Mapping[str, str], log: Log) -> Iterator[Tracker]:
+    """Yield the tracker of the run's own MLflow run, which ends with the block; keep its reference up to date."""
+    reference = run_reference.of_store(run, default_uri(home()))
+    if config.output.tracking:  # before MLflow makes the run, so that a resume finds this one
+        run_reference.write(run, reference._replace(delivered=False))
+    tracker = _start_tracker(
+        config, run, log, run_name=run.folder.name, run_id=reference.run_id or None, key=reference.key, tags=tags
+    )
     try:
         with _finishing(tracker):
             yield tracker
     finally:
-        write_run_reference(run, tracker)
+        update_reference(run, tracker, delivered=tracker.delivered and run.result_path.exists())
+
+
+def update_reference(run: RunDirectory, tracker: Tracker, delivered: bool = False) -> None:
+    """Write the id that MLflow gave the run; nothing while it has none."""
+    if tracker.run_id:
+        key = ""
+        with suppress(UserError):  # a file that was damaged meanwhile is replaced
+            key = run_reference.of_store(run, tracker.uri).key
+        run_reference.write(run, RunReference(tracker.uri, tracker.run_id, key, delivered))
+
+
+def log_result(
+    tracker: Tracker, run: RunDirectory, config: Config, data: str, scores: Sequence[ChainScore],
+    mixing: Sequence[Mixing], step: int,
+) -> None:  # fmt: skip
+    """Log scores, description and files of an ended run; `data` is the name of the data set."""
+    tracker.log_metrics(score_metrics(scores, mixing, config.distillation.method), step)
+    tracker.set_tags(description_tag(config, data, scores))
+    for path in (
+        run.config_path, run.coreset_path, run.before_path, run.picture_path, run.over_time_path, run.course_path,
+        run.reliability_path, run.result_path, run.metrics_path,
+    ):  # fmt: skip
+        if path.exists():
+            tracker.log_artifact(path)
 
 
 @contextmanager
@@ -129,7 +211,7 @@ def track_evaluation(
     the names of the distillation's.
     """
     uri = chosen_uri(uri)
-    parent = _run_id(run, uri)
+    parent = run_reference.of_store(run, uri).run_id
     tags = {
         **({"mlflow.parentRunId": parent} if parent else {}),
         **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
@@ -141,7 +223,7 @@ def track_evaluation(
 
 def _start_tracker(
     config: Config, run: RunDirectory, log: Log, *, run_name: str, run_id: str | None, tags: Mapping[str, str],
-    uri: str = "",
+    key: str = "", uri: str = "",
 ) -> Tracker:  # fmt: skip
     """Return a tracker; one that logs nothing with --no-tracking and where MLflow is missing."""
     mlflow = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
@@ -152,6 +234,7 @@ def _start_tracker(
         config.output.experiment,
         run_name=run_name,
         run_id=run_id,
+        key=key,
         tags=tags,
         params=run_params(config),
         log=log,
@@ -185,43 +268,12 @@ def model_run(run: RunDirectory, uri: str, tracker: Tracker, log: Log) -> str:
     """
     if not tracker.uri:
         return ""
-    if run_id := _run_id(run, uri):
-        return run_id
-    if other := read_run_reference(run).get("uri"):
+    reference = run_reference.read(run)
+    if reference and redacted(reference.uri) == redacted(uri) and reference.run_id:
+        return reference.run_id
+    if reference and redacted(reference.uri) != redacted(uri):
         log(
-            f"MLflow: the model goes to {redacted(uri)}, as your settings say; {_reference_path(run)} names "
-            f"{redacted(other)}, which only --tracking-uri or MLFLOW_TRACKING_URI can choose"
+            f"MLflow: the model goes to {redacted(uri)}, as your settings say; {run_reference.path_of(run)} names "
+            f"{redacted(reference.uri)}, which only --tracking-uri or MLFLOW_TRACKING_URI can choose"
         )
     return tracker.run_id or ""
-
-
-def _reference_path(run: RunDirectory) -> Place:
-    return run.folder / "mlflow.json"
-
-
-def read_run_reference(run: RunDirectory) -> dict[str, str]:
-    """Return {"uri", "run_id"}: the store and the MLflow run of a distillation; empty where none was tracked."""
-    path = _reference_path(run)
-    if not path.exists():
-        return {}
-    with undamaged(path, "delete it, and the run is logged as a new one"):
-        reference = inputs.read_checked_json(path)
-        texts = {name: str(reference[name]) for name in ("uri", "run_id")}
-        return {name: "".join(c if c.isprintable() else "?" for c in text) for name, text in texts.items()}
-
-
-def write_run_reference(run: RunDirectory, tracker: Tracker) -> None:
-    """Write the id of the MLflow run, so that --resume continues it; nothing while the run has no id."""
-    if not tracker.run_id:
-        return
-    reference = {"uri": redacted(tracker.uri), "run_id": tracker.run_id}
-    with suppress(UserError):  # a damaged file is replaced
-        if read_run_reference(run) == reference:
-            return
-    files.write_checked_json(_reference_path(run), reference, private=True)
-
-
-def _run_id(run: RunDirectory, uri: str) -> str | None:
-    """Return the id of the run in the store `uri`; None where that store has no such run."""
-    reference = read_run_reference(run)
-    return reference.get("run_id") if redacted(reference.get("uri", "")) == redacted(uri) else None

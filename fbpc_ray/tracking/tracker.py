@@ -97,6 +97,11 @@ class MlflowTracker:
         return self.experiment_id is not None
 
     @property
+    def delivered(self) -> bool:
+        """Whether the store has the end of the run and every record."""
+        return self._sender.run_ended and not self.pending
+
+    @property
     def url(self) -> str | None:
         """The run's page: on its server, or where `fbpc ui` will show it; None while the run has no id."""
         return run_url(self.uri, self.experiment_id, str(self.run_id)) if self.experiment_id else None

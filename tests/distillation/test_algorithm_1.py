@@ -430,16 +430,22 @@ def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
 def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():
     """By hand: losses 1 and 3 of one architecture, 10 of the other, one draw skipped: 2 + 10."""
     draws = (("a", 1.0, 4, "converged"), ("a", 3.0, 6, "max_steps"), ("b", 10.0, 7, "converged"))
-    gradients = [
-        loop.TaskGradient(name, 0, Gradient(torch.zeros(1), GradientStats(loss, map_steps=steps, map_status=status)))
+    rows = [
+        {
+            "step": 3, "architecture": name, "draw": 0, "val_nll": 9.0, "seconds_step": 0.5,
+            **GradientStats(loss, map_steps=steps, map_status=status).row(),
+        }
         for name, loss, steps, status in draws
-    ]
-    values = loop.step_metrics(gradients, 0.5, skipped=1)
-    assert values == {
+    ]  # fmt: skip
+    expected = {
         "loss/a": 2.0, "loss/b": 10.0, "map_steps/a": 5.0, "map_steps/b": 7.0, "map_converged/a": 0.5,
-        "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5, "skipped": 1.0,
+        "map_converged/b": 1.0, "loss": 12.0, "seconds/step": 0.5,
     }  # fmt: skip
-    assert "skipped" not in loop.step_metrics(gradients[:1], 0.5)
+    assert loop.metrics_of_rows(rows) == expected
+    assert loop.metrics_of_rows([row | {"map_lr": None} for row in rows]) == expected, "as read from Parquet"
+    step = loop.Step(State(3, torch.zeros(1), torch.zeros(1), 0.01), [], 1, 0.5, rows)
+    assert step.metrics() == {**expected, "skipped": 1.0}
+    assert step._replace(skipped=0).metrics() == expected
 
 
 def test_sum_follows_the_order_of_the_architectures():

@@ -33,8 +33,8 @@ from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.models.functional import Network, specify
-from fbpc_ray.tracking import run_logging
-from fbpc_ray.tracking.protocol import Tracker
+from fbpc_ray.tracking import run_reference
+from fbpc_ray.tracking.run_reference import RunReference
 from fbpc_ray.tuning import sweep, trial
 from fbpc_ray.tuning.monitor import Plan
 from fbpc_ray.tuning.trial import Record, ValidationResult
@@ -193,8 +193,7 @@ def _run_readers(folder: Path) -> list[Reader]:
         "method": "fbpc", "data": "digits", "steps": 7, "split": "test", "commit": "0123", "device": "cpu",
         "seconds_per_step": 0.25, "coresets": {"fbpc": {"convnet-in": scores}, "random": {"convnet-in": scores}},
     })  # fmt: skip
-    tracker: Tracker = SimpleNamespace(uri="sqlite:///mlflow.db", run_id="0" * 32)  # type: ignore[assignment]
-    run_logging.write_run_reference(run, tracker)
+    run_reference.write(run, RunReference("sqlite:///mlflow.db", "0" * 32, "1" * 32, True))
     preset_path = folder / "preset.json"
     preset_path.write_text(to_preset(config))
 
@@ -208,7 +207,7 @@ def _run_readers(folder: Path) -> list[Reader]:
         Reader("checkpoint", run.state_path, restore, True),
         Reader("coreset", run.coreset_path, lambda: tuple(coreset.load(run.coreset_path)), True),
         Reader("result.json", run.result_path, run.read_result, True),
-        Reader("mlflow.json", folder / "mlflow.json", lambda: run_logging.read_run_reference(run), True),
+        Reader("mlflow.json", folder / "mlflow.json", lambda: tuple(run_reference.read(run) or ()), True),
         Reader("preset", preset_path, lambda: preset(str(preset_path)).flat(), False),
     ]
 

@@ -14,8 +14,9 @@ from fbpc_ray.commands import main
 from fbpc_ray.core import files, inputs
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking import run_logging, run_reference
 from fbpc_ray.tracking.protocol import NullTracker
+from fbpc_ray.tracking.run_reference import RunReference
 
 CHAIN = ["--backend", "serial", "--num-chains", "1", "--chain-epochs", "4", "--chain-every", "2"]
 
@@ -68,19 +69,24 @@ def test_the_file_of_the_store_holds_no_password_and_is_private(user):
     run, uri = RunDirectory(user / "run"), "http://me:hidden@127.0.0.1:9"
     run.folder.mkdir()
     path = run.folder / "mlflow.json"
-    run_logging.write_run_reference(run, Tracked(uri, "7"))
-    assert inputs.read_checked_json(path) == {"uri": "http://***@127.0.0.1:9", "run_id": "7"}
+    run_reference.write(run, RunReference(uri, "", "a-key", False))
+    assert run_reference.of_store(run, uri).key == "a-key"
+    run_logging.update_reference(run, Tracked(uri, "7"))
+    assert inputs.read_checked_json(path) == {
+        "uri": "http://***@127.0.0.1:9", "run_id": "7", "key": "a-key", "delivered": False
+    }  # fmt: skip
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert run_logging._run_id(run, uri) == "7"
-    assert run_logging._run_id(run, "http://127.0.0.1:9") is None
+    assert run_reference.of_store(run, uri).run_id == "7"
+    other = run_reference.of_store(run, "http://127.0.0.1:9")
+    assert other.run_id == "" and other.key not in ("", "a-key")
     path.write_text(json.dumps({"uri": uri, "run_id": "7"}))
     path.chmod(0o644)
-    assert run_logging._run_id(run, uri) == "7"
-    run_logging.write_run_reference(run, Tracked(uri, "7"))
+    assert run_reference.of_store(run, uri) == (uri, "7", "", True)
+    run_logging.update_reference(run, Tracked(uri, "7"))
     assert "hidden" not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
     written = path.read_bytes()
     path.write_bytes(written[:-9])
-    run_logging.write_run_reference(run, Tracked(uri, "7"))
+    run_logging.update_reference(run, Tracked(uri, "7"))
     assert path.read_bytes() == written
 
 
