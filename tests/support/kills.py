@@ -1,8 +1,8 @@
-"""Hit a driver at random moments, go on with it, and compare what it leaves with what an undisturbed one leaves.
+"""Hit a driver, or the Ray cluster that it started, at random moments; compare the outcome with an undisturbed run's.
 
 One trial is one run: it is started, hit at a random moment, started again with `--resume auto`, hit again, until an
-attempt ends by itself. Whatever was hit, the run must then have the bits of an undisturbed run, and no attempt may
-have printed a traceback.
+attempt ends by itself. Whatever was hit, the run must then have the bits of an undisturbed run, no attempt may have
+printed a traceback, and no process of Ray may be left.
 """
 
 import json
@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.processes import descendants, kill
+from support.processes import alive, descendants, kill, soon
 from support.runs import ENVIRONMENT, SMALL, flags, images_of
 
 from fbpc_ray.core.config import Config
@@ -28,6 +28,8 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 
 SIGNALS = {"SIGKILL": 5, "SIGTERM": 2, "SIGINT": 2, "SIGSTOP": 1}
 """Signal -> how often it is drawn. A stopped driver goes on after a second, as after a laptop's sleep."""
+RAY_PROCESSES = {"worker": 4, "raylet": 1, "gcs_server": 1}
+"""Process of a local cluster -> how often it is drawn. A run goes on without a worker, and ends without the others."""
 PHASES = {
     "start": "", "data": "run: ", "experts": "trajectories are there", "distillation": "after the last epoch",
     "chains": "evaluating on", "results": "architecture  coreset",
@@ -68,7 +70,12 @@ class Place:
     def __init__(self, folder: Path, config: Config):
         self.folder, self.run = folder, RunDirectory(folder / "run")
         self.words = [*flags(config, out=str(folder / "run"), experts=str(folder / "experts")), "--resume", "auto"]
-        self.environment = {**ENVIRONMENT, "FBPC_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        self.environment = {
+            **ENVIRONMENT,
+            "FBPC_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "RAY_TMPDIR": str(folder / "ray"),
+        }
         self.output = folder / "output.txt"
         folder.mkdir(parents=True)
 
@@ -121,24 +128,48 @@ def undisturbed(place: Place) -> tuple[dict[str, Any], dict[str, float]]:
     return place.outcome(), {phase: end - starts[phase] for phase, end in zip(PHASES, ends, strict=True)}
 
 
-def strike(process: subprocess.Popen[bytes], name: str) -> None:
-    """Send the signal, wait for the process, and kill it where it has not ended within a minute."""
+Strike = Callable[[subprocess.Popen[bytes], random.Random], str]
+"""Hits a run and waits for its driver where that ends; returns what was hit, empty where nothing was."""
+
+
+def hit_driver(process: subprocess.Popen[bytes], draw: random.Random) -> str:
+    """Send a signal to the driver, and kill it where it has not ended within a minute."""
+    name = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     number = getattr(signal, name)
     kill(process.pid, number)
     if number == signal.SIGSTOP:
         time.sleep(1)
         kill(process.pid, signal.SIGCONT)
         process.wait(600)
-        return
+        return name
     try:
         process.wait(60)
     finally:
         for pid in descendants(process.pid):
             kill(pid)
         kill(process.pid)
+    return name
 
 
-def attempts(place: Place, draw: random.Random, seconds: dict[str, float], report: Report) -> Iterator[int]:
+def hit_ray(process: subprocess.Popen[bytes], draw: random.Random) -> str:
+    """Kill a process of the run's own cluster, and wait for the driver, which goes on or ends with status 1."""
+    name = draw.choices(list(RAY_PROCESSES), list(RAY_PROCESSES.values()))[0]
+    titles = descendants(process.pid)
+    word = {"worker": "ray::"}.get(name, f"/{name} ")
+    targets = sorted(pid for pid, title in titles.items() if word in title)
+    if not targets or not kill(draw.choice(targets)):
+        return ""
+    if process.wait(600) not in (0, 1):
+        raise AssertionError(f"{name} was killed, and the driver ended with {process.returncode}")
+    if not soon(lambda: not any(map(alive, titles)), 60):
+        left = [titles[pid] for pid in titles if alive(pid)]
+        raise AssertionError(f"{name} was killed, and processes are left: {left}")
+    return name
+
+
+def attempts(
+    place: Place, draw: random.Random, seconds: dict[str, float], report: Report, strike: Strike
+) -> Iterator[int]:
     """Start and hit one run until an attempt ends by itself; yield the status of each attempt.
 
     Each attempt is hit in a phase drawn at random, at a random moment of it; an attempt that has passed this phase ends
@@ -146,7 +177,7 @@ def attempts(place: Place, draw: random.Random, seconds: dict[str, float], repor
     """
     for number in range(MAX_HITS + 1):
         phase = draw.choice(list(PHASES))
-        moment, name = draw.uniform(0, seconds[phase]), draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+        moment = draw.uniform(0, seconds[phase])
         before = place.output.stat().st_size if number else 0
         process = place.start()
         while process.poll() is None and not (number < MAX_HITS and place.has_printed(PHASES[phase], before)):
@@ -155,11 +186,11 @@ def attempts(place: Place, draw: random.Random, seconds: dict[str, float], repor
             yield process.wait(moment)
             return
         except subprocess.TimeoutExpired:
-            report.hits[name] += 1
-            report.phases[phase] += 1
-            strike(process, name)
-            report.endings[f"{name}: {process.returncode}"] += 1
-            yield process.returncode
+            if name := strike(process, draw):
+                report.hits[name] += 1
+                report.phases[phase] += 1
+                report.endings[f"{name}: {process.returncode}"] += 1
+            yield process.wait(600)
             if process.returncode == 0:
                 return
 
@@ -181,7 +212,7 @@ def compare(place: Place, expected: dict[str, Any], status: int) -> list[str]:
     return wrong
 
 
-def kill_drivers(folder: Path, kills: int, seed: int, **changes: Any) -> Iterator[Report]:
+def hit_runs(folder: Path, kills: int, seed: int, strike: Strike, **changes: Any) -> Iterator[Report]:
     """Hit runs of `small_config(**changes)` `kills` times or a few more; yield the report after each run.
 
     Folders of runs with a fault are kept.
@@ -191,10 +222,14 @@ def kill_drivers(folder: Path, kills: int, seed: int, **changes: Any) -> Iterato
     report, draw = Report(), random.Random(seed)
     while sum(report.hits.values()) < kills:
         place = Place(folder / f"run{report.runs}", config)
-        *_, status = attempts(place, draw, seconds, report)
-        report.runs += 1
-        if wrong := compare(place, expected, status):
-            report.faults.append(f"run {report.runs - 1}: {'; '.join(wrong)}")
+        try:
+            *_, status = attempts(place, draw, seconds, report, strike)
+            wrong = compare(place, expected, status)
+        except AssertionError as error:
+            wrong = [str(error)]
+        if wrong:
+            report.faults.append(f"run {report.runs}: {'; '.join(wrong)}")
         else:
             shutil.rmtree(place.folder)
+        report.runs += 1
         yield report

@@ -1,6 +1,7 @@
 """Detect the death of the Ray cluster, and say how to resume before Ray ends the driver."""
 
 import atexit
+import contextlib
 import os
 import socket
 import sys
@@ -85,6 +86,8 @@ class ClusterWatch:
         self._stop.set()
         if self.message:
             atexit.unregister(worker.shutdown)  # it would wait for a minute
+            if ray.is_initialized():
+                atexit.register(_end_process)
         if self._reaper:
             self._reaper.dismiss()
 
@@ -98,6 +101,16 @@ class ClusterWatch:
                     print(f"error: {fault}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
+
+
+def _end_process() -> None:
+    """End the process with status 1 after all other exit functions: a thread of Ray, still running, may crash it."""
+    atexit.unregister(_end_process)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
 
 
 def watch(own: bool) -> ClusterWatch:
