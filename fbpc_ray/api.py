@@ -41,6 +41,7 @@ from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import network_specs, open_backend, open_session
+from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network
@@ -125,7 +126,9 @@ def distill(
         architectures: one network, or several to distil on at once. None: those of the preset, else convnet-in.
         ipc: images a class.
         method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | vbpc | frepo | random (real images).
-        preset: a row of the paper's Table 4, or `digits`, which is small; `settings` override it.
+        preset: quick | laptop | gpu (sizes chosen from the data) | paper | a row of Table 4 | digits; `settings`
+            override it. Empty: paper for the names of Table 4, digits for digits, else laptop, or gpu where torch has
+            one.
         backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
         log: called with each line of the log.
         on_step: called after each step with the step's metrics and number.
@@ -140,7 +143,10 @@ def distill(
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     arguments = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in arguments.items() if v is not None}, backend=backend, **settings)
-    chosen = validation.validate(chosen)
+    given = {name for name, value in arguments.items() if value is not None} | config.current_names(settings).keys()
+    request = presets.size_request(source.name, preset, "", given)
+    chosen = with_sizes(validation.canonical(chosen), source, request, log)
+    validation.check(chosen)
     if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
         raise UserError(f"{local[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
     session = open_session(chosen, log, source)

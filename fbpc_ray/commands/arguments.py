@@ -14,16 +14,22 @@ class Job:
     """This call, not the run."""
 
     preset: str = ""
-    """A row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50), digits, or a JSON file, such as the best.json of a
-    sweep; other flags change it. Empty: digits for --data digits, the row of --data and --ipc where the table has it,
-    else the paper's values."""
+    """quick | laptop | gpu: sizes chosen from the data, for about a minute, 4 minutes, or an hour on a GPU | paper: the
+    paper's, of any data | a row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) | digits | a JSON file, such as the
+    best.json of a sweep. Other flags change it. Empty: digits for --data digits, paper for cifar10, cifar100 and
+    tiny-imagenet, else laptop, or gpu where the run uses one."""
+    time_budget: str = ""
+    """90s, 20m, 2h: choose the largest sizes whose run takes no longer, by a short timing of this machine. The estimate
+    leaves out the start of Ray and compilation, and is right to within a factor of two."""
     recipe: Literal["paper", "improved"] = "paper"
     """paper: as printed; improved: --views 4 --image-average 0.98. Other flags change it."""
     resume: Literal["no", "yes", "auto"] = "no"
     """yes (or --resume alone): continue the run in --out from its last checkpoint. auto: continue the run if --out
     holds one, else start it, so that every attempt of a job is the same command."""
     dry_run: bool = False
-    """Print the settings and what is missing, and write nothing."""
+    """Print the plan: data, networks, seconds of each part, disk, memory, warnings, files. Write nothing."""
+    print_config: bool = False
+    """Print all settings as JSON, which --preset FILE takes, and end."""
     json: str = ""
     """Also write the result to this file."""
 
@@ -42,12 +48,14 @@ class ExpertArguments:
 
     preset: str = ""
     """As for `distill`."""
+    time_budget: str = ""
+    """As for `distill`."""
     data: Data = field(default_factory=Data)
     networks: Networks = field(default_factory=Networks)
     experts: Experts = field(default_factory=Experts)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
-    """Print the settings and how many experts are missing, and write nothing."""
+    """Print the plan: data, networks, missing experts and their seconds. Write nothing."""
     json: str = ""
     """Also write the folders of the experts to this file."""
 
@@ -85,7 +93,7 @@ class EvaluateArguments:
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
-    """Print the settings, and write nothing."""
+    """Print the plan: data, networks, chains and their seconds. Write nothing."""
     json: str = ""
     """Also write the result to this file."""
 
@@ -107,7 +115,7 @@ class CoresetArguments:
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False
-    """Print the settings, and write nothing."""
+    """Print the plan: data, networks, chains and their seconds. Write nothing."""
     json: str = ""
     """Write the result to this file."""
 

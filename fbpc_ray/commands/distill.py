@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import from_numpy
 
-from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.commands import planning
 from fbpc_ray.core import config as configuration
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Sweep, read_config
@@ -18,13 +18,15 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log, progress, resume_hint
 from fbpc_ray.core.provenance import capture, home
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import place
 from fbpc_ray.distillation.loop import Checkpointer, Row, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import results
-from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import Session, compiles_passes, cpu_threads, num_steps, open_backend, open_session
+from fbpc_ray.execution import advice, validation
+from fbpc_ray.execution.session import Session, compiles_passes, cpu_threads, num_steps, open_backend
+from fbpc_ray.execution.sizing import open_sized_session
 from fbpc_ray.reporting import image_grids, run_figures
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run, pixels_of
 from fbpc_ray.tracking import run_logging
@@ -32,20 +34,28 @@ from fbpc_ray.tracking.uri import ui_command
 from fbpc_ray.tuning import trial
 
 
-def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
-    """Train experts, distil, evaluate; write the files and the MLflow run."""
+def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run: bool, json: str) -> None:
+    """Train experts, distil, evaluate; write the files and the MLflow run.
+
+    Args:
+        sizes: what to choose sizes by once the data is known; None where `config` has them.
+        json: where to copy result.json.
+    """
     run, config = _open_run(validation.canonical(config), resume)
-    validation.check(config)
+    if sizes is None:
+        validation.check(config)
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
         table = results.table(results.from_json(result["coresets"]))
         log(f"this run is complete; raise --steps above {result['steps']} to go on\n\n{table}")
         run_logging.deliver_result(config, run, result, log)
         files.write_output(json, result)
         return
-    session = open_session(config.updated(download=False) if dry_run else config, log)
+    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log)
     if dry_run:
-        describe(session)
+        planning.describe(session, run=run.folder)
         return
+    for note in advice.notes(session):
+        log(note)
     with files.exclusive_directory(run.folder):
         if not resume:
             run.refuse_if_taken()  # by a run that began when this one did, and has ended
@@ -57,6 +67,16 @@ def distill(config: Config, *, resume: bool, dry_run: bool, json: str) -> None:
     log(f"result:  {run.result_path}")
     if uri:
         log(f"MLflow:  {ui_command(uri)}")
+
+
+def print_config(config: Config, sizes: SizeRequest | None) -> None:
+    """Print the configuration of a run as JSON. Lines of the log must go to standard error."""
+    config = validation.canonical(config)
+    if sizes is None:
+        validation.check(config)
+    else:
+        config = open_sized_session(config.updated(download=False), sizes, log).config
+    print(configuration.to_json(config), end="")
 
 
 def _open_run(config: Config, resume: bool) -> tuple[RunDirectory, Config]:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.commands import planning
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -56,7 +56,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
     target = model_export.asked(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:
-        describe(session)
+        planning.describe(session, parts=("chains",))
         return
     with open_backend(config, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())

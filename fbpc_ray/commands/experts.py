@@ -1,21 +1,25 @@
 """`fbpc experts`: train the expert trajectories that are missing."""
 
-from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.commands import planning
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import open_backend, open_session
+from fbpc_ray.execution.session import open_backend
+from fbpc_ray.execution.sizing import open_sized_session
 
 
-def experts(config: Config, *, dry_run: bool, json: str) -> None:
+def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing, whichever of their epochs a distillation will take."""
     config = validation.canonical(config)
-    validation.check(config.updated(start_epoch=0, start_rule="from"))
-    session = open_session(config.updated(download=False) if dry_run else config, log)
+    if sizes is None:
+        validation.check(config.updated(start_epoch=0, start_rule="from"))
+    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log)
+    config = session.config
     if dry_run:
-        describe(session)
+        planning.describe(session, parts=("experts",))
         return
     with open_backend(config, Interruption(), log) as workers, resume_hint("the same command goes on"):
         session.train_experts(workers, log)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fbpc_ray.commands.dry_run import describe
+from fbpc_ray.commands import planning
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
@@ -204,7 +204,7 @@ def evaluate(
     ipc = counts.pop() if len(counts) == 1 else None
     candidates = _random(dataset, ipc, settings.distillation.seed) | {"given": given}
     if dry_run:
-        describe(Session(settings, dataset, specs, []))
+        planning.describe(Session(settings.updated(ipc=ipc or 1), dataset, specs, []), parts=("chains",))
         return
     with open_backend(settings, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())

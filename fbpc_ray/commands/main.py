@@ -19,6 +19,7 @@ from fbpc_ray.commands import help
 from fbpc_ray.commands.arguments import (
     KINDS,
     CoresetArguments,
+    DistillArguments,
     DoctorArguments,
     EvaluateArguments,
     ExpertArguments,
@@ -28,12 +29,13 @@ from fbpc_ray.commands.arguments import (
     TuneArguments,
     UiArguments,
 )
-from fbpc_ray.commands.parsing import base_config, current_words, distill_arguments, parse, resumes
+from fbpc_ray.commands.parsing import current_words, parse, resumes, start_of
 from fbpc_ray.core import progress
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
 from fbpc_ray.core.errors import UserError, closest, escape_controls
 from fbpc_ray.core.signals import Interrupted
+from fbpc_ray.core.sizes import LEVELS, SizeRequest
 from fbpc_ray.core.storage import place
 
 VALIDATION = 0.1
@@ -128,25 +130,37 @@ def _exit(message: str, code: int) -> NoReturn:
 
 
 def distill(words: Sequence[str]) -> None:
-    args = distill_arguments(words)
+    base, sizes = start_of(words)
+    args = parse(DistillArguments, words, "fbpc distill", DistillArguments(config=base))
     job, out = args.job, args.config.output.out
     if job.resume == "auto" and not out:
         raise UserError("--resume auto needs the folder of the run: add --out DIR")
+    if job.print_config:
+        _print_config(args.config, sizes)
+        return
     _loading()
     from fbpc_ray.commands import distill as commands
 
-    commands.distill(args.config, resume=resumes(job.resume, out), dry_run=job.dry_run, json=job.json)
+    commands.distill(args.config, sizes, resume=resumes(job.resume, out), dry_run=job.dry_run, json=job.json)
+
+
+def _print_config(config: Config, sizes: SizeRequest | None) -> None:
+    progress.log_to_stderr(True)
+    _loading()
+    from fbpc_ray.commands import distill as commands
+
+    commands.print_config(config, sizes)
 
 
 def experts(words: Sequence[str]) -> None:
-    base = base_config(words)
+    base, sizes = start_of(words)
     default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts, workers=base.workers)
     args = parse(ExpertArguments, words, "fbpc experts", default)
     _loading()
     from fbpc_ray.commands import experts as commands
 
     config = replace(base, data=args.data, networks=args.networks, experts=args.experts, workers=args.workers)
-    commands.experts(config, dry_run=args.dry_run, json=args.json)
+    commands.experts(config, sizes, dry_run=args.dry_run, json=args.json)
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -194,22 +208,26 @@ def export(words: Sequence[str]) -> None:
 
 
 def tune(words: Sequence[str]) -> None:
-    base = base_config(words)
+    base, sizes = start_of(words)
     if not base.data.validation:
         base = base.updated(validation=VALIDATION)
     args = parse(TuneArguments, words, "fbpc tune", TuneArguments(config=base))
     job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
     if job.resume != "no" and not out:
         raise UserError(f"--resume {job.resume} needs the folder of the sweep: add --out DIR")
+    if job.print_config:
+        _print_config(args.config, sizes)
+        return
     _loading()
     from fbpc_ray.tuning import sweep as tuning
 
     resume = resumes(job.resume, out)
     if resume:
-        base = base if job.preset else tuning.read_base(place(out)).updated(download=False)  # as base_config
+        if not job.preset or job.preset in LEVELS:
+            base = tuning.read_base(place(out)).updated(download=False)  # as start_of
         stored = tuning.read_plan(place(out)).settings
         args = parse(TuneArguments, words, "fbpc tune", TuneArguments(sweep=stored, config=base))
-    tuning.tune(args.config, args.sweep, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
+    tuning.tune(args.config, args.sweep, sizes, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
 
 
 def reproduce(words: Sequence[str]) -> None:

@@ -25,9 +25,10 @@ from fbpc_ray.core.config import (
     started,
 )
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.presets import PRESETS, RECIPES, default
+from fbpc_ray.core.presets import PAPER, PRESETS, RECIPES, default, size_request
 from fbpc_ray.core.progress import log_to_stderr
 from fbpc_ray.core.ranges import check_flags
+from fbpc_ray.core.sizes import LEVELS, SizeRequest
 from fbpc_ray.core.storage import place
 
 Arguments = TypeVar("Arguments")
@@ -94,26 +95,41 @@ def base_config(words: Sequence[str]) -> Config:
 
     Raises UserError.
     """
+    return start_of(words)[0]
+
+
+def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
+    """Return `base_config`, and what to choose sizes by once the data is known; None where all sizes are known.
+
+    A run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--recipe", "--data", "--ipc", "--out", "--method", "--address", "--experts"):
-        early.add_argument(flag)
+    for flag in ("preset", "recipe", "time-budget", "data", "ipc", "out", "method", "address", "experts"):
+        early.add_argument(f"--{flag}")
     early.add_argument("--architectures", nargs="*")
     early.add_argument("--resume", nargs="?", const="yes", default="no")
     try:
         known, _ = early.parse_known_args(words)
     except argparse.ArgumentError:
-        return Config()  # a flag without its value: `parse` refuses it
+        return Config(), None  # a flag without its value: `parse` refuses it
     given = {name for name, value in vars(known).items() if value is not None}
     recipe = RECIPES.get(known.recipe, {})
-    if known.out and not known.preset and resumes(known.resume, known.out):
+    if known.out and (not known.preset or known.preset in LEVELS) and resumes(known.resume, known.out):
         stored = read_config(place(known.out), NOT_STARTED)
         refuse_unasked(stored, given, known.out)
         # A download goes into a folder that the file names: only where the command line asks.
-        return stored.updated(download=False, **recipe)
+        return stored.updated(download=False, **recipe), None
     base = default(known.data, known.ipc, known.preset or "", known.method)
-    if known.preset and known.preset not in PRESETS:
+    if known.preset and known.preset not in (*PRESETS, *LEVELS, PAPER):
         refuse_unasked(base, given, known.preset)
-    return base.updated(**recipe)
+    request = size_request(known.data, known.preset or "", known.time_budget or "", flags_in(words))
+    return base.updated(**recipe), request
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """Return the settings that `words` name: --no-tracking is tracking."""
+    names = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    return (names | {name.removeprefix("no_") for name in names}) & Config().flat().keys()
 
 
 def resumes(resume: str, out: str) -> bool:

@@ -1,12 +1,14 @@
-"""Presets: the rows of the paper's Table 4, `digits`, and the settings of the weight-space baselines."""
+"""Presets: the rows of the paper's Table 4, `digits`, and what each method brings. core/sizes.py chooses the others."""
 
 import json
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
 from fbpc_ray.core.config import Config, read_json
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.settings import Output, Workers
+from fbpc_ray.core.sizes import LEVELS, SizeRequest, parse_duration
 from fbpc_ray.core.storage import place
 
 
@@ -36,6 +38,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+TABLE_4_DATA = ("cifar10", "cifar100", "tiny-imagenet")
+PAPER = "paper"
+"""The --preset that takes the paper's sizes for any data: the row of Table 4, or the defaults of the settings."""
+
+
 def preset(name: str) -> Config:
     """Return a preset, by its name in `PRESETS` or from a JSON file of {flag: value}. Raises UserError."""
     if name in PRESETS:
@@ -44,20 +51,41 @@ def preset(name: str) -> Config:
         if (path := place(name)).exists():
             return read_json(path)
         raise UserError(f"--preset: file {name} not found; give the best.json of a sweep, or a name")
-    raise UserError(f"--preset: got '{name}'; {closest(name, list(PRESETS))}")
+    raise UserError(f"--preset: got '{name}'; {closest(name, [*PRESETS, *LEVELS, PAPER])}")
 
 
 def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
     """Return what flags then change: the preset `row`, or that of `data` and `ipc`, or the paper's defaults.
 
-    Naming a default changes nothing: `data` is digits where it is None, and a `method` that the preset has keeps the
-    preset's settings. Another `method` brings its own. Raises UserError.
+    A `row` that is a key of `LEVELS` begins with the paper's defaults, and `size_request` has the sizes chosen. Naming
+    a default changes nothing: `data` is digits where it is None, and a `method` that the preset has keeps the preset's
+    settings. Another `method` brings its own. Raises UserError.
     """
-    name = row or ("digits" if data in (None, "digits") else f"{data}-ipc{ipc or 1}")
-    base = preset(name) if row or name in PRESETS else Config()
+    of_data = f"{data}-ipc{ipc or 1}"
+    if row in LEVELS:
+        name = ""
+    elif row == PAPER:
+        name = of_data
+    else:
+        name = row or ("digits" if data in (None, "digits") else of_data)
+    base = preset(name) if name in PRESETS or row not in ("", PAPER, *LEVELS) else Config()
     if method in (None, base.distillation.method):
         return base
     return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else base.distillation.ipc)
+
+
+def size_request(data: str | None, row: str, budget: str, given: Collection[str]) -> SizeRequest | None:
+    """Return what to choose sizes by; None where a preset has them.
+
+    Without --preset, sizes are chosen for data by its path or from arrays: a name such as cifar10 stands for the
+    paper's sizes, digits for the digits preset. Raises UserError.
+    """
+    seconds = parse_duration(budget) if budget else 0.0
+    if seconds and row:
+        raise UserError(f"--time-budget chooses all sizes, and --preset {row} is given: leave out one of them")
+    if seconds or row in LEVELS or (not row and data not in (None, "digits", *TABLE_4_DATA)):
+        return SizeRequest(row, frozenset(given), seconds)
+    return None
 
 
 def to_preset(config: Config) -> str:

@@ -26,19 +26,20 @@ from fbpc_ray.core.config import (
     current_names,
     never_from_a_file,
     read_config,
-    to_json,
 )
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import to_preset
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture, home
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, num_steps, open_backend, open_session
+from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.protocol import Tracker
@@ -50,10 +51,13 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"ste
 """Flags of a sweep that don't change the results of its trials."""
 
 
-def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run: bool, json: str) -> None:
+def tune(
+    base: Config, settings: Sweep, sizes: SizeRequest | None, *, resume: bool, trusted: bool, dry_run: bool, json: str
+) -> None:
     """Draw, run and compare trials; evaluate the best one on the test images, once.
 
     Args:
+        sizes: what to choose sizes by, around which trials vary; None where `base` has them.
         trusted: the command line names --space, so that the sweep may import code.
         json: where to copy result.json.
     """
@@ -65,7 +69,7 @@ def tune(base: Config, settings: Sweep, *, resume: bool, trusted: bool, dry_run:
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
         files.write_output(json, result)
         return
-    sweep = _prepare(base, settings, folder, resume, trusted, dry_run)
+    sweep = _prepare(base, settings, None if resume else sizes, folder, resume, trusted, dry_run)
     if dry_run:
         _describe(sweep)
         return
@@ -116,10 +120,13 @@ def _folder(base: Config, resume: bool) -> Place:
     return run.folder
 
 
-def _prepare(base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool) -> OpenSweep:
+def _prepare(
+    base: Config, settings: Sweep, sizes: SizeRequest | None, folder: Place, resume: bool, trusted: bool, dry_run: bool
+) -> OpenSweep:
     """Load the data, draw or read the trials, and check them all. Writes nothing. Raises UserError."""
     base, plan = validation.canonical(base), None
-    validation.check(base)
+    if sizes is None:
+        validation.check(base)
     _check(base, settings)
     if resume:
         plan = read_plan(folder)
@@ -135,6 +142,9 @@ def _prepare(base: Config, settings: Sweep, folder: Place, resume: bool, trusted
     else:
         base = base.updated(threads=cpu_threads(base), out=str(folder))
     dataset = load_data(base.updated(download=base.data.download and not dry_run), log)
+    if sizes is not None:
+        base = with_sizes(base, dataset, sizes, log)
+        validation.check(base)
     if plan is None:
         plan = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
     if resume and not trusted:
@@ -231,7 +241,6 @@ def read_base(folder: Place) -> Config:
 
 def _describe(sweep: OpenSweep) -> None:
     """Log the trials and the data (--dry-run)."""
-    log(to_json(sweep.base).rstrip())
     for number, flags in enumerate(sweep.plan.trials):
         log(f"trial {number}: {trial.describe_flags(flags)}")
     counts = {part: len(getattr(sweep.dataset, part).labels) for part in ("train", "validation", "test")}

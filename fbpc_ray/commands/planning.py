@@ -1,0 +1,186 @@
+"""`--dry-run`: print the plan of a run. Writes nothing."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+
+from fbpc_ray.core.cache import folder as cache_folder
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import log
+from fbpc_ray.core.sizes import Seconds, describe_device, describe_seconds
+from fbpc_ray.core.storage import Place
+from fbpc_ray.core.tables import text_table
+from fbpc_ray.data.datasets import Split
+from fbpc_ray.distillation.worker import EXPERT_SIDES
+from fbpc_ray.execution import advice
+from fbpc_ray.execution.session import Session, compiles_passes, trajectory_cache_bytes
+from fbpc_ray.execution.sizing import local_cores, local_device
+from fbpc_ray.execution.timing import Timings, measure, snapshots_met
+from fbpc_ray.models.functional import Network
+
+PARTS = ("experts", "distillation", "chains")
+PROCESS_BYTES = 5e8
+"""Memory of a process that has torch loaded."""
+SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+FILES = (
+    "config.json, result.json, metrics.parquet, checkpoint/, coreset/coreset.safetensors, coreset/random.safetensors, "
+    "pictures (before.png, coreset.png, over-time.png, course.png, reliability.png)"
+)
+
+
+def describe(session: Session, parts: Sequence[str] = PARTS, run: Place | None = None) -> None:
+    """Print what a command would do: data, networks, seconds, disk, memory, notes, files.
+
+    Args:
+        parts: those of `PARTS` that the command has.
+        run: the run directory; None for a command that makes none.
+
+    Raises UserError for an --ipc that a class can't fill, after the plan.
+    """
+    problem = _problem(session)
+    _describe_data(session)
+    _describe_networks(session)
+    if problem is None:
+        device, cores = local_device(session.config), local_cores()
+        log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
+        timings, seconds = measure(session, device, cores)
+        _describe_time(session, timings, seconds, parts, device)
+        log(f"memory   {_memory(session, device, cores)}")
+    if "experts" in parts and (session.stores or run):
+        log(f"disk     {_disk(session, parts)}")
+    notes = advice.training_notes(session) + (advice.notes(session) if "distillation" in parts else [])
+    log("\n" + "\n".join(notes) if notes else "\nno warnings")
+    if run is not None:
+        _describe_files(session, run)
+    log("\ndry run: nothing was written")
+    if problem is not None:
+        raise problem
+
+
+def _problem(session: Session) -> UserError | None:
+    try:
+        _ = session.initial
+    except UserError as error:
+        return error
+    return None
+
+
+def _describe_data(session: Session) -> None:
+    data = session.dataset
+    c, height, width = data.image_shape
+    kind = {1: "grey", 3: "colour"}.get(c, f"{c}-channel")
+    log(
+        f"data     {data.name}: {len(data.classes):,} classes of {kind} images, {height}x{width} pixels\n"
+        f"         {'; '.join(_count(getattr(data, name), word) for name, word in SPLITS.items())}"
+    )
+    d = session.config.distillation
+    log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} a class, by {d.method}")
+
+
+def _count(split: Split, name: str) -> str:
+    if not len(split.labels):
+        return f"no {name} images"
+    counts = np.bincount(split.labels)
+    least, most = counts.min(), counts.max()
+    spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{len(split.labels):,} {name} images, {spread} a class"
+
+
+def _describe_networks(session: Session) -> None:
+    for number, spec in enumerate(session.specs):
+        width = f", width {spec.width}" if spec.width else ""
+        depth = f", depth {spec.depth}" if spec.depth else ""
+        count = Network(spec).parameter_count
+        log(f"{'network' if not number else '':<9}{spec.architecture}: {count:,} parameters{width}{depth}")
+
+
+def _describe_time(
+    session: Session, timings: list[Timings], seconds: Seconds, parts: Sequence[str], device: str
+) -> None:
+    c = session.config
+    work = {
+        "experts": _experts(session),
+        "distillation": f"{session.num_steps:,} steps",
+        "chains": _chains(session),
+    }
+    if c.distillation.method.startswith("fbpc"):
+        map_steps = sum(timing.map_steps for timing in timings) / len(timings)
+        solves = f"{len(timings)} MAP solve{'s' if len(timings) > 1 else ''}"
+        work["distillation"] += f", each with {solves} of about {map_steps:.0f} Adam steps at first"
+    rows = [(part, describe_seconds(getattr(seconds, part)), work[part]) for part in PARTS if part in parts]
+    total = describe_seconds(sum(getattr(seconds, part) for part in parts))
+    rows.append(("total", total, "an estimate, right to a factor of two; Ray starts in 10 to 20 s more"))
+    log(text_table(("part", "time", "what"), rows))
+    if device == "cpu" and compiles_passes(c, session.dataset, session.specs):
+        log("the run is long enough to compile its passes: a minute or two once, then up to twice as fast")
+    if c.workers.address:
+        log("the times are those of this machine, not of the cluster")
+
+
+def _experts(session: Session) -> str:
+    if not session.stores:
+        return "none: the method needs no experts"
+    count = session.config.experts.expert_count
+    missing = sum(len(store.missing(count)) for store in session.stores)
+    return f"{missing} experts to train, {count * len(session.stores) - missing} are in {_folder(session)}"
+
+
+def _chains(session: Session) -> str:
+    e, coresets = session.config.evaluation, 1 if session.config.distillation.method == "random" else 2
+    count = coresets * len(session.specs) * e.num_chains
+    if e.inference != "sghmc":
+        return f"{count} trained networks ({e.inference})"
+    return f"{count} chains of {e.chain_epochs:,} epochs, half on random images, and their predictions"
+
+
+def _folder(session: Session) -> str:
+    folders = {str(store.folder) for store in session.stores}
+    return folders.pop() if len(folders) == 1 else f"{len(folders)} folders"
+
+
+def _bytes(count: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= 0.95 * unit:
+            return f"{count / unit:.1f} {name}" if count < 9.5 * unit else f"{count / unit:,.0f} {name}"
+    return f"{max(1.0, count / 1e3):.0f} kB"
+
+
+def _memory(session: Session, device: str, cores: int) -> str:
+    """Describe the memory of a run: processes, images, K parameter vectors."""
+    d, data = session.config.distillation, session.dataset
+    largest = max(Network(spec).parameter_count for spec in session.specs)
+    images = sum(split.images.nbytes for split in (data.train, data.validation, data.test))
+    processes = 1 + (cores if session.config.workers.backend == "ray" else 0)
+    total = processes * PROCESS_BYTES + images + cores * 4 * largest * (1 + d.posterior_steps)
+    where = "" if device == "cpu" else ", that of passes on the GPU apart"
+    return f"about {_bytes(total)}: {processes} processes, images of {_bytes(images)}{where}"
+
+
+def _disk(session: Session, parts: Sequence[str]) -> str:
+    """Describe the disk space of experts, trajectory cache and run."""
+    c = session.config
+    size = 2 if c.experts.expert_dtype == "float16" else 4
+    counts = [Network(spec).parameter_count for spec in session.specs]
+    experts = sum(
+        len(store.missing(c.experts.expert_count)) * (c.experts.expert_epochs + 1) * size * count
+        for store, count in zip(session.stores, counts, strict=False)
+    )
+    words = [f"{_bytes(experts)} for experts"] if experts else []
+    if "distillation" in parts:
+        if c.distillation.method in EXPERT_SIDES and (most := trajectory_cache_bytes(c, session.specs)):
+            kept = snapshots_met(c) * sum(counts) * 4 * (1 + c.distillation.posterior_steps)
+            words.append(f"up to {_bytes(min(most, kept))} for the cache of K steps in {cache_folder()}")
+        m = c.distillation.ipc * len(session.dataset.classes)
+        pixels = reduce(int.__mul__, session.dataset.image_shape)
+        words.append(f"{_bytes(24 * 4 * m * pixels + 1e6)} for the run")
+    return "; ".join(words) or "nothing: the experts are there"
+
+
+def _describe_files(session: Session, run: Place) -> None:
+    out = session.config.output
+    log(f"\nfiles    {run}/\n         {FILES}")
+    if session.stores:
+        log(f"         experts: {_folder(session)}")
+    if out.tracking:
+        log(f"         and a run of the MLflow experiment {out.experiment} (--no-tracking: none)")

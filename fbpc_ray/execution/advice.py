@@ -1,0 +1,59 @@
+"""Notes on a configuration that a run can use, and that is unlikely to give a good coreset."""
+
+import math
+
+from fbpc_ray.distillation.expert_training import short_training_note
+from fbpc_ray.execution.session import Session, num_steps
+
+FEW_SGD_STEPS = 40
+"""SGD steps at --start-epoch below which experts hardly differ from their initialisation."""
+WIDE_ERROR = 3.0
+"""Points of accuracy that a test set is right to, above which a note says so."""
+
+
+def notes(session: Session) -> list[str]:
+    """Return the notes on a run that begins."""
+    candidates = (_start(session), _nothing_saved(session), _test_images(session))
+    return [f"note: {note}" for note in candidates if note]
+
+
+def training_notes(session: Session) -> list[str]:
+    """Return the notes that the training of missing experts logs."""
+    count, images = session.config.experts.expert_count, len(session.dataset.train.labels)
+    missing = [store for store in session.stores if store.missing(count)]
+    return sorted({short_training_note(store.recipe, images) for store in missing} - {""})
+
+
+def _start(session: Session) -> str:
+    """Note snapshots that are too early, for the methods that take those from --start-epoch on."""
+    d, e = session.config.distillation, session.config.experts
+    per_epoch = -(-len(session.dataset.train.labels) // e.expert_batch_size)
+    if not session.stores or d.start_rule != "from" or d.start_epoch * per_epoch >= FEW_SGD_STEPS:
+        return ""
+    if per_epoch * e.expert_epochs < FEW_SGD_STEPS:
+        return ""  # the training's own note says more
+    return (
+        f"experts have taken only {d.start_epoch * per_epoch} SGD steps at --start-epoch {d.start_epoch} and know "
+        f"little by then: try --start-epoch {min(e.expert_epochs, -(-FEW_SGD_STEPS // per_epoch))}"
+    )
+
+
+def _nothing_saved(session: Session) -> str:
+    """Note a coreset that is as large as a good part of the data."""
+    images, m = len(session.dataset.train.labels), session.config.distillation.ipc * len(session.dataset.classes)
+    if not num_steps(session.config) or 2 * m <= images:
+        return ""
+    return f"the coreset has {m:,} images, the training set {images:,}: random images do as well there; lower --ipc"
+
+
+def _test_images(session: Session) -> str:
+    """Note a test set that is too small to tell two coresets apart."""
+    points = accuracy_error(len(session.dataset.test.labels))
+    if not 0 < points <= 50 or points <= WIDE_ERROR:
+        return ""
+    return f"{len(session.dataset.test.labels):,} test images: an accuracy is right to {points:.0f} points at best"
+
+
+def accuracy_error(images: int) -> float:
+    """Return the standard error of an accuracy of one half on `images`, in points."""
+    return 50 / math.sqrt(images) if images else math.inf

@@ -1,0 +1,171 @@
+"""Time the passes that a run repeats, for seconds each, and estimate the seconds of its parts."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from fbpc_ray.core import sizes
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.rng import generator
+from fbpc_ray.core.sizes import Seconds
+from fbpc_ray.core.threads import torch_threads
+from fbpc_ray.data.datasets import Split, tensors
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.distillation import network_pool
+from fbpc_ray.distillation.expert_training import train_expert
+from fbpc_ray.distillation.methods.common import Clock, coreset_batches
+from fbpc_ray.evaluation.chains import sampling
+from fbpc_ray.execution.session import Session, cpu_threads, uses_experts
+from fbpc_ray.inference.map_solve import map_solve
+from fbpc_ray.inference.posterior import sgd_trajectory
+from fbpc_ray.inference.solution import SolverStatus
+from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.models.passes import Passes
+
+PROBE_SECONDS = 0.5
+"""Seconds that each pass of each network is timed for, beside its first call."""
+MOST_PROBE_IMAGES = 64
+"""Predictions are timed on at most as many test images."""
+
+
+class Timings(NamedTuple):
+    """Seconds of the passes of one network, eager."""
+
+    sgd_step: float
+    """Of an expert."""
+    map_step: float
+    map_steps: int
+    """Adam steps of a MAP solve on the initial images."""
+    k_step: float
+    """On real images."""
+    chain_epoch: float
+    prediction: float
+    """Of a test image by one posterior sample."""
+
+
+def time_network(session: Session, spec: Spec, device: str) -> Timings:
+    """Time the passes of one network with the run's batches."""
+    c, dataset = session.config, session.dataset
+    d, augment = c.distillation, c.networks.augment
+    network = Network(spec, device)
+    passes, real = Passes(network), _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
+    params = network.init(generator(0, "probe"))
+    images, labels = session.initial[0].images.to(network.device), session.labels.to(network.device)
+
+    def batches(size: int, purpose: str) -> Iterator:
+        return coreset_batches(images, labels, size, augment, generator(0, "probe", purpose))
+
+    with torch_threads(1):
+        one_batch = _real(session, c.experts.expert_batch_size, device)
+        training = train_expert(
+            network, one_batch, epochs=10**6, learning_rate=c.experts.expert_lr,
+            batch_size=c.experts.expert_batch_size, augment=augment, seed=0, index=0,
+        )  # fmt: skip
+        next(training)
+        sgd_step = _seconds(lambda: next(training), network)
+        chain = sampling(passes, images, labels, _endless(c), augment, 0)
+        chain_epoch = _seconds(lambda: next(chain), network)
+        test = _first(dataset.test, MOST_PROBE_IMAGES)
+        batch = DeviceDataset(*tensors(test, device), dataset.mean, dataset.std).batch(torch.arange(len(test.labels)))
+        buffers = network.statistics(params, images.split(256))
+        prediction = _seconds(lambda: network.predict(params, buffers, batch.images), network) / len(test.labels)
+    with torch_threads(cpu_threads(c)):
+
+        def solve(steps: int):
+            return map_solve(
+                passes.loss_and_grad, params, batches(d.batch_size, "map"), threshold=d.gamma, learning_rate=d.map_lr,
+                max_steps=steps,
+            )  # fmt: skip
+
+        map_step = _seconds(lambda: solve(1), network)
+        most = max(1, min(200, int(4 * PROBE_SECONDS / map_step)))
+        solution = solve(most)
+        usual = max(most, sizes.map_steps(d.map_lr))
+        map_steps = solution.stats.steps if solution.status == SolverStatus.CONVERGED else usual
+        stream = real.stream(d.real_batch_size, augment, generator(0, "probe", "real"))
+        trajectory = sgd_trajectory(passes.loss_and_grad, params, stream, d.lambda_x)
+        k_step = _seconds(lambda: next(trajectory), network)
+    return Timings(sgd_step, map_step, map_steps, k_step, chain_epoch, prediction)
+
+
+def _seconds(call: Callable[[], object], network: Network) -> float:
+    """Return the mean seconds of `call` after its first one, or of the first one where that takes too long."""
+    clock = Clock(network.device)
+    call()
+    first = clock.lap()
+    if first > 2 * PROBE_SECONDS:
+        return first
+    total, count = 0.0, 0
+    while total < PROBE_SECONDS and count < 100:
+        call()
+        total, count = total + clock.lap(), count + 1
+    return total / count
+
+
+def _first(split: Split, count: int) -> Split:
+    return Split(split.images[:count], split.labels[:count])
+
+
+def _real(session: Session, count: int, device: str) -> DeviceDataset:
+    dataset = session.dataset
+    return DeviceDataset(*tensors(_first(dataset.train, count), device), dataset.mean, dataset.std)
+
+
+def _endless(config: Config):
+    """Return the settings of a chain that gives its parameters after every epoch, and never ends."""
+    return config.updated(chain_epochs=10**9, chain_every=1).evaluation
+
+
+def estimate(session: Session, timings: list[Timings], device: str, cores: int) -> Seconds:
+    """Estimate the seconds of the parts of a run from the timings of its networks. Says nothing of a cluster."""
+    config = session.config
+    d, n = config.distillation, len(session.dataset.train.labels)
+    parallel = max(1, cores) if device == "cpu" and config.workers.backend == "ray" else 1
+    experts = distillation = chains = 0.0
+    for number, timing in enumerate(timings):
+        per_epoch = -(-n // config.experts.expert_batch_size)
+        if session.stores:
+            missing = len(session.stores[number].missing(config.experts.expert_count))
+            experts += missing * config.experts.expert_epochs * per_epoch * timing.sgd_step
+        distillation += session.num_steps * d.draws_per_step * _gradient(config, timing)
+        if uses_experts(config) and d.method == "fbpc":
+            distillation += timing.k_step * d.posterior_steps * snapshots_met(config)
+        chains += _chain(session, timing)
+    at_once = min(parallel, len(timings) * d.draws_per_step)
+    of_random = 1 if d.method == "random" else 2
+    chains *= of_random * config.evaluation.num_chains
+    return Seconds(experts / parallel, distillation / at_once, chains / parallel)
+
+
+def snapshots_met(config: Config) -> float:
+    """Return the expected different snapshots of a network that a run meets."""
+    d, e = config.distillation, config.experts
+    epochs = e.expert_epochs - d.start_epoch + 1 if d.start_rule == "from" else d.start_epoch
+    return sizes.snapshots_met(d.steps * d.draws_per_step, max(1, e.expert_count * epochs))
+
+
+def _gradient(config: Config, timing: Timings) -> float:
+    """Return the seconds of a gradient, without the K steps on real images."""
+    d = config.distillation
+    if d.method in network_pool.METHODS:
+        return timing.k_step + 4 * timing.map_step
+    if d.method.startswith("bpc-"):
+        views = (d.views or d.mc_samples) if d.method == "bpc-fkl" else d.mc_samples if d.method == "bpc-rkl" else 0
+        return (d.syn_steps * (3 if d.method == "bpc-w" else 1) + 2 * views) * timing.map_step
+    k_steps = 0 if d.method == "fbpc-isotropic" else d.posterior_steps
+    return (timing.map_steps + 1.7 * k_steps + 3 * (d.views or 1)) * timing.map_step  # .7: the logits of both sides
+
+
+def _chain(session: Session, timing: Timings) -> float:
+    e = session.config.evaluation
+    if e.inference != "sghmc":
+        return e.net_steps * timing.chain_epoch + len(session.dataset.test.labels) * timing.prediction
+    samples = e.chain_epochs // e.chain_every
+    return e.chain_epochs * timing.chain_epoch + samples * len(session.dataset.test.labels) * timing.prediction
+
+
+def measure(session: Session, device: str, cores: int) -> tuple[list[Timings], Seconds]:
+    """Time the networks of a run and estimate its parts."""
+    timings = [time_network(session, spec, device) for spec in session.specs]
+    return timings, estimate(session, timings, device, cores)
