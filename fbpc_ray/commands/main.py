@@ -215,9 +215,7 @@ def tune(words: Sequence[str]) -> None:
     job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
     if job.resume != "no" and not out:
         raise UserError(f"--resume {job.resume} needs the folder of the sweep: add --out DIR")
-    if job.print_config:
-        _print_config(args.config, sizes)
-        return
+    progress.log_to_stderr(job.print_config or job.json == "-")
     _loading()
     from fbpc_ray.tuning import sweep as tuning
 
@@ -227,6 +225,9 @@ def tune(words: Sequence[str]) -> None:
             base = tuning.read_base(place(out)).updated(download=False)  # as start_of
         stored = tuning.read_plan(place(out)).settings
         args = parse(TuneArguments, words, "fbpc tune", TuneArguments(sweep=stored, config=base))
+    if job.print_config:
+        _print_config(args.config, None if resume else sizes)
+        return
     tuning.tune(args.config, args.sweep, sizes, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
 
 

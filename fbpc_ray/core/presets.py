@@ -1,4 +1,4 @@
-"""Presets: the rows of the paper's Table 4, `digits`, and what each method brings. core/sizes.py chooses the others."""
+"""Presets: the rows of the paper's Table 4, `digits`, what each method brings; and who chooses sizes."""
 
 import json
 from collections.abc import Collection

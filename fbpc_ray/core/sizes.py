@@ -1,4 +1,4 @@
-"""Sizes of a run, chosen from its data and machine: width, experts, epochs, batches, rates, steps and chains.
+"""Sizes of a run, chosen from its data and machine: networks, experts, rates, steps, chains.
 
 A `Rung` of `LADDER` fixes what costs time; `choose` takes the largest rung whose estimated seconds fit the limit, and
 fits the other settings to the data. All functions are pure: equal facts give equal settings.
@@ -76,7 +76,7 @@ MOST_CORES = 8
 
 
 class Machine(NamedTuple):
-    """The speed of a device, roughly; the seconds of a CPU are those of one busy core [measured at 32x32]."""
+    """The speed of a device: of a CPU core, half of what a server's does [measured]; of a GPU, a guess."""
 
     pass_seconds: float
     """Of a forward and backward pass, whatever its size."""
@@ -86,7 +86,7 @@ class Machine(NamedTuple):
     """Floating-point operations a second of convolutions."""
 
 
-MACHINES = {"cpu": Machine(5e-3, 4e-8, 3.2e10), "cuda": Machine(4e-3, 4e-11, 1e13)}
+MACHINES = {"cpu": Machine(3e-3, 2e-8, 6e10), "cuda": Machine(4e-3, 4e-11, 1e13)}
 
 MACS_OF_CONVNET = {"vgg11": 3.0, "alexnet": 3.0, "resnet18": 11.0, "resnet34": 23.0, "lenet": 0.1}
 """{network: its multiply-accumulates, as a multiple of a ConvNet's of the same width}; others count as a ConvNet."""
@@ -202,10 +202,10 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
     return experts | {
         "start_epoch": Choice(start, f"experts have taken {start * per_epoch:,} SGD steps by then, and know something"),
         "steps": Choice(rung.steps, "updates of the images; the first 50 matter most"),
-        "alpha": Choice(alpha(m, pixels), f"for {m:,} images of {pixels:,} pixels"),
+        "alpha": Choice(alpha(m, pixels, rung.steps), f"for {m:,} images of {pixels:,} pixels, {rung.steps:,} steps"),
         "batch_size": Choice(size, "all coreset images" if size == m else f"of {m:,} coreset images: memory"),
-        "gamma": Choice(0.1 if facts.ipc < 50 else 0.2, "MAP solves take half the steps that 0.01 takes"),
-        "map_lr": Choice(map_lr(rung), "narrow networks bear larger steps" if rung.width < 64 else "the paper's"),
+        "gamma": Choice(gamma(facts), "fewer images are fitted closer, or a MAP solve ends at once"),
+        "map_lr": Choice(map_lr(rung), "a narrow network takes larger steps" if rung.width < 32 else "the paper's"),
         "lambda_x": Choice(0.1 if many else 0.05, rates),
         "lambda_u": Choice(0.1 if many else 0.01, rates),
         "real_batch_size": Choice(min(rung.real_batch_size, n), f"of {n:,} real images in each of the K steps"),
@@ -248,20 +248,25 @@ def most_in_batch(facts: Facts, rung: Rung, device: str) -> int:
     return max(1, min(500 if device == "cuda" else 100, int(3e7 / (rung.width * pixels))))
 
 
-def alpha(m: int, pixels: int) -> float:
-    """Return the learning rate of the pixels: the paper's 100 at 10 images of 32x32, in proportion to both."""
-    value = min(1000.0, max(1.0, 10 * m * pixels / 1024))
-    return float(f"{value:.1g}")
+def alpha(m: int, pixels: int, steps: int) -> float:
+    """Return the learning rate of the pixels: 10 an image of 32x32 as the paper, or 20 in a short run."""
+    value = (20 if steps < 300 else 10) * m * pixels / 1024
+    return float(f"{min(1000.0, max(1.0, value)):.1g}")
+
+
+def gamma(facts: Facts) -> float:
+    """Return the loss at which a MAP solve stops."""
+    return 0.2 if facts.ipc >= 50 else 0.1 if facts.ipc * facts.classes >= 10 else 0.01
 
 
 def map_lr(rung: Rung) -> float:
     """Return Adam's learning rate of the MAP solve."""
-    return 0.005 if rung.width < 64 else 0.001
+    return 0.002 if rung.width < 32 else 0.001
 
 
-def map_steps(learning_rate: float) -> int:
-    """Return the usual Adam steps of a MAP solve."""
-    return 40 if learning_rate > 0.001 else 100
+def map_steps(gamma: float) -> int:
+    """Return the usual Adam steps of a MAP solve [measured at 10 images, width 32]."""
+    return 40 if gamma >= 0.1 else 80
 
 
 def snapshots_met(steps: int, snapshots: int) -> float:
@@ -289,7 +294,7 @@ def estimate(facts: Facts, rung: Rung, device: str) -> Seconds:
             rung.steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
         )
         k_steps = 30 * _pass(facts, rung, device, min(rung.real_batch_size, facts.images))
-        on_u = (map_steps(map_lr(rung)) + 30 + 20) * u_pass
+        on_u = (map_steps(gamma(facts)) + 30 + 20) * u_pass
         distillation = (rung.steps * on_u + met * k_steps) * networks / at_once
     tests = 10 * _images(facts, rung, device, facts.test_images) / 3
     chain = rung.chain_epochs * u_pass + tests
@@ -321,8 +326,8 @@ def _depth(size: int) -> int:
 
 def describe_seconds(seconds: float) -> str:
     """Write a duration in words, to two digits."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 0.95 * unit * (2 if unit == 86400 else 1):
+    for unit, name, least in ((86400, "days", 2), (3600, "h", 1), (60, "min", 1)):
+        if seconds >= least * unit:
             return f"{seconds / unit:.2g} {name}" if seconds < 9.5 * unit else f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} s" if seconds >= 0.95 else "under a second"
 

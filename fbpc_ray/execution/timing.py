@@ -81,7 +81,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
         map_step = _seconds(lambda: solve(1), network)
         most = max(1, min(200, int(4 * PROBE_SECONDS / map_step)))
         solution = solve(most)
-        usual = max(most, sizes.map_steps(d.map_lr))
+        usual = max(most, sizes.map_steps(d.gamma))
         map_steps = solution.stats.steps if solution.status == SolverStatus.CONVERGED else usual
         stream = real.stream(d.real_batch_size, augment, generator(0, "probe", "real"))
         trajectory = sgd_trajectory(passes.loss_and_grad, params, stream, d.lambda_x)

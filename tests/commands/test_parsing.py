@@ -90,7 +90,9 @@ def test_a_preset_file_keeps_its_values_when_its_method_is_named(tmp_path):
 def test_every_setting_is_a_flag():
     """Of distill, of tune, and within a group of the commands that have it."""
     settings = set(Config().flat())
-    assert settings | {"preset", "recipe", "resume", "dry_run", "json"} == flags_of(KINDS["distill"][0])
+    assert settings | {"preset", "recipe", "resume", "time_budget", "dry_run", "print_config", "json"} == flags_of(
+        KINDS["distill"][0]
+    )
     assert settings < flags_of(TuneArguments)
     assert {"num_chains", "chain_epochs", "threads"} < flags_of(KINDS["evaluate"][0]) & flags_of(KINDS["evaluate"][1])
 

@@ -239,7 +239,7 @@ def test_a_run_has_the_one_name_of_its_network_and_goes_on_under_the_other(tmp_p
     (tmp_path / "config.json").write_text(to_json(stored))
     resumed = ["distill", "--out", str(tmp_path), "--resume"]
     for command in (resumed, ["distill", "--width", "8"], ["experts", "--width", "8"]):
-        main.main([*command, "--architectures", "vgg11", "--dry-run"])
+        main.main([*command, "--architectures", "vgg11", "--print-config"])
         assert '"vgg11-in"' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main.main([*resumed, "--architectures", "vgg11-bn", "--dry-run"])

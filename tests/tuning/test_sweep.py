@@ -130,7 +130,7 @@ def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, cap
     base = preset("digits").updated(alpha=3.25, steps=7, out="elsewhere", data_root="/mnt", threads=2, validation=0.2)
     path.write_text(to_preset(base))
     assert preset(str(path)) == base.updated(out="", data_root="data")
-    main.main(["distill", "--preset", str(path), "--steps", "9", "--dry-run"])
+    main.main(["distill", "--preset", str(path), "--steps", "9", "--print-config"])
     said = capsys.readouterr().out
     assert '"alpha": 3.25' in said
     assert '"steps": 9' in said
@@ -469,7 +469,7 @@ def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
     assert result["best"]["trial"] == best
     assert result["test"]["images_scored"] == 360
     assert preset(str(folder / "best.json")).distillation.alpha == GRID[best]
-    main.main(["distill", "--preset", str(folder / "best.json"), "--dry-run", "--experts", str(folder / "none")])
+    main.main(["distill", "--preset", str(folder / "best.json"), "--print-config", "--experts", str(folder / "none")])
     assert f'"alpha": {GRID[best]}' in capsys.readouterr().out
     main.main(["tune", "--out", str(folder), "--resume"])
     assert "this sweep is complete" in capsys.readouterr().out

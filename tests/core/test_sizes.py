@@ -1,0 +1,192 @@
+"""Sizes chosen from data: the right values for several data sets, what bounds them, and the words of --time-budget."""
+
+import pytest
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import default, preset, size_request
+from fbpc_ray.core.sizes import (
+    LADDER,
+    LEVELS,
+    Facts,
+    Level,
+    choose,
+    describe,
+    describe_seconds,
+    estimate,
+    parse_duration,
+    snapshots_met,
+)
+
+LAPTOP = LEVELS["laptop"]
+MINE = Facts(240, 3, (3, 32, 32), 60)
+"""The data set of the first run of many users: three classes of 80 small images."""
+
+
+def settings(facts: Facts, level: Level = LAPTOP) -> dict[str, float]:
+    return choose(facts, level).settings()
+
+
+def test_a_small_data_set_on_two_cores():
+    """240 images, three classes. Batches of 16 make 15 SGD steps an epoch, 14 epochs 210, four of them 60; alpha is
+    20 x m = 60, since the run is short; everything else is a rung of the ladder and the paper's rates."""
+    assert settings(MINE) == {
+        "width": 32, "expert_count": 5, "expert_epochs": 14, "expert_batch_size": 16, "expert_lr": 0.05,
+        "start_epoch": 4, "steps": 100, "alpha": 60.0, "batch_size": 3, "gamma": 0.01, "map_lr": 0.001,
+        "lambda_x": 0.05, "lambda_u": 0.01, "real_batch_size": 32, "num_chains": 3, "chain_epochs": 500,
+        "chain_every": 50,
+    }  # fmt: skip
+
+
+def test_one_core_takes_a_smaller_rung():
+    one, two = (settings(Facts(2000, 10, (3, 32, 32), 500, cores=cores)) for cores in (1, 2))
+    assert (one["width"], one["expert_count"], one["steps"]) == (32, 3, 60)
+    assert (two["width"], two["expert_count"], two["steps"]) == (32, 5, 100)
+
+
+@pytest.mark.parametrize(
+    "facts, expected",
+    [
+        # CIFAR-10 in Parquet: two epochs are 1,564 SGD steps, more than a rung asks for.
+        (Facts(50000, 10, (3, 32, 32), 10000),
+         {"expert_batch_size": 64, "expert_epochs": 2, "alpha": 200.0, "gamma": 0.1}),
+        # 100 classes: the paper's rates for CIFAR-100, and its alpha.
+        (Facts(50000, 100, (3, 32, 32), 10000),
+         {"lambda_x": 0.1, "lambda_u": 0.1, "alpha": 1000.0, "batch_size": 100, "width": 16}),
+        # Ten images a class: m = 30.
+        (MINE._replace(ipc=10), {"batch_size": 30, "alpha": 600.0, "start_epoch": 5, "expert_epochs": 10}),
+        (MINE._replace(ipc=50), {"gamma": 0.2, "batch_size": 100}),
+        # 64 images a colour channel of 8x8: 1/16 of the pixels of CIFAR.
+        (Facts(1437, 10, (1, 8, 8), 360), {"alpha": 10.0}),
+        # Photographs: the smallest rung, and a gradient of as many images as memory holds.
+        (Facts(1000, 10, (3, 224, 224), 200, ipc=10), {"width": 16, "steps": 30, "alpha": 1000.0, "batch_size": 37}),
+        # A handful: batches of four, and no real batch above the images.
+        (Facts(10, 2, (3, 32, 32), 4), {"expert_batch_size": 4, "real_batch_size": 10, "batch_size": 2}),
+        (Facts(1, 1, (3, 32, 32), 0), {"expert_batch_size": 4, "expert_epochs": 50, "real_batch_size": 1}),
+    ],
+)  # fmt: skip
+def test_other_data_sets(facts, expected):
+    chosen = settings(facts)
+    assert {name: chosen[name] for name in expected} == expected
+
+
+def test_a_gpu_takes_more_and_never_more_than_the_paper():
+    chosen = settings(Facts(50000, 10, (3, 32, 32), 10000), LEVELS["gpu"])
+    paper = preset("cifar10-ipc1").flat()
+    equal = ("width", "steps", "batch_size", "alpha", "map_lr", "expert_batch_size", "expert_lr", "lambda_x")
+    assert {name: chosen[name] for name in equal} == {name: paper[name] for name in equal}
+    assert all(chosen[name] <= paper[name] for name in ("expert_count", "expert_epochs", "real_batch_size"))
+
+
+@pytest.mark.parametrize("images", [1, 3, 30, 240, 2000, 50000])
+@pytest.mark.parametrize("classes, side", [(1, 8), (3, 32), (200, 64), (1000, 224)])
+def test_every_choice_is_one_that_a_run_takes(images, classes, side):
+    """Batches hold no more than there is, T leaves an epoch, and a chain gives samples."""
+    for method in ("fbpc", "fbpc-isotropic", "bpc-fkl", "bpc-w", "vbpc", "frepo", "random"):
+        for level in LEVELS.values():
+            chosen = settings(Facts(images, classes, (3, side, side), 10, 1, method), level)
+            assert chosen["chain_epochs"] // chosen["chain_every"] == 10
+            assert chosen.get("real_batch_size", 1) <= images
+            assert chosen.get("batch_size", 1) <= classes
+            assert 1 <= chosen.get("start_epoch", 1) <= chosen.get("expert_epochs", 1) <= 50
+            assert all(value > 0 for value in chosen.values())
+
+
+def test_experts_have_taken_enough_steps_at_the_start_epoch():
+    """At least 50 SGD steps, where half of the epochs has as many: theta_x that knows nothing teaches nothing."""
+    for images in (60, 240, 1000, 2000, 20000):
+        chosen = settings(Facts(images, 3, (3, 32, 32), 60))
+        per_epoch = -(-images // chosen["expert_batch_size"])
+        assert chosen["start_epoch"] * per_epoch >= 50
+        assert per_epoch * chosen["expert_epochs"] >= 100
+
+
+def test_flags_win_and_the_others_fit_them():
+    given = {"width": 64, "expert_epochs": 4, "chain_epochs": 30, "steps": 7, "ipc": 1}
+    chosen = settings(MINE._replace(given=given))
+    assert not given.keys() & chosen.keys()
+    assert (chosen["start_epoch"], chosen["chain_every"], chosen["map_lr"]) == (2, 3, 0.001)
+    assert settings(MINE._replace(given={"start_epoch": 30}))["expert_epochs"] == 31
+    assert settings(MINE._replace(given={"chain_every": 800}))["chain_epochs"] == 800
+
+
+def test_methods_get_the_settings_that_they_use():
+    """The weight-space baselines keep their own alpha and take theta_0 from the first half; vbpc has no experts."""
+    fkl = settings(MINE._replace(method="bpc-fkl"))
+    assert (fkl["start_epoch"], "alpha" in fkl, "gamma" in fkl) == (fkl["expert_epochs"] // 2, False, False)
+    assert not {"expert_count", "alpha", "gamma", "start_epoch"} & settings(MINE._replace(method="vbpc")).keys()
+    assert settings(MINE._replace(method="random")).keys() == {"width", "num_chains", "chain_epochs", "chain_every"}
+
+
+def test_the_choice_is_the_largest_rung_that_fits():
+    """A longer limit never takes a smaller rung, and the estimate of the choice is within the limit where one fits."""
+    widths = []
+    for seconds in (1, 60, 240, 1200, 7200, 10**6):
+        chosen = choose(MINE, Level(seconds, "cpu"))
+        widths.append((chosen.settings()["width"], chosen.settings()["steps"]))
+        assert chosen.seconds.total <= seconds or seconds == 1
+    assert widths == sorted(widths)
+    assert widths[0] == (LADDER[0].width, LADDER[0].steps)
+    assert widths[-1] == (LADDER[-1].width, LADDER[-1].steps)
+
+
+def test_the_estimate_grows_with_what_it_counts():
+    """A second core halves experts and chains of an even number; a network more doubles all of them on one core."""
+    rung = LADDER[1]._replace(expert_count=4, num_chains=2)
+    one, two = (estimate(MINE._replace(cores=cores), rung, "cpu") for cores in (1, 2))
+    assert one.experts == pytest.approx(2 * two.experts)
+    assert one.chains == pytest.approx(2 * two.chains)
+    assert one.distillation == two.distillation
+    both = estimate(MINE._replace(cores=1, architectures=("convnet-in", "convnet-bn")), rung, "cpu")
+    assert tuple(both) == pytest.approx([2 * part for part in one])
+
+
+def test_snapshots_met():
+    """Of s snapshots, n draws meet s (1 - (1 - 1/s)^n): 1 of 1; 1.5 of 2 in two draws."""
+    assert snapshots_met(5, 1) == 1
+    assert snapshots_met(2, 2) == 1.5
+
+
+def test_the_table_names_the_papers_value():
+    table = describe(choose(MINE, LAPTOP), default("folder:x", None, "paper", None).flat()).splitlines()
+    assert table[0].split()[:4] == ["setting", "value", "paper", "why"]
+    assert next(line for line in table if line.startswith("width ")).split()[1:3] == ["32", "128"]
+    assert next(line for line in table if line.startswith("expert-count ")).split()[1:3] == ["5", "100"]
+    assert max(map(len, table)) <= 110
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("90s", 90), ("20m", 1200), ("20", 1200), ("1.5h", 5400), ("2 H", 7200), ("20min", 1200)]
+)
+def test_time_budgets(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "0", "0.1s", "20d", "1e3m", "m", "nan", "9" * 400])
+def test_refused_time_budgets(text):
+    with pytest.raises(UserError, match=r"^--time-budget: must be a duration such as 90s, 20m or 1\.5h, got "):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.2, "under a second"), (59, "59 s"), (50, "50 s"), (160, "2.7 min"), (1200, "20 min"), (5400, "1.5 h"),
+     (3600 * 40, "40 h"), (86400 * 12, "12 days")],
+)  # fmt: skip
+def test_durations_in_words(seconds, text):
+    assert describe_seconds(seconds) == text
+
+
+def test_which_data_has_its_sizes_chosen():
+    """Data by its path or of one's own; names of Table 4 and digits keep their presets, and so does --preset paper."""
+    for data in ("folder:x", "npz:x.npz", "parquet:x", "own"):
+        assert size_request(data, "", "", ()) is not None
+        assert size_request(data, "paper", "", ()) is None
+        assert default(data, "10", "paper", None) == default(None, None, "laptop", None)
+    for data in (None, "digits", "cifar10", "cifar100", "tiny-imagenet"):
+        assert size_request(data, "", "", ()) is None
+        assert size_request(data, "laptop", "", {"width"}) == ("laptop", {"width"}, 0.0)
+        assert size_request(data, "", "20m", ()) == ("", frozenset(), 1200.0)
+    assert default("cifar10", "10", "paper", None) == preset("cifar10-ipc10")
+    assert default("cifar10", "10", "", None) == preset("cifar10-ipc10")
+    with pytest.raises(UserError, match="--time-budget chooses all sizes, and --preset quick is given"):
+        size_request("folder:x", "quick", "20m", ())
