@@ -154,7 +154,8 @@ def _memory(session: Session, device: str, cores: int) -> str:
     processes = 1 + (cores if session.config.workers.backend == "ray" else 0)
     total = processes * PROCESS_BYTES + images + cores * 4 * largest * (1 + d.posterior_steps)
     where = "" if device == "cpu" else ", that of passes on the GPU apart"
-    return f"about {_bytes(total)}: {processes} processes, images of {_bytes(images)}{where}"
+    count = f"{processes} processes" if processes > 1 else "one process"
+    return f"about {_bytes(total)}: {count}, images of {_bytes(images)}{where}"
 
 
 def _disk(session: Session, parts: Sequence[str]) -> str:

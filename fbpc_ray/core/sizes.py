@@ -171,7 +171,7 @@ def rungs(facts: Facts) -> list[Rung]:
 def _width_reason(level: Level, seconds: Seconds, smallest: bool) -> str:
     if seconds.total > level.seconds and smallest:
         return "channels; the least that is offered"
-    return f"channels; the largest sizes that fit {describe_seconds(level.seconds)} by a formula"
+    return f"channels; with the counts below, the largest that fit {describe_seconds(level.seconds)}"
 
 
 def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
@@ -200,7 +200,9 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
     pixels = facts.image_shape[1] * facts.image_shape[2]
     size = min(m, most_in_batch(facts, rung, device))
     return experts | {
-        "start_epoch": Choice(start, f"experts have taken {start * per_epoch:,} SGD steps by then, and know something"),
+        "start_epoch": Choice(
+            start, f"an expert has taken {start * per_epoch:,} SGD steps by then: it knows something"
+        ),
         "steps": Choice(rung.steps, "updates of the images; the first 50 matter most"),
         "alpha": Choice(alpha(m, pixels, rung.steps), f"for {m:,} images of {pixels:,} pixels, {rung.steps:,} steps"),
         "batch_size": Choice(size, "all coreset images" if size == m else f"of {m:,} coreset images: memory"),
@@ -338,12 +340,16 @@ def describe_device(device: str, cores: int) -> str:
 
 
 def describe(sizes: Sizes, paper: Mapping[str, Any]) -> str:
-    """Return the table of the chosen settings, beside the values of `paper`."""
-    rows = [
-        (name.replace("_", "-"), f"{choice.value:g}", f"{paper[name]:g}", choice.reason)
-        for name, choice in sizes.choices.items()
-    ]
-    return text_table(("setting", "value", "paper", "why"), rows)
+    """Return the table of the settings that differ from the values of `paper`, and a line of the others."""
+    rows, equal = [], list[str]()
+    for name, choice in sizes.choices.items():
+        flag = name.replace("_", "-")
+        if choice.value == paper[name]:
+            equal.append(f"{flag} {choice.value:g}")
+        else:
+            rows.append((flag, f"{choice.value:g}", f"{paper[name]:g}", choice.reason))
+    table = text_table(("setting", "value", "paper", "why"), rows) if rows else ""
+    return "\n".join(part for part in (table, f"as the paper: {', '.join(equal)}" if equal else "") if part)
 
 
 UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}

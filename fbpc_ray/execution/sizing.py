@@ -87,14 +87,14 @@ def _heading(facts: Facts, level: Level, preset: str, chosen: Sizes) -> str:
     device = sizes.describe_device(level.device, facts.cores)
     source = f"--preset {preset}" if preset else "--time-budget"
     limit, seconds = (sizes.describe_seconds(value) for value in (level.seconds, chosen.seconds.total))
-    time = f"about {seconds} of at most {limit}"
+    time = f"about {seconds}, at most {limit}"
     if chosen.seconds.total > level.seconds:
         smaller = "--image-size 32, " if height > 64 else ""
         time = (
             f"about {seconds}: the smallest sizes are above {limit}; a smaller run needs {smaller}fewer images or --ipc"
         )
     return (
-        f"sizes chosen for {facts.images:,} images of {facts.classes:,} classes, {height}x{width}, on {device} "
-        f"({source}): {time}.\n"
-        "Any flag overrides its row; others: --preset quick | laptop | gpu | paper, or --time-budget 20m."
+        f"sizes for {facts.images:,} training images of {facts.classes:,} classes, {height}x{width}, on {device} "
+        f"({source}): {time}\n"
+        "a flag overrides its row; other sizes: --preset quick | laptop | gpu | paper, or --time-budget 20m"
     )

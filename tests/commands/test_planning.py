@@ -1,0 +1,205 @@
+"""Sizes chosen by the command line, --print-config, and the plan of --dry-run, on a few images of a folder."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.runs import distil, flags, refused
+
+from fbpc_ray import api
+from fbpc_ray.commands import main
+from fbpc_ray.commands.parsing import start_of
+from fbpc_ray.core import sizes
+from fbpc_ray.core.config import read_config
+from fbpc_ray.core.presets import preset
+from fbpc_ray.core.sizes import Seconds
+from fbpc_ray.execution import sizing
+
+TINY = (
+    "--backend", "serial", "--no-tracking", "--width", "8", "--expert-count", "1", "--expert-epochs", "2", "--steps",
+    "1", "--chain-epochs", "2", "--num-chains", "1", "--posterior-steps", "2", "--threads", "1",
+)  # fmt: skip
+"""Flags that make a run of seconds, and leave batches and rates to the choice."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 noisy images of 8x8 in two classes, of which 18 and 6 are train and test."""
+    root, source = tmp_path_factory.mktemp("data") / "my-images", np.random.default_rng(0)
+    for split, count in (("train", 9), ("test", 3)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = source.integers(0, 128, (8, 8, 3)) + 120 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sizing, "local_cores", lambda: 2)
+
+
+def printed(capsys, *words) -> dict:
+    """Return the JSON of --print-config, which is alone on standard output."""
+    capsys.readouterr()
+    main.main(["distill", *words, "--print-config"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_sizes_are_chosen_where_no_flag_names_them(images, capsys):
+    """The settings of core/sizes.py, a table of them on standard error; a flag wins, whatever its value."""
+    data = ("--data", f"folder:{images}")
+    chosen = sizes.choose(sizes.Facts(18, 2, (3, 8, 8), 6, cores=2), sizes.LEVELS["laptop"]).settings()
+    assert chosen["expert_batch_size"] == 4
+    values = printed(capsys, *data)
+    assert {name: values[name] for name in chosen} == chosen
+    values = printed(capsys, *data, "--width=128", "--alpha", "100")
+    assert {name: values[name] for name in chosen if values[name] != chosen[name]} == {"width": 128, "alpha": 100}
+    main.main(["distill", *data, "--width", "128", "--print-config"])
+    table = capsys.readouterr().err
+    assert re.search(r"^sizes for 18 training images of 2 classes, 8x8, on 2 CPU cores \(--preset lap", table, re.M)
+    assert re.search(r"^expert-batch-size +4 +256 ", table, re.M)
+    assert not re.search(r"^width ", table, re.M)
+
+
+def test_presets_of_any_data(images, capsys):
+    data = ("--data", f"folder:{images}")
+    quick, laptop, paper = (printed(capsys, *data, "--preset", name) for name in ("quick", "laptop", "paper"))
+    assert quick["steps"] < laptop["steps"] < paper["steps"] == 1000
+    assert (paper["expert_count"], paper["expert_epochs"], paper["width"]) == (100, 50, 128)
+    assert printed(capsys, "--preset", "laptop", "--ipc", "10")["batch_size"] == 100  # of digits
+    assert printed(capsys, "--data", "digits")["expert_epochs"] == preset("digits").experts.expert_epochs
+
+
+def test_the_printed_configuration_is_a_preset(images, tmp_path, capsys):
+    values = printed(capsys, "--data", f"folder:{images}", "--steps", "7")
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    assert printed(capsys, "--preset", "mine.json") == values
+    assert printed(capsys, "--preset", "mine.json", "--steps", "8") == values | {"steps": 8}
+
+
+def test_a_run_keeps_its_sizes_when_it_is_resumed(images, tmp_path, capsys, monkeypatch):
+    """config.json holds them: another machine, and the preset of the first command, choose nothing again."""
+    words = ("--data", f"folder:{images}", "--out", str(tmp_path / "run"), *TINY)
+    distil(*words)
+    stored = read_config(tmp_path / "run")
+    chosen = (stored.experts.expert_batch_size, stored.distillation.batch_size, stored.evaluation.chain_every)
+    assert chosen == (4, 2, 1)
+    monkeypatch.setattr(sizing, "local_cores", lambda: 64)
+    monkeypatch.setattr(sizes, "choose", None)
+    capsys.readouterr()
+    for more in (("--resume",), ("--resume", "auto"), ("--resume", "--preset", "laptop")):
+        distil(*words, *more, "--steps", "2")
+        assert "sizes for" not in capsys.readouterr().out
+    assert read_config(tmp_path / "run").updated(steps=1) == stored
+
+
+def test_the_python_api_chooses_the_same(images, tmp_path, capsys):
+    """The same sizes, to the bit of the coreset."""
+    distil("--data", f"folder:{images}", "--out", str(tmp_path / "run"), *TINY)
+    settings = read_config(tmp_path / "run").flat()
+    lines = []
+    given = {name: settings[name] for name in ("width", "expert_count", "expert_epochs", "steps", "posterior_steps")}
+    coreset = api.distill(f"folder:{images}", log=lines.append, threads=1, **given)
+    assert (coreset.images == api.load_coreset(tmp_path / "run" / "coreset" / "coreset.safetensors").images).all()
+    assert any("sizes for 18 training images" in line for line in lines)
+
+
+def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
+    """By the measured seconds of a rung, not by the formula's, of which a probe here finds the tenfold."""
+    timed = []
+
+    def measure(session, device, cores):
+        facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)
+        c = session.config
+        rung = next(
+            rung for rung in sizes.LADDER
+            if (rung.width, rung.steps, rung.expert_count)
+            == (c.networks.width, c.distillation.steps, c.experts.expert_count)
+        )  # fmt: skip
+        timed.append(rung)
+        return [], Seconds(*(10 * part for part in sizes.estimate(facts, rung, "cpu")))
+
+    monkeypatch.setattr(sizing, "measure", measure)
+    facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)
+    totals = [10 * sizes.estimate(facts, rung, "cpu").total for rung in sizes.LADDER]
+    values = printed(capsys, "--data", f"folder:{images}", "--time-budget", f"{totals[3] + 1:.0f}s")
+    assert (values["width"], values["steps"]) == (sizes.LADDER[3].width, sizes.LADDER[3].steps)
+    assert timed[-1] == sizes.LADDER[3]
+    assert len(timed) <= 3  # one probe tells how wrong the formula is
+    values = printed(capsys, "--data", f"folder:{images}", "--time-budget", "1s")
+    assert values["steps"] == sizes.LADDER[0].steps
+
+
+def test_a_resumed_run_and_a_preset_file_choose_nothing(images, finished_run):
+    data = ["--data", f"folder:{images}"]
+    assert start_of(data)[1] == ("", {"data"}, 0.0)
+    assert start_of([*data, "--no-tracking", "--width=8"])[1].given == {"data", "tracking", "width"}
+    assert start_of(["--out", str(finished_run), "--resume", "--time-budget", "1h"])[1] is None
+    assert start_of([*data, "--preset", "cifar10-ipc1"])[1] is None
+
+
+def test_a_bad_budget_is_one_line(images, capsys):
+    assert "--time-budget: must be a duration" in refused(capsys, "--data", f"folder:{images}", "--time-budget", "soon")
+    both = ("--time-budget", "5m", "--preset", "quick")
+    assert "leave out one of them" in refused(capsys, "--data", f"folder:{images}", *both)
+
+
+def test_a_plan_says_what_a_run_would_do(small, digits, tmp_path, capsys):
+    """Data, networks, seconds of each part, disk, memory, notes and files; nothing is written."""
+    words = flags(small, out=str(tmp_path / "dry"), experts=str(tmp_path / "none"), expert_batch_size=1000)
+    before = sorted(tmp_path.rglob("*"))
+    distil(*words, "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+    text = capsys.readouterr().out
+    assert "digits: 10 classes of grey images, 8x8 pixels" in text
+    train, test = (np.bincount(split.labels) for split in (digits.train, digits.test))
+    assert f"1,437 training images, {train.min()} to {train.max()} a class; no validation images" in text
+    assert f"360 test images, {test.min()} to {test.max()} a class" in text
+    assert re.search(r"^coreset +10 images, 1 a class, by fbpc$", text, re.M)
+    assert re.search(r"convnet-in: 1,\d\d\d parameters, width 8, depth 2", text)
+    assert re.search(r"^experts +\S.* 4 experts to train, 0 are in 2 folders$", text, re.M)
+    assert re.search(r"^distillation +\S.* 4 steps, each with 2 MAP solves of about \d+ Adam steps", text, re.M)
+    assert re.search(r"^chains +\S.* 8 chains of 20 epochs", text, re.M)
+    assert re.search(r"^total .*an estimate", text, re.M)
+    assert re.search(r"^memory +about \S+ [GM]B: 3 processes", text, re.M)  # this one and two of Ray
+    assert re.search(r"^disk +\d+ kB for experts; ", text, re.M)
+    assert "note: each expert gets only 6 SGD steps" in text
+    assert str(tmp_path / "dry") in text
+    assert "config.json, result.json" in text
+    assert text.rstrip().endswith("dry run: nothing was written")
+
+
+def test_a_plan_ends_with_the_error_of_the_run(images, capsys):
+    """More images a class than there are: the plan comes first, then the line that the run would give."""
+    line = refused(capsys, "--data", f"folder:{images}", "--ipc", "12", "--dry-run", "--backend", "serial")
+    assert "has 9 images, ipc is 12: lower --ipc" in line
+
+
+@pytest.mark.parametrize(
+    "words, note",
+    [
+        (("--ipc", "5"), "the coreset has 10 images, the training set 18"),
+        ((), "6 test images: an accuracy is right to 20 points at best"),
+        (("--expert-epochs", "40", "--start-epoch", "1"), "only 5 SGD steps at --start-epoch 1 .* --start-epoch 8"),
+    ],
+)
+def test_notes_of_a_run_that_will_disappoint(images, capsys, words, note):
+    monkey = ("--backend", "serial", "--steps", "1", "--width", "8")
+    distil("--data", f"folder:{images}", *monkey, *words, "--dry-run")
+    assert re.search(f"^note: .*{note}", capsys.readouterr().out, re.M)
+
+
+def test_other_commands_plan_their_parts(images, finished_run, capsys):
+    main.main(["experts", "--data", f"folder:{images}", "--backend", "serial", "--width", "8", "--dry-run"])
+    text = capsys.readouterr().out
+    assert re.search(r"^experts +\S.* \d+ experts to train, 0 are in ", text, re.M)
+    assert "chains  " not in text
+    main.main(["evaluate", str(finished_run), "--backend", "serial", "--chain-epochs", "30", "--dry-run"])
+    text = capsys.readouterr().out
+    assert re.search(r"^chains +\S.* 8 chains of 30 epochs", text, re.M)
+    assert "to train" not in text
