@@ -21,7 +21,7 @@ class Page(NamedTuple):
 
 FIRST = (
     ("fbpc doctor", "check the installation"),
-    ("fbpc distill --dry-run", "print what a run would do, and write nothing"),
+    ("fbpc distill --dry-run", "print the plan of a run, and write nothing"),
     ("fbpc distill --out runs/first", "distil 1,437 digits into ten images; minutes, no download"),
     ("fbpc report runs/first", "write a page about the run: report.html"),
     ("fbpc ui", "show all runs in MLflow's pages: compare them, see the images change"),
@@ -32,18 +32,16 @@ PAGES = {
     "distill": Page(
         "Trains the missing experts, learns the images, samples Bayesian networks on them and on as many real images, "
         "and writes a run directory (coreset, pictures, result.json, metrics.parquet) and a run in MLflow. Ctrl-C "
-        "saves a checkpoint first. The defaults below depend on the other flags: those of the small digits preset "
-        "for --data digits; for your own images the paper's, meant for a GPU, which `fbpc distill --data "
-        "folder:my-images --help` prints.",
+        "saves a checkpoint first. For your own images the run chooses its sizes from the data and this machine, and "
+        "prints them; flags override them, and docs/settings.md says how. The defaults below depend on the other flags: "
+        "those of the small digits preset for --data digits, else the paper's, before sizes are chosen.",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
             ("fbpc distill --out runs/first --resume", "continue after Ctrl-C or a crash"),
             ("fbpc distill --preset cifar10-ipc10 --download", "a row of the paper's Table 4; for a GPU"),
-            (
-                "fbpc distill --data folder:my-images --width 32 --expert-count 5 --expert-epochs 10 "
-                "--expert-batch-size 32 --expert-lr 0.05 --steps 200",
-                "a few thousand images of your own, on a laptop",
-            ),
+            ("fbpc distill --data folder:my-images --dry-run", "the plan for your own images, in 20 seconds"),
+            ("fbpc distill --data folder:my-images", "your own images, in sizes that fit"),
+            ("fbpc distill --data folder:my-images --time-budget 20m", "the largest sizes that take no longer"),
             ("fbpc distill --method bpc-w --architectures convnet-in convnet-bn", "a baseline, over two networks"),
         ),
     ),

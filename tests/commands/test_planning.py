@@ -109,6 +109,14 @@ def test_the_python_api_chooses_the_same(images, tmp_path, capsys):
     assert any("sizes for 18 training images" in line for line in lines)
 
 
+def test_a_sweep_starts_from_the_same_choice(images, capsys):
+    """Of the images that its validation split leaves."""
+    data = ("--data", f"folder:{images}")
+    capsys.readouterr()
+    main.main(["tune", *data, "--print-config"])
+    assert json.loads(capsys.readouterr().out) == printed(capsys, *data, "--validation", "0.1")
+
+
 def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
     """By the measured seconds of a rung, not by the formula's, of which a probe here finds the tenfold."""
     timed = []
