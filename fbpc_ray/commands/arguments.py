@@ -16,7 +16,7 @@ class Job:
     preset: str = ""
     """quick | laptop | gpu: sizes chosen from the data, for about a minute, 4 minutes, or an hour on a GPU | paper: the
     paper's, of any data | a row of Table 4 (cifar10-ipc1, ... tiny-imagenet-ipc50) | digits | a JSON file, such as the
-    best.json of a sweep. Other flags change it. Empty: digits for --data digits, paper for cifar10, cifar100 and
+    best.json of a sweep; other flags change it. Empty: digits for --data digits, paper for cifar10, cifar100 and
     tiny-imagenet, else laptop, or gpu where the run uses one."""
     time_budget: str = ""
     """90s, 20m, 2h: choose the largest sizes whose run takes no longer, by a short timing of this machine. The estimate

@@ -33,8 +33,8 @@ PAGES = {
         "Trains the missing experts, learns the images, samples Bayesian networks on them and on as many real images, "
         "and writes a run directory (coreset, pictures, result.json, metrics.parquet) and a run in MLflow. Ctrl-C "
         "saves a checkpoint first. For your own images the run chooses its sizes from the data and this machine, and "
-        "prints them; flags override them, and docs/settings.md says how. The defaults below depend on the other flags: "
-        "those of the small digits preset for --data digits, else the paper's, before sizes are chosen.",
+        "prints them; flags override them, and docs/settings.md says how. The defaults below depend on the other "
+        "flags: those of the small digits preset for --data digits, else the paper's, before sizes are chosen.",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
             ("fbpc distill --out runs/first --resume", "continue after Ctrl-C or a crash"),

@@ -69,7 +69,7 @@ def tune(
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
         files.write_output(json, result)
         return
-    sweep = _prepare(base, settings, None if resume else sizes, folder, resume, trusted, dry_run)
+    sweep = _prepare(base, settings, folder, resume, trusted, dry_run, None if resume else sizes)
     if dry_run:
         _describe(sweep)
         return
@@ -121,8 +121,9 @@ def _folder(base: Config, resume: bool) -> Place:
 
 
 def _prepare(
-    base: Config, settings: Sweep, sizes: SizeRequest | None, folder: Place, resume: bool, trusted: bool, dry_run: bool
-) -> OpenSweep:
+    base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool,
+    sizes: SizeRequest | None = None,
+) -> OpenSweep:  # fmt: skip
     """Load the data, draw or read the trials, and check them all. Writes nothing. Raises UserError."""
     base, plan = validation.canonical(base), None
     if sizes is None:
