@@ -13,9 +13,8 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
 from fbpc_ray.distillation.worker import EXPERT_SIDES
-from fbpc_ray.execution import advice
+from fbpc_ray.execution import advice, sizing
 from fbpc_ray.execution.session import Session, compiles_passes, trajectory_cache_bytes
-from fbpc_ray.execution.sizing import local_cores, local_device
 from fbpc_ray.execution.timing import Timings, measure, snapshots_met
 from fbpc_ray.models.functional import Network
 
@@ -42,7 +41,7 @@ def describe(session: Session, parts: Sequence[str] = PARTS, run: Place | None =
     _describe_data(session)
     _describe_networks(session)
     if problem is None:
-        device, cores = local_device(session.config), local_cores()
+        device, cores = sizing.local_device(session.config), sizing.local_cores()
         log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
         timings, seconds = measure(session, device, cores)
         _describe_time(session, timings, seconds, parts, device)

@@ -221,7 +221,7 @@ def test_evaluate_on_a_network_it_was_not_trained_on(whole, capsys, tmp_path):
 
 def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
     """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
-    folder, open_session = tmp_path / "run", distill.open_session
+    folder, open_session = tmp_path / "run", distill.open_sized_session
     words = flags(small, backend="serial", method="random", out=str(folder))
 
     def slow(*arguments):
@@ -231,7 +231,7 @@ def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(sma
         return open_session(*arguments)
 
     before: dict[Path, int] = {}
-    monkeypatch.setattr(distill, "open_session", slow)
+    monkeypatch.setattr(distill, "open_sized_session", slow)
     with pytest.raises(SystemExit):
         main.main(["distill", *words])
     assert capsys.readouterr().err.endswith(
@@ -315,7 +315,7 @@ def test_dry_run_writes_nothing(small, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
     text = capsys.readouterr().out
     assert "convnet-bn" in text
-    assert "2 experts to train" in text
+    assert "4 experts to train" in text
 
 
 SERIAL = ("--backend", "serial", "--no-tracking")
