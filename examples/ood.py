@@ -54,7 +54,7 @@ def main(architecture: str, steps: int, chains: int, experts: str, quick: bool) 
         right = []
         for seed in range(chains):
             short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
-            samples = posterior(coreset, architecture, seed=seed, width=16, **short)
+            samples = posterior(coreset, architecture, seed=seed, **short)
             familiar = samples.predict(data.test.images)
             right.append(familiar.scores(data.test.labels).accuracy)
             for kind, images in kinds.items():

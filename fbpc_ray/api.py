@@ -24,6 +24,7 @@ import numpy as np
 from torch import nn
 
 from fbpc_ray.core import config, presets
+from fbpc_ray.core.argument_names import names_arguments
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.progress import progress
@@ -32,7 +33,7 @@ from fbpc_ray.core.storage import place
 from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data import arrays, datasets
 from fbpc_ray.data import coreset as coresets
-from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.coreset import Coreset, settings_of
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.evaluation import chains, ensemble
@@ -46,6 +47,7 @@ from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
+from fbpc_ray.reporting import value_pictures  # noqa: F401  registers `plot`
 from fbpc_ray.tracking import model_export
 
 __all__ = [
@@ -58,6 +60,7 @@ Architecture = str | Callable[[tuple[int, int, int], int], nn.Module]
 """A name, or a function of (image_shape, classes)."""
 
 
+@names_arguments
 def dataset(
     train: Any,
     test: Any = None,
@@ -105,6 +108,7 @@ def dataset(
     return loaded
 
 
+@names_arguments
 def distill(
     data: Any,
     architectures: Architecture | Sequence[Architecture] | None = None,
@@ -166,29 +170,34 @@ def distill(
     return session.coreset(state)
 
 
+@names_arguments
 def posterior(
     coreset: Coreset,
-    architecture: Architecture = "convnet-in",
+    architecture: Architecture | None = None,
     *,
     seed: int = 0,
     num_chains: int = 1,
-    width: int = 128,
-    depth: int = 0,
-    augment: str = "dsa",
+    width: int | None = None,
+    depth: int | None = None,
+    augment: str | None = None,
+    preset: str = "",
     device: str = "auto",
     **settings: Any,
 ) -> Ensemble:
     """Sample a Bayesian network on `coreset` by SGHMC: the samples that `fbpc evaluate` scores.
 
+    What is not given is as the coreset was distilled, where its metadata says that, and else the default.
+
     Args:
         coreset: the images to train on.
-        architecture: any network, not only those that the coreset was distilled on.
+        architecture: any network, not only those that the coreset was distilled on. None: the first of those.
         seed: seed of the first chain.
         num_chains: chains, with the seeds `seed`, `seed` + 1, ...; each gives a sample every `chain_every` of its
             `chain_epochs` epochs. `chains`, the earlier name of this argument, still works.
         width: as for `distill`.
         depth: as for `distill`.
         augment: as for `distill`.
+        preset: a name as for `distill`, whose settings stand in for those of the coreset.
         device: as for `distill`.
         **settings: those of the chains: chain_epochs, chain_every, chain_eta, ...
 
@@ -197,18 +206,19 @@ def posterior(
     """
     num_chains = settings.pop("chains", num_chains)
     _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
-    (name,) = _names(architecture)
-    chosen = Config().updated(architectures=(name,), width=width, depth=depth, augment=augment, **settings)
+    _check_coreset(coreset)
+    networks = {"width": width, "depth": depth, "augment": augment}
+    given = settings | {name: value for name, value in networks.items() if value is not None}
+    chosen = _settings_for(coreset, None if architecture is None else _names(architecture), preset, given)
+    chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
     validation.check(chosen)
-    if wrong := coresets.problem(coreset):
-        raise UserError(f"not a coreset ({wrong}): give what distill or load returns")
     (spec,) = network_specs(chosen, coreset)
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
     e, samples = chosen.evaluation, []
     with progress("sample", num_chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
         for number in range(seed, seed + num_chains):
-            for params in chains.sampling(Passes(network), images, labels, e, augment, number):
+            for params in chains.sampling(Passes(network), images, labels, e, chosen.networks.augment, number):
                 if not ensemble.finite([params]):
                     raise UserError(
                         f"the chain of seed {number} on {spec.architecture} diverged: lower chain_eta, or use "
@@ -219,25 +229,30 @@ def posterior(
     return ensemble.gathered(network, samples, coreset)
 
 
+@names_arguments
 def evaluate(
     coreset: Coreset,
     data: Any,
-    architectures: Architecture | Sequence[Architecture] = "convnet-in",
+    architectures: Architecture | Sequence[Architecture] | None = None,
     *,
     inference: str = "sghmc",
     split: str = "test",
+    preset: str = "",
     backend: str = "serial",
     log: Callable[[str], None] = print,
     **settings: Any,
 ) -> dict[str, dict[str, list[float | None]]]:
     """Score `coreset` on a split of `data`, as `fbpc evaluate` does.
 
+    What is not given is as the coreset was distilled, where its metadata says that, and else the default.
+
     Args:
         coreset: the images to train on.
         data: a data set of `dataset`, or its first argument.
-        architectures: one network or several.
+        architectures: one network or several. None: those that the coreset was distilled on.
         inference: sghmc | last-layer | mse | ensemble.
         split: test | validation.
+        preset: as for `posterior`.
         backend: serial | ray.
         log: called with each line of the log.
         **settings: num_chains, net_steps, chain_epochs, width, ...: all flags but those of data, experts and output.
@@ -250,10 +265,10 @@ def evaluate(
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     _check_names(settings, "evaluate", config.Data, config.Experts, config.Distillation, config.Output)
-    chosen = Config().updated(architectures=_names(architectures), inference=inference, backend=backend, **settings)
+    _check_coreset(coreset)
+    given = settings | {"inference": inference, "backend": backend}
+    chosen = _settings_for(coreset, None if architectures is None else _names(architectures), preset, given)
     chosen = validation.validate(chosen)
-    if wrong := coresets.problem(coreset):
-        raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")
     source = source._replace(mean=coreset.mean, std=coreset.std)
     with open_backend(chosen, Interruption(()), log) as workers:
         specs = network_specs(chosen, coreset)
@@ -262,6 +277,7 @@ def evaluate(
         ]
 
 
+@names_arguments
 def save(item: Coreset | Ensemble, path: str | Path) -> None:
     """Write a coreset or posterior samples to one safetensors file, replacing an existing file.
 
@@ -275,6 +291,7 @@ def save(item: Coreset | Ensemble, path: str | Path) -> None:
         coresets.save(item, place(str(path)))
 
 
+@names_arguments
 def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any) -> str:
     """Write posterior samples as an MLflow model.
 
@@ -293,11 +310,13 @@ def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any)
     return model_export.save(samples, model_export.target(str(folder)), facts, np.asarray(images))
 
 
+@names_arguments
 def load_coreset(path: str | Path) -> Coreset:
     """Read a coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
     return coresets.load(place(str(path)))
 
 
+@names_arguments
 def load_posterior(path: str | Path, architecture: Architecture | None = None, *, device: str = "auto") -> Ensemble:
     """Read posterior samples that `save` wrote.
 
@@ -317,6 +336,32 @@ def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, .
     custom.search_current_folder()
     several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
     return tuple(one if isinstance(one, str) else custom.register(one) for one in several)
+
+
+def _settings_for(coreset: Coreset, names: tuple[str, ...] | None, preset: str, given: dict[str, Any]) -> Config:
+    """Return the settings of networks and chains: `given` ones, else those of `preset`, else those of the coreset.
+
+    A coreset's file imports no code: of the networks that it names, those with an import path are left out.
+    """
+    start = presets.preset(preset) if preset else Config()
+    kept = {f.name for f in fields(config.Networks)} | {
+        f.name for f in fields(config.Evaluation) if f.name.startswith("chain_")
+    }
+    if not preset:
+        start = start.updated(**{name: value for name, value in settings_of(coreset).items() if name in kept})
+    if names is None:
+        every = start.networks.architectures
+        names = tuple(name for name in every if ":" not in name)
+        if not names:
+            raise UserError(
+                f"the coreset was distilled on {every[0]}, but a file alone imports no code: name a network"
+            )
+    return start.updated(**{**given, "architectures": names})
+
+
+def _check_coreset(coreset: Coreset) -> None:
+    if wrong := coresets.problem(coreset):
+        raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")
 
 
 def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:

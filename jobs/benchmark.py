@@ -62,7 +62,7 @@ from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial, device_name
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes
-from fbpc_ray.reporting import charts
+from fbpc_ray.reporting.charts import comparison
 from fbpc_ray.reproduction import cost
 
 RATIOS = (
@@ -432,15 +432,15 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     for found, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
         panels = [(name, _curves(each)) for name, each in found.items() if len({x for x, _ in each}) > 1]
         if panels:
-            charts.curves(panels, across, path.with_suffix(suffix), "seconds a step")
+            comparison.curves(panels, across, path.with_suffix(suffix), "seconds a step")
 
 
-def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[charts.Curve]:
+def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[comparison.Curve]:
     """A curve for each way, its points the medians of cases in order of x."""
     ways = dict.fromkeys(way for _, case in cases for way in case["seconds"])
     ordered = sorted(cases, key=lambda each: each[0])
     return [
-        charts.Curve(way, [(x, c["seconds"][way]["median"], 0.0) for x, c in ordered if way in c["seconds"]])
+        comparison.Curve(way, [(x, c["seconds"][way]["median"], 0.0) for x, c in ordered if way in c["seconds"]])
         for way in ways
     ]
 

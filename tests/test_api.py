@@ -1,5 +1,7 @@
 """From Python: the bits of the command line, own data and networks in their several forms, and files of samples."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -77,7 +79,8 @@ def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
     assert steps == [1, 2]
     assert torch.equal(found.images, made.images)
     assert torch.equal(found.labels, made.labels)
-    assert found[2:] == made[2:]
+    assert found[2:6] == made[2:6]
+    assert found.facts == {name: text for name, text in made.facts.items() if name != "commit"}
     mine = api.dataset(digits.train, digits.test, classes=digits.classes, name="digits")
     assert mine.fingerprint == digits.fingerprint
     assert torch.equal(api.distill(mine, **same, log=silent).images, made.images)
@@ -155,6 +158,48 @@ def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
     assert torch.equal(
         api.posterior(made, "convnet-bn", seed=1, **earlier, **CHAIN).predict(images).entropy, all_.entropy
     )
+
+
+def test_what_is_not_given_is_as_the_coreset_was_distilled(made, samples, digits):
+    """Network, width and length of the chains, of the metadata; what is given wins."""
+    found = api.posterior(made)
+    assert (found.spec.architecture, found.spec.width, found.spec.depth) == ("convnet-in", 8, 2)
+    assert len(found.samples) == 2  # 20 epochs, one every 10
+    same, images = api.posterior(made, "convnet-bn", seed=1), digits.test.images[:20]
+    assert torch.equal(same.predict(images).probabilities, samples.predict(images).probabilities)
+    assert api.posterior(made, "convnet-ln", width=4, chain_every=20).spec[:1] == ("convnet-ln",)
+    with pytest.raises(UserError, match=r"^preset: file mine\.json not found"):
+        api.posterior(made, preset="mine.json")
+    bare = made._replace(facts={})
+    assert api.posterior(bare, chain_epochs=1, chain_every=1).spec.width == 128
+    theirs = made._replace(facts={"settings": json.dumps({"architectures": ["os:system"], "width": 8})})
+    with pytest.raises(UserError, match="distilled on os:system, but a file alone imports no code"):
+        api.posterior(theirs)
+    assert api.posterior(theirs, "convnet", chain_epochs=1, chain_every=1).spec.width == 8
+
+
+def test_an_evaluation_takes_the_networks_of_the_coreset(run, made, digits):
+    """And so gives the scores of the run, to the bit."""
+    expected = json.loads(run.result_path.read_text())["coresets"]["fbpc"]
+    assert api.evaluate(made, digits, num_chains=2, log=silent) == expected
+
+
+def test_coresets_and_predictions_draw_themselves(made, samples, digits):
+    """As pictures; in a notebook the coreset's is beside its description."""
+    picture = made.plot("ten digits")
+    assert picture.size[0] > 300 and made.plot().size[1] < picture.size[1]
+    page = made._repr_html_()
+    assert "Coreset of 10 images of 1 x 8 x 8" in page
+    png = base64.b64decode(page.split("base64,")[1].split('"')[0])
+    assert Image.open(io.BytesIO(png)).size == made.plot().size
+    prediction = samples.predict(digits.test.images[:50])
+    assert prediction.plot().size != prediction.plot(digits.test.labels[:50]).size
+    with pytest.raises(UserError, match="as many"):
+        prediction.plot(digits.test.labels[:3])
+    two = made._replace(images=made.images.repeat(1, 2, 1, 1), mean=made.mean * 2, std=made.std * 2)
+    with pytest.raises(UserError, match="images of 2 channels have no picture"):
+        two.plot()
+    assert "<img" not in two._repr_html_() and "Coreset of 10" in two._repr_html_()
 
 
 # ---- own data
@@ -285,11 +330,16 @@ def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
         (lambda data, made: api.dataset("digits", (1, 2)), "brings its test images"),
         (lambda data, made: api.distill(data, step=3), "did you mean steps"),
         (lambda data, made: api.distill(data, out="x"), "no setting 'out'"),
-        (lambda data, made: api.distill(data, steps=0), "--steps: must be 1 or more, got 0"),
+        (lambda data, made: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),
         (lambda data, made: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
         (lambda data, made: api.distill(data, nn.Linear(2, 2)), "a function of"),
         (lambda data, made: api.distill(data, []), "name a network"),
         (lambda data, made: api.posterior(made, "convnt"), "did you mean"),
+        (lambda data, made: api.posterior(made, width=0), "^width: must be 1 or more, got 0"),
+        (lambda data, made: api.evaluate(made, data, width=-1), "^width: must be 1 or more"),
+        (lambda data, made: api.distill(data, val_every=5), "no setting 'val_every'"),
+        (lambda data, made: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
+        (lambda data, made: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
         (lambda data, made: api.posterior(made, steps=3), "no setting 'steps'"),
         (lambda data, made: api.posterior(made, chain_eta=1e6, **CHAIN), "diverged"),
         (lambda data, made: api.posterior(made._replace(labels=made.labels[:2]), **CHAIN), "not a coreset"),

@@ -23,7 +23,7 @@ from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.models.functional import Spec
-from fbpc_ray.reporting import charts
+from fbpc_ray.reporting.charts import histograms
 from fbpc_ray.reporting.run_outputs import draw_reliability
 from fbpc_ray.tracking import model_export, run_logging
 from fbpc_ray.tracking.protocol import Tracker
@@ -137,7 +137,7 @@ def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, datase
     written = [path, path.with_suffix(".reliability.png")]
     for (name, architecture), (inside, outside) in scored.uncertainty.items():
         written.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
-        charts.entropy_histogram(
+        histograms.entropy_histogram(
             inside.entropy.numpy(), outside.entropy.numpy(), written[-1],
             f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
         )  # fmt: skip

@@ -4,21 +4,30 @@ One safetensors file holds one coreset: the tensors `images`, `labels` and, if l
 in the metadata the format version, the normalisation and the names of the classes as JSON. Nothing is pickled.
 """
 
+import base64
+import html
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fbpc_ray.core import files, inputs, storage, tensor_files
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core import drawing, files, inputs, storage, tensor_files
+from fbpc_ray.core.errors import UserError, escape_controls
 from fbpc_ray.core.storage import Place
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 FORMAT = "1"
+OWN_KEYS = ("format", "mean", "std", "classes")
+"""Keys of the header that say how to read the tensors."""
+SHOWN = 100
+"""Characters of a line of `repr`."""
 
 
 class Coreset(NamedTuple):
@@ -36,6 +45,28 @@ class Coreset(NamedTuple):
     """Label -> its name."""
     soft_labels: Tensor | None = None
     """(m, d) float32 logits, where labels were learned: softmax gives p(class | image)."""
+    facts: Mapping[str, str] = {}
+    """Metadata of its file: `method`, `data`, `step`, and `settings` (JSON) of the networks and chains, ..."""
+
+    def __repr__(self) -> str:
+        return "\n".join(_describe(self))
+
+    def _repr_html_(self) -> str:
+        """Return the picture and the description, as notebooks show them."""
+        lines = "<br>".join(html.escape(line) for line in _describe(self))
+        try:
+            png = drawing.draw_png(self)
+        except (NotImplementedError, UserError):  # not by fbpc_ray.api, or of 2 channels
+            return f"<p>{lines}</p>"
+        picture = base64.b64encode(png).decode()
+        return (
+            f'<figure style="margin:0"><img style="max-width:100%" alt="the images, by class" '
+            f'src="data:image/png;base64,{picture}"><figcaption>{lines}</figcaption></figure>'
+        )
+
+    def plot(self, title: str = "", max_per_class: int = 10, max_classes: int = 20) -> "Image.Image":
+        """Draw the images by class, with the names of the classes. Raises UserError for other than 1 or 3 channels."""
+        return drawing.draw(self, title=title, max_per_class=max_per_class, max_classes=max_classes)
 
     @property
     def likelihood_labels(self) -> Tensor:
@@ -47,6 +78,38 @@ class Coreset(NamedTuple):
         """(c, h, w)"""
         c, h, w = self.images.shape[1:]
         return c, h, w
+
+
+def _describe(coreset: Coreset) -> list[str]:
+    """Return at most three lines: size, names of the classes, origin."""
+    images, facts = coreset.images, coreset.facts
+    shape = " x ".join(map(str, images.shape[1:]))
+    labels = "labels learned" if coreset.soft_labels is not None else "one class an image"
+    lines = [
+        f"Coreset of {len(images)} images of {shape}, {len(coreset.classes)} classes, {labels}",
+        f"classes: {', '.join(coreset.classes)}",
+    ]
+    settings = settings_of(coreset)
+    origin = [
+        f"{label} {facts[name]}" for label, name in (("by", "method"), ("from", "data"), ("step", "step"))
+        if name in facts
+    ]  # fmt: skip
+    if isinstance(names := settings.get("architectures"), list):
+        origin.append(f"on {' '.join(map(str, names))}")
+    if "width" in settings:
+        origin.append(f"width {settings['width']}")
+    if origin:
+        lines.append(f"distilled {', '.join(origin)}")
+    return [line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…" for line in map(escape_controls, lines)]
+
+
+def settings_of(coreset: Coreset) -> dict[str, Any]:
+    """Return the settings that the coreset was distilled with, as far as its metadata has them."""
+    try:
+        settings = inputs.parse_json(coreset.facts.get("settings", "{}"))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.Generator) -> Tensor:
@@ -75,7 +138,7 @@ def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) 
 
 
 def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
-    """`coreset` as a file; `metadata` is kept beside it in the file's header.
+    """`coreset` as a file; its facts and `metadata` are kept in the file's header.
 
     Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
     """
@@ -85,7 +148,8 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
         "std": json.dumps(list(coreset.std)),
         "classes": json.dumps(list(coreset.classes)),
     }
-    metadata = {name: value for name, value in (metadata or {}).items() if name != inputs.CHECKSUM}
+    metadata = {**coreset.facts, **(metadata or {})}
+    metadata.pop(inputs.CHECKSUM, None)
     taken = sorted(own.keys() & metadata.keys())
     wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
     if wrong:
@@ -120,7 +184,8 @@ def load(path: Place) -> Coreset:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
             soft = file.get_tensor("soft_labels").clone() if "soft_labels" in file.keys() else None  # noqa: SIM118
-        coreset = Coreset(images, labels, *_facts(facts), soft)
+        told = {name: value for name, value in facts.items() if name not in (*OWN_KEYS, inputs.CHECKSUM)}
+        coreset = Coreset(images, labels, *_facts(facts), soft, told)
         if wrong := problem(coreset):
             raise ValueError(wrong)
         return coreset
@@ -148,7 +213,7 @@ def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...],
 
 def problem(coreset: Coreset) -> str | None:
     """Why these things do not belong together, or None."""
-    images, labels, mean, std, classes, soft_labels = coreset
+    images, labels, mean, std, classes, soft_labels, _ = coreset
     if images.dtype != torch.float32 or images.ndim != 4 or not images.numel():
         return f"images are {images.dtype} {tuple(images.shape)}, expected float32 (m, c, h, w)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:

@@ -11,23 +11,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fbpc_ray.core import files, inputs, storage, tensor_files
+from fbpc_ray.core import drawing, files, inputs, storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import normalise, standardise
-from fbpc_ray.inference.metrics import Scores, log_mean_probability, predictive_stats, scores
+from fbpc_ray.inference.metrics import PredictiveStats, Scores, log_mean_probability, predictive_stats, scores
 from fbpc_ray.inference.uncertainty import uncertainty
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMAT = "1"
 BATCH = 500
@@ -70,9 +73,17 @@ class Prediction(NamedTuple):
 
     def scores(self, labels: Tensor | np.ndarray) -> Scores:
         """accuracy, nll, ece and brier against the true `labels` (n,)."""
+        return scores(self.stats(labels))
+
+    def stats(self, labels: Tensor | np.ndarray) -> PredictiveStats:
+        """Return the sums over images behind `scores`, among them those of the reliability diagram's bins."""
         if len(labels) != len(self.probabilities):
             raise UserError(f"{len(labels)} labels for {len(self.probabilities)} images: they must be as many")
-        return scores(predictive_stats(self.probabilities.log(), torch.as_tensor(labels)))
+        return predictive_stats(self.probabilities.log(), torch.as_tensor(labels))
+
+    def plot(self, labels: Tensor | np.ndarray | None = None, title: str = "") -> "Image.Image":
+        """Draw the reliability diagram against the true `labels` (n,), or without them the uncertainties."""
+        return drawing.draw(self, labels=labels, title=title)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """A session: a configuration with its data set, networks, expert stores and steps."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.signals import Interruption
@@ -64,7 +67,11 @@ class Session:
     def coreset(self, state: State) -> Coreset:
         """Return the pseudocoreset of `state`."""
         data = self.dataset
-        return Coreset(coreset_images(state), self.labels, data.mean, data.std, data.classes, state.soft_labels)
+        facts = {
+            "method": self.config.distillation.method, "data": data.name, "step": str(state.step),
+            "fingerprint": data.fingerprint, "settings": json.dumps(coreset_settings(self.config)),
+        }  # fmt: skip
+        return Coreset(coreset_images(state), self.labels, data.mean, data.std, data.classes, state.soft_labels, facts)
 
     def train_experts(self, workers: TaskRunner, log: Log) -> None:
         """Train the trajectories that are missing; none for a method without experts."""
@@ -84,6 +91,23 @@ class Session:
         workers.start_workers(self.worker_group())
         yield from distill_steps(self.config.distillation, self.config.networks.architectures, state, workers)
         workers.stop_workers()
+
+
+def coreset_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that a coreset's metadata keeps, which `api.posterior` and `api.evaluate` begin with.
+
+    These are preset, networks, and the settings of chains that differ from the defaults.
+    """
+    n, defaults = config.networks, Evaluation()
+    preset, _ = start_of(config)
+    chains = {
+        name: value for name, value in asdict(config.evaluation).items()
+        if name.startswith("chain_") and value != getattr(defaults, name)
+    }  # fmt: skip
+    return {
+        **({"preset": preset} if preset else {}),
+        "architectures": list(n.architectures), "width": n.width, "depth": n.depth, "augment": n.augment, **chains,
+    }  # fmt: skip
 
 
 def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Session:

@@ -1,6 +1,6 @@
 """Image grids of a pseudocoreset: one with titles and class names, and one of bare tiles for MLflow.
 
-This file and charts.py alone import matplotlib, and only its objects (Figure, Agg): pyplot has global state and needs a
+This file and charts/ alone import matplotlib, and only its objects (Figure, Agg): pyplot has global state and needs a
 backend, which a tool without a screen should not.
 """
 
@@ -19,6 +19,8 @@ from matplotlib.ft2font import FT2Font
 from fbpc_ray.core import files
 from fbpc_ray.core.storage import Place
 
+PICTURED = (1, 3)
+"""Numbers of channels that can be drawn."""
 DPI = 150
 # All lengths are whole pixels, so that every pixel of an image is a square of the same size.
 TILE = 100  # side of an image, about
@@ -41,7 +43,19 @@ def coreset_grid(
     max_per_class: int = 10,
     max_classes: int = 20,
 ) -> None:
-    """Write a PNG of the images.
+    """Write a PNG of the images, as `coreset_png` draws them. Raises OSError if `path` can't be written."""
+    files.write_bytes(path, coreset_png(images, labels, classes, title, max_per_class, max_classes))
+
+
+def coreset_png(
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    title: str = "",
+    max_per_class: int = 10,
+    max_classes: int = 20,
+) -> bytes:
+    """Draw the images as a PNG.
 
     One image a class gives a compact grid with the name of the class above each image; more give one row a class with
     its name at the left. Pixels stay sharp, one channel is grey, and long names are cut. Classes beyond `max_classes`
@@ -51,7 +65,7 @@ def coreset_grid(
         images: (m, c, h, w) uint8 with c 1 or 3.
         labels: (m,) integers, indices into `classes`.
 
-    Raises ValueError for other shapes, and OSError if `path` can't be written.
+    Raises ValueError for other shapes.
     """
     tiles, rows = _tiles(images, labels), _rows(labels, max_per_class, max_classes)
     factor = max(1, round(TILE / max(images.shape[2:])))
@@ -87,7 +101,7 @@ def coreset_grid(
             texts.append((x - step[0] + width / 2, y - NAME_LINE / 2, name, NAME, "center", "center"))
         else:
             texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
-    files.write_bytes(path, _png(sheet, texts))
+    return _png(sheet, texts)
 
 
 def coreset_over_time(
@@ -156,7 +170,7 @@ def coreset_array(
 
 def _tiles(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(m, c, h, w) uint8 -> (m, h, w, 3) uint8."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8 or len(images) == 0:
+    if images.ndim != 4 or images.shape[1] not in PICTURED or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (m, 1 or 3, h, w) uint8 with m > 0, not {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be ({len(images)},), one for each image, not {labels.shape}")

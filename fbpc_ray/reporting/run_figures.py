@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fbpc_ray.core.storage import Place
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.reporting import charts, image_grids
+from fbpc_ray.reporting import image_grids
+from fbpc_ray.reporting.charts import steps
 
 FOLLOWED = 10
 """Number of images shown over the steps, the first of each class."""
@@ -66,11 +67,11 @@ def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
             shown = (
                 unit if unit != NATS or method.startswith(("fbpc", "vbpc")) else ""
             )  # of weights: in units of their own
-            courses.append(charts.Course(title, shown, lines, title == MAP))
+            courses.append(steps.Course(title, shown, lines, title == MAP))
     if not courses:
         return 0
-    charts.over_steps(courses, path, f"{method} over the steps")
-    return charts.window_of(max(len(steps) for each in courses for _, steps, _, _ in each.lines))
+    steps.over_steps(courses, path, f"{method} over the steps")
+    return steps.window_of(max(len(steps) for each in courses for _, steps, _, _ in each.lines))
 
 
 def _points(

@@ -15,7 +15,8 @@ from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation, evaluate
 from fbpc_ray.execution.session import Session, cpu_threads
-from fbpc_ray.reporting import charts, image_grids, run_figures
+from fbpc_ray.reporting import image_grids, run_figures
+from fbpc_ray.reporting.charts import reliability
 from fbpc_ray.tracking import run_logging
 from fbpc_ray.tracking.protocol import Tracker
 
@@ -52,9 +53,7 @@ def _write_coresets(live: LiveRun, state: State) -> dict[str, coreset.Coreset]:
     """Write the distilled coreset and the random one that it began as; return both by name."""
     session, run, method = live.session, live.run, live.session.config.distillation.method
     coresets = {"random": session.coreset(session.initial[0]), method: session.coreset(state)}
-    facts = {
-        "method": method, "data": session.dataset.name, "step": str(state.step), "commit": live.provenance.commit,
-    }  # fmt: skip
+    facts = {"commit": live.provenance.commit}
     coreset.save(coresets[method], run.coreset_path, facts)
     coreset.save(coresets["random"], run.random_path, {**facts, "method": "random", "step": "0"})
     return coresets
@@ -78,7 +77,7 @@ def draw_reliability(scored: EvaluationResult, path: Any, images: int) -> None:
     """Draw confidence against accuracy of every coreset and architecture on `images`, all chains together."""
     if scored.stats:
         panels = {f"{name} on {network}": stats for (name, network), stats in scored.stats.items()}
-        charts.reliability(panels, path, images=images)
+        reliability.reliability_diagram(panels, path, images=images)
 
 
 def pixels_of(state: State, dataset: Dataset) -> np.ndarray:

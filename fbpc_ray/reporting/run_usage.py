@@ -34,7 +34,7 @@ SOFT = [
 REMOTE = """from fbpc_ray.core.storage import place
 from fbpc_ray.data import coreset
 
-images, labels, mean, std, classes, soft_labels = coreset.load(place({path!r}))
+images, labels, mean, std, classes, soft_labels = coreset.load(place({path!r}))[:6]
 # images: {shape} float32, normalised by channel: pixels in 0..1 are images * std + mean
 # labels: ({count},) int64, indices into classes"""
 

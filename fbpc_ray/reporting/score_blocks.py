@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.evaluation.diagnostics import MIXED, Mixing
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, QUANTITIES, ChainScore, finite, select, unique, values_of
-from fbpc_ray.reporting import charts
+from fbpc_ray.reporting.charts import comparison
 from fbpc_ray.reporting.document import Block, Picture, Table, Text
 from fbpc_ray.reporting.run_pictures import png_of
 from fbpc_ray.reporting.run_reader import EndedRun
@@ -158,7 +158,7 @@ def _bars(series: Sequence[Series], architectures: Sequence[str], quantity: str)
     if not values:
         return []
     names, title = [one.name for one in series], f"{label} by network"
-    png = png_of(lambda path: charts.bars(names, architectures, values, {}, label, title, path))
+    png = png_of(lambda path: comparison.bars(names, architectures, values, {}, label, title, path))
     better = "higher" if quantity == "accuracy" else "lower"
     return [Picture(png, f"00-{quantity}", f"{label}, {better} is better; lines are one standard deviation.")]
 
@@ -192,23 +192,23 @@ def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
     panels = [(PRINTED[quantity].label, _lines(points)) for quantity, points in scored.items()]
     panels = [(name, lines) for name, lines in (*panels, ("seconds a step", _lines(by_ipc))) if lines]
     if panels:
-        png = png_of(lambda path: charts.curves(panels, "images a class", path))
+        png = png_of(lambda path: comparison.curves(panels, "images a class", path))
         caption = "Against the number of images a class: means, and standard deviations over networks and chains."
         blocks.append(Picture(png, "00-by-ipc", caption))
     if lines := _lines(by_networks):
-        png = png_of(lambda path: charts.curves([("seconds a step", lines)], "networks distilled on", path))
+        png = png_of(lambda path: comparison.curves([("seconds a step", lines)], "networks distilled on", path))
         blocks.append(Picture(png, "00-by-networks", "What a step costs (median), against the number of networks."))
     return blocks
 
 
-def _lines(points: Sequence[Point]) -> list[charts.Curve]:
+def _lines(points: Sequence[Point]) -> list[comparison.Curve]:
     """Make a curve for each label that has more than one x, with the mean of points of the same x."""
     by_label: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for label, x, value in points:
         if value is not None:
             by_label.setdefault(label, {}).setdefault(x, []).append(value)
     return [
-        charts.Curve(label, [(x, *_mean_of(by_x[x])) for x in sorted(by_x)])
+        comparison.Curve(label, [(x, *_mean_of(by_x[x])) for x in sorted(by_x)])
         for label, by_x in by_label.items()
         if len(by_x) > 1
     ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.tables import markdown_table
-from fbpc_ray.reporting.charts import Curve, bars, curves
+from fbpc_ray.reporting.charts.comparison import Curve, bars, curves
 from fbpc_ray.reproduction.paper import PAPER, Value
 from fbpc_ray.reproduction.tables import TABLES, Request
 

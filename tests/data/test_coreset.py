@@ -76,6 +76,28 @@ def test_more_images_than_a_class_has_are_refused():
         balanced(labels.float(), 1, NAMES, generator(0))
 
 
+# What a reader sees
+
+
+def test_a_coreset_is_described_in_three_lines():
+    facts = {"method": "fbpc", "data": "digits", "step": "60", "settings": '{"architectures": ["a", "b"], "width": 8}'}
+    assert repr(coreset()._replace(facts=facts)).splitlines() == [
+        "Coreset of 6 images of 3 x 4 x 5, 3 classes, one class an image",
+        'classes: cat, Hündin, a "b"',
+        "distilled by fbpc, from digits, step 60, on a b, width 8",
+    ]
+    assert len(repr(coreset()).splitlines()) == 2
+
+
+def test_the_description_of_a_strangers_file_is_short_text():
+    """No line of its own, no markup, whatever the metadata says."""
+    hostile = "<b>x</b>\n" + "y" * 500
+    found = coreset()._replace(classes=(hostile, "b", "c"), facts={"method": hostile, "settings": "[1"})
+    lines = repr(found).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 100
+    assert "<b>" not in found._repr_html_() and "&lt;b&gt;" in found._repr_html_()
+
+
 # The file
 
 
@@ -104,7 +126,8 @@ def test_a_coreset_comes_back_to_the_bit(tmp_path):
     back = load(path)
     assert back.images.dtype == torch.float32 and torch.equal(back.images, saved.images)
     assert back.labels.dtype == torch.int64 and torch.equal(back.labels, saved.labels)
-    assert back[2:] == saved[2:] and all(isinstance(value, tuple) for value in back[2:5])
+    assert back[2:6] == saved[2:6] and all(isinstance(value, tuple) for value in back[2:5])
+    assert back.facts == {"commit": "abc", "ipc": "2"}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["commit"] == "abc" and file.metadata()["ipc"] == "2"

@@ -25,6 +25,7 @@ from fbpc_ray.data import coreset, coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, denormalise, normalise
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.reporting import dataset_card
 
 EXACT = ("hf", "safetensors", "pt", "npz")
 NAMES = ("cat", "Hündin / wild", 'a "b": c')
@@ -77,7 +78,7 @@ def test_a_file_of_unknown_content_and_suffix_is_refused(colour, tmp_path):
 
 
 def same(one: Coreset, other: Coreset) -> bool:
-    return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) and one[2:] == other[2:]
+    return torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) and one[2:6] == other[2:6]
 
 
 def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dict:
@@ -190,7 +191,7 @@ def test_datasets_reads_the_folder(made, colour, channels, tmp_path, monkeypatch
     made = made._replace(
         images=made.images[:, :channels].contiguous(), mean=made.mean[:channels], std=made.std[:channels]
     )
-    card = exports.card(made, "hf", Config(), {"method": "fbpc", "data": "cifar10"}, None)
+    card = dataset_card.card(made, "hf", Config(), {"method": "fbpc", "data": "cifar10"}, None)
     out = tmp_path / "set"
     coreset_formats.write(coreset_formats.files(made, "hf", {}, card), out)
     found = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
@@ -233,7 +234,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
         assert word in text
     settings = read_config(run).updated(data=f"folder:{tmp_path}/cats")
     facts = {"data": exports._short(settings.data.data)}
-    theirs = exports.card(found, "pt", settings, facts, result)
+    theirs = dataset_card.card(found, "pt", settings, facts, result)
     assert "folder:cats" in theirs
     for card in (text, theirs):
         assert str(tmp_path) not in card and str(run) not in card and settings.experts.experts not in card
@@ -254,7 +255,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
     ],
 )
 def test_the_card_says_whose_images_these_are_and_under_which_licence(run, data, licence, words):
-    card = exports.card(coreset.load(RunDirectory(run).coreset_path), "hf", read_config(run), {"data": data}, None)
+    card = dataset_card.card(coreset.load(RunDirectory(run).coreset_path), "hf", read_config(run), {"data": data}, None)
     head = yaml.safe_load(card.split("---\n", 2)[1])
     assert {name: value for name, value in head.items() if name.startswith("license")} == licence
     assert words in card.split("## Licence of the source")[1]
@@ -285,7 +286,7 @@ def test_names_in_the_card_are_text(run):
     result = RunDirectory(run).read_result()
     assert result is not None
     result |= {"device": hostile, "split": hostile, "versions": {hostile: hostile}}
-    text = exports.card(saved, "pt", read_config(run).updated(data=f"folder:{hostile}"), facts, result)
+    text = dataset_card.card(saved, "pt", read_config(run).updated(data=f"folder:{hostile}"), facts, result)
     blocks = text.split("```")
     assert len(blocks) % 2 == 1
     for line in "".join(blocks[::2]).splitlines():
@@ -335,7 +336,7 @@ def test_what_others_made_is_read(colour, kind, tmp_path):
     found = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
     assert torch.equal(found.coreset.images, normal)
     assert found.coreset.labels.tolist() == [0, 1, 2]
-    assert found.coreset[2:] == (colour.mean, colour.std, ("cat", "b", "c"), None)
+    assert found.coreset[2:6] == (colour.mean, colour.std, ("cat", "b", "c"), None)
     assert len(found.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
         assert "0..1" in found.notes[0]

@@ -90,8 +90,8 @@ def test_soft_labels_for_other_classes_are_refused(made, dataset, tmp_path):
 
 
 def test_the_card_names_the_column(made):
-    from fbpc_ray.commands.export import card
     from fbpc_ray.core.config import Config
+    from fbpc_ray.reporting.dataset_card import card
 
     text = card(made, "hf", Config(), {"method": "vbpc", "data": "cifar10"}, None)
     assert "labels were learned" in text

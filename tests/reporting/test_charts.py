@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
-from fbpc_ray.reporting import charts
+from fbpc_ray.reporting.charts import comparison, histograms, reliability, steps, style
 
 
 def stats(scale=3.0, n=400, seed=0):
@@ -26,8 +26,8 @@ def stats(scale=3.0, n=400, seed=0):
 def drawn(monkeypatch):
     """The figures that are saved, beside their files."""
     figures: list[Figure] = []
-    save = charts._save
-    monkeypatch.setattr(charts, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    for module in (comparison, histograms, reliability, steps):
+        monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), style.save(figure, path)))
     return figures
 
 
@@ -65,7 +65,7 @@ def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
     """Bars stand in their bins as high as its accuracy, dots at its mean confidence, counts below; ECE as `scores`."""
     its = stats(0.3) + stats(6.0)  # too modest where it is unsure, too sure where it is sure: gaps of both signs
     assert abs((its.bin_correct - its.bin_confidence).sum()) < 0.5 * (its.bin_correct - its.bin_confidence).abs().sum()
-    charts.reliability({"fbpc": its}, tmp_path / "r.png")
+    reliability.reliability_diagram({"fbpc": its}, tmp_path / "r.png")
     upper, lower = drawn[0].axes
     full = (its.bin_count > 0).nonzero().flatten()
     bars = [patch for patch in upper.patches if patch.get_width()]
@@ -87,7 +87,7 @@ def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
 def test_images_that_several_chains_scored_count_once(drawn, tmp_path):
     """The title's scores are those of all chains together; the bars below are the mean over the chains."""
     its = stats(0.3, n=400) + stats(6.0, n=400)
-    charts.reliability({"fbpc": its}, tmp_path / "r.png", images=400)
+    reliability.reliability_diagram({"fbpc": its}, tmp_path / "r.png", images=400)
     upper, lower = drawn[0].axes
     full = (its.bin_count > 0).nonzero().flatten()
     assert lower.get_xlabel() == "confidence (n = 400 images, mean of 2 chains)"
@@ -100,7 +100,7 @@ def test_reliability_is_readable_for_any_number_of_coresets(drawn, tmp_path, cou
     """One panel a coreset, four a row; long names are cut, `$` and `_` are no mathematics; counts share their scale."""
     names = ["random", "fbpc", "bpc-fkl_$1$ on convnet-in and resnet18-in and more", "d", "e", "f"]
     many = {name: stats(1 + i, n=300 + i, seed=i) for i, name in enumerate(names[:count])}
-    charts.reliability(many, tmp_path / "r.png", "CIFAR-10, 1 image a class, 3 chains of $m$")
+    reliability.reliability_diagram(many, tmp_path / "r.png", "CIFAR-10, 1 image a class, 3 chains of $m$")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 2 * count
     shown = [axes.get_title().split("\n")[0] for axes in drawn[0].axes if axes.get_title()]
@@ -115,7 +115,7 @@ def test_entropies_are_shares_of_their_own_images(drawn, tmp_path):
     """Two outlines, each summing to 1 though one has ten times the images; every value is counted."""
     source = np.random.default_rng(0)
     familiar, strange = source.uniform(0, 1, 2000), source.uniform(1, math.log(10), 200)
-    charts.entropy_histogram(familiar, strange, tmp_path / "h.png", "fbpc", classes=10)
+    histograms.entropy_histogram(familiar, strange, tmp_path / "h.png", "fbpc", classes=10)
     (axes,) = drawn[0].axes
     outlines = [patch for patch in axes.patches if patch.get_label().startswith(("in", "out"))]
     for outline, values in zip(outlines, (familiar, strange), strict=True):
@@ -134,7 +134,7 @@ def test_data_sets_in_deep_folders_have_short_names(drawn, tmp_path):
     """A path keeps its end, which tells it from another, and the legend stays on the sheet."""
     folder, values = "parquet:/a/folder/of/data/that/lies/deep/down", np.linspace(0, 2, 50)
     names = (f"{folder}/cifar10-jpeg", f"{folder}/tiny-imagenet-100")
-    charts.entropy_histogram(values, values[:9], tmp_path / "h.png", "fbpc", classes=10, names=names)
+    histograms.entropy_histogram(values, values[:9], tmp_path / "h.png", "fbpc", classes=10, names=names)
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0].endswith("/cifar10-jpeg (n = 50)")
     assert labels[1].endswith("/tiny-imagenet-100 (n = 9)")
@@ -144,8 +144,8 @@ def test_data_sets_in_deep_folders_have_short_names(drawn, tmp_path):
 def test_the_largest_value_is_counted_and_one_value_is_enough(drawn, tmp_path):
     """Entropies of exactly log d, or above it by rounding, and all of them 0."""
     top = np.full(5, math.log(3) * (1 + 1e-15))
-    charts.entropy_histogram(top, np.zeros(1), tmp_path / "h.png", classes=3, quantity="mutual information")
-    charts.entropy_histogram(np.zeros(4), np.zeros(2), tmp_path / "z.png")
+    histograms.entropy_histogram(top, np.zeros(1), tmp_path / "h.png", classes=3, quantity="mutual information")
+    histograms.entropy_histogram(np.zeros(4), np.zeros(2), tmp_path / "z.png")
     for figure in drawn:
         for outline in figure.axes[0].patches:
             assert outline.get_data().values.sum() == pytest.approx(1)
@@ -156,10 +156,10 @@ def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path):
     nobody = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     one = np.ones(1)
     for draw, message in (
-        (lambda path: charts.reliability({}, path), "no coreset"),
-        (lambda path: charts.reliability({"fbpc": nobody}, path), "fbpc: no example"),
-        (lambda path: charts.entropy_histogram(one[:0], one, path), "in distribution: must be .*, got 0"),
-        (lambda path: charts.entropy_histogram(one, one * np.nan, path), "out of distribution: must be .*, got 1"),
+        (lambda path: reliability.reliability_diagram({}, path), "no coreset"),
+        (lambda path: reliability.reliability_diagram({"fbpc": nobody}, path), "fbpc: no example"),
+        (lambda path: histograms.entropy_histogram(one[:0], one, path), "in distribution: must be .*, got 0"),
+        (lambda path: histograms.entropy_histogram(one, one * np.nan, path), "out of distribution: must be .*, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(tmp_path / "no.png")
@@ -174,7 +174,7 @@ def test_colours_are_told_apart_by_colour_blind_people():
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     )
     colours = [
-        np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2 for code in (charts.BLUE, charts.ORANGE)
+        np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)]) ** 2.2 for code in (style.BLUE, style.ORANGE)
     ]
     for matrix in matrices:
         a, b = (np.clip(np.array(matrix) @ colour, 0, 1) ** (1 / 2.2) for colour in colours)
@@ -185,21 +185,21 @@ def test_colours_are_told_apart_by_colour_blind_people():
 @pytest.mark.parametrize("networks", [1, 4, 9])
 def test_the_course_of_a_run_is_readable(drawn, tmp_path, points, networks):
     """Whatever the number of steps, and with many networks of long names; the lines are the values."""
-    steps, rng = list(range(1, points + 1)), np.random.default_rng(0)
+    at, rng = list(range(1, points + 1)), np.random.default_rng(0)
     names = [f"mypackage.networks:build_{index}" if networks > 4 else f"convnet-{index}" for index in range(networks)]
     values = {name: (1e3 * rng.random(points)).tolist() for name in names}
-    lines = [(name, steps, values[name], False) for name in names]
-    courses = [charts.Course(f"quantity {i}", "nats an image", lines, counts=i == 2) for i in range(3)]
-    charts.over_steps(courses, tmp_path / "c.png", "a title of some length, as runs have them, over the steps")
+    lines = [(name, at, values[name], False) for name in names]
+    courses = [steps.Course(f"quantity {i}", "nats an image", lines, counts=i == 2) for i in range(3)]
+    steps.over_steps(courses, tmp_path / "c.png", "a title of some length, as runs have them, over the steps")
     assert_readable(drawn[0])
     first = drawn[0].axes[0].lines
     raw = [line for line in first if len(line.get_xdata()) == points]
     assert [list(np.asarray(line.get_ydata())) for line in raw][:networks] == list(values.values())
-    window = charts.window_of(points)
+    window = steps.window_of(points)
     if window > 1:
         mean = next(line for line in first if len(line.get_xdata()) == points - window + 1)
         assert np.asarray(mean.get_ydata())[0] == pytest.approx(np.mean(values[names[0]][:window]))
-        assert np.asarray(mean.get_xdata())[0] == pytest.approx(np.mean(steps[:window]))
+        assert np.asarray(mean.get_xdata())[0] == pytest.approx(np.mean(at[:window]))
     colours = {line.get_color() for line in first}
     assert len(colours) == min(networks, 7)
 
@@ -210,7 +210,7 @@ def test_bars_have_room_for_their_names(drawn, tmp_path, names, groups):
     labels = [f"fbpc-isotropic ({chr(65 + index)})" for index in range(names)]
     networks = [f"convnet-gn-{index}" for index in range(groups)]
     values = {(label, network): (50.0, 1.0) for label in labels for network in networks}
-    charts.bars(labels, networks, values, {}, "accuracy %", "accuracy % by network", tmp_path / "b.png")
+    comparison.bars(labels, networks, values, {}, "accuracy %", "accuracy % by network", tmp_path / "b.png")
     assert_readable(drawn[0])
 
 
@@ -219,12 +219,14 @@ def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
     """Against ipc 1, 10, 50; the paper's values as diamonds, long labels, a long title that is broken."""
     points = [(1.0, 20.0, 1.0), (10.0, 40.0, 2.0), (50.0, 60.0, 0.0)]
     curves = [
-        charts.Curve(f"FBPC-isotropic, Tiny-{index}", [(x, y + index, s) for x, y, s in points], [(10, 45.0 + index)])
+        comparison.Curve(
+            f"FBPC-isotropic, Tiny-{index}", [(x, y + index, s) for x, y, s in points], [(10, 45.0 + index)]
+        )
         for index in range(lines)
     ]
     shown = [(f"quantity {index}", curves) for index in range(panels)]
     title = "Table 2: test accuracy and NLL, CIFAR100 and Tiny-ImageNet, and more words (small\u00a0scale)"
-    charts.curves(shown, "images a class", tmp_path / "c.png", title)
+    comparison.curves(shown, "images a class", tmp_path / "c.png", title)
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == panels
     for axes in drawn[0].axes:
@@ -238,9 +240,9 @@ def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
 
 def test_curves_of_many_sizes_leave_out_names_without_room(drawn, tmp_path):
     points = [(float(x), float(x), 0.0) for x in (1, 2, 9, 10, 49, 50)]
-    charts.curves([("accuracy %", [charts.Curve("fbpc", points)])], "images a class", tmp_path / "c.png")
+    comparison.curves([("accuracy %", [comparison.Curve("fbpc", points)])], "images a class", tmp_path / "c.png")
     assert_readable(drawn[0])
     names = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
     assert names == ["1", "2", "10", "50"]
     with pytest.raises(ValueError, match="no values"):
-        charts.curves([("accuracy %", [])], "images a class", tmp_path / "no.png")
+        comparison.curves([("accuracy %", [])], "images a class", tmp_path / "no.png")

@@ -1,0 +1,1 @@
+"""Charts: reliability diagrams, histograms, comparisons of coresets, metrics over the steps."""
