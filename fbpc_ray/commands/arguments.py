@@ -149,7 +149,8 @@ class ReproduceArguments:
     """Make a table or figure of the paper from scratch; run the same command again to continue."""
 
     table: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TABLE")]
-    """table1 | table2 | table3 | table5 | table6 | table7 | table8 | table9 | table10 | fig2a | fig2b | fig3."""
+    """table1 | table2 | table3 | table5 | table6 | table7 | table8 | table9 | table10 | fig2a | fig2b | fig3 |
+    grid | grid-cifar100 (every method by every --inference; not of the paper)."""
     scale: Literal["paper", "small"] = "small"
     """paper: its sizes, for a GPU; small: width 32, 5 experts of 6 epochs, at most 300 steps, for two CPU cores."""
     cifar10: str = "cifar10"

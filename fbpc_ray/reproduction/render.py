@@ -27,6 +27,8 @@ class Quantity(NamedTuple):
 SHOWN = {
     "accuracy": Quantity("accuracy %", 100, 1),
     "nll": Quantity("NLL", 1, 2),
+    "ece": Quantity("ECE", 1, 3),
+    "brier": Quantity("Brier", 1, 3),
     "degradation": Quantity("degradation %", 100, 1),
     "peak_gb": Quantity("peak GB", 1, 3),
     "seconds": Quantity("seconds", 1, 2),

@@ -1,4 +1,4 @@
-"""Tables and figures of the paper as lists of cells: a coreset, and the network that evaluates it."""
+"""Tables and figures of the paper, and the grid, as cells: a coreset, and the network that judges it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.distillation import network_pool
+from fbpc_ray.reproduction import grid
 
 METHODS = {
     "Random": "random",
@@ -22,6 +24,7 @@ NORMS = {"IN": "convnet-in", "GN": "convnet-gn", "LN": "convnet-ln", "BN": "conv
 NETWORKS = {"ConvNet": "convnet-in", "ResNet18": "resnet18-in", "ResNet34": "resnet34-in", "VGG": "vgg11-in",
             "AlexNet": "alexnet", "LeNet": "lenet"}  # fmt: skip
 DATA = {"CIFAR10": "cifar10", "CIFAR100": "cifar100", "Tiny-ImageNet": "tiny-imagenet"}
+CLASSES = {"cifar10": 10, "cifar100": 100}
 CONVNET = ("convnet-in",)
 
 
@@ -100,7 +103,9 @@ def _config(
     row = ipc if ipc in (1, 10, 50) else 1 if ipc < 10 else 10 if ipc < 50 else 50
     config = with_method(preset(f"{data}-ipc{row}").updated(ipc=ipc), method, ipc)
     changes = request.scale.changes | request.overrides
-    if request.scale.most_steps:
+    if method in network_pool.METHODS:  # they need no experts, and their cheap steps stay as they are
+        changes = {name: value for name, value in changes.items() if name != "real_batch_size"} | request.overrides
+    elif request.scale.most_steps:
         flat = config.flat() | changes
         steps, last = min(flat["steps"], request.scale.most_steps), max(1, flat["expert_epochs"] - 1)
         changes = {"steps": steps, "start_epoch": min(flat["start_epoch"], last)} | changes
@@ -198,7 +203,18 @@ def _fig3(request: Request) -> list[Cell]:
     return [Cell("FBPC", "", _config(request, "cifar10", request.ipc[0] if request.ipc else 1, "fbpc"), CONVNET[0])]
 
 
+def _grid(request: Request, data: str, sizes: tuple[int, ...]) -> list[Cell]:
+    return [
+        Cell(row, f"ipc {ipc}, {column}", grid.judged_by(config, column, CLASSES[data]), CONVNET[0])
+        for ipc in sizes
+        for row, (method, changes) in grid.CORESETS.items()
+        for config in [_config(request, data, ipc, method).updated(**changes)]
+        for column in grid.INFERENCES
+    ]
+
+
 SCORES = ("accuracy", "nll")
+ALL_SCORES = ("accuracy", "nll", "ece", "brier")
 TABLES: dict[str, Table] = {
     "table1": Table("Table 1: test accuracy and NLL, CIFAR10", "scores", SCORES, _table1),
     "table2": Table("Table 2: test accuracy and NLL, CIFAR100 and Tiny-ImageNet", "scores", SCORES, _table2),
@@ -211,6 +227,10 @@ TABLES: dict[str, Table] = {
     "table10": Table("Table 10: with and without DSA", "scores", SCORES, _table10),
     "fig2a": Table("Fig. 2a: distilled on one or four norms, judged on each", "scores", SCORES, _fig2a),
     "fig2b": Table("Fig. 2b: function values at one image, over networks", "logits", ("logit",), _fig2b),
+    "grid": Table("Coresets and inference, CIFAR10", "scores", ALL_SCORES, lambda r: _grid(r, "cifar10", r.all_ipc)),
+    "grid-cifar100": Table(
+        "Coresets and inference, CIFAR100", "scores", ALL_SCORES, lambda r: _grid(r, "cifar100", r.ipc or (1,))
+    ),
     "fig3": Table("Fig. 3: the pseudocoreset", "picture", (), _fig3),
 }
 
