@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import from_numpy
 
-from fbpc_ray.commands import planning
+from fbpc_ray.commands import planning, summary
 from fbpc_ray.core import config as configuration
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Sweep, read_config
@@ -62,11 +62,15 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         run.remove_leftovers()
         result, uri = _distill(session, run, resume)
     files.write_output(json, result)
-    log(f"\n{results.table(results.from_json(result['coresets']))}\n")
+    scores = results.from_json(result["coresets"])
+    log(f"\n{results.table(scores)}\n")
+    if text := summary.describe(scores, len(session.dataset.classes), len(session.dataset.test.labels)):
+        log(f"{text}\n")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
     if uri:
         log(f"MLflow:  {ui_command(uri)}")
+    log(summary.next_steps(run.folder))
 
 
 def print_config(config: Config, sizes: SizeRequest | None) -> None:

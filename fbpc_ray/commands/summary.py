@@ -1,0 +1,55 @@
+"""What a run has shown, in sentences: how good its images are beside random ones, and what to do next."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbpc_ray.core.storage import Place
+from fbpc_ray.evaluation.results import ChainScore, mean_scores, select, unique
+
+FAQ = "docs/faq.md#it-is-worse-than-random-images"
+
+
+def describe(scores: Sequence[ChainScore], classes: int, test_images: int) -> str:
+    """Compare the accuracy of the distilled and of the random images, means over networks and chains.
+
+    Returns "" for a run that distilled nothing, or whose chains all diverged.
+    """
+    means = {name: mean_scores(select(scores, name)) for name in unique(score.coreset for score in scores)}
+    names = [name for name in means if name != "random"]
+    if not names or not all("accuracy" in values for values in means.values()) or "random" not in means:
+        return ""
+    distilled, random = means[names[0]], means["random"]
+    ours, theirs = distilled["accuracy"], random["accuracy"]
+    line = (
+        f"{names[0]}: {100 * ours:.1f} % of {test_images:,} test images right; as many random real images: "
+        f"{100 * theirs:.1f} %; guessing: {100 / classes:.1f} %"
+    )
+    return f"{line}\n{_verdict(ours, theirs, test_images)}"
+
+
+def _verdict(ours: float, theirs: float, test_images: int) -> str:
+    points = 100 * (ours - theirs)
+    error = 200 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / max(1, test_images))
+    if abs(points) <= error:
+        return f"no clear difference: on so few test images up to {error:.0f} points may be chance"
+    if points > 0:
+        return f"the distilled images are {points:.0f} points better than random ones"
+    return f"the distilled images are {-points:.0f} points WORSE than random ones: see {FAQ}"
+
+
+def next_steps(run: Place) -> str:
+    """Return the commands that a user may want after a run."""
+    path = shlex.quote(str(_short(run)))
+    return (
+        f"next:    fbpc report {path}  # a page: pictures, curves, settings\n"
+        f"         fbpc export {path} --format hf  # the images for other programs"
+    )
+
+
+def _short(run: Place) -> Place | Path:
+    """Return the path as the current folder sees it, where it lies below."""
+    if isinstance(run, Path) and run.is_relative_to(Path.cwd()):
+        return run.relative_to(Path.cwd())
+    return run

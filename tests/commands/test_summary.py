@@ -1,0 +1,45 @@
+"""The sentences at the end of a run."""
+
+import pytest
+
+from fbpc_ray.commands import summary
+from fbpc_ray.evaluation.results import ChainScore
+
+
+def scores(**accuracies):
+    return [
+        ChainScore(
+            name, "convnet-in", seed, None if value is None else {"accuracy": value, "nll": 1, "ece": 1, "brier": 1}
+        )
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    "ours, images, verdict",
+    [
+        # Two standard errors of .4 against .2 are 200 sqrt((.24 + .16) / n): 18.3 points at 48 images, 13 at 100.
+        (0.4, 48, "the distilled images are 20 points better than random ones"),
+        (0.4, 36, "no clear difference: on so few test images up to 21 points may be chance"),
+        (0.2, 10**6, "no clear difference: on so few test images up to 0 points may be chance"),
+        (0.1, 1000, "the distilled images are 10 points WORSE than random ones: see docs/faq.md#"),
+    ],
+)
+def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images, verdict):
+    text = summary.describe(scores(random=[0.1, 0.3], fbpc=[ours, ours]), 3, images)
+    first, second = text.splitlines()
+    right = f"fbpc: {100 * ours:.1f} % of {images:,} test images right"
+    assert first == f"{right}; as many random real images: 20.0 %; guessing: 33.3 %"
+    assert second.startswith(verdict)
+
+
+@pytest.mark.parametrize("accuracies", [{"random": [0.1]}, {"random": [0.1], "fbpc": [None]}, {"fbpc": [0.5]}])
+def test_nothing_is_compared_where_there_is_nothing_to_compare(accuracies):
+    assert summary.describe(scores(**accuracies), 3, 100) == ""
+
+
+def test_the_next_commands_name_the_run_as_a_shell_takes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "fbpc report 'runs/a b'  #" in summary.next_steps(tmp_path / "runs" / "a b")
+    assert "fbpc export /elsewhere --format hf" in summary.next_steps(tmp_path.parents[-1] / "elsewhere")
