@@ -1,14 +1,20 @@
 """`fbpc experts`: train the expert trajectories that are missing."""
 
+from dataclasses import fields
+
 from fbpc_ray.commands import planning
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.progress import log, resume_hint
+from fbpc_ray.core.settings import Experts, Networks
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import open_backend
 from fbpc_ray.execution.sizing import open_sized_session
+
+SHOWN = {field.name for group in (Networks, Experts) for field in fields(group)}
+"""Settings of the experts."""
 
 
 def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: str) -> None:
@@ -16,7 +22,7 @@ def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: s
     config = validation.canonical(config)
     if sizes is None:
         validation.check(config.updated(start_epoch=0, start_rule="from"))
-    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log)
+    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log, SHOWN)
     config = session.config
     if dry_run:
         planning.describe(session, parts=("experts",))

@@ -23,8 +23,9 @@ PROCESS_BYTES = 5e8
 """Memory of a process that has torch loaded."""
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 FILES = (
-    "config.json, result.json, metrics.parquet, checkpoint/, coreset/coreset.safetensors, coreset/random.safetensors, "
-    "pictures (before.png, coreset.png, over-time.png, course.png, reliability.png)"
+    "config.json, result.json, metrics.parquet, checkpoint/",
+    "coreset/coreset.safetensors, coreset/random.safetensors",
+    "before.png, coreset.png, over-time.png, course.png, reliability.png",
 )
 
 
@@ -179,7 +180,9 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
 
 def _describe_files(session: Session, run: Place) -> None:
     out = session.config.output
-    log(f"\nfiles    {run}/\n         {FILES}")
+    log(f"\nfiles    {run}/")
+    for line in FILES:
+        log(f"         {line}")
     if session.stores:
         log(f"         experts: {_folder(session)}")
     if out.tracking:

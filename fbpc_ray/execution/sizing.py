@@ -1,6 +1,7 @@
 """Choose the sizes of a run once its data is known (core/sizes.py), and log them."""
 
 import os
+from collections.abc import Collection
 
 from fbpc_ray.core import presets, sizes
 from fbpc_ray.core.config import Config
@@ -14,17 +15,25 @@ from fbpc_ray.execution.session import Session, load_data, open_session
 from fbpc_ray.execution.timing import measure
 
 
-def open_sized_session(config: Config, request: SizeRequest | None, log: Log) -> Session:
-    """Load the data set, choose the sizes that `request` asks for, and open a session. Raises UserError."""
+def open_sized_session(
+    config: Config, request: SizeRequest | None, log: Log, shown: Collection[str] | None = None
+) -> Session:
+    """Load the data set, choose the sizes that `request` asks for, and open a session. Raises UserError.
+
+    Args:
+        shown: settings that the table may have; None: all.
+    """
     if request is None:
         return open_session(config, log)
     dataset = load_data(config, log)
-    config = with_sizes(config, dataset, request, log)
+    config = with_sizes(config, dataset, request, log, shown)
     validation.check(config)
     return open_session(config, log, dataset)
 
 
-def with_sizes(config: Config, dataset: Dataset, request: SizeRequest | None, log: Log) -> Config:
+def with_sizes(
+    config: Config, dataset: Dataset, request: SizeRequest | None, log: Log, shown: Collection[str] | None = None
+) -> Config:
     """Return `config` with the settings that `request` leaves to the choice; log their table."""
     if request is None:
         return config
@@ -40,7 +49,8 @@ def with_sizes(config: Config, dataset: Dataset, request: SizeRequest | None, lo
         ipc, method = str(config.distillation.ipc), config.distillation.method
         paper = presets.default(config.data.data, ipc, "paper", method).flat()
         log(_heading(facts, level, "" if request.budget else name, chosen))
-        log(sizes.describe(chosen, paper) + "\n")
+        choices = {name: choice for name, choice in chosen.choices.items() if shown is None or name in shown}
+        log(sizes.describe(chosen._replace(choices=choices), paper) + "\n")
     return config.updated(**chosen.settings())
 
 

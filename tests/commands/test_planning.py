@@ -208,6 +208,8 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
     main.main(["experts", "--data", f"folder:{images}", "--backend", "serial", "--width", "8", "--dry-run"])
     text = capsys.readouterr().out
     assert re.search(r"^experts +\S.* \d+ experts to train, 0 are in ", text, re.M)
+    assert re.search(r"^expert-batch-size +4 ", text, re.M)
+    assert not re.search(r"^(alpha|steps|chain-epochs) ", text, re.M)
     assert "chains  " not in text
     main.main(["evaluate", str(finished_run), "--backend", "serial", "--chain-epochs", "30", "--dry-run"])
     text = capsys.readouterr().out

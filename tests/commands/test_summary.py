@@ -8,9 +8,7 @@ from fbpc_ray.evaluation.results import ChainScore
 
 def scores(**accuracies):
     return [
-        ChainScore(
-            name, "convnet-in", seed, None if value is None else {"accuracy": value, "nll": 1, "ece": 1, "brier": 1}
-        )
+        ChainScore(name, "convnet-in", seed, value and {"accuracy": value, "nll": 1.0, "ece": 1.0, "brier": 1.0})
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
