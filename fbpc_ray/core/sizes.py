@@ -47,9 +47,9 @@ class Rung(NamedTuple):
 
 LADDER = (
     Rung(16, 2, 100, 16, 30, 2, 200),
-    Rung(16, 3, 150, 32, 60, 3, 300),
-    Rung(32, 3, 150, 32, 60, 3, 500),
-    Rung(32, 5, 200, 32, 100, 3, 500),
+    Rung(16, 3, 120, 32, 60, 3, 300),
+    Rung(32, 3, 120, 32, 60, 3, 500),
+    Rung(32, 5, 150, 32, 100, 3, 500),
     Rung(32, 5, 300, 64, 150, 3, 1000),
     Rung(64, 5, 600, 64, 200, 3, 1000),
     Rung(64, 10, 1000, 128, 300, 3, 1000),
@@ -239,8 +239,8 @@ def training(facts: Facts, rung: Rung, device: str) -> Training:
 
 
 def start_epoch(facts: Facts, epochs: int, per_epoch: int) -> int:
-    """Return T: a quarter of the epochs, or half from 10 images a class on, after 50 SGD steps where that is half."""
-    learned = min(-(-50 // per_epoch), epochs // 2)
+    """Return T: a quarter of the epochs, or half from 10 images a class on, after 30 SGD steps where that is half."""
+    learned = min(-(-30 // per_epoch), epochs // 2)
     return facts.given.get("start_epoch", max(1, learned, round(epochs / (2 if facts.ipc >= 10 else 4))))
 
 

@@ -5,7 +5,7 @@ import math
 from fbpc_ray.distillation.expert_training import short_training_note
 from fbpc_ray.execution.session import Session, num_steps
 
-FEW_SGD_STEPS = 40
+FEW_SGD_STEPS = 25
 """SGD steps at --start-epoch below which experts hardly differ from their initialisation."""
 WIDE_ERROR = 3.0
 """Points of accuracy that a test set is right to, above which a note says so."""
