@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.reporting.charts.comparison import Curve, bars, curves
+from fbpc_ray.reporting.charts.scatter import scatter
 from fbpc_ray.reproduction.paper import PAPER, Value
 from fbpc_ray.reproduction.tables import TABLES, Request
 
@@ -119,7 +120,10 @@ def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
 
 
 def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
-    """Draw the table's first quantity as bars, the paper's values as marks."""
+    """Draw the table's first quantity as bars, the paper's values as marks; of a grid, accuracy against ECE."""
+    if table.startswith("grid"):
+        scatter(_plane(rows), SHOWN["accuracy"].label, SHOWN["ece"].label, _title(table, scale), path)
+        return
     quantity = TABLES[table].quantities[0]
     shown, paper = SHOWN[quantity], PAPER.get(table, {})
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
@@ -133,6 +137,17 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
         _title(table, scale),
         path,
     )
+
+
+def _plane(rows: list[Row]) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
+    """Return {ipc: {(coreset, inference): (accuracy, ECE)}} of a grid, whose columns are "ipc N, inference"."""
+    panels: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
+        accuracy, ece = (summary(_cell(rows, name, column), quantity) for quantity in ("accuracy", "ece"))
+        if accuracy and ece:
+            ipc, _, inference = column.partition(", ")
+            panels.setdefault(ipc, {})[name, inference] = accuracy.mean, ece.mean
+    return panels
 
 
 def _title(table: str, scale: str) -> str:

@@ -20,7 +20,7 @@ from fbpc_ray.core.presets import preset
 from fbpc_ray.data.corruptions import CORRUPTIONS
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
-from fbpc_ray.reproduction.render import summary
+from fbpc_ray.reproduction.render import _plane, summary
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
@@ -226,6 +226,19 @@ def test_summary_by_hand():
 
 
 @pytest.mark.slow
+def test_the_figure_of_the_grid_has_accuracy_against_ece_by_ipc():
+    same = {"distill_seed": 0, "row": "VBPC"}
+    rows = [
+        {**same, "column": "ipc 1, ensemble", "accuracy": 0.25, "ece": 0.5},
+        {**same, "column": "ipc 1, ensemble", "accuracy": 0.75, "ece": 0.25},
+        {**same, "column": "ipc 10, last layer", "accuracy": 0.5, "ece": 0.125},
+        {**same, "column": "ipc 10, SGHMC", "accuracy": None, "ece": None},
+    ]
+    assert _plane(rows) == {
+        "ipc 1": {("VBPC", "ensemble"): (50.0, 0.375)}, "ipc 10": {("VBPC", "last layer"): (50.0, 0.125)}
+    }  # fmt: skip
+
+
 def test_cost_is_measured_in_its_own_process(tmp_path):
     """A hundred times the images take more memory and time; parameters are the network's.
 

@@ -1,1 +1,1 @@
-"""Charts: reliability diagrams, histograms, comparisons of coresets, metrics over the steps."""
+"""Charts: reliability diagrams, histograms, comparisons of coresets, points, metrics over the steps."""
