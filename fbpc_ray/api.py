@@ -39,7 +39,7 @@ from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation import evaluate as scoring
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
-from fbpc_ray.execution import validation
+from fbpc_ray.execution import memory_estimate, validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import network_specs, open_backend, open_session
 from fbpc_ray.execution.sizing import with_sizes
@@ -213,6 +213,7 @@ def posterior(
     chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
+    memory_estimate.check(chosen, [spec], ["evaluation"], coreset=len(coreset.labels))
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
     e, samples = chosen.evaluation, []
@@ -272,6 +273,7 @@ def evaluate(
     source = source._replace(mean=coreset.mean, std=coreset.std)
     with open_backend(chosen, Interruption(()), log) as workers:
         specs = network_specs(chosen, coreset)
+        memory_estimate.check(chosen, specs, ["evaluation"], coreset=len(coreset.labels))
         return scoring.evaluate({"coreset": coreset}, specs, source, split, chosen, workers, log).to_json()["coresets"][
             "coreset"
         ]

@@ -20,7 +20,7 @@ from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation import results, tune_chain
 from fbpc_ray.evaluation.chains import ood_split
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
-from fbpc_ray.execution import validation
+from fbpc_ray.execution import memory_estimate, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
@@ -106,7 +106,9 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
         "random": coreset.load(run.random_path), config.distillation.method: coreset.load(run.coreset_path)
     }  # fmt: skip
     dataset = load_data(config, log)
-    session = Session(config, dataset, network_specs(config, dataset), [])
+    specs, m = network_specs(config, dataset), max(len(each.labels) for each in coresets.values())
+    memory_estimate.check(config, specs, ["evaluation"], coreset=m)
+    session = Session(config, dataset, specs, [])
     for name, each in coresets.items():
         if tuple(each.images.shape[1:]) != dataset.image_shape or each.classes != dataset.classes:
             raise UserError(

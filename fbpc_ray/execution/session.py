@@ -29,6 +29,7 @@ from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
 from fbpc_ray.distillation.state import State, coreset_images, gradient_tasks, initial_state, with_soft_labels
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
+from fbpc_ray.execution import memory_estimate
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import checks, functional
 from fbpc_ray.models import compiler as compiling
@@ -117,8 +118,16 @@ def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Se
     """
     dataset = load_data(config, log) if dataset is None else dataset
     specs = network_specs(config, dataset)
+    check_memory(config, dataset, specs)
     stores = [expert_store(config, dataset, spec) for spec in specs] if uses_experts(config) else []
     return Session(config, dataset, specs, stores)
+
+
+def check_memory(config: Config, dataset: Dataset, specs: Sequence[Spec]) -> None:
+    """Raise UserError if a run cannot fit into this machine's memory."""
+    images, m = len(dataset.train.labels), config.distillation.ipc * len(dataset.classes)
+    phases = ["experts"] * uses_experts(config) + ["distillation"] * bool(num_steps(config)) + ["evaluation"]
+    memory_estimate.check(config, specs, phases, images=images, coreset=min(m, images))
 
 
 def num_steps(config: Config) -> int:
@@ -146,11 +155,12 @@ def load_data(config: Config, log: Log) -> Dataset:
 def network_specs(config: Config, dataset: Dataset | Coreset) -> list[Spec]:
     """Specify one network per architecture, for the images and classes of `dataset`.
 
-    Builds each network once. Raises UserError for one that can't be built.
+    Builds each network once. Raises UserError for one that can't be built, or doesn't fit into this machine's memory.
     """
     n = config.networks
     shape, classes = dataset.image_shape, len(dataset.classes)
     specs = [functional.specify(name, shape, classes, n.width, n.depth) for name in n.architectures]
+    memory_estimate.check(config, specs, [])
     for spec in specs:
         checks.check(spec)
     return specs

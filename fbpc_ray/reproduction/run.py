@@ -30,7 +30,7 @@ from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import expert_store, load_data, network_specs, num_steps, open_backend
+from fbpc_ray.execution.session import check_memory, expert_store, load_data, network_specs, num_steps, open_backend
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
@@ -135,7 +135,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
         dataset = datasets[source]
         validation.check(cell.config)
         network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
-        network_specs(cell.config, dataset)
+        check_memory(cell.config, dataset, network_specs(cell.config, dataset))
         for seed in range(options.request.scale.distill_seeds):
             config = cell.config.updated(seed=seed)
             key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config)

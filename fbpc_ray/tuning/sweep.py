@@ -38,7 +38,15 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import results
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import cpu_threads, load_data, network_specs, num_steps, open_backend, open_session
+from fbpc_ray.execution.session import (
+    check_memory,
+    cpu_threads,
+    load_data,
+    network_specs,
+    num_steps,
+    open_backend,
+    open_session,
+)
 from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
@@ -153,8 +161,9 @@ def _prepare(
     root = place(base.experts.experts) if base.experts.experts else home() / "experts"
     placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
     configs = [trial.trial_config(placed, flags, settings, folder, number) for number, flags in enumerate(plan.trials)]
-    for config in {config.networks: config for config in configs}.values():
-        network_specs(config, dataset)
+    specs = {config.networks: network_specs(config, dataset) for config in {c.networks: c for c in configs}.values()}
+    for config in configs:
+        check_memory(config, dataset, specs[config.networks])
     return OpenSweep(folder, base, plan, task_of(configs, dataset, settings), dataset)
 
 
