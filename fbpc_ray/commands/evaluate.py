@@ -119,7 +119,7 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
 
 def _ood_images(session: Session, options: Options) -> Split:
     other = load_data(
-        session.config.updated(data=options.ood, normalisation="auto", label_column="", image_column=""), log
+        session.config.updated(data=options.ood, normalisation="auto", label_column="", image_column="", test=0.0), log
     )
     return ood_split(session.dataset, other, options.ood_resize)
 

@@ -13,10 +13,16 @@ class Data:
 
     data: str = "digits"
     """digits | cifar10 | cifar100 | tiny-imagenet | parquet:PATH | folder:PATH | npz:PATH."""
+    image_size: int = 0
+    """Side in pixels of the square that every image is resized to, by Pillow's bicubic filter (antialiased): needed for
+    images of several sizes; 0: as they are."""
+    resize: Literal["crop", "stretch"] = "crop"
+    """crop: --image-size is for the short side, and the middle of the long side is kept; stretch: for both sides."""
     label_column: str = ""
-    """parquet: column of integer labels, such as coarse_label; empty: label, fine_label or labels."""
+    """parquet: column of labels (integers from 0, names of classes, or one-hot lists), such as coarse_label; empty:
+    label, fine_label, labels, target, targets, class or classes."""
     image_column: str = ""
-    """parquet: column of images; empty: img or image."""
+    """parquet: column of images; empty: img, image, imgs or images."""
     data_root: str = "data"
     """Folder of the torchvision data sets and of tiny-imagenet-200."""
     download: bool = False
@@ -25,8 +31,11 @@ class Data:
     """Per-channel mean and std: auto (known or computed) | computed | cifar10 | cifar100 | tiny-imagenet."""
     validation: float = 0.0
     """Fraction of each class of the training set that is held out, drawn by --data-seed."""
+    test: float = 0.0
+    """Fraction of each class of the training set that becomes the test split, at least an image of each class of two or
+    more, drawn by --data-seed, where the data have no test split; 0: the validation split, or a fifth."""
     data_seed: int = 0
-    """Seed of the validation split."""
+    """Seed of the validation and test splits that are drawn."""
 
 
 @dataclass(frozen=True)

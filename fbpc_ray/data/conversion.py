@@ -3,6 +3,7 @@
 import numpy as np
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.labels import from_one_hot
 from fbpc_ray.data.raw import RawSplit
 
 
@@ -12,19 +13,27 @@ def to_split(
     """Convert arrays that `origin` calls by the names `keys`; images NHWC, NCHW or NHW, or known to be NCHW or NHW."""
     if images.ndim not in (3, 4):
         raise UserError(f"{origin}: {keys[0]} has shape {images.shape}; it must be NHWC, NCHW or NHW")
+    notes = ()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
+    if (numbers := from_one_hot(labels)) is not None:
+        notes = (f"{origin}: {keys[1]} are one-hot, read as the numbers of {labels.shape[1]} classes",)
+        labels = numbers
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{origin}: {keys[1]} is {labels.dtype} {labels.shape}; it must be integers, one per image")
+        raise UserError(
+            f"{origin}: {keys[1]} is {labels.dtype} {labels.shape}; it must be integers, one per image, or names, or "
+            "one-hot rows"
+        )
     if len(images) != len(labels) or not len(labels):
         raise UserError(
             f"{origin}: {keys[0]} has {len(images)} images, {keys[1]} {len(labels)} labels; they must agree"
         )
     where = f"{origin}: {keys[0]}"
     return RawSplit(
-        _channels_first(_to_uint8(images, where), where, channels_first),
+        _channels_first(to_uint8(images, where), where, channels_first),
         _to_int64(labels, f"{origin}: {keys[1]}"),
         lambda index: f"{origin}, {keys[1]}[{index}]",
+        notes,
     )
 
 
@@ -34,7 +43,8 @@ def _to_int64(labels: np.ndarray, where: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _to_uint8(images: np.ndarray, where: str) -> np.ndarray:
+def to_uint8(images: np.ndarray, where: str) -> np.ndarray:
+    """Convert integers in 0..255, or floats in [0, 1], to 8 bits. Raises UserError for other values."""
     if images.dtype == np.uint8:
         return images
     floating = np.issubdtype(images.dtype, np.floating)

@@ -17,6 +17,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.parquet import Columns
 from fbpc_ray.data.raw import RawDataset, RawSplit, size
 from fbpc_ray.data.readers import read
+from fbpc_ray.data.resize import Resizing
 from fbpc_ray.data.splits import listed
 
 KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -80,6 +81,9 @@ def load(
     seed: int = 0,
     label_column: str = "",
     image_column: str = "",
+    image_size: int = 0,
+    resize: str = "crop",
+    test: float = 0.0,
 ) -> Dataset:
     """Read a data set into memory, decoded.
 
@@ -95,24 +99,30 @@ def load(
         validation: share in [0, 1) of each class of train that becomes the validation split, drawn with `seed`;
             ignored if the source has its own.
         label_column, image_column: columns of parquet:PATH; empty: the usual ones.
+        image_size: side of the square that every image is resized to; 0: as they are, all of one size.
+        resize: crop (the short side is resized, the middle stays) or stretch.
+        test: share in [0, 1) of each class of train that becomes the test split, drawn with `seed`, at least an image
+            of each class of two or more; ignored if the source has its own. 0: by the rule above.
 
     Raises:
         UserError: an argument or a file is wrong; one line with the cause and the fix.
     """
-    _check_arguments(normalisation, validation)
-    return assemble(
-        read(name, Path(root), download, Columns(image_column, label_column)), name, normalisation, validation, seed
-    )
+    resizing = Resizing(image_size, resize)
+    _check_arguments(normalisation, validation, test)
+    resizing.check()
+    source = read(name, Path(root), download, Columns(image_column, label_column), resizing)
+    return assemble(source, name, normalisation, validation, seed, test)
 
 
 def assemble(
-    source: RawDataset, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0
-) -> Dataset:
+    source: RawDataset, name: str, normalisation: str = "auto", validation: float = 0.0, seed: int = 0,
+    test_share: float = 0.0,
+) -> Dataset:  # fmt: skip
     """Check, split and normalise the arrays of a reader, by the rules of `load`. Raises UserError."""
-    _check_arguments(normalisation, validation)
+    _check_arguments(normalisation, validation, test_share)
     source = _without_unlabelled(source)
     classes = _check(source)
-    train, held_out, test, notes = _splits(source, len(classes), validation, seed)
+    train, held_out, test, notes = _splits(source, len(classes), validation, test_share, seed)
     mean, std = _constants(name if normalisation == "auto" else normalisation, train.images, source.origin)
     notes += (*_absent_classes(classes, {"validation": held_out, "test": test}), *_dark(train.images, source.origin))
     return Dataset(name, classes, mean, std, train, held_out, test, notes, _fingerprint(train, mean, std))
@@ -145,9 +155,10 @@ def tensors(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:
     return torch.from_dlpack(split.images).to(device), torch.from_dlpack(split.labels).to(device)
 
 
-def _check_arguments(normalisation: str, validation: float) -> None:
-    if not 0 <= validation < 1:
-        raise UserError(f"validation must be a share of the train split, 0 <= validation < 1, got {validation}")
+def _check_arguments(normalisation: str, validation: float, test: float) -> None:
+    for name, share in (("validation", validation), ("test", test)):
+        if not 0 <= share < 1:
+            raise UserError(f"{name} must be a share of the train split, 0 <= {name} < 1, got {share}")
     if normalisation not in ("auto", "computed", *KNOWN):
         raise UserError(
             f"unknown normalisation {normalisation!r}; {closest(normalisation, ['auto', 'computed', *KNOWN])}"
@@ -245,23 +256,28 @@ def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str,
     if part.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
             f"{part.place(0)}: the {split} image is {size(part.images)}, the train images ({train.place(0)}) are "
-            f"{size(train.images)}; all images must have one size"
+            f"{size(train.images)}; all images must have one size: resize them by --image-size, such as --image-size 32"
         )
 
 
-def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[Split, Split, Split, tuple[str, ...]]:
+def _splits(
+    source: RawDataset, classes: int, share: float, test_share: float, seed: int
+) -> tuple[Split, Split, Split, tuple[str, ...]]:
     """Return (train, validation, test, notes) by the rules of `load`."""
     splits = {name: Split(part.images, part.labels) for name, part in source.parts.items()}
     train, held_out, test = splits["train"], splits.get("validation"), splits.get("test")
     notes = [*source.notes, *(note for part in source.parts.values() for note in part.notes)]
-    if test is None and held_out is not None:
+    if test is not None and test_share:
+        notes.append(f"{source.origin} has a test split of its own: test={test_share} is ignored")
+    if test is None and held_out is not None and not test_share:
         test, held_out = held_out, None
         notes.append(f"no test split in {source.origin}: its validation split serves as test")
     if test is None:
-        train, test = _hold_out(train, classes, TEST_FRACTION, generator(seed, "test"), source.origin)
+        fraction = test_share or TEST_FRACTION
+        train, test = _hold_out(train, classes, fraction, generator(seed, "test"), source.origin, least=1)
         notes.append(
             f"no test split in {source.origin}: {len(test.labels)} of {len(test.labels) + len(train.labels)} images, "
-            f"{TEST_FRACTION:.0%} of each class drawn with seed {seed}, serve as test"
+            f"{100 * fraction:g}% of each class drawn with seed {seed}, serve as test"
         )
     if held_out is not None and share:
         notes.append(f"{source.origin} has a validation split of its own: validation={share} is ignored")
@@ -270,13 +286,15 @@ def _splits(source: RawDataset, classes: int, share: float, seed: int) -> tuple[
     return train, held_out or Split(train.images[:0], train.labels[:0]), test, tuple(notes)
 
 
-def _hold_out(split: Split, classes: int, share: float, source: torch.Generator, origin: str) -> tuple[Split, Split]:
-    """Hold out `share` of each class, rounded, but never its last image; return (rest, held out) in order."""
+def _hold_out(
+    split: Split, classes: int, share: float, source: torch.Generator, origin: str, least: int = 0
+) -> tuple[Split, Split]:
+    """Hold out `share` of each class, rounded, at least `least`, but never its last image; return (rest, held out)."""
     order = torch.randperm(len(split.labels), generator=source).numpy()
     held_out = np.zeros(len(order), bool)
     for label in range(classes):
         members = order[split.labels[order] == label]
-        held_out[members[: min(round(share * len(members)), len(members) - 1)]] = True
+        held_out[members[: min(max(least, round(share * len(members))), len(members) - 1)]] = True
     if not held_out.any():
         raise UserError(f"{origin}: {share:g} of each class of train is no image; give a larger share or add images")
     rest = ~held_out

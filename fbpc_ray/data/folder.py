@@ -5,12 +5,13 @@ from pathlib import Path
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.raw import RawDataset, RawSplit
+from fbpc_ray.data.resize import UNCHANGED, Resizing
 from fbpc_ray.data.shards import check_is_not_saved_to_disk
 from fbpc_ray.data.splits import choose, describe, listed, parse
 from fbpc_ray.data.walk import Walk, by_class, loose_files, read_files, subfolders, walk
 
 
-def folder(path: Path) -> RawDataset:
+def folder(path: Path, resizing: Resizing = UNCHANGED) -> RawDataset:
     """Read class folders of image files, in PATH/train and PATH/test (or val, training, ...), or in PATH itself."""
     _check_root(path)
     splits, notes = split_folders(path)
@@ -21,7 +22,7 @@ def folder(path: Path) -> RawDataset:
     _check_classes(at["train"], classes)
     walks = {split: walk(place, by_class(place, classes)) for split, place in at.items()}
     _check_read(at["train"], classes, walks["train"])
-    parts = {split: _read(at[split], walks[split]) for split in at}
+    parts = {split: _read(at[split], walks[split], resizing) for split in at}
     return RawDataset(str(path), classes, parts, (*notes, *_shared_files(walks)))
 
 
@@ -109,8 +110,8 @@ def _check_read(path: Path, classes: tuple[str, ...], train: Walk) -> None:
             )
 
 
-def _read(path: Path, found: Walk) -> RawSplit:
-    split = read_files(path, found.files, found.labels, found.notes(path))
+def _read(path: Path, found: Walk, resizing: Resizing) -> RawSplit:
+    split = read_files(path, found.files, found.labels, found.notes(path), resizing)
     loose = loose_files(path)
     if loose:
         note = f"{path}: left out {len(loose)} images in no class folder ({listed(file.name for file in loose)})"

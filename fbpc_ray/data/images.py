@@ -10,7 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import progress
+from fbpc_ray.data.libtiff import collected_messages
 from fbpc_ray.data.raw import BAR_DELAY, LFS_POINTER, line, size
+from fbpc_ray.data.resize import UNCHANGED, Resizing, Sizes, resized
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 """What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
@@ -33,20 +35,26 @@ class Pixels(NamedTuple):
     """Whether all of the picture is in the transparency: one colour, several alpha values."""
     deep: bool
     """Whether the file has 16 bits a channel, of which the upper 8 are read."""
+    size: tuple[int, int]
+    """(width, height) before it was resized."""
+    damaged: bool = False
+    """Whether libtiff printed errors of a file that it could read."""
 
 
 def decode(
-    files: Iterable[bytes | None], count: int, place: Callable[[int], str], origin: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Decode `count` images to (count, 3, h, w) uint8; all of one size, grey ones turned to RGB.
+    files: Iterable[bytes | None], count: int, place: Callable[[int], str], origin: str,
+    resizing: Resizing = UNCHANGED,
+) -> tuple[np.ndarray, tuple[str, ...]]:  # fmt: skip
+    """Decode `count` images to (count, 3, h, w) uint8; all of one size or resized, grey ones turned to RGB.
 
     Returns the images and notes on what `origin` holds. Raises UserError, naming the image.
     """
+    sizes = Sizes(resizing)
     images, seen, first = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), 1
     with progress(f"{origin}: images decoded", count, "image", delay=BAR_DELAY) as bar:
         for index, data in enumerate(files):
             try:
-                pixels = _decode_one(data)
+                pixels = _decode_one(data, resizing)
             except UnidentifiedImageError as error:
                 known = ", ".join(IMAGE_FORMATS)
                 raise UserError(
@@ -61,10 +69,11 @@ def decode(
                 raise UserError(
                     f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
                     f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
-                    "all images must have one size; docs/faq.md says how to resize them"
+                    "all images must have one size: resize them by --image-size, such as --image-size 32"
                 )
             images[index] = pixels.values
-            seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep)
+            sizes.add(*pixels.size)
+            seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep, damaged=pixels.damaged)
             bar.update()
     if count and seen["hidden"] == count:
         raise UserError(
@@ -80,8 +89,10 @@ def decode(
         "turned": "are turned as their EXIF orientation says",
         "hidden": "have all of their picture in the transparency, which is not read; paste them onto a background",
         "deep": "have 16 bits a channel, of which the upper 8 are read",
+        "damaged": "are damaged TIFF files, read as far as they go; look at them",
     }
-    return images, tuple(f"{origin}: {seen[key]} of {count} images {text}" for key, text in texts.items() if seen[key])
+    notes = (f"{origin}: {seen[key]} of {count} images {text}" for key, text in texts.items() if seen[key])
+    return images, (*notes, *sizes.notes(origin))
 
 
 def check_depth(image: Image.Image) -> None:
@@ -98,19 +109,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _decode_one(data: bytes | None) -> Pixels:
+def _decode_one(data: bytes | None, resizing: Resizing) -> Pixels:
     """Decode one image. PIL in one thread takes 0.08 ms for 32x32; threads don't help."""
     if data is None:
         raise ValueError("no image bytes")
     if data.startswith(LFS_POINTER):
         raise ValueError("a Git LFS pointer, not the image: run `git lfs pull` in its repository")
+    messages: list[str] = []
+    try:
+        with collected_messages(data) as messages:
+            pixels = _read(data, resizing)
+    except Exception as error:
+        if messages:
+            raise ValueError(f"{line(error)}; {messages[0]}") from error
+        raise
+    return pixels._replace(damaged=bool(messages))
+
+
+def _read(data: bytes, resizing: Resizing) -> Pixels:
     with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as opened:
         deep = _has_16_bits(opened)
         opened.load()
         orientation = _orientation(opened)
         image = ImageOps.exif_transpose(opened) if orientation != 1 else opened
-        values = np.asarray(to_rgb(image)).transpose(2, 0, 1)
-        return Pixels(values, orientation, _is_hidden(image, values), deep)
+        rgb = to_rgb(image)
+        values = np.asarray(rgb).transpose(2, 0, 1)
+        hidden = _is_hidden(image, values)
+        if resizing.size:
+            values = np.asarray(resized(rgb, resizing)).transpose(2, 0, 1)
+        return Pixels(values, orientation, hidden, deep, rgb.size)
 
 
 def _has_16_bits(image: Image.Image) -> bool:

@@ -1,23 +1,32 @@
 """One NumPy archive with the arrays of each split."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.conversion import to_split
+from fbpc_ray.data.labels import number_names
 from fbpc_ray.data.raw import RawDataset, check_is_not_pointer, line
 from fbpc_ray.data.splits import listed
 
 NPZ_KEYS = {
-    "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")),
-    "validation": (("x_val", "y_val"), ("val_images", "val_labels")),
-    "test": (("x_test", "y_test"), ("test_images", "test_labels")),
-}
+    "train": (
+        ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("X_train", "y_train"),
+        ("images", "targets"), ("imgs", "labels"), ("data", "labels"), ("data", "targets"),
+    ),
+    "validation": (("x_val", "y_val"), ("val_images", "val_labels"), ("X_val", "y_val")),
+    "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("X_test", "y_test")),
+}  # fmt: skip
+"""Split -> names of (images, labels); the first pair that the file has."""
 
 
 def npz(path: Path) -> RawDataset:
-    """Arrays of one NumPy file, see NPZ_KEYS; images NHWC, NCHW or NHW, integers 0..255 or floats in [0, 1]."""
+    """Read arrays of one NumPy file, see NPZ_KEYS; images NHWC, NCHW or NHW, integers 0..255 or floats in [0, 1].
+
+    Labels are integers from 0, names of classes, or one-hot rows (n, d). Raises UserError.
+    """
     try:
         with path.open("rb") as file:
             check_is_not_pointer(path, file.read(64))
@@ -25,7 +34,7 @@ def npz(path: Path) -> RawDataset:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("one array, not an archive")
-            pairs = {split: next((p for p in known if p[0] in archive), None) for split, known in NPZ_KEYS.items()}
+            pairs = {split: _pair(known, archive.files) for split, known in NPZ_KEYS.items()}
             missing = [key for pair in pairs.values() if pair for key in pair if key not in archive]
             if not pairs["train"] or missing:
                 raise UserError(
@@ -39,4 +48,14 @@ def npz(path: Path) -> RawDataset:
     except Exception as error:  # a damaged archive fails in any way
         raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)}); save it again") from error
     notes = (f"{path}: left out the arrays {listed(left_out)}",) if left_out else ()
-    return RawDataset(str(path), None, {split: to_split(str(path), *each) for split, each in found.items()}, notes)
+    labels, classes = number_names({split: each[2] for split, each in found.items()}, path)
+    parts = {
+        split: to_split(str(path), keys, images, labels[split]) for split, (keys, images, _) in found.items()
+    }  # fmt: skip
+    return RawDataset(str(path), classes, parts, notes)
+
+
+def _pair(known: Sequence[tuple[str, str]], names: Sequence[str]) -> tuple[str, str] | None:
+    """Return the first pair of which both arrays are there, else the first of which the images are."""
+    both = next((pair for pair in known if set(pair) <= set(names)), None)
+    return both or next((pair for pair in known if pair[0] in names), None)

@@ -13,11 +13,16 @@ import pyarrow.parquet as pq
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.images import decode
+from fbpc_ray.data.labels import from_one_hot, number_names
 from fbpc_ray.data.raw import RawDataset, RawSplit, check_is_not_pointer, line
+from fbpc_ray.data.resize import UNCHANGED, Resizing
 from fbpc_ray.data.shards import check_is_not_saved_to_disk, find_shards
 
-IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label", "labels")
+IMAGE_COLUMNS = ("img", "image", "imgs", "images")
+LABEL_COLUMNS = ("label", "fine_label", "labels", "target", "targets", "class", "classes")
+"""Usual names; of several the first one that a file has."""
+MAX_NAME = 200
+"""Characters of a class name."""
 
 
 class Columns(NamedTuple):
@@ -30,17 +35,19 @@ class Columns(NamedTuple):
 USUAL_COLUMNS = Columns()
 
 
-def parquet(path: Path, columns: Columns = USUAL_COLUMNS) -> RawDataset:
+def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = UNCHANGED) -> RawDataset:
     """Read Parquet in Hugging Face layout: PATH or PATH/data with train-*, test-*, valid-* files, or one file.
 
-    Column `img` or `image` (bytes of a file, or a struct with `bytes`) and integer column `label`, `fine_label` or
-    `labels`, or those of `columns`. Raises UserError.
+    A column of IMAGE_COLUMNS (bytes of a file, or a struct with `bytes`) and one of LABEL_COLUMNS, or those of
+    `columns`. Labels are integers from 0, names of classes, or one-hot lists. Raises UserError.
     """
     check_is_not_saved_to_disk(path)
     shards, notes = find_shards(path)
     heads = {split: [_head(file, columns) for file in files] for split, files in shards.items()}
     every = [head for each in heads.values() for head in each]
     for head in every[1:]:
+        if head.form != every[0].form:
+            raise UserError(f"{every[0].file} has {every[0].form} as labels, {head.file} {head.form}; write both alike")
         if head.label != every[0].label:
             raise UserError(
                 f"{every[0].file} has the column {every[0].label}, {head.file} {head.label}: their labels don't mean "
@@ -55,8 +62,10 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS) -> RawDataset:
             )
     if every[0].other_labels and not columns.label:
         notes += (f"{path}: labels are of the column {every[0].label}, not of {', '.join(every[0].other_labels)}",)
-    parts = {split: _part(each) for split, each in heads.items()}
-    return RawDataset(str(path), named[0][1] if named else None, parts, notes)
+    values = {split: np.concatenate([_labels(head) for head in each]) for split, each in heads.items()}
+    labels, classes = number_names(values, path, named[0][1] if named else None)
+    parts = {split: _part(each, labels[split], resizing) for split, each in heads.items()}
+    return RawDataset(str(path), classes, parts, notes)
 
 
 class _Head(NamedTuple):
@@ -66,6 +75,8 @@ class _Head(NamedTuple):
     rows: int
     image: str
     label: str
+    form: str
+    """integers | names | one-hot lists."""
     classes: tuple[str, ...] | None
     other_labels: tuple[str, ...] = ()
     """Further columns of LABEL_COLUMNS, which are not read."""
@@ -92,12 +103,28 @@ def _head(file: Path, columns: Columns) -> _Head:
         kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise UserError(f"{file}: column {image} is {kind}; it must hold the bytes of image files, or a struct of them")
-    kind = schema.field(label).type
-    if not pa.types.is_integer(kind):
-        fix = "cast it" if pa.types.is_floating(kind) else f"e.g. dataset.class_encode_column({label!r})"
-        raise UserError(f"{file}: column {label} is {kind}; it must hold integers from 0; {fix}")
+    if not (form := _form(schema.field(label).type)):
+        raise UserError(
+            f"{file}: column {label} is {schema.field(label).type}; it must hold integers from 0, names of classes, or "
+            "one-hot lists; cast it, or name another one by --label-column"
+        )
     others = tuple(name for name in LABEL_COLUMNS if name in schema.names and name != label)
-    return _Head(file, rows, image, label, _class_names(file, schema, label), others)
+    return _Head(file, rows, image, label, form, _class_names(file, schema, label), others)
+
+
+def _form(kind: Any) -> str:
+    """Return the form of labels of a type; "" for a type that holds no labels."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind):
+        return "integers"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "names"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+        numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        return "one-hot lists" if numbers else ""
+    return ""
 
 
 def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
@@ -116,7 +143,7 @@ def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
         raise UserError(f"{file}: its huggingface metadata is damaged ({line(error)}); write it again") from error
 
 
-def _part(heads: list[_Head]) -> RawSplit:
+def _part(heads: list[_Head], labels: np.ndarray, resizing: Resizing) -> RawSplit:
     ends = list(accumulate(head.rows for head in heads))
     if not ends[-1]:
         raise UserError(f"no row in {heads[0].file}")
@@ -125,9 +152,8 @@ def _part(heads: list[_Head]) -> RawSplit:
         shard = bisect_right(ends, index)
         return f"{heads[shard].file}, row {index - ends[shard] + heads[shard].rows}"
 
-    labels = np.concatenate([_labels(head) for head in heads])
     origin = str(heads[0].file if len(heads) == 1 else heads[0].file.parent)
-    images, notes = decode((data for head in heads for data in _blobs(head)), ends[-1], place, origin)
+    images, notes = decode((data for head in heads for data in _blobs(head)), ends[-1], place, origin, resizing)
     return RawSplit(images, labels, place, notes)
 
 
@@ -142,9 +168,35 @@ def _labels(head: _Head) -> np.ndarray:
             large = np.flatnonzero(column.to_numpy() > np.iinfo(np.int64).max)
             if len(large):
                 raise UserError(f"{head.file}, row {large[0]}: label {column[int(large[0])]} is too large; correct it")
+        if head.form == "names":
+            return _names(head, column.to_pylist())
+        if head.form == "one-hot lists":
+            return _one_hot(head, column.to_pylist())
         return column.cast(pa.int64()).to_numpy()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{head.file}: cannot read column {head.label} ({line(error)})") from error
+
+
+def _names(head: _Head, values: list[str]) -> np.ndarray:
+    """Return names of classes as an array. Raises UserError for texts that are none."""
+    longest = max(values, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise UserError(
+            f"{head.file}: column {head.label} holds texts of up to {len(longest):,} characters ({longest[:20]!r}...), "
+            "which are no names of classes; name another one by --label-column"
+        )
+    return np.array(values, np.str_)
+
+
+def _one_hot(head: _Head, rows: list[list[Any]]) -> np.ndarray:
+    """Return the class numbers of one-hot lists. Raises UserError for the first list that is none."""
+    for number, row in enumerate(rows):
+        if len(row) != len(rows[0]) or from_one_hot(np.array([row])) is None:
+            raise UserError(
+                f"{head.file}, row {number}: column {head.label} holds {str(row)[:40]}, not one-hot (a single 1 among "
+                "0, as many values in each row); write class numbers"
+            )
+    return np.array([row.index(1) for row in rows], np.int64)
 
 
 def _blobs(head: _Head) -> Iterator[bytes | None]:

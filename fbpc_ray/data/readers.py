@@ -14,6 +14,7 @@ from fbpc_ray.data.named import cifar, digits, tiny_imagenet
 from fbpc_ray.data.npz import npz
 from fbpc_ray.data.parquet import USUAL_COLUMNS, Columns, parquet
 from fbpc_ray.data.raw import RawDataset, line
+from fbpc_ray.data.resize import UNCHANGED, Resizing, resized_dataset
 from fbpc_ray.data.shards import has_parquet
 
 NAMED: dict[str, Callable[[Path, bool], RawDataset]] = {
@@ -24,12 +25,22 @@ NAMED: dict[str, Callable[[Path, bool], RawDataset]] = {
 }
 """Name -> reader(root, download)."""
 
-AT_PATH: dict[str, Callable[[Path], RawDataset]] = {"parquet": parquet, "folder": folder, "npz": npz}
-"""Kind, as in kind:PATH -> reader(path)."""
+AT_PATH: dict[str, Callable[[Path, Columns, Resizing], RawDataset]] = {
+    "parquet": parquet,
+    "folder": lambda path, columns, resizing: folder(path, resizing),
+    "npz": lambda path, columns, resizing: npz(path),
+}
+"""Kind, as in kind:PATH -> reader(path, columns, resizing); images of one size may stay as they are."""
 
 
-def read(name: str, root: Path, download: bool, columns: Columns = USUAL_COLUMNS) -> RawDataset:
+def read(
+    name: str, root: Path, download: bool, columns: Columns = USUAL_COLUMNS, resizing: Resizing = UNCHANGED
+) -> RawDataset:
     """Read the data called `name`, see NAMED and AT_PATH. Raises UserError for all that is wrong with the input."""
+    return resized_dataset(_read(name, root, download, columns, resizing), resizing)
+
+
+def _read(name: str, root: Path, download: bool, columns: Columns, resizing: Resizing) -> RawDataset:
     kind, _, path = name.partition(":")
     if kind != "parquet" and any(columns):
         raise UserError(f"--label-column, --image-column: {name!r} has no columns; give them with parquet:PATH alone")
@@ -41,7 +52,7 @@ def read(name: str, root: Path, download: bool, columns: Columns = USUAL_COLUMNS
                 raise UserError(f"{at} does not exist; check the path after {kind}:")
             if not (at.is_dir() or at.is_file()):
                 raise UserError(f"{at} is neither a folder nor a regular file; check the path after {kind}:")
-            return parquet(at, columns) if kind == "parquet" else AT_PATH[kind](at)
+            return AT_PATH[kind](at, columns, resizing)
     except (OSError, RuntimeError, ValueError) as error:  # of the last two: ~nobody, a NUL in a path
         raise UserError(f"{name!r}: cannot read the data: {line(error)}") from error
     if kind in AT_PATH:

@@ -13,6 +13,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Progress, progress
 from fbpc_ray.data.images import decode
 from fbpc_ray.data.raw import BAR_DELAY, RawSplit
+from fbpc_ray.data.resize import UNCHANGED, Resizing
 from fbpc_ray.data.splits import listed
 
 IMAGE_SUFFIXES = {
@@ -189,7 +190,9 @@ def by_class(path: Path, classes: Sequence[str]) -> list[tuple[str, int, Path]]:
     return [(classes[label], label, folder) for label, folder in sorted(folders.items())]
 
 
-def read_files(path: Path, files: Sequence[Path], labels: Sequence[int], notes: Iterable[str] = ()) -> RawSplit:
+def read_files(
+    path: Path, files: Sequence[Path], labels: Sequence[int], notes: Iterable[str] = (), resizing: Resizing = UNCHANGED
+) -> RawSplit:
     """Decode `files` of the split in `path`. Raises UserError if a file is missing or not an image."""
     if not files:
         raise UserError(f"no image in {path}; add images to its class folders")
@@ -200,5 +203,5 @@ def read_files(path: Path, files: Sequence[Path], labels: Sequence[int], notes: 
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
         raise UserError(f"{missing} is missing or not a regular file; restore it")
-    images, decode_notes = decode((file.read_bytes() for file in files), len(files), place, str(path))
+    images, decode_notes = decode((file.read_bytes() for file in files), len(files), place, str(path), resizing)
     return RawSplit(images, np.array(labels, np.int64), place, (*notes, *decode_notes))

@@ -146,6 +146,7 @@ def load_data(config: Config, log: Log) -> Dataset:
     dataset = datasets.load(
         d.data, root=d.data_root, download=d.download, normalisation=d.normalisation,
         validation=d.validation, seed=d.data_seed, label_column=d.label_column, image_column=d.image_column,
+        image_size=d.image_size, resize=d.resize, test=d.test,
     )  # fmt: skip
     for note in dataset.notes:
         log(f"note: {note}")

@@ -73,6 +73,8 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"chain_init"}, flat["chain_init"] != 0),
         ({"label_column"}, flat["label_column"] != ""),
         ({"image_column"}, flat["image_column"] != ""),
+        ({"image_size", "resize"}, flat["image_size"] != 0),
+        ({"test"}, flat["test"] != 0),
         ({"views"}, flat["views"] != 0),
         ({"gamma_window"}, flat["gamma_window"] != 1),
         ({"alpha_decay"}, flat["alpha_decay"] != 0),

@@ -186,7 +186,8 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
     names = set(Config().flat())
     assert names >= MAY_CHANGE_ON_RESUME
     fixed = {
-        "data", "label_column", "image_column", "normalisation", "validation", "data_seed",
+        "data", "image_size", "resize", "label_column", "image_column", "normalisation", "validation", "test",
+        "data_seed",
         "architectures", "width", "depth", "augment",
         "expert_count", "expert_epochs", "expert_lr", "expert_batch_size", "expert_dtype", "expert_seed", "method",
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",

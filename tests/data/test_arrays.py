@@ -97,7 +97,7 @@ def test_labels_of_any_integer_type_are_read(label):
     assert from_python(data, (IMAGES, LABELS)).train.labels.tolist() == LABELS.tolist()
 
 
-@pytest.mark.parametrize("labels", [LABELS + 0.5, LABELS.astype(str), LABELS == 1, torch.tensor(LABELS).float()])
+@pytest.mark.parametrize("labels", [LABELS + 0.5, LABELS.astype("S1"), LABELS == 1, torch.tensor(LABELS).float()])
 def test_arrays_of_labels_that_are_no_integers_are_refused(labels):
     assert "it must be integers, one per image" in refusal(from_python, (IMAGES, labels))
 
@@ -178,8 +178,11 @@ def test_images_of_few_levels_get_a_note(tmp_path, images, top):
     [
         ({"x_train": IMAGES, "y_train": LABELS + 1}, "labels run from 1 to 3; they must start at 0"),
         ({"x_train": IMAGES, "y_train": LABELS == 1}, "y_train is bool"),
-        ({"X_train": IMAGES, "Y_train": LABELS}, "no array x_train (found X_train, Y_train)"),
-        ({"train_images": IMAGES[..., 0], "train_labels": np.eye(3, dtype=np.uint8)[LABELS]}, "train_labels is uint8"),
+        ({"X_train": IMAGES, "Y_train": LABELS}, "no array y_train (found X_train, Y_train)"),
+        (
+            {"train_images": IMAGES[..., 0], "train_labels": 2 * np.eye(3, dtype=np.uint8)[LABELS]},
+            "train_labels is uint8",
+        ),
         ({"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES}, "no array y_test"),
         ({"x_train": IMAGES, "y_train": LABELS.astype(np.uint64) + 2**63}, "holds 9223372036854775810"),
         ({"x_train": np.array([IMAGES[0], IMAGES[1][:3]], object), "y_train": [0, 1]}, "not a readable npz file"),
@@ -220,3 +223,57 @@ def test_paths_that_are_no_files_are_one_line(tmp_path):
         assert "neither a folder nor a regular file" in refusal(load, name)
     for name in ("folder:~nobody-of-this-name/x", "folder:a\0b", f"npz:{tmp_path}", "folder:" + "x" * 5000):
         assert refusal(load, name)
+
+
+# ---- names and one-hot rows, of npz and of Python
+
+
+NAMES = np.array(["zebra", "ant", "cow"])[LABELS]
+ONE_HOT = np.eye(3)[LABELS]
+
+
+def test_names_of_an_npz_are_classes_in_alphabetical_order(tmp_path):
+    data = from_npz(tmp_path, x_train=IMAGES, y_train=NAMES, x_test=IMAGES[:6], y_test=NAMES[:6])
+    assert data.classes == ("ant", "cow", "zebra")
+    assert [data.classes[label] for label in data.train.labels] == NAMES.tolist()
+    assert [data.classes[label] for label in data.test.labels] == NAMES[:6].tolist()
+    mixed = {"x_train": IMAGES, "y_train": NAMES, "x_test": IMAGES, "y_test": LABELS}
+    assert "labels of train are names, those of test are not; use one form" in refusal(from_npz, tmp_path, **mixed)
+    twice = np.array(["caf\u00e9", "cafe\u0301", "tea"])[LABELS]
+    assert "the same name (NFC and NFD)" in refusal(from_npz, tmp_path, x_train=IMAGES, y_train=twice)
+
+
+@pytest.mark.parametrize("form", [list, np.array, pairs])
+def test_names_from_python(form):
+    split = pairs(IMAGES, NAMES.tolist()) if form is pairs else (IMAGES, form(NAMES.tolist()))
+    assert from_python(split, (IMAGES, NAMES)).classes == ("ant", "cow", "zebra")
+    data = from_python(split, (IMAGES, NAMES), classes=("zebra", "ant", "cow"))
+    assert data.train.labels.tolist() == LABELS.tolist()
+    said = refusal(from_python, split, classes=("zebra", "ant"))
+    assert "label 'cow' is none of the classes (zebra, ant)" in said
+
+
+@pytest.mark.parametrize("rows", [ONE_HOT, ONE_HOT.astype(bool), ONE_HOT.astype(np.uint8), torch.tensor(ONE_HOT)])
+def test_one_hot_rows_are_class_numbers(tmp_path, rows):
+    data = from_npz(tmp_path, x_train=IMAGES, y_train=np.asarray(rows), x_test=IMAGES, y_test=LABELS)
+    assert data.train.labels.tolist() == LABELS.tolist()
+    assert "y_train are one-hot, read as the numbers of 3 classes" in data.notes[0]
+    for split in ((IMAGES, rows), pairs(IMAGES, rows)):
+        assert from_python(split, (IMAGES, LABELS)).train.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("row", [[0, 0, 0], [1, 1, 0], [0.5, 0.5, 0], [2, 0, -1], [float("nan"), 1, 0]])
+def test_a_row_that_is_not_one_hot_is_refused(tmp_path, row):
+    rows = ONE_HOT.copy()
+    rows[3] = row
+    assert "it must be integers, one per image, or names, or one-hot rows" in refusal(
+        from_npz, tmp_path, x_train=IMAGES, y_train=rows
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [("X_train", "y_train"), ("images", "targets"), ("imgs", "labels"), ("data", "targets")]
+)
+def test_other_names_of_arrays(tmp_path, keys):
+    data = from_npz(tmp_path, **{keys[0]: IMAGES, keys[1]: LABELS, "x_test": IMAGES, "y_test": LABELS})
+    assert data.train.labels.tolist() == LABELS.tolist()

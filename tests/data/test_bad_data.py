@@ -61,7 +61,7 @@ def other_names(folder: Path) -> str:
 
 
 def text_labels(folder: Path) -> str:
-    pq.write_table(pa.table({"img": [b"x"], "label": ["cat"]}), folder / "train.parquet")
+    pq.write_table(pa.table({"img": [b"x"], "label": ["once upon a time " * 20]}), folder / "train.parquet")
     return f"parquet:{folder}"
 
 
@@ -155,10 +155,10 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "half downloaded": (half_downloaded, {}, r"holds 1 of 2 files like train-00000-of-00002\.parquet"),
     "classes disagree": (other_names, {}, r"train-0\.parquet and .*test-0\.parquet name different classes"),
     "damaged metadata": (damaged_metadata, {}, r"train-0\.parquet: its huggingface metadata is damaged"),
-    "text labels": (text_labels, {}, r"train\.parquet: column label is string; it must hold integers"),
+    "text labels": (text_labels, {}, r"train\.parquet: column label holds texts of up to 340 characters"),
     "paths for images": (path_images, {}, r"train\.parquet: column img is string; it must hold the bytes"),
-    "no image column": (other_columns, {}, r"no column img or image \(found picture, label\)"),
-    "no label column": (no_label_column, {}, r"no column label or fine_label or labels \(found img, kind\)"),
+    "no image column": (other_columns, {}, r"no column img or image or imgs or images \(found picture, label\)"),
+    "no label column": (no_label_column, {}, r"no column label or fine_label or .* or classes \(found img, kind\)"),
     "damaged image": (lambda at: parquet_with(at, {2: b"no"}), {}, r"train-1\.parquet, row 2: not a readable image"),
     "cut image": (lambda at: parquet_with(at, {3: PNG[:90]}), {}, r"train-1\.parquet, row 3: not a readable image"),
     "null image": (lambda at: parquet_with(at, {0: None}), {}, r"train-1\.parquet, row 0: .*no image bytes"),

@@ -1,6 +1,7 @@
 """Folders of images: which folders are splits and classes, which files are read, and what is said of the others."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from PIL import Image
 from support.data_files import encode, picture, write_classes, write_image, write_splits
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.data import images
 from fbpc_ray.data.datasets import Dataset, load
+from fbpc_ray.data.resize import Resizing
 
 
 def read(path: Path) -> Dataset:
@@ -428,3 +431,37 @@ def test_grey_images_of_16_bits_are_refused(good):
         encode(Image.fromarray(picture(0, 9)[..., 0].astype(np.uint16) * 257))
     )
     assert "x16.png" in refusal(good) and "8 bits" in refusal(good)
+
+
+# ---- damaged TIFF files
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw"])
+def test_what_libtiff_prints_of_a_damaged_file_stands_in_the_one_line(good, capfd, compression):
+    whole = encode(picture(0, 7, (64, 64)), "TIFF", compression=compression)
+    damaged = bytes(byte ^ 0x55 if 300 <= at < 900 and at % 7 == 0 else byte for at, byte in enumerate(whole))
+    path = good / "train" / "a" / "x.tif"
+    path.write_bytes(damaged)
+    said = refusal(good)
+    assert re.match(rf"{path}: not a readable image \(.+; \w.*\)", said), said
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_tiff_that_is_read_is_noted_and_a_whole_one_is_silent(good, capfd, monkeypatch):
+    """libtiff prints an error of the second file, which Pillow reads all the same."""
+    read_one = images._read
+
+    def read_and_print(data: bytes, resizing: Resizing) -> images.Pixels:
+        if data.endswith(b"damaged"):
+            os.write(2, b"Fax3Decode2D: Line length mismatch.\n")
+        if data.startswith(b"II"):
+            os.write(2, b"TIFFReadDirectory: Warning, Unknown field with tag 37724.\n")
+        return read_one(data, resizing)
+
+    monkeypatch.setattr(images, "_read", read_and_print)
+    tiff = encode(picture(0, 7), "TIFF", compression="tiff_deflate")
+    (good / "train" / "a" / "x.tif").write_bytes(tiff)
+    assert not read(good).notes
+    (good / "train" / "a" / "y.tif").write_bytes(tiff + b"damaged")
+    assert "1 of 10 images are damaged TIFF files, read as far as they go" in notes(read(good))
+    assert capfd.readouterr().err == ""

@@ -227,21 +227,57 @@ def test_a_test_split_without_labels_leaves_the_validation_split_as_test(tmp_pat
 @pytest.mark.parametrize(
     ("kind", "last", "said"),
     [
-        (pa.float64(), 1.0, "column label is double; it must hold integers from 0; cast it"),
+        (pa.float64(), 1.0, "column label is double; it must hold integers from 0, names of"),
         (pa.int8(), None, "row 7: column label is null"),
         (pa.uint64(), 2**63 + 5, "row 7: label 9223372036854775813 is too large"),
-        (pa.dictionary(pa.int32(), pa.string()), "b", "dictionary<values=string"),
+        (pa.list_(pa.float32()), [0.5, 0.5], "row 7: column label holds [0.5, 0.5], not one-hot"),
+        (pa.list_(pa.int8()), [1], "row 7: column label holds [1], not one-hot"),
     ],
 )
 def test_labels_that_are_no_integers(tmp_path, kind, last, said):
-    data = [(image, "a" if pa.types.is_dictionary(kind) else label) for image, label in rows(4)]
+    data = [(image, [1 - label, label] if pa.types.is_list(kind) else label) for image, label in rows(4)]
     write_table(tmp_path / "train.parquet", [*data[:-1], (data[-1][0], last)], kind=kind)
     assert said in refusal(tmp_path)
 
 
-def test_labels_of_text_are_refused_with_the_call_that_numbers_them(tmp_path):
-    write_table(tmp_path / "train.parquet", [(image, "ab"[label]) for image, label in rows(4)], kind=pa.string())
-    assert "class_encode_column('label')" in refusal(tmp_path)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_labels_of_text_are_classes_in_alphabetical_order(tmp_path, kind):
+    """Of all splits together, so that numbers mean the same in each."""
+    first, then = rows(4), rows(2, 50)
+    write_table(
+        tmp_path / "train.parquet", [(image, ("zebra", "ant")[label]) for image, label in first], None, kind=kind
+    )
+    write_table(tmp_path / "test.parquet", [(image, ("zebra", "ant")[label]) for image, label in then], None, kind=kind)
+    data = read(tmp_path)
+    assert data.classes == ("ant", "zebra")
+    assert data.train.labels.tolist() == [1 - label for _, label in first]
+    assert data.test.labels.tolist() == [1 - label for _, label in then]
+    write_table(tmp_path / "test.parquet", [(image, "cat") for image, _ in then], None, kind=kind)
+    assert "class 'cat' (label 1)" in refusal(tmp_path)
+    write_table(tmp_path / "test.parquet", then, None)
+    assert "test.parquet integers; write both alike" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "one"), [(pa.list_(pa.int64()), 1), (pa.list_(pa.float32(), 2), 1.0), (pa.large_list(pa.bool_()), True)],
+    ids=str,
+)  # fmt: skip
+def test_one_hot_lists_are_class_numbers(tmp_path, kind, one):
+    zero = type(one)(0)
+    data, hot = rows(4), [[one, zero], [zero, one]]
+    for split in ("train", "test"):
+        write_table(tmp_path / f"{split}.parquet", [(image, hot[label]) for image, label in data], None, kind=kind)
+    assert read(tmp_path).train.labels.tolist() == [label for _, label in data]
+
+
+@pytest.mark.parametrize("label", ["labels", "target", "targets", "class", "classes"])
+@pytest.mark.parametrize("image", ["image", "img", "imgs", "images"])
+def test_plural_names_of_columns_are_read(tmp_path, image, label):
+    data = rows(4)
+    table = pa.table({image: [blob for blob, _ in data], label: [number for _, number in data]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    pq.write_table(table, tmp_path / "test.parquet")
+    assert read(tmp_path).train.labels.tolist() == [number for _, number in data]
 
 
 @pytest.mark.parametrize(
