@@ -35,6 +35,7 @@ from fbpc_ray.data import arrays, datasets
 from fbpc_ray.data import coreset as coresets
 from fbpc_ray.data.coreset import Coreset, settings_of
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.data.resize import Resizing
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation import evaluate as scoring
@@ -67,6 +68,10 @@ def dataset(
     validation: Any = 0.0,
     *,
     classes: Sequence[str] | None = None,
+    image_size: int = 0,
+    resize: str = "crop",
+    label_column: str = "",
+    image_column: str = "",
     normalisation: str = "auto",
     name: str = "own",
     seed: int = 0,
@@ -79,10 +84,16 @@ def dataset(
     Args:
         train: a name, as in --data (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors; or a
             torch Dataset of (image, label). Pixels are uint8, or floats in 0..1, not normalised. A Dataset's transforms
-            are applied once.
-        test: as `train`; by default a fifth of each class, drawn with `seed`.
+            are applied once. Labels are integers from 0, names of classes, or one-hot rows.
+        test: as `train`, or the share of each class that becomes the test split, at least one image of each class of
+            two or more, drawn with `seed`; by default a fifth.
         validation: as `train`, or the share of each class that becomes the validation split.
         classes: names in the order of the labels.
+        image_size: side of the square that every image is resized to, by Pillow's bicubic filter, antialiased; a
+            Dataset, or a list of images, may then have several sizes. 0: as they are.
+        resize: crop (the short side is resized, the middle of the long one stays) or stretch.
+        label_column: column of labels of parquet:PATH; empty: the usual ones.
+        image_column: as `label_column`.
         normalisation: auto, computed, or the name of a data set with usual constants.
         name: name of the user's own data, part of the path of its experts.
         seed: draws the splits.
@@ -93,16 +104,22 @@ def dataset(
     Raises:
         UserError: an argument or a file is wrong.
     """
+    shares = [value if isinstance(value, float | int) else 0.0 for value in (test, validation)]
+    own = [None if isinstance(value, float | int) else value for value in (test, validation)]
     if isinstance(train, str):
-        if test is not None or classes is not None or not isinstance(validation, float | int):
+        if own != [None, None] or classes is not None:
             raise UserError(f"{train} brings its test images and classes: give no other")
         loaded = datasets.load(
-            train, root=root, download=download, normalisation=normalisation, validation=validation, seed=seed
-        )
+            train, root=root, download=download, normalisation=normalisation, validation=shares[1], seed=seed,
+            label_column=label_column, image_column=image_column, image_size=image_size, resize=resize, test=shares[0],
+        )  # fmt: skip
     else:
-        share = validation if isinstance(validation, float | int) else 0.0
-        source = arrays.read(train, test, None if validation is share else validation, classes)
-        loaded = datasets.assemble(source, name, normalisation, share, seed)
+        if label_column or image_column:
+            raise UserError("--label-column, --image-column: only parquet:PATH has columns; leave them out")
+        resizing = Resizing(image_size, resize)
+        resizing.check()
+        source = arrays.read(train, own[0], own[1], classes, resizing)
+        loaded = datasets.assemble(source, name, normalisation, shares[1], seed, shares[0])
     for note in loaded.notes:
         log(f"note: {note}")
     return loaded

@@ -205,6 +205,27 @@ def test_coresets_and_predictions_draw_themselves(made, samples, digits):
 # ---- own data
 
 
+def test_images_of_several_sizes_and_a_share_of_tests(tmp_path, digits):
+    """`image_size`, `resize` and a share as `test`, for names as for images; errors name the arguments."""
+    images = [Image.fromarray(image[0]).resize((9 + n % 3, 8)) for n, image in enumerate(digits.train.images[:40])]
+    labels = [f"class {n % 2}" for n in range(40)]
+    mixed = list(zip(images, labels, strict=True))
+    data = api.dataset(mixed, test=0.25, image_size=6, log=silent)
+    assert (data.image_shape, data.classes) == ((1, 6, 6), ("class 0", "class 1"))
+    assert np.bincount(data.test.labels).tolist() == [5, 5]
+    other = api.dataset(mixed, test=0.25, image_size=6, resize="stretch", log=silent)
+    assert other.fingerprint != data.fingerprint
+    assert api.dataset("digits", image_size=6, log=silent).image_shape == (1, 6, 6)
+    for number, (image, label) in enumerate(mixed):
+        (tmp_path / label).mkdir(exist_ok=True)
+        image.save(tmp_path / label / f"{number}.png")
+    assert len(api.dataset(f"folder:{tmp_path}", test=0.5, image_size=6, log=silent).test.labels) == 20
+    with pytest.raises(UserError, match="resize them by image_size, such as image_size=32"):
+        api.dataset(f"folder:{tmp_path}", log=silent)
+    with pytest.raises(UserError, match="only parquet:PATH has columns"):
+        api.dataset(mixed, label_column="label", log=silent)
+
+
 def pairs(digits: Dataset, kind: str) -> Any:
     """The first 60 training images in one of the forms that are taken."""
     images, labels = digits.train.images[:60], digits.train.labels[:60]
