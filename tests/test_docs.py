@@ -70,7 +70,7 @@ test_reproduce.py run real ones."""
 
 SMALLER = {
     '"width": 16, "steps": 20': '"width": 8, "steps": 2, "expert_count": 1, "expert_epochs": 6, "map_max_steps": 40',
-    '"convnet-ln", width=16': '"convnet-ln", width=8, chain_epochs=20, chain_every=10',
+    'posterior(coreset, "convnet-ln")': 'posterior(coreset, "convnet-ln", chain_epochs=20, chain_every=10)',
 }
 """The same for Python: what README's calls are given -> what they get here."""
 
@@ -369,8 +369,10 @@ def flags_of(kind: type) -> set[str]:
     return found
 
 
-FOREIGN = {"--help", "--version", "--runtime-env-json", "--working-dir", "--again"}
-"""Of Ray's own commands, those that all have, and one of earlier code that docs/formats.md translates."""
+FOREIGN = {
+    "--help", "--version", "--runtime-env-json", "--working-dir", "--again", "--repo-type", "--target",
+}  # fmt: skip
+"""Of Ray's and the Hub's commands and of jobs/kill_runs.py, those that all have, and one of earlier code."""
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
