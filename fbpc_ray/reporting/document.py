@@ -21,6 +21,12 @@ class Text(NamedTuple):
     text: str
 
 
+class Lead(NamedTuple):
+    """The sentence that a reader should see first."""
+
+    text: str
+
+
 class Table(NamedTuple):
     """Cells as text; the first line is the header. Columns of numbers are right-aligned."""
 
@@ -47,7 +53,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-Block = Heading | Text | Table | Facts | Code | Picture
+Block = Heading | Text | Lead | Table | Facts | Code | Picture
 
 
 def is_png(data: bytes) -> bool:

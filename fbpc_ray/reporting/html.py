@@ -13,8 +13,8 @@ from fbpc_ray.reporting.document import GENERATOR, Block, Picture, Table, clean,
 
 PAGE_SCALE = 96 / 150
 """CSS pixels for a pixel of a picture, which is drawn at 150 dots an inch."""
-WIDE = 640
-"""Width in CSS pixels from which a phone scrolls a picture instead of shrinking it."""
+WIDE = 400
+"""Width in CSS pixels from which a tap on a picture shows it in full size, which a phone has shrunk."""
 LONG = 40
 """Characters from which a table cell is broken into lines."""
 

@@ -11,6 +11,7 @@ from fbpc_ray.reporting.document import (
     Code,
     Facts,
     Heading,
+    Lead,
     Picture,
     Table,
     Text,
@@ -31,6 +32,8 @@ def _block(block: Block, folder: str) -> str:
             return f"{'#' * level} {escape(text)}"
         case Text(text):
             return escape(text)
+        case Lead(text):
+            return f"**{escape(text)}**"
         case Code(text, language):
             fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
             return f"{fence}{language}\n{clean(text)}\n{fence}"

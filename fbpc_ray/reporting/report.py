@@ -10,11 +10,13 @@ from fbpc_ray import __version__
 from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote, place
-from fbpc_ray.reporting.document import GENERATOR, Block, Facts, Heading, Picture, Text, pictures
+from fbpc_ray.evaluation.results import unique
+from fbpc_ray.reporting.document import GENERATOR, Block, Facts, Heading, Lead, Picture, Text, pictures
 from fbpc_ray.reporting.html import to_html
 from fbpc_ray.reporting.markdown import to_markdown
-from fbpc_ray.reporting.run_facts import comparison, facts_of, method_name, provenance
-from fbpc_ray.reporting.run_pictures import run_pictures
+from fbpc_ray.reporting.run_comparison import comparison, conclusion
+from fbpc_ray.reporting.run_facts import facts_of, heading_of, provenance
+from fbpc_ray.reporting.run_pictures import after_picture, before_picture, caption_of, course_pictures
 from fbpc_ray.reporting.run_reader import EndedRun, read
 from fbpc_ray.reporting.run_usage import how_to_repeat, how_to_use
 from fbpc_ray.reporting.score_blocks import (
@@ -22,6 +24,7 @@ from fbpc_ray.reporting.score_blocks import (
     bar_charts,
     curve_charts,
     describe_scoring,
+    headline,
     mean_table,
     mixing_blocks,
     series_of,
@@ -54,39 +57,52 @@ def report(runs: Sequence[str], out: str, log: Callable[[str], None]) -> None:
 
 
 def document(ended: Sequence[EndedRun]) -> tuple[str, list[Block]]:
-    """Return title and blocks of a report."""
-    several = len(ended) > 1
-    first = ended[0]
-    title = f"{len(ended)} runs compared" if several else f"{method_name(first)} on {first.result['data']}"
+    """Return title and blocks of a report: result and pictures first, then scores, settings and how it was made."""
     series = all_series(ended)
-    blocks: list[Block] = [*(comparison(ended) if several else [Facts(facts_of(first))])]
-    blocks += [
-        Heading("Scores"),
-        Text(describe_scoring(ended)),
-        mean_table(series),
-        *bar_charts(series),
-        *curve_charts(ended),
-    ]
-    for number, run in enumerate(ended, 1):
-        if several:
-            blocks += [Heading(run.name), Facts(facts_of(run)), *mixing_blocks(run.mixing)]
-        else:
-            blocks += [*mixing_blocks(run.mixing), Heading("Pictures")]
-        blocks += [*run_pictures(run, f"{number:02d}"), *_later(run, f"{number:02d}"), *how_to_repeat(run)]
+    scores = [Heading("Scores"), Text(describe_scoring(ended)), mean_table(series)]
+    charts = [*bar_charts(series), *curve_charts(ended)]
+    if len(ended) > 1:
+        title = f"{len(ended)} runs compared"
+        blocks = [Lead(conclusion(ended)), *(block for run in ended for block in after_picture(run, _number(run)))]
+        blocks += [*comparison(ended), *scores, *charts]
+    else:
+        title = heading_of(ended[0])
+        pictures_of_images = [*after_picture(ended[0], "run"), *before_picture(ended[0], "run")]
+        blocks = [Lead(headline(ended[0])), *pictures_of_images, *scores, *charts]
+    for run in ended:
+        blocks += _of_run(run)
     blocks += [Heading("Every value"), Text("One line for each chain, by its seed."), value_table(series)]
     return title, [*blocks, *how_to_use(ended), *provenance(ended)]
 
 
-def _later(ended: EndedRun, number: str) -> list[Block]:
+def _of_run(run: EndedRun) -> list[Block]:
+    """Show how a run was made: settings, calibration, the course of the steps, later evaluations."""
+    return [
+        Heading(heading_of(run) if run.label else "How it was made"), Facts(facts_of(run)), *mixing_blocks(run.mixing),
+        *(before_picture(run, _number(run)) if run.label else []),
+        *course_pictures(run, _number(run)), *_later(run, _number(run)), *how_to_repeat(run),
+    ]  # fmt: skip
+
+
+def _number(run: EndedRun) -> str:
+    """Return the start of the names of a run's pictures: its letter, in small, or "run"."""
+    return run.label.lower() or "run"
+
+
+def _later(run: EndedRun, number: str) -> list[Block]:
     """Show the evaluations by `fbpc evaluate` after the run."""
     blocks: list[Block] = []
-    for index, later in enumerate(ended.later, 1):
+    for index, later in enumerate(run.later, 1):
         series = series_of(later.scores)
-        ood = f"; AUROC (higher is better): how well uncertainty detects {later.ood}" if later.ood else ""
-        blocks += [Heading(f"Evaluated later: {later.name}", 3), Text(f"On the {later.split} split{ood}.")]
-        blocks += [mean_table(series), *mixing_blocks(later.mixing), value_table(series)]
+        networks = ", ".join(unique(score.architecture for score in later.scores))
+        ood = f" AUROC (higher is better): how well uncertainty detects {later.ood}." if later.ood else ""
+        blocks += [
+            Heading(f"Evaluated later on {networks}, {later.split} split", 3),
+            Text(f"From evaluations/{later.name}.{ood}"),
+            mean_table(series), *mixing_blocks(later.mixing), value_table(series),
+        ]  # fmt: skip
         for position, (kind, png) in enumerate(later.pictures, 1):
-            blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", kind.replace(".", ", ")))
+            blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", caption_of(kind)))
     return blocks
 
 

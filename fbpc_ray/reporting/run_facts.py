@@ -1,10 +1,7 @@
-"""Facts of runs: their settings, where several runs differ, and their provenance."""
+"""Facts of runs: their settings and their provenance."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from fbpc_ray.core.addresses import redacted
-from fbpc_ray.core.config import ELSEWHERE
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.evaluation.results import finite, unique
 from fbpc_ray.reporting.document import Block, Heading, Table
@@ -27,6 +24,13 @@ LAST_BITS = {"threads", "device", "compiled", "compiled_chains"}
 
 def method_name(found: EndedRun) -> str:
     return METHODS[found.method].split(":")[0]
+
+
+def heading_of(found: EndedRun) -> str:
+    """Name a run in words: its letter, method, data set and size."""
+    ipc = found.config.distillation.ipc
+    size = f"{ipc} image{'' if ipc == 1 else 's'} a class"
+    return f"{f'Run {found.label}: ' if found.label else ''}{method_name(found)} on {found.result['data']}, {size}"
 
 
 def facts_of(found: EndedRun) -> list[tuple[str, str]]:
@@ -53,29 +57,6 @@ def facts_of(found: EndedRun) -> list[tuple[str, str]]:
 def _shape(coreset: Coreset) -> str:
     channels, height, width = coreset.images.shape[1:]
     return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
-
-
-def comparison(found: Sequence[EndedRun]) -> list[Block]:
-    """Tabulate the runs, and the settings in which they differ."""
-    heads = ["run", "method", "data", "images a class", "networks", "steps"]
-    lines = [heads]
-    for each in found:
-        c = each.config
-        networks = ", ".join(c.networks.architectures)
-        steps = str(each.result["steps"]) if each.method != "random" else "-"
-        lines.append([each.name, each.method, each.result["data"], str(c.distillation.ipc), networks, steps])
-    blocks: list[Block] = [Table(lines)]
-    flat = [each.config.flat() for each in found]
-    same = ELSEWHERE - LAST_BITS
-    differing = [name for name in flat[0] if name not in same and len({repr(one[name]) for one in flat}) > 1]
-    if differing:
-        rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
-        blocks += [Heading("Where they differ", 3), Table([["setting", *(each.label for each in found)], *rows])]
-    return blocks
-
-
-def _word(value: Any) -> str:
-    return redacted(" ".join(value) if isinstance(value, tuple) else str(value)) or "''"
 
 
 def provenance(found: Sequence[EndedRun]) -> list[Block]:

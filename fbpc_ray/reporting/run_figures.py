@@ -48,12 +48,14 @@ COURSES = (
 """Panels: title, unit, columns of metrics.parquet with whether their line is dashed."""
 
 
-def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
-    """Draw loss, its terms, MAP solves and validation scores over the steps, as means over draws.
+def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> None:
+    """Draw loss, its terms, MAP solves and validation scores over the steps; nothing where the rows have none."""
+    if courses := courses_of(rows, method):
+        steps.over_steps(courses, path, f"{method} over the steps")
 
-    Returns:
-        The steps over which a line is smoothed; 0, and no file, where the rows have nothing to draw.
-    """
+
+def courses_of(rows: Sequence[Mapping[str, Any]], method: str) -> list[steps.Course]:
+    """Return what is drawn over the steps, as means over draws."""
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     courses = []
     for title, unit, columns in COURSES:
@@ -64,14 +66,14 @@ def course(rows: Sequence[Mapping[str, Any]], method: str, path: Place) -> int:
             if (points := _points(rows, name, column, 100.0 if title == SCORE else 1.0))
         ]
         if lines:
-            shown = (
-                unit if unit != NATS or method.startswith(("fbpc", "vbpc")) else ""
-            )  # of weights: in units of their own
-            courses.append(steps.Course(title, shown, lines, title == MAP))
-    if not courses:
-        return 0
-    steps.over_steps(courses, path, f"{method} over the steps")
-    return steps.window_of(max(len(steps) for each in courses for _, steps, _, _ in each.lines))
+            in_nats = unit != NATS or method.startswith(("fbpc", "vbpc"))  # others: of weights, in units of their own
+            courses.append(steps.Course(title, unit if in_nats else "", lines, title == MAP))
+    return courses
+
+
+def window_of(courses: Sequence[steps.Course]) -> int:
+    """Return the steps over which the longest line is smoothed."""
+    return steps.window_of(max(len(at) for each in courses for _, at, _, _ in each.lines))
 
 
 def _points(

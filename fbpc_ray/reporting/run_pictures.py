@@ -1,4 +1,4 @@
-"""Pictures of a run: its images before and after, the course of the steps, reliability."""
+"""Pictures of a run: its images after and before, the course of the steps, reliability."""
 
 import tempfile
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 from fbpc_ray.data import coreset
 from fbpc_ray.data.datasets import denormalise
 from fbpc_ray.reporting import image_grids, run_figures
+from fbpc_ray.reporting.charts import steps
 from fbpc_ray.reporting.document import Block, Picture
 from fbpc_ray.reporting.run_reader import EndedRun, image
 
@@ -19,40 +20,67 @@ def png_of(draw: Callable[[Path], object]) -> bytes:
         return path.read_bytes() if path.exists() else b""
 
 
-def run_pictures(ended: EndedRun, number: str) -> list[Block]:
-    """Return the pictures that a run has; `number` starts the names of their files."""
-    run, blocks = ended.run, list[Block]()
-    if ended.method != "random" and run.random_path.exists():
-        before = coreset.load(run.random_path)
-        if before.images.shape[1] in (1, 3):
-            pixels = denormalise(before.images, before.mean, before.std).numpy()
-            title = "random real images, before step 1"
-            png = png_of(
-                lambda path: image_grids.coreset_grid(pixels, before.labels.numpy(), before.classes, path, title)
-            )
-            blocks.append(Picture(png, f"{number}-before", "Before: the real images that distillation starts from."))
-    if run.picture_path.exists():
-        what = "The real images." if ended.method == "random" else "After: the coreset."
-        blocks.append(Picture(image(run.picture_path), f"{number}-coreset", what))
+def after_picture(ended: EndedRun, number: str) -> list[Block]:
+    """Return the picture of the coreset; `number` starts the name of its file."""
+    if not ended.run.picture_path.exists():
+        return []
+    what = "the real images" if ended.method == "random" else "the coreset, after the last step"
+    caption = _sentence(f"{f'{ended.label}: ' if ended.label else ''}{what}.")
+    return [Picture(image(ended.run.picture_path), f"{number}-coreset", caption)]
+
+
+def before_picture(ended: EndedRun, number: str) -> list[Block]:
+    """Draw the real images that the coreset began as."""
+    if ended.method == "random" or not ended.run.random_path.exists():
+        return []
+    before = coreset.load(ended.run.random_path)
+    if before.image_shape[0] not in image_grids.PICTURED:
+        return []
+    pixels, title = denormalise(before.images, before.mean, before.std).numpy(), "random real images, before step 1"
+    png = image_grids.coreset_png(pixels, before.labels.numpy(), before.classes, title)
+    return [Picture(png, f"{number}-before", "The real images that distillation starts from.")]
+
+
+def course_pictures(ended: EndedRun, number: str) -> list[Block]:
+    """Return the pictures of the steps and of the calibration that a run has."""
+    run = ended.run
+    blocks = _course(ended, number) if ended.rows else []
     if run.over_time_path.exists():
         caption = f"Over the steps: the first image of each class, of at most {run_figures.FOLLOWED}."
         blocks.append(Picture(image(run.over_time_path), f"{number}-over-time", caption))
-    if ended.rows:
-        blocks += _course(ended, number)
     if run.reliability_path.exists():
-        caption = (
-            "Reliability, of the predictions of all chains put together (the table has the mean ECE of single chains): "
-            "a calibrated model is right as often as it is confident (dashed)."
-        )
-        blocks.append(Picture(image(run.reliability_path), f"{number}-reliability", caption))
+        blocks.append(Picture(image(run.reliability_path), f"{number}-reliability", RELIABILITY))
     return blocks
 
 
+RELIABILITY = (
+    "Reliability, of the predictions of all chains put together (the table has the mean ECE of single chains): "
+    "a calibrated model is right as often as it is confident (dashed)."
+)
+
+
+def caption_of(kind: str) -> str:
+    """Describe a picture of an evaluation by the end of its file's name: reliability, fbpc-convnet-in.entropy, ..."""
+    if kind == "reliability":
+        return RELIABILITY
+    subject, _, what = kind.rpartition(".")
+    if what == "entropy":
+        return f"Entropy of images of the data set and of others, {subject}: the less they overlap, the better."
+    return kind.replace(".", ", ")
+
+
 def _course(ended: EndedRun, number: str) -> list[Block]:
-    """Draw loss, its terms, MAP solves and validation over the steps."""
-    windows: list[int] = []
-    png = png_of(lambda path: windows.append(run_figures.course(ended.rows, ended.method, path)))
-    if not png:
-        return []
-    smooth = f" Bold: the mean over {windows[0]} steps; faint: every step." if windows[0] > 1 else ""
-    return [Picture(png, f"{number}-steps", f"The course of the distillation, a line for each network.{smooth}")]
+    """Draw loss, its terms, MAP solves and validation over the steps, a picture each, which a phone can show whole."""
+    courses = run_figures.courses_of(ended.rows, ended.method)
+    blocks: list[Block] = []
+    for index, course in enumerate(courses, 1):
+        png = png_of(lambda path, course=course: steps.over_steps([course], path))
+        window = run_figures.window_of([course])
+        smooth = f" Bold: the mean over {window} steps; faint: every step." if window > 1 else ""
+        caption = _sentence(f"{course.title} over the steps, a line for each network.{smooth}")
+        blocks.append(Picture(png, f"{number}-steps-{index}", caption))
+    return blocks
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.evaluation.diagnostics import MIXED, Mixing
-from fbpc_ray.evaluation.results import MAIN_QUANTITIES, QUANTITIES, ChainScore, finite, select, unique, values_of
+from fbpc_ray.evaluation.results import (
+    MAIN_QUANTITIES,
+    QUANTITIES,
+    ChainScore,
+    finite,
+    mean_scores,
+    select,
+    unique,
+    values_of,
+)
 from fbpc_ray.reporting.charts import comparison
 from fbpc_ray.reporting.document import Block, Picture, Table, Text
 from fbpc_ray.reporting.run_pictures import png_of
@@ -73,6 +82,22 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     if len(ways) == 1:
         return text
     return f"{text} The runs were not scored alike (this is {first.label}'s): see where they differ."
+
+
+def headline(run: EndedRun) -> str:
+    """Say in one sentence how well the coreset does, beside as many random real images."""
+    names = [name for name in unique(score.coreset for score in run.scores) if name != "random"]
+    told = [_headline_of(run.scores, name, "The coreset") for name in names]
+    told += [_headline_of(run.scores, "random", "as many random real images" if told else "Random real images")]
+    words = "; ".join(text for text in told if text)
+    return f"{words} ({run.result['images_scored']:,} {run.result['split']} images)."
+
+
+def _headline_of(scores: Sequence[ChainScore], name: str, subject: str) -> str:
+    means = mean_scores(select(scores, name))
+    if not means:
+        return f"{subject}: a chain diverged" if select(scores, name) else ""
+    return f"{subject}: {100 * means['accuracy']:.1f} % accuracy, NLL {means['nll']:.3f}"
 
 
 def _quantities(series: Sequence[Series]) -> list[str]:

@@ -1,0 +1,119 @@
+"""What differs between runs, and which one scores better, where their scores compare."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.config import ELSEWHERE, Data, Evaluation
+from fbpc_ray.evaluation.results import QUANTITIES, select, unique
+from fbpc_ray.reporting.document import Block, Heading, Table
+from fbpc_ray.reporting.run_facts import LAST_BITS, method_name
+from fbpc_ray.reporting.run_reader import EndedRun
+
+WORDS = {
+    "data": "data set", "validation": "validation share", "data_seed": "seed of the validation split",
+    "seed": "seed", "expert_seed": "seed of the experts", "augment": "augmentation",
+    "num_chains": "number of chains", "chain_epochs": "epochs of a chain", "chain_every": "epochs between samples",
+}  # fmt: skip
+"""Settings whose flag is not their name in words."""
+SCORED_ALIKE = [
+    *(f.name for f in fields(Data) if f.name not in ELSEWHERE), "seed", "expert_seed", "width", "depth", "augment",
+    *(f.name for f in fields(Evaluation)),
+]  # fmt: skip
+"""Settings that must agree, so that a difference of scores is one of the coresets."""
+RESULT_WORDS = {"data": "data set", "split": "split", "images_scored": "images scored"}
+
+
+def comparison(runs: Sequence[EndedRun]) -> list[Block]:
+    """Tabulate the runs, and the settings in which they differ."""
+    lines = [["run", "method", "data", "images a class", "networks", "steps"]]
+    for run in runs:
+        c = run.config
+        networks = ", ".join(c.networks.architectures)
+        steps = str(run.result["steps"]) if run.method != "random" else "-"
+        lines.append([run.name, run.method, run.result["data"], str(c.distillation.ipc), networks, steps])
+    blocks: list[Block] = [Heading("Where they differ"), Table(lines)]
+    flat = [run.config.flat() for run in runs]
+    same = ELSEWHERE - LAST_BITS
+    differing = [name for name in flat[0] if name not in same and _differs([one[name] for one in flat])]
+    if differing:
+        rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
+        blocks.append(Table([["setting", *(run.label for run in runs)], *rows]))
+    return blocks
+
+
+def conclusion(runs: Sequence[EndedRun]) -> str:
+    """Say which run scores better, or why that can't be said."""
+    if unlike := _unlike(runs):
+        return f"No conclusion: the runs differ in {_listed(unlike)}, so that their scores don't compare."
+    networks = [
+        name for name in unique(score.architecture for score in runs[0].scores)
+        if all(select(run.scores, run.method, name) for run in runs)
+    ]  # fmt: skip
+    if not networks:
+        return "No conclusion: no network was scored on all coresets."
+    values = {quantity: [_values(run, quantity, networks) for run in runs] for quantity in ("accuracy", "nll")}
+    if not all(map(all, values.values())):
+        return "No conclusion: a chain diverged."
+    if any(len(chains) < 2 for chains in values["nll"]):
+        return "No conclusion: of one chain each, no spread is known."
+    told = [_told(runs, quantity, chains) for quantity, chains in values.items()]
+    return f"On {_listed(networks)}: {'; '.join(told)}. One distillation each: another seed may say otherwise."
+
+
+def _unlike(runs: Sequence[EndedRun]) -> list[str]:
+    """Name the settings that keep the scores from comparing, with their values."""
+    flat = [run.config.flat() for run in runs]
+    unlike = {
+        WORDS.get(name, name.replace("_", " ")): [_word(one[name]) for one in flat]
+        for name in SCORED_ALIKE
+        if _differs([one[name] for one in flat])
+    }
+    for name, word in RESULT_WORDS.items():
+        if _differs(told := [str(run.result[name]) for run in runs]):
+            unlike[word] = told
+    prints = [run.coreset.facts.get("fingerprint", "") for run in runs]
+    if all(prints) and _differs(prints) and not unlike:
+        unlike["training images"] = prints
+    return [f"{word} ({', '.join(unique(told))})" for word, told in unlike.items()]
+
+
+def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float]:
+    """Return a mean over networks for each seed, in the printed unit; empty where a chain diverged."""
+    by_network = [[score.value(quantity) for score in select(run.scores, run.method, name)] for name in networks]
+    if any(value is None for values in by_network for value in values):
+        return []
+    scale = QUANTITIES[quantity].scale
+    return [scale * statistics.fmean(values) for values in zip(*by_network, strict=True)]  # type: ignore[arg-type]
+
+
+def _told(runs: Sequence[EndedRun], quantity: str, values: Sequence[Sequence[float]]) -> str:
+    """Name the best run and the next one, if the gap between them is above both standard deviations together."""
+    label, _, digits = QUANTITIES[quantity]
+    order = sorted(range(len(runs)), key=lambda at: statistics.fmean(values[at]), reverse=quantity == "accuracy")
+    first, second = order[:2]
+    shown = [
+        f"{runs[at].label} ({method_name(runs[at])}) {statistics.fmean(values[at]):.{digits}f} ± "
+        f"{statistics.stdev(values[at]):.{digits}f}"
+        for at in (first, second)
+    ]
+    gap = abs(statistics.fmean(values[first]) - statistics.fmean(values[second]))
+    if gap <= statistics.stdev(values[first]) + statistics.stdev(values[second]):
+        return f"{label} of {shown[0]} and {shown[1]} don't differ by more than chains do"
+    return f"best {label} {shown[0]}, before {shown[1]}"
+
+
+def _differs(values: Sequence[Any]) -> bool:
+    return len({repr(value) for value in values}) > 1
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return redacted(" ".join(value) if isinstance(value, tuple) else str(value)) or "''"
