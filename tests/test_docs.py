@@ -463,7 +463,7 @@ def test_formats_says_what_a_run_leaves(desk):
 def test_formats_says_what_experts_and_tables_are_made_of(desk):
     (folder,) = (desk / "experts" / "digits").glob("convnet-in-*")
     store = json.loads((folder / "store.json").read_text())
-    assert {*store["recipe"]} == {*Recipe._fields} == set(told_in("Experts", "store.json"))
+    assert {*store["recipe"], "precision"} == {*Recipe._fields} == set(told_in("Experts", "store.json"))
     assert {*json.loads((folder / "00000.json").read_text())} == set(told_in("Experts", "00000.json"))
     assert tabled("rows.parquet of a reproduction") == SCHEMA.names
 

@@ -69,6 +69,9 @@ RENAMED = {
 
 OLD_NAMES = {new: old for old, new in RENAMED.items()}
 
+PRIOR_PRECISION = "prior_precision"
+"""Was `precision` until that became the number format of passes: a number by that name is the prior's."""
+
 RENAMED_VALUES: dict[str, dict[str, str]] = {"map": {"fresh": "prior", "pool": "warm"}}
 """{old name: {old: new} values}."""
 
@@ -77,7 +80,7 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace names of earlier code, and their values, by those of `RENAMED`. Raises UserError."""
     current = {}
     for name, value in values.items():
-        new = RENAMED.get(name, name)
+        new = PRIOR_PRECISION if name == "precision" and not isinstance(value, str) else RENAMED.get(name, name)
         if new in current or (new != name and new in values):
             raise UserError(f"'{name}' is the old name of '{new}', and both are given; leave out one")
         renamed = RENAMED_VALUES.get(name, {})
@@ -89,7 +92,7 @@ def original_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Invert `current_names`. Keys of stored results are computed over these names, so that they never change."""
     original = {}
     for name, value in values.items():
-        old = OLD_NAMES.get(name, name)
+        old = {PRIOR_PRECISION: "precision", "precision": "pass_precision"}.get(name, OLD_NAMES.get(name, name))
         values_of_old = {new: before for before, new in RENAMED_VALUES.get(old, {}).items()}
         original[old] = values_of_old.get(value, value) if isinstance(value, str) else value
     return original

@@ -53,7 +53,7 @@ RANGES: dict[str, Range] = {
     "alpha": Range(0, 1e30, open_low=True),  # a run that diverges ends with a line that names --alpha
     "gamma": POSITIVE, "map_lr": POSITIVE, "lambda_x": POSITIVE, "lambda_u": POSITIVE,
     "expert_lr": POSITIVE, "inner_lr": POSITIVE, "chain_eta": POSITIVE, "image_lr": POSITIVE, "pool_lr": POSITIVE,
-    "net_lr": POSITIVE, "label_scale": POSITIVE, "ridge": POSITIVE, "precision": POSITIVE, "net_ridge": POSITIVE,
+    "net_lr": POSITIVE, "label_scale": POSITIVE, "ridge": POSITIVE, "prior_precision": POSITIVE, "net_ridge": POSITIVE,
     "net_label_scale": POSITIVE, "net_precision": POSITIVE,
     "label_lr": NOT_NEGATIVE, "lr_decay": OPTIONAL_COUNT, "kl_weight": NOT_NEGATIVE, "chain_d": NOT_NEGATIVE,
     "chain_init": NOT_NEGATIVE, "chain_weight_decay": NOT_NEGATIVE, "inner_alpha": NOT_NEGATIVE,

@@ -52,6 +52,9 @@ class Networks:
     """Blocks of ConvNet; 0 means 3 at 32x32, 4 at 64x64 [paper], 2 at 8x8."""
     augment: Literal["dsa", "none"] = "dsa"
     """Augmentation of experts, distillation and chains [paper: dsa; none in its Table 10]."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the convolutions in expert training, MAP solves and SGD steps. bf16: bfloat16 there, float32 in
+    parameters, losses, Psi, Eq. 17 and chains. Part of the bits. Not of vbpc, frepo."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Distillation:
     ridge: float = 0.01
     """lambda, to which an eigenvalue of the kernel phi . phi' / h is compared. vbpc: rho x variance of the noise of the
     targets [tuned]; frepo: a share of the mean of |phi|^2 / h over the coreset [FRePo: 1e-6]."""
-    precision: float = 1.0
+    prior_precision: float = 1.0
     """vbpc: rho, the precision of the Gaussian prior of a weight of the last layer."""
     kl_weight: float = 1.0
     """vbpc: weight of KL(q || prior) / number of real images; 1 gives the evidence bound."""
@@ -194,7 +197,7 @@ class Evaluation:
     net_ridge: float = 0.01
     """last-layer: lambda, as vbpc's --ridge [tuned]."""
     net_precision: float = 1.0
-    """last-layer: rho, as --precision."""
+    """last-layer: rho, as --prior-precision."""
     ensemble_size: int = 5
     """ensemble: networks of each seed."""
     num_chains: int = 3

@@ -48,10 +48,20 @@ class Recipe(NamedTuple):
     dtype: str
     """How floating tensors are stored: "float32", or "float16" (relative error 2^-11 for 6.1e-5 <= |value| < 65504)."""
     seed: int
+    precision: str = "fp32"
+    """Number format of the training passes: "fp32" or "bf16"."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON gives it back: tuples as lists."""
-        return json.loads(json.dumps(self._asdict()))
+        """Return the recipe as JSON gives it back: tuples as lists. Without `precision` if it is fp32, as before it."""
+        values = self._asdict()
+        if self.precision == "fp32":
+            del values["precision"]
+        return json.loads(json.dumps(values))
+
+    def __repr__(self) -> str:
+        """Name the fields of `to_json`: keys of cached trajectories are made from this text."""
+        names = [name for name in self._fields if name != "precision" or self.precision != "fp32"]
+        return f"Recipe({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 class Trajectory(NamedTuple):

@@ -301,11 +301,13 @@ def _recipe_in(folder: Place) -> dict[str, Any] | None:
 def folder(root: Place, recipe: Recipe, end: str = "") -> Place:
     """Return the folder of `recipe`, e.g. experts/cifar10/convnet-in-w128-d3; of a path its last part counts.
 
-    Those without DSA (Table 10) live beside those with it, as convnet-in-w128-d3-none.
+    Those without DSA (Table 10) live beside those with it, as convnet-in-w128-d3-none, those of bf16 as ...-bf16.
     """
     parts = [re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in recipe.data.split(":", 1)]
     name = f"{recipe.architecture}-w{recipe.width}-d{recipe.depth}"
-    return root / slug("-".join(parts)) / slug((name if recipe.augment == "dsa" else f"{name}-{recipe.augment}") + end)
+    name += "" if recipe.augment == "dsa" else f"-{recipe.augment}"
+    name += "" if recipe.precision == "fp32" else f"-{recipe.precision}"
+    return root / slug("-".join(parts)) / slug(name + end)
 
 
 def slug(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.expert_store import ExpertStore
+from fbpc_ray.models import compiler
 from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import count_macs
+from fbpc_ray.models.passes import Passes, count_macs
+from fbpc_ray.models.precision import autocast, require
 
 
 def train_expert(
@@ -29,19 +32,30 @@ def train_expert(
     augment: str,
     seed: int,
     index: int,
+    precision: str = "fp32",
+    folder: Path | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the module's state (parameters and buffers, on the CPU) at epochs 0 (the initialisation) to `epochs`.
 
     A trajectory depends on `seed`, `index` and the arguments alone. The tensors yielded may be those that the next
     epoch changes: copy what is kept.
+
+    Args:
+        precision: of the passes; the parameters, and what is yielded, are float32.
+        folder: of compiled functions. With it, passes of whole batches are compiled; not for a network with buffers.
     """
     name = network.spec.architecture
     module = network.module(generator(seed, "expert", name, index, "init"))
-    parameters = list(module.parameters())
+    parameters, passes = list(module.parameters()), Passes(network, folder, precision) if folder else None
     yield _state(module)
     for epoch in range(1, epochs + 1):
         for batch in data.epoch(batch_size, augment, generator(seed, "expert", name, index, "epoch", epoch)):
-            gradients = torch.autograd.grad(cross_entropy(module(batch.images), batch.labels), parameters)
+            if passes is not None and len(batch.labels) == batch_size:
+                gradients = passes.loss_and_grad(dict(module.named_parameters()), batch)[1].values()
+            else:
+                with autocast(precision, network.device.type):
+                    logits = module(batch.images).float()
+                gradients = torch.autograd.grad(cross_entropy(logits, batch.labels), parameters)
             with torch.no_grad():  # SGD by hand: torch.optim has each process import torch's compiler, for seconds
                 for value, gradient in zip(parameters, gradients, strict=True):
                     value.add_(gradient, alpha=-learning_rate)
@@ -62,6 +76,8 @@ class ExpertTask(NamedTuple):
 
 CPU_FLOPS = 3e10
 """Floating-point operations a second of one CPU core in a training pass, to within a factor of two."""
+COMPILE_FROM = 3e12
+"""Floating-point operations of a trajectory, two minutes of CPU time, from which its bf16 passes are compiled."""
 MAX_ACCURACY_IMAGES = 1000
 """Training images, spread over all, on which the accuracy of an expert is measured."""
 MIN_SGD_STEPS = 100
@@ -72,10 +88,13 @@ def run_expert_task(dataset: Dataset, task: ExpertTask, device: str) -> float:
     """Train a trajectory and write it, unless another run has; return its last epoch's accuracy on training images."""
     recipe, network = task.store.recipe, Network(task.spec, device)
     data = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
+    require(recipe.precision, device)
+    compiled = compiles_training(recipe, network, len(data))
     if not task.store.is_complete(task.number):
         snapshots = train_expert(
             network, data, epochs=recipe.epochs, learning_rate=recipe.lr, batch_size=recipe.batch_size,
             augment=recipe.augment, seed=recipe.seed, index=task.number,
+            precision=recipe.precision, folder=compiler.folder() if compiled else None,
         )  # fmt: skip
         task.store.write(task.number, _counted(snapshots, recipe.epochs))
     snapshot = task.store.read(task.number, recipe.epochs)
@@ -93,6 +112,16 @@ def _counted(snapshots: Iterator[dict[str, Tensor]], epochs: int) -> Iterator[di
     for epoch, snapshot in enumerate(snapshots):
         set_part(epoch, epochs)
         yield snapshot
+
+
+def compiles_training(recipe: Recipe, network: Network, images: int) -> bool:
+    """Return whether the passes of training are compiled: bf16 on a CPU, where eager ones are slower than fp32.
+
+    The answer depends on the recipe and the data alone, so that every command trains the same bits.
+    """
+    if recipe.precision == "fp32" or network.device.type != "cpu" or network.buffer_names:
+        return False
+    return 6.0 * count_macs(network) * recipe.epochs * images >= COMPILE_FROM
 
 
 def train_missing_experts(

@@ -56,10 +56,13 @@ class TrajectoryKey(NamedTuple):
     cpu_capability: str
     device: str
     """cpu, or the name of the GPU."""
+    precision: str = "fp32"
+    """Number format of the K steps."""
 
     def digest(self) -> str:
-        """Return the name of the trajectory's file, without its suffix."""
-        return hashlib.blake2b(repr(tuple(self)).encode(), digest_size=20).hexdigest()
+        """Return the name of the trajectory's file, without its suffix; that of fp32 is the one before `precision`."""
+        values = tuple(self) if self.precision != "fp32" else tuple(self)[:-1]
+        return hashlib.blake2b(repr(values).encode(), digest_size=20).hexdigest()
 
 
 class TrajectoryCache(NamedTuple):

@@ -25,6 +25,7 @@ from fbpc_ray.distillation.trajectory_cache import TrajectoryCache
 from fbpc_ray.models import compiler
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes
+from fbpc_ray.models.precision import require
 
 METHODS: dict[str, Method] = {
     "fbpc": fbpc.gradient,
@@ -69,6 +70,8 @@ class WorkerArguments(NamedTuple):
     """Run compiled passes (models/passes.py)."""
     trajectory_cache_bytes: float = 0.0
     """Bytes of the node's disk for the trajectory cache; 0: no cache."""
+    precision: str = "fp32"
+    """Number format of the MAP solve and of the SGD steps."""
 
 
 class WorkerGroupSpec(NamedTuple):
@@ -119,12 +122,13 @@ class Worker:
         threads: int,
         compiled: bool = False,
         trajectory_cache_bytes: float = 0.0,
+        precision: str = "fp32",
     ):
         """See `WorkerArguments`."""
         keep_freed_memory()
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
-        self.device, self.threads = device, threads
+        self.device, self.threads, self.precision = device, threads, precision
         self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
         self.compiled = compiler.folder() if compiled and device == "cpu" else None
@@ -177,7 +181,8 @@ class Worker:
     def _context(self, task: GradientTask) -> GradientContext:
         index = task.architecture
         if index not in self.passes:
-            self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled)
+            require(self.precision, self.device)
+            self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled, self.precision)
         return GradientContext(
             self.passes[index], self.stores[index] if self.stores else None, self.real, self.labels, self.settings,
             self.augment, self.expert_count, task.draw, self.trajectory_cache,

@@ -174,6 +174,7 @@ def expert_store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
         data=dataset.name, fingerprint=dataset.fingerprint, image_shape=dataset.image_shape, classes=spec.classes,
         architecture=spec.architecture, width=spec.width, depth=spec.depth, epochs=e.expert_epochs, lr=e.expert_lr,
         batch_size=e.expert_batch_size, augment=config.networks.augment, dtype=e.expert_dtype, seed=e.expert_seed,
+        precision=config.networks.precision,
     )  # fmt: skip
     root = place(e.experts) if e.experts else home() / "experts"
     return open_store(root.absolute(), recipe)
@@ -231,6 +232,7 @@ def worker_group(
     arguments = WorkerArguments(
         specs, stores, dataset, labels.numpy(), d, config.networks.augment, config.experts.expert_count,
         cpu_threads(config), compiles_passes(config, dataset, specs), trajectory_cache_bytes(config, specs),
+        config.networks.precision,
     )  # fmt: skip
     return WorkerGroupSpec(
         arguments, gradient_tasks(len(specs), d.draws_per_step), 4 * largest * (1 + d.posterior_steps)

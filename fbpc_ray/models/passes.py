@@ -13,19 +13,21 @@ from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.inference.posterior import loss_and_grad
 from fbpc_ray.models.compiler import CompileError, Function, compile_function
 from fbpc_ray.models.functional import Network
+from fbpc_ray.models.precision import autocast
 
 
 class Passes:
     """The loss with its gradient, the logits and the predictions of one network on one device.
 
+    With the precision bf16, `loss_and_grad` runs in bfloat16; its results, and all other passes, are float32.
     With a folder for compiled functions, a pass is compiled for each number of images at its first use. Compiled and
     eager passes differ in the last bits, so a worker that can't compile raises UserError instead of going on eagerly.
     """
 
-    def __init__(self, network: Network, folder: Path | None = None):
-        self.network, self.folder = network, folder
+    def __init__(self, network: Network, folder: Path | None = None, precision: str = "fp32"):
+        self.network, self.folder, self.precision = network, folder, precision
         self._compiled: dict[tuple[str, torch.Size], Function] = {}
-        self._eager_loss_and_grad = loss_and_grad(network.forward)
+        self._eager_loss_and_grad = loss_and_grad(network.forward if precision == "fp32" else self._forward_bf16)
 
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Return the mean cross-entropy (), nats an image, and its gradient by parameter. A `LossAndGrad`."""
@@ -70,8 +72,16 @@ class Passes:
 
     def _loss_and_gradients(self, *arguments: Tensor) -> list[Tensor]:
         *values, images, labels = arguments
+        if self.precision == "bf16":  # where it is compiled, channels_last saves reordering
+            images = images.contiguous(memory_format=torch.channels_last)
         loss, gradients = self._eager_loss_and_grad(self._params(values), Batch(images, labels))
+        if self.precision == "bf16":  # the next call's parameters must have the strides of this call's
+            return [loss, *(gradient.contiguous() for gradient in gradients.values())]
         return [loss, *gradients.values()]
+
+    def _forward_bf16(self, params: Params, images: Tensor) -> Tensor:
+        with autocast(self.precision, self.network.device.type):
+            return self.network.forward(params, images).float()
 
     def _logits(self, *arguments: Tensor) -> list[Tensor]:
         *values, images = arguments

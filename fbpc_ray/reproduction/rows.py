@@ -43,14 +43,14 @@ SCHEMA = pa.schema(
 _ELSEWHERE = ELSEWHERE | {"num_chains"}
 _OF_POOL = {"map_init", "warm_pool_size", "warm_pool_uses"}
 _OF_VBPC = {
-    "image_lr", "label_lr", "lr_decay", "label_scale", "ridge", "precision", "kl_weight", "mirror", "pool_size",
+    "image_lr", "label_lr", "lr_decay", "label_scale", "ridge", "prior_precision", "kl_weight", "mirror", "pool_size",
     "pool_steps", "pool_lr",
 }  # fmt: skip
 _OF_NETWORKS = {
     "inference", "net_steps", "net_lr", "net_label_scale", "net_mirror", "net_ridge", "net_precision", "ensemble_size",
 }  # fmt: skip
 _JUDGED = {f.name for f in fields(Evaluation)}
-_EXPERTS = {"width", "depth", "architectures"}
+_EXPERTS = {"width", "depth", "architectures", "precision"}
 
 
 def coreset_key(config: Config) -> str:
@@ -79,6 +79,7 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"gamma_window"}, flat["gamma_window"] != 1),
         ({"alpha_decay"}, flat["alpha_decay"] != 0),
         ({"image_average"}, flat["image_average"] != 0),
+        ({"precision"}, flat["precision"] != "fp32"),
         ({"rkl_estimator"}, flat["rkl_estimator"] != "scaled"),
     )
     unused = {name for names, used in later if not used for name in names}

@@ -188,7 +188,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
     fixed = {
         "data", "image_size", "resize", "label_column", "image_column", "normalisation", "validation", "test",
         "data_seed",
-        "architectures", "width", "depth", "augment",
+        "architectures", "width", "depth", "augment", "precision",
         "expert_count", "expert_epochs", "expert_lr", "expert_batch_size", "expert_dtype", "expert_seed", "method",
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
@@ -196,7 +196,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "views", "gamma_window", "alpha_decay", "image_average", "rkl_estimator",
         "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
         "image_lr", "label_lr", "lr_decay", "label_scale", "ridge",
-        "precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
+        "prior_precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 

@@ -34,7 +34,7 @@ from fbpc_ray.models.functional import Network, flatten, unflatten
 SMALL = {
     "method": "vbpc", "architectures": ("convnet-in", "convnet-bn"), "width": 8, "steps": 7, "real_batch_size": 32,
     "checkpoint_every": 3, "pool_size": 2, "pool_steps": 3, "image_lr": 0.05, "label_lr": 0.1, "ridge": 0.05,
-    "precision": 2.0, "kl_weight": 3.0, "threads": 1, "tracking": False,
+    "prior_precision": 2.0, "kl_weight": 3.0, "threads": 1, "tracking": False,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def worker_of(config, digits):
 def dense_loss(features: Tensor, targets: Tensor, at: Tensor, labels: Tensor, settings, count: int) -> Tensor:
     """The loss with the h x h covariance of each class's weights, float64."""
     features, targets, at = features.double(), targets.double(), at.double()
-    h, rho = features.shape[1], settings.precision
+    h, rho = features.shape[1], settings.prior_precision
     sigma2 = settings.ridge / rho
     precision = rho * torch.eye(h, dtype=torch.float64) + features.T @ features / sigma2
     covariance = torch.linalg.inv(precision)

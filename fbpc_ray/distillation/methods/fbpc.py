@@ -173,7 +173,7 @@ def trajectory_key(context: GradientContext, expert: int, epoch: int) -> Traject
         s.lambda_x, s.real_batch_size, s.posterior_steps, context.augment,
         torch.__version__, torch.get_num_threads(), context.passes.folder is not None,
         torch.backends.cpu.get_cpu_capability(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, context.passes.precision,
     )  # fmt: skip
 
 

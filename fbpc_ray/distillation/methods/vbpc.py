@@ -56,7 +56,7 @@ def gradient(
         real_features = scaled(features_and_outputs(network, params, real.images)[0])
     data = _seen(u, y, settings)
     features = scaled(features_and_outputs(network, params, data.images)[0])
-    layer = posterior(features, data.targets, settings.ridge, settings.precision, settings.method == "frepo")
+    layer = posterior(features, data.targets, settings.ridge, settings.prior_precision, settings.method == "frepo")
     loss, expected, others = LOSSES[settings.method](layer, real_features, real.labels, y, settings, len(context.real))
     by_images, by_labels = (value.cpu() for value in torch.autograd.grad(loss, (u, y)))
     stats = GradientStats(
