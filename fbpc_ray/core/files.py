@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -39,13 +41,13 @@ def write_bytes(path: Place, data: bytes, private: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with locked_temp_file(temporary) as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -128,11 +130,43 @@ def write_first(path: Place, text: str) -> None:
 
 
 def remove_stale_temp_files(folder: Path, pattern: str) -> None:
-    """Remove the files of killed writers: a live writer holds a lock on its file (`locked_temp_file`)."""
+    """Remove the files and folders of killed writers: a live writer holds a lock on its own.
+
+    See `locked_temp_file` and `locked_temp_folder`.
+    """
     for leftover in folder.glob(pattern):
-        with suppress(OSError), leftover.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        with suppress(OSError), _opened(leftover) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove the temporary files and folders of killed writers of `path`."""
+    remove_stale_temp_files(path.parent, f".{glob.escape(path.name)}.*.tmp")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a regular file, which a network file system locks only if it is writable, or a folder. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_temp_folder(path: Path) -> Iterator[Path]:
+    """Create the folder `path` for the block, locked so that `remove_stale_temp_files` leaves it alone."""
+    path.mkdir(parents=True)
+    with _opened(path) as descriptor:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
 
 
 @contextmanager

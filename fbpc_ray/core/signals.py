@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -62,3 +63,31 @@ class Interruption:
         if self._raise_at_once:
             raise Interrupted(number)
         print("\nStopping after this step (again to stop at once) ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Let a Ctrl-C take effect after the block; a second one takes effect at once.
+
+    For foreign code such as ray.init, where an exception between two bytecodes is lost in a callback, or ends the
+    process with a segmentation fault. Outside of the main thread, and where Ctrl-C is ignored, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    count = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if count == 1:
+            signal.raise_signal(signal.SIGINT)

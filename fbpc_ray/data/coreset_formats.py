@@ -80,17 +80,18 @@ def write(made: Files, out: Path) -> None:
     """Write a file alone to `out`, or a folder, whole or not at all. Raises UserError where something is there."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} is there already: delete it, or give another --out")
+    atomic.remove_leftovers_of(out)
     if set(made) <= set(SINGLE.values()):
         atomic.write_bytes(out, next(iter(made.values())))
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for name, data in made.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        temporary.rename(out)
+        with atomic.locked_temp_folder(temporary):
+            for name, data in made.items():
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -16,7 +16,8 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
-from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.settings import Workers
+from fbpc_ray.core.signals import Interruption, deferred_interrupt
 from fbpc_ray.core.storage import place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import datasets
@@ -245,22 +246,28 @@ def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterat
 
     Raises UserError.
     """
-    x = config.workers
-    if x.backend == "serial":
-        opened: Backend = Serial(x.device, interruption)
-    else:
-        if "ray" not in sys.modules:
-            log("loading Ray ...")
-        try:
-            from fbpc_ray.execution.ray.ray_backend import RayBackend
-        except ImportError as error:
-            raise UserError(
-                f"ray is not installed ({error}): pip install 'ray[default]', or use --backend serial"
-            ) from None
-        opened = RayBackend(x, interruption, log)
-    interruption.install()
+    opened: Backend | None = None
     try:
+        with deferred_interrupt():
+            opened = _backend(config.workers, interruption, log)
+        interruption.install()
         yield opened
     finally:
-        opened.close()
+        if opened:
+            opened.close()
         interruption.uninstall()
+
+
+def _backend(settings: Workers, interruption: Interruption, log: Log) -> Backend:
+    """Make the backend of the settings. Raises UserError."""
+    if settings.backend == "serial":
+        return Serial(settings.device, interruption)
+    if "ray" not in sys.modules:
+        log("loading Ray ...")
+    try:
+        from fbpc_ray.execution.ray.ray_backend import RayBackend
+    except ImportError as error:
+        raise UserError(
+            f"ray is not installed ({error}): pip install 'ray[default]', or use --backend serial"
+        ) from None
+    return RayBackend(settings, interruption, log)

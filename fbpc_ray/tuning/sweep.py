@@ -85,6 +85,7 @@ def tune(
         if not resume:
             RunDirectory(folder).refuse_if_taken()  # by a process that started at the same time and has ended
             _write_plan(sweep)
+        remove_leftovers(sweep)
         result, monitor = _run_sweep(sweep)
     files.write_output(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
@@ -94,6 +95,12 @@ def tune(
     log(f"run:     {sweep.task.configs[result['best']['trial']].output.out}")
     log(f"result:  {path}")
     monitor.print_addresses()
+
+
+def remove_leftovers(sweep: OpenSweep) -> None:
+    """Remove the temporary files of a killed sweep and its trials. The caller holds the lock of the folder."""
+    for path in (sweep.folder, *(place(config.output.out) for config in sweep.task.configs)):
+        RunDirectory(path).remove_leftovers()
 
 
 def _run_sweep(sweep: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:

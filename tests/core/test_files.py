@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from support.processes import raised_at_once
@@ -207,3 +208,31 @@ def test_scratch_files_of_killed_writers_are_removed_at_the_next_start(tmp_path)
     (tmp_path / "mine.tmp").write_text("x")
     RunDirectory(tmp_path).remove_leftovers()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.tmp"]
+
+
+def test_a_folder_of_a_killed_writer_is_removed_and_that_of_a_live_one_stays(tmp_path):
+    """And what has another name, or is a link."""
+    target = tmp_path / "export[1]"
+    for name in (".export[1].0f0f.tmp", ".export[1].png.tmp/deep", ".export1.0f0f.tmp", "export[1].0f0f.tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".export[1].file.tmp").write_text("half")
+    (tmp_path / ".export[1].link.tmp").symlink_to(tmp_path / ".export1.0f0f.tmp")
+    with files.locked_temp_folder(tmp_path / ".export[1].live.tmp") as live:
+        (live / "a").write_text("x")
+        files.remove_leftovers_of(target)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {".export[1].live.tmp", ".export[1].link.tmp", ".export1.0f0f.tmp", "export[1].0f0f.tmp"}
+        assert (live / "a").read_text() == "x"
+
+
+def test_a_file_that_is_written_is_not_swept(tmp_path, monkeypatch):
+    """Not until it has its name."""
+    replace = Path.replace
+
+    def sweep_first(path, target):
+        files.remove_leftovers_of(tmp_path / "x")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", sweep_first)
+    files.write_bytes(tmp_path / "x", b"all of it")
+    assert (tmp_path / "x").read_bytes() == b"all of it"

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
 from fbpc_ray.core.config import Config
-from fbpc_ray.core.signals import Interrupted, Interruption
+from fbpc_ray.core.signals import Interrupted, Interruption, deferred_interrupt
+from fbpc_ray.execution import session
 from fbpc_ray.execution.session import open_backend
 
 
@@ -48,4 +50,60 @@ def test_installed_twice_the_first_handlers_come_back():
     interruption.install()
     interruption.install()
     interruption.uninstall()
+    assert handlers() == before
+
+
+def test_a_ctrl_c_is_deferred_to_the_end_of_the_block():
+    before, reached = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("the end")
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_takes_effect_at_once():
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+
+def test_an_ignored_ctrl_c_stays_ignored_and_a_thread_changes_nothing():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    handlers_seen = []
+
+    def run() -> None:
+        with deferred_interrupt():
+            handlers_seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert handlers_seen == [before]
+
+
+def test_a_backend_that_was_opened_during_a_ctrl_c_is_closed(monkeypatch):
+    """The signal arrives while the backend starts: it starts, the block isn't entered, and it is closed."""
+    events, before = [], handlers()
+
+    class Backend:
+        def close(self) -> None:
+            events.append("closed")
+
+    def start(*arguments) -> Backend:
+        os.kill(os.getpid(), signal.SIGINT)
+        events.append("started")
+        return Backend()
+
+    monkeypatch.setattr(session, "_backend", start)
+    with pytest.raises(KeyboardInterrupt), open_backend(Config(), Interruption(), print):
+        events.append("entered")
+    assert events == ["started", "closed"]
     assert handlers() == before

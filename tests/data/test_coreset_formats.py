@@ -447,6 +447,15 @@ def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, ca
     assert "holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_what_a_killed_export_left_is_removed_by_the_next(made, kind, tmp_path):
+    out = suffixed(tmp_path / "x", kind)
+    (out.parent / f".{out.name}.0f0f0f0f.tmp" / "below").mkdir(parents=True)
+    (out.parent / f".{out.name}.1e1e1e1e.tmp").write_text("half")
+    exported(made, kind, out)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 def test_a_coreset_without_its_data_set_is_one_line(run, capsys):
     for words, reason in (((), "--data: missing"), (("--data", "digits", "--split", "x"), "choose test")):
         with pytest.raises(SystemExit):

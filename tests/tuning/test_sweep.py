@@ -211,6 +211,16 @@ def test_a_damaged_file_of_a_trial_is_one_line(name, text, small, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_scratch_files_of_a_killed_sweep_and_its_trials_are_removed(small, tmp_path):
+    names = (".trials.md.0f.tmp", "trials/00000/.trial.json.0f.tmp", "trials/00001/checkpoint/.state.0f.tmp")
+    for name in (*names, "trials/00001/trial.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    configs = [small.updated(out=str(tmp_path / f"trials/{number:05d}")) for number in range(3)]
+    tuning.remove_leftovers(SimpleNamespace(folder=tmp_path, task=SimpleNamespace(configs=configs)))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["trial.json"]
+
+
 def test_losses_are_summed_over_architectures_and_averaged_over_draws():
     rows = [
         {"step": step, "architecture": name, "loss": loss}
