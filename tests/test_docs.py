@@ -77,7 +77,7 @@ SMALLER = {
 HERE = "--data digits --dry-run"
 EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc (distill|experts) .*--download", HERE, "the data must be downloaded: a dry run, of digits"),
-    (r"fbpc evaluate --coreset images_best.pt --data cifar10", "parse", "the data must be downloaded"),
+    (r"fbpc evaluate --coreset (images_best.pt|benchmarks/\S+) --data", "parse", "the data must be downloaded"),
     (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_storage.py runs them on moto's"),
     (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweep.py has one"),
     (r"fbpc doctor", "parse", "half a minute, and it judges this machine: test_doctor.py"),
@@ -243,6 +243,7 @@ def at(desk: Path, place: Path, told: list[str]) -> Iterator[None]:
         if f"runs/{name}" not in made:
             shutil.copytree(desk / "runs" / "first", place / "runs" / name)
     shutil.copytree(desk / "experts", place / "experts")
+    shutil.copytree(ROOT / "benchmarks" / "coresets", place / "benchmarks" / "coresets")
     registers: list[dict[str, Any]] = [worker.METHODS, readers.NAMED, registry.ARCHITECTURES]
     before, modules, paths = [dict(each) for each in registers], set(sys.modules), list(sys.path)
     try:
