@@ -201,7 +201,8 @@ class Validator:
             for architecture in results.unique(score.architecture for score in scores)
             for chains in [results.select(scores, architecture=architecture)]
         }
-        if means := run_logging.validation_metrics(list(columns.values())):
+        named = [{"architecture": name, **values} for name, values in columns.items()]
+        if means := run_logging.validation_metrics(named):
             live.tracker.log_metrics(means, state.step)
             nll, accuracy = means["val/nll"], 100 * means["val/accuracy"]
             log(f"step {state.step}: validation NLL {nll:.4g}, accuracy {accuracy:.1f} %")

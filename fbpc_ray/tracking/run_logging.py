@@ -1,6 +1,7 @@
 """MLflow runs of distillations and evaluations: their names, tags and params, their start and end."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -80,6 +81,8 @@ def description_tag(config: Config, data: str, scores: Sequence[ChainScore]) -> 
 
 LEADING = ("accuracy", "nll", "ece")
 """Scores that a run shows first."""
+PENDING = {f"test/{name}": math.nan for name in LEADING}
+"""Test scores of step 0. MLflow's page that compares runs opens with the metric that was logged first."""
 
 
 def step_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -163,6 +166,8 @@ def _tracking(config: Config, run: RunDirectory, tags: Mapping[str, str], log: L
     tracker = _start_tracker(
         config, run, log, run_name=run.folder.name, run_id=reference.run_id or None, key=reference.key, tags=tags
     )
+    if config.distillation.method != "random":  # which logs nothing before its test scores
+        tracker.log_metrics(PENDING, 0)
     try:
         with _finishing(tracker):
             yield tracker

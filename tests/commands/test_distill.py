@@ -167,6 +167,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
     assert 0 < run.data.metrics["debug/test/accuracy/fbpc/convnet-in"] < 1
     leading = {name for name in run.data.metrics if not name.startswith("debug/")}
     assert leading == {"loss", "test/accuracy", "test/nll", "test/ece"}
+    assert next(iter(run.data.metrics)) == "test/accuracy"  # MLflow's page that compares runs opens with it
     assert (run.data.params["preset"], run.data.params["width"]) == ("digits", "8")
     assert "lambda_x" not in run.data.params and "out" not in run.data.params  # the preset's, and a place
     assert run.data.tags["method"] == "fbpc"
@@ -299,6 +300,19 @@ def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
     main.main([*base, strange, "--ood-resize"])
     found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
     assert 0 < found["ood_auroc_entropy"][0] < 1 != found["ood_auroc_entropy"][0] * 2
+
+
+def test_the_validation_split_is_scored_before_and_after_the_steps(small, tmp_path, capsys):
+    """In metrics.parquet, for each network, and their mean in the log."""
+    validated = {"validation": 0.1, "val_every": 2, "steps": 2, "num_chains": 1}
+    distil(*flags(small, backend="serial", out=str(tmp_path / "run"), **validated))
+    rows = RunDirectory(tmp_path / "run").read_metrics()
+    last = [row["val_accuracy"] for row in rows if row["step"] == 2]
+    assert [(row["step"], row["val_nll"] is not None) for row in rows if row["architecture"] == "convnet-in"] == [
+        (0, True), (1, False), (2, True)
+    ]  # fmt: skip
+    said = re.findall(r"^step (\d): validation NLL \S+, accuracy (\S+) %$", capsys.readouterr().out, re.M)
+    assert [step for step, _ in said] == ["0", "2"] and said[1][1] == f"{50 * sum(last):.1f}"
 
 
 def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
