@@ -14,6 +14,7 @@ from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
 from fbpc_ray.distillation.worker import EXPERT_SIDES
 from fbpc_ray.execution import advice, sizing
+from fbpc_ray.execution.memory_estimate import PER_ACTIVATION, count_activations
 from fbpc_ray.execution.session import Session, compiles_passes, trajectory_cache_bytes
 from fbpc_ray.execution.timing import Timings, measure, snapshots_met
 from fbpc_ray.models.functional import Network
@@ -139,7 +140,7 @@ def _folder(session: Session) -> str:
     return folders.pop() if len(folders) == 1 else f"{len(folders)} folders"
 
 
-def _bytes(count: float) -> str:
+def describe_bytes(count: float) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= 0.95 * unit:
             return f"{count / unit:.1f} {name}" if count < 9.5 * unit else f"{count / unit:,.0f} {name}"
@@ -147,15 +148,21 @@ def _bytes(count: float) -> str:
 
 
 def _memory(session: Session, device: str, cores: int) -> str:
-    """Describe the memory of a run: processes, images, K parameter vectors."""
-    d, data = session.config.distillation, session.dataset
+    """Describe the memory of a run: processes, images, K parameter vectors, activations of the largest pass."""
+    c, d, data = session.config, session.config.distillation, session.dataset
     largest = max(Network(spec).parameter_count for spec in session.specs)
     images = sum(split.images.nbytes for split in (data.train, data.validation, data.test))
-    processes = 1 + (cores if session.config.workers.backend == "ray" else 0)
-    total = processes * PROCESS_BYTES + images + cores * 4 * largest * (1 + d.posterior_steps)
-    where = "" if device == "cpu" else ", that of passes on the GPU apart"
-    count = f"{processes} processes" if processes > 1 else "one process"
-    return f"about {_bytes(total)}: {count}, images of {_bytes(images)}{where}"
+    workers = cores if c.workers.backend == "ray" else 0
+    passes = 0.0
+    if device == "cpu":
+        batch = max(c.experts.expert_batch_size * bool(session.stores), 2 * d.batch_size, d.real_batch_size)
+        activations = max(count_activations(spec) for spec in session.specs)
+        passes = max(1, workers) * 4 * PER_ACTIVATION * activations * min(batch, len(data.train.labels))
+    vectors = max(1, workers) * 4 * largest * (1 + d.posterior_steps)
+    total = (1 + workers) * PROCESS_BYTES + images + vectors + passes
+    count = f"{1 + workers} processes" if workers else "one process"
+    rest = f"passes {describe_bytes(passes)}" if passes else "beside that of passes on the GPU"
+    return f"about {describe_bytes(total)}: {count}, images {describe_bytes(images)}, {rest}"
 
 
 def _disk(session: Session, parts: Sequence[str]) -> str:
@@ -167,14 +174,14 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
         len(store.missing(c.experts.expert_count)) * (c.experts.expert_epochs + 1) * size * count
         for store, count in zip(session.stores, counts, strict=False)
     )
-    words = [f"{_bytes(experts)} for experts"] if experts else []
+    words = [f"{describe_bytes(experts)} for experts"] if experts else []
     if "distillation" in parts:
         if c.distillation.method in EXPERT_SIDES and (most := trajectory_cache_bytes(c, session.specs)):
             kept = snapshots_met(c) * sum(counts) * 4 * (1 + c.distillation.posterior_steps)
-            words.append(f"up to {_bytes(min(most, kept))} for the cache of K steps in {cache_folder()}")
+            words.append(f"up to {describe_bytes(min(most, kept))} for the cache of K steps in {cache_folder()}")
         m = c.distillation.ipc * len(session.dataset.classes)
         pixels = reduce(int.__mul__, session.dataset.image_shape)
-        words.append(f"{_bytes(24 * 4 * m * pixels + 1e6)} for the run")
+        words.append(f"{describe_bytes(24 * 4 * m * pixels + 1e6)} for the run")
     return "; ".join(words) or "nothing: the experts are there"
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from fbpc_ray.core import presets, sizes
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import LEVELS, Facts, Level, SizeRequest, Sizes
@@ -81,7 +82,12 @@ def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level)
         chosen = sizes.choose(facts, level, rung)
         if slowness * estimated.total > level.seconds and rung != ladder[0]:
             continue
-        session = open_session(config.updated(**chosen.settings()), lambda line: None, dataset)
+        try:
+            session = open_session(config.updated(**chosen.settings()), lambda line: None, dataset)
+        except UserError:  # of memory: a smaller rung may fit
+            if rung == ladder[0]:
+                raise
+            continue
         validation.check(session.config)
         measured = measure(session, level.device, facts.cores)[1]
         chosen = chosen._replace(seconds=measured)

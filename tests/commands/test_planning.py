@@ -13,9 +13,11 @@ from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import start_of
 from fbpc_ray.core import sizes
 from fbpc_ray.core.config import read_config
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.execution import sizing
+from fbpc_ray.execution.session import load_data
 
 TINY = (
     "--backend", "serial", "--no-tracking", "--width", "8", "--expert-count", "1", "--expert-epochs", "2", "--steps",
@@ -141,6 +143,23 @@ def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
     assert len(timed) <= 3  # one probe tells how wrong the formula is
     values = printed(capsys, "--data", f"folder:{images}", "--time-budget", "1s")
     assert values["steps"] == sizes.LADDER[0].steps
+
+
+def test_a_rung_that_memory_cannot_hold_is_passed_over(images, monkeypatch):
+    """Here every rung of a width above 16."""
+    open_session = sizing.open_session
+
+    def refuse_wide(config, *more):
+        if config.networks.width > 16:
+            raise UserError("--width: too wide for this memory")
+        return open_session(config, *more)
+
+    monkeypatch.setattr(sizing, "measure", lambda *arguments: ([], Seconds(1, 1, 1)))
+    monkeypatch.setattr(sizing, "open_session", refuse_wide)
+    config, request = start_of(["--data", f"folder:{images}", "--time-budget", "1h"])
+    config = config.updated(data=f"folder:{images}")
+    sized = sizing.with_sizes(config, load_data(config, print), request, print)
+    assert (sized.networks.width, sized.distillation.steps) == (16, 60)
 
 
 def test_a_resumed_run_and_a_preset_file_choose_nothing(images, finished_run):
