@@ -5,6 +5,7 @@ attempt ends by itself. Whatever was hit, the run must then have the bits of an 
 printed a traceback, and no process of Ray may be left.
 """
 
+import contextlib
 import json
 import random
 import shutil
@@ -48,13 +49,13 @@ def small_config(**changes: Any) -> Config:
 
 @dataclass
 class Report:
-    """Counts of all hits, and what went wrong."""
+    """Counts of all hits, and what went wrong. Several workers that are hit in an attempt count as one in its phase."""
 
     runs: int = 0
     hits: Counter[str] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
     endings: Counter[str] = field(default_factory=Counter)
-    """Signal and exit status of each attempt that was hit."""
+    """What was hit last, and the exit status, of each attempt that was hit."""
     faults: list[str] = field(default_factory=list)
     """One line for each run that ended otherwise than an undisturbed one, or printed a traceback."""
 
@@ -128,11 +129,11 @@ def undisturbed(place: Place) -> tuple[dict[str, Any], dict[str, float]]:
     return place.outcome(), {phase: end - starts[phase] for phase, end in zip(PHASES, ends, strict=True)}
 
 
-Strike = Callable[[subprocess.Popen[bytes], random.Random], str]
-"""Hits a run and waits for its driver where that ends; returns what was hit, empty where nothing was."""
+Strike = Callable[[subprocess.Popen[bytes], random.Random], list[str]]
+"""Hits a run and waits for its driver where that ends; returns what was hit."""
 
 
-def hit_driver(process: subprocess.Popen[bytes], draw: random.Random) -> str:
+def hit_driver(process: subprocess.Popen[bytes], draw: random.Random) -> list[str]:
     """Send a signal to the driver, and kill it where it has not ended within a minute."""
     name = draw.choices(list(SIGNALS), list(SIGNALS.values()))[0]
     number = getattr(signal, name)
@@ -141,30 +142,38 @@ def hit_driver(process: subprocess.Popen[bytes], draw: random.Random) -> str:
         time.sleep(1)
         kill(process.pid, signal.SIGCONT)
         process.wait(600)
-        return name
+        return [name]
     try:
         process.wait(60)
     finally:
         for pid in descendants(process.pid):
             kill(pid)
         kill(process.pid)
-    return name
+    return [name]
 
 
-def hit_ray(process: subprocess.Popen[bytes], draw: random.Random) -> str:
-    """Kill a process of the run's own cluster, and wait for the driver, which goes on or ends with status 1."""
-    name = draw.choices(list(RAY_PROCESSES), list(RAY_PROCESSES.values()))[0]
-    titles = descendants(process.pid)
-    word = {"worker": "ray::"}.get(name, f"/{name} ")
-    targets = sorted(pid for pid, title in titles.items() if word in title)
-    if not targets or not kill(draw.choice(targets)):
-        return ""
-    if process.wait(600) not in (0, 1):
-        raise AssertionError(f"{name} was killed, and the driver ended with {process.returncode}")
+def hit_ray(process: subprocess.Popen[bytes], draw: random.Random) -> list[str]:
+    """Kill processes of the run's own cluster until the driver ends, by itself or with status 1.
+
+    The driver goes on without a worker, which is hit again and again, and ends without the others.
+    """
+    names: list[str] = []
+    titles: dict[int, str] = {}
+    while process.poll() is None:
+        name = draw.choices(list(RAY_PROCESSES), list(RAY_PROCESSES.values()))[0]
+        titles |= descendants(process.pid)
+        word = {"worker": "ray::"}.get(name, f"/{name} ")
+        targets = sorted(pid for pid, title in descendants(process.pid).items() if word in title)
+        if targets and kill(draw.choice(targets)):
+            names.append(name)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(1, 10) if name == "worker" and len(names) < MAX_HITS else 600)
+    if process.returncode not in (0, 1):
+        raise AssertionError(f"{names} were killed, and the driver ended with {process.returncode}")
     if not soon(lambda: not any(map(alive, titles)), 60):
         left = [titles[pid] for pid in titles if alive(pid)]
-        raise AssertionError(f"{name} was killed, and processes are left: {left}")
-    return name
+        raise AssertionError(f"{names} were killed, and processes are left: {left}")
+    return names
 
 
 def attempts(
@@ -186,10 +195,10 @@ def attempts(
             yield process.wait(moment)
             return
         except subprocess.TimeoutExpired:
-            if name := strike(process, draw):
-                report.hits[name] += 1
+            if names := strike(process, draw):
+                report.hits.update(names)
                 report.phases[phase] += 1
-                report.endings[f"{name}: {process.returncode}"] += 1
+                report.endings[f"{names[-1]}: {process.returncode}"] += 1
             yield process.wait(600)
             if process.returncode == 0:
                 return
