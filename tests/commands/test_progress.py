@@ -14,6 +14,7 @@ import pytest
 from support.runs import flags
 
 from fbpc_ray.commands import main
+from fbpc_ray.core import progress
 from fbpc_ray.core.config import Sweep
 from fbpc_ray.tracking.protocol import NullTracker
 from fbpc_ray.tuning import monitor, trial
@@ -127,6 +128,58 @@ def test_where_there_is_no_terminal_lines_alone_are_written(small, tmp_path, mon
     assert aside.getvalue() == ""
     assert "distilled: step 4" in said.getvalue()
     assert not re.search(r"[\r\x1b]", said.getvalue())
+
+
+@pytest.fixture
+def every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of progress after each unit."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SHARE", 0.0)
+
+
+RATE = r"\((\d+) %\)(, loss -?[\d.]+)?, [\d.e-]+ s/(\w+), \d+ s left"
+
+
+def counted(text: str, what: str, unit: str) -> list[str]:
+    """The counts of the lines of a work, each of which must have rate and time left once a part is done."""
+    lines = [line for line in text.splitlines() if line.startswith(f"{what}: {unit} ")]
+    begun = [line for line in lines if not line.endswith(" so far")]
+    assert all(re.fullmatch(rf"{what}: {unit} \d+/\d+ {RATE}", line) for line in begun), lines
+    return list(dict.fromkeys(line.split()[2] for line in lines))
+
+
+def test_lines_of_experts_distillation_and_chains(small, tmp_path, capsys, every_line):
+    """Units that run report their share, so that a count comes more than once."""
+    words = flags(small, **QUICK, experts=str(tmp_path / "experts"), out=str(tmp_path / "run"))
+    main.main(["distill", *words])
+    text = capsys.readouterr().out
+    assert counted(text, "experts", "trajectory")[-4:] == ["1/4", "2/4", "3/4", "4/4"]
+    assert counted(text, "distil", "step")[-4:] == ["1/4", "2/4", "3/4", "4/4"]
+    assert counted(text, "evaluate", "chain")[-4:] == ["1/4", "2/4", "3/4", "4/4"]
+    assert len(re.findall(r"distil: step \d/4 \(\d+ %\), loss ", text)) == 4
+    assert "experts: trajectory 0/4 (8 %), " in text  # the first epoch of three
+    assert "evaluate: chain 0/4 (12 %), " in text  # the first sample of two
+
+
+def test_lines_of_a_table(small, tmp_path, capsys, every_line):
+    words = ["table1", "--cifar10", "digits", "--ipc", "1", "--only", "Random", "--distill-seeds", "1", "--num-chains",
+             "2", "--override", "width=8", "chain_epochs=4", "chain_every=2", "--out", str(tmp_path / "out"),
+             "--backend", "serial", "--no-tracking"]  # fmt: skip
+    main.main(["reproduce", *words])
+    text = capsys.readouterr().out
+    assert counted(text, "distil", "coreset")[-1] == "1/1"
+    assert counted(text, "evaluate", "chain")[-2:] == ["1/2", "2/2"]
+
+
+def test_lines_of_a_sweep(small, tmp_path, capsys, every_line):
+    base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
+    found = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    board = monitor.SweepMonitor(found, NullTracker(), None)
+    board.start()
+    for number, step in ((0, 1), (1, 1), (0, 4)):
+        board.trial_validated(number, ValidationResult(step, 1.0, 0.5, 0.1, 0.2, []))
+    board.close_bar()
+    assert counted(capsys.readouterr().out, "sweep", "step") == ["1/8", "2/8", "5/8"]
 
 
 @pytest.mark.slow

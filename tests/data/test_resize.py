@@ -1,5 +1,6 @@
 """--image-size: torchvision's Resize and CenterCrop to the bit, for every source; another size is another data set."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from support.data_files import encode, picture, write_table
+from support.runs import flags, refused
 from torchvision.transforms import functional as theirs
 
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import arrays
 from fbpc_ray.data.datasets import Dataset, assemble, load
@@ -149,3 +153,23 @@ def test_a_long_strip_is_refused_and_stretched(tmp_path):
 def test_python_data_of_several_sizes_name_the_argument():
     with pytest.raises(UserError, match=r"resize them by image_size, such as image_size=32"):
         from_python([(Image.fromarray(image), number % 2) for number, image in enumerate(mixed())])
+
+
+def test_a_run_keeps_the_size_and_what_it_exports_is_scored_with_the_same_flag(small, tmp_path, capsys):
+    """`fbpc distill --image-size 8` on ten sizes, `fbpc evaluate RUN` without the flag, `--coreset` with it."""
+    data, out = write_folder(tmp_path / "images", mixed(20)), tmp_path / "run"
+    chosen = {"architectures": ("convnet-in",), "num_chains": 1, "chain_epochs": 2, "chain_every": 1}
+    words = flags(small, data=data, image_size=8, method="random", backend="serial", out=str(out), **chosen)
+    main.main(["distill", *words])
+    assert "resized to 8x8 (short side, then centre crop)" in capsys.readouterr().out
+    assert (read_config(out).data.image_size, read_config(out).data.resize) == (8, "crop")
+    main.main(["evaluate", str(out), "--backend", "serial", "--json", str(tmp_path / "again.json")])
+    scores = {name: json.loads((tmp_path / name).read_text())["coresets"] for name in ("run/result.json", "again.json")}
+    assert scores["again.json"] == scores["run/result.json"]
+    main.main(["export", str(out), "--format", "npz", "--out", str(tmp_path / "mine")])
+    words = ["--coreset", str(tmp_path / "mine.npz"), "--data", data, "--backend", "serial", "--width", "8",
+             "--num-chains", "1", "--chain-epochs", "2", "--chain-every", "1", "--threads", "1"]  # fmt: skip
+    main.main(["evaluate", *words, "--image-size", "8", "--json", str(tmp_path / "coreset.json")])
+    scored = json.loads((tmp_path / "coreset.json").read_text())["coresets"]["given"]
+    assert scored == scores["run/result.json"]["random"]
+    assert "--image-size" in refused(capsys, *words, command="evaluate")
