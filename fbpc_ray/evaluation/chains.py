@@ -25,13 +25,14 @@ from fbpc_ray.inference.metrics import (
     PredictiveStats,
     Scores,
     batch_nll,
-    log_mean_probability,
+    log_mixture,
+    log_probabilities,
+    losses_of,
     predictive_stats,
-    sample_losses,
     scores,
 )
 from fbpc_ray.inference.sghmc import noise_variance, potential_gradient, sghmc
-from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty_of
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes, count_macs
@@ -147,10 +148,14 @@ def average_of(passes: Passes, samples: list[Params], coreset: Tensor) -> Logits
     statistics = statistics_of(network, samples, coreset)
 
     def logits(images: Tensor) -> Tensor:
-        whole = len(images) == TEST_BATCH  # a last, smaller batch is not worth compiling for
+        whole = len(images) == _batch_size(images)  # a last, smaller batch is not worth compiling for
         return logits_of(passes.predict if whole else network.predict, samples, statistics, images)
 
     return logits
+
+
+def _batch_size(images: Tensor) -> int:
+    return min(TEST_BATCH, ensemble.batch_size(images.shape))
 
 
 def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
@@ -161,11 +166,12 @@ def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: Dev
 def score(predictions: Logits, test: DeviceDataset) -> Scored:
     """Score `predictions` for `test`: the one place where scores are computed."""
     parts: list[Scored] = []
-    for index in torch.arange(len(test)).split(TEST_BATCH):
+    for index in torch.arange(len(test)).split(_batch_size(test.images)):
         batch = test.batch(index)
-        logits = predictions(batch.images)
-        stats = predictive_stats(log_mean_probability(logits), batch.labels)
-        parts.append(Scored(stats, sample_losses(logits, batch.labels), uncertainty(logits)))
+        each = log_probabilities(predictions(batch.images))
+        mean = log_mixture(each)
+        stats = predictive_stats(mean, batch.labels)
+        parts.append(Scored(stats, losses_of(each, batch.labels), uncertainty_of(each, mean)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
     for part in parts[1:]:
         stats, unsure = stats + part.stats, unsure + part.uncertainty

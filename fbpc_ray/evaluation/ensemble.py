@@ -24,8 +24,8 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import normalise, standardise
-from fbpc_ray.inference.metrics import PredictiveStats, Scores, log_mean_probability, predictive_stats, scores
-from fbpc_ray.inference.uncertainty import uncertainty
+from fbpc_ray.inference.metrics import PredictiveStats, Scores, log_mixture, log_probabilities, predictive_stats, scores
+from fbpc_ray.inference.uncertainty import uncertainty_of
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
 
@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 BATCH = 500
-"""Images of one forward pass: no number depends on it."""
+"""Most images of one forward pass."""
+BATCH_PIXELS = BATCH * 32 * 32
+"""Most pixels of one forward pass, whose activation at width 128 takes 250 MiB."""
+
+
+def batch_size(shape: Sequence[int]) -> int:
+    """Return the images (..., h, w) of one forward pass. Scores depend on it by no more than rounding."""
+    return max(1, min(BATCH, BATCH_PIXELS // (shape[-1] * shape[-2])))
 
 
 def statistics_of(network: Network, samples: Sequence[Params], coreset: Tensor) -> list[Params]:
@@ -126,14 +133,15 @@ class Ensemble:
                 f"images are {pixels.dtype} from {pixels.min():g} to {pixels.max():g}: give uint8, or floats in 0..1 "
                 "before any normalisation"
             )
-        parts = [self._predict(batch.to(self.device)) for batch in pixels.split(BATCH)]
+        parts = [self._predict(batch.to(self.device)) for batch in pixels.split(batch_size(shape))]
         return Prediction._make(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _predict(self, pixels: Tensor) -> Prediction:
         bytes_ = pixels.dtype == torch.uint8
         images = (normalise if bytes_ else standardise)(pixels if bytes_ else pixels.float(), self.mean, self.std)
-        logits = logits_of(self.network.predict, self.samples, self.statistics, images)
-        return Prediction(log_mean_probability(logits).exp().cpu(), *uncertainty(logits))
+        each = log_probabilities(logits_of(self.network.predict, self.samples, self.statistics, images))
+        mean = log_mixture(each)
+        return Prediction(mean.exp().cpu(), *uncertainty_of(each, mean))
 
 
 def gathered(network: Network, samples: Sequence[Params], coreset: Coreset) -> Ensemble:

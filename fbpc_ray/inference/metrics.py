@@ -46,13 +46,27 @@ class Scores(NamedTuple):
 
 def log_mean_probability(logits: Tensor) -> Tensor:
     """Logits of S posterior samples (S, b, d) -> log p(y | x) of their model average (b, d), in float64."""
-    return logits.double().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    return log_mixture(log_probabilities(logits))
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return log p_s(y | x) (S, b, d) of each sample, in float64."""
+    return logits.double().log_softmax(-1)
+
+
+def log_mixture(log_probabilities: Tensor) -> Tensor:
+    """Return log p(y | x) (b, d) of the model average, from `log_probabilities` (S, b, d) of the samples."""
+    return log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits of S posterior samples (S, b, d), labels (b,) -> -log p_s(y_i | x_i) of each sample (S, b), in float64."""
-    losses = -logits.double().log_softmax(-1)
-    return losses.gather(-1, labels.expand(len(losses), -1)[..., None])[..., 0].cpu()
+    return losses_of(log_probabilities(logits), labels)
+
+
+def losses_of(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return `sample_losses` (S, b), from `log_probabilities` (S, b, d) of the samples."""
+    return -log_probabilities.gather(-1, labels.expand(len(log_probabilities), -1)[..., None])[..., 0].cpu()
 
 
 def batch_nll(losses: Tensor, size: int) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbpc_ray.inference.metrics import log_mean_probability
+from fbpc_ray.inference.metrics import log_mixture, log_probabilities
 
 
 class Uncertainty(NamedTuple):
@@ -34,8 +34,12 @@ class Uncertainty(NamedTuple):
 
 def uncertainty(logits: Tensor) -> Uncertainty:
     """Of images whose S posterior samples give logits (S, b, d)."""
-    each = logits.double().log_softmax(-1)
-    mean = log_mean_probability(logits)
+    each = log_probabilities(logits)
+    return uncertainty_of(each, log_mixture(each))
+
+
+def uncertainty_of(each: Tensor, mean: Tensor) -> Uncertainty:
+    """Return the uncertainty of images from log p_s(y | x) (S, b, d) of each sample and log p(y | x) (b, d)."""
     entropy = torch.special.entr(mean.exp()).sum(-1)
     # As a divergence rather than H - E: where the samples agree it is 0 to the last bits of its own terms.
     divergence = (each.exp() * (each - mean)).sum(-1).mean(0)

@@ -16,7 +16,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.state import initial_state
-from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation.chains import (
     Chain,
     ood_split,
@@ -27,8 +27,9 @@ from fbpc_ray.evaluation.chains import (
     values,
 )
 from fbpc_ray.execution import session
+from fbpc_ray.inference import metrics
 from fbpc_ray.inference.metrics import batch_nll, scores
-from fbpc_ray.inference.uncertainty import Uncertainty, auroc
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes, count_macs
@@ -129,6 +130,34 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
         for name in Uncertainty._fields:
             expected = getattr(whole.uncertainty, name)[order]
             torch.testing.assert_close(getattr(found.uncertainty, name), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 8, 8), 500), ((3, 32, 32), 500), ((3, 64, 64), 125), ((3, 224, 224), 10), ((3, 1024, 1024), 1)],
+)
+def test_batches_of_large_images_have_as_many_pixels_as_500_of_32x32(shape, expected):
+    """500 images of 224x224 would take 12 GiB in one activation of width 128."""
+    assert ensemble.batch_size(shape) == expected
+
+
+def test_each_batch_is_normalised_once(digits, monkeypatch):
+    """Scores, losses and uncertainties share one log-softmax in float64, with the values of each by itself."""
+    logits = torch.randn(3, 40, 10, generator=generator(0, "logits"))
+    images, labels = (each[:40] for each in tensors(digits.test, "cpu"))
+    calls: list[torch.Tensor] = []
+
+    def counted(values: torch.Tensor) -> torch.Tensor:
+        calls.append(values)
+        return metrics.log_probabilities(values)
+
+    monkeypatch.setattr(chains, "log_probabilities", counted)
+    scored = chains.score(lambda _: logits, DeviceDataset(images, labels, digits.mean, digits.std))
+    assert len(calls) == 1
+    assert torch.equal(scored.losses, metrics.sample_losses(logits, labels))
+    assert scored.stats.nll == metrics.predictive_stats(metrics.log_mean_probability(logits), labels).nll
+    for name, value in uncertainty(logits)._asdict().items():
+        assert torch.equal(getattr(scored.uncertainty, name), value)
 
 
 def test_the_average_is_over_the_samples(network, coreset: Pair, digits):
