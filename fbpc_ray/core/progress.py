@@ -209,7 +209,8 @@ class Progress:
             return f"{text}, {duration(now - self._start)} so far"
         seconds = (self._updated - self._start) / units
         left = max(0.0, seconds * (self.total - self.done - self._part) - (now - self._updated))
-        return f"{text}, {seconds:.3g} s/{self.unit}, {duration(left)} left"
+        rate = f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"
+        return f"{text}, {rate} s/{self.unit}, {duration(left)} left"
 
     def _share(self) -> float:
         return (self.done + self._part) / self.total if self.total else 0.0

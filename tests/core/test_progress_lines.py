@@ -109,6 +109,13 @@ def test_the_share_of_a_running_unit_counts(clock):
     assert work.line(clock.now) == "evaluate: chain 1/4 (25 %), 60 s/chain, 3 min 0 s left"
 
 
+def test_slow_units_have_whole_seconds(clock):
+    work = clock.open("distil", 3, "coreset")
+    clock.wait(4321)
+    work.update()
+    assert clock.lines[-1] == (4321.0, "distil: coreset 1/3 (33 %), 4,321 s/coreset, 2 h 24 min left")
+
+
 def test_of_works_inside_each_other_the_innermost_writes(clock):
     """A validation inside a distillation; afterwards the distillation, whose line is overdue, goes on."""
     outer = clock.open("distil", 10, "step")
