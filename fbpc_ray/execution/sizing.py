@@ -98,19 +98,20 @@ def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level)
 
 
 def _heading(facts: Facts, level: Level, preset: str, chosen: Sizes) -> str:
-    """Say in two lines what the sizes were chosen from, and how to choose others."""
+    """Say in three lines what the sizes were chosen from, how long they take, and how to choose others."""
     height, width = facts.image_shape[1:]
     device = sizes.describe_device(level.device, facts.cores)
     source = f"--preset {preset}" if preset else "--time-budget"
     limit, seconds = (sizes.describe_seconds(value) for value in (level.seconds, chosen.seconds.total))
-    time = f"about {seconds}, at most {limit}"
+    time = f"the run takes about {seconds}; the limit is {limit}"
     if chosen.seconds.total > level.seconds:
         smaller = "--image-size 32, " if height > 64 else ""
         time = (
-            f"about {seconds}: the smallest sizes are above {limit}; a smaller run needs {smaller}fewer images or --ipc"
+            f"the run takes about {seconds}, above the limit of {limit}, with the smallest sizes; for less time give "
+            f"{smaller}fewer images or a smaller --ipc"
         )
     return (
         f"sizes for {facts.images:,} training images of {facts.classes:,} classes, {height}x{width}, on {device} "
-        f"({source}): {time}\n"
+        f"({source}):\n{time}\n"
         "a flag overrides its row; other sizes: --preset quick | laptop | gpu | paper, or --time-budget 20m"
     )

@@ -119,6 +119,21 @@ def test_a_sweep_starts_from_the_same_choice(images, capsys):
     assert json.loads(capsys.readouterr().out) == printed(capsys, *data, "--validation", "0.1")
 
 
+def test_the_smallest_sizes_say_that_they_are_above_the_limit():
+    """Photographs, for which --image-size is the way out, and 200 classes of small images, for which it is not."""
+    level, lines = sizes.LEVELS["laptop"], []
+    for facts in (
+        sizes.Facts(1000, 10, (3, 224, 224), 200),
+        sizes.Facts(9**6, 200, (3, 64, 64), 9**4),
+        sizes.Facts(9, 2, (3, 8, 8), 2),
+    ):
+        lines.append(sizing._heading(facts, level, "laptop", sizes.choose(facts, level)).splitlines()[1])
+    way_out = "with the smallest sizes; for less time give "
+    assert lines[0].endswith(f", above the limit of 4 min, {way_out}--image-size 32, fewer images or a smaller --ipc")
+    assert lines[1].endswith(f", above the limit of 4 min, {way_out}fewer images or a smaller --ipc")
+    assert lines[2].endswith("; the limit is 4 min")
+
+
 def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
     """By the measured seconds of a rung, not by the formula's, of which a probe here finds the tenfold."""
     timed = []
