@@ -10,6 +10,7 @@ Every way takes the same steps with the same draws, in turn, on the same number 
     ours, cold  the same without x sides on disk
     floor       as many passes as ours took, back to back, compiled, and nothing else
     bpc-fkl     a step of the weight-space baseline with as many draws (S = 30), by our worker
+    ours, bf16  ours with --precision bf16
     ours, pool  a step of a distillation with `--map-init warm`, whose solves begin at earlier solutions
 
 Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray nor MLflow.
@@ -62,11 +63,12 @@ from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial, device_name
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes
+from fbpc_ray.models.precision import require
 from fbpc_ray.reporting.charts import comparison
 from fbpc_ray.reproduction import cost
 
 RATIOS = (
-    ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"),
+    ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"), ("ours", "ours, bf16"),
     ("ours, pool", "bpc-fkl"), ("ours", "ours, pool"),
 )  # fmt: skip
 EVERY = 10
@@ -89,7 +91,7 @@ class Arguments:
     ipcs: tuple[int, ...] = (1, 10)
     """Images a class, one case each."""
     ways: tuple[str, ...] = ("reference", "ours", "ours, cold", "floor", "bpc-fkl")
-    """What is timed; also: ours, pool."""
+    """What is timed; also: ours, pool | ours, bf16."""
     steps: int = 2
     """Steps that each way takes in a repeat."""
     repeats: int = 5
@@ -136,7 +138,9 @@ def benchmark(argv: Sequence[str]) -> None:
     if args.device == "cuda" and "reference" in args.ways:
         print("note: the reference is for the CPU; it is left out")
         args = replace(args, ways=tuple(way for way in args.ways if way != "reference"), first_run=0)
-    known = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool")
+    known = ("reference", "ours", "ours, cold", "floor", "bpc-fkl", "ours, pool", "ours, bf16")
+    if "ours, bf16" in args.ways:
+        require("bf16", args.device)
     if unknown := set(args.ways) - set(known):
         raise UserError(f"unknown way '{unknown.pop()}': choose from {', '.join(known)}")
     cases, provenance = [], capture(device_name(args.device))  # before a file of results is another than that committed
@@ -188,12 +192,16 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     config, units = case.config, gradient_tasks(len(case.specs), 1)
     ours, cold = worker(case, config), worker(case, config, trajectory_cache_bytes=0.0)
     weights = with_method(config, "bpc-fkl", config.distillation.ipc).updated(start_rule="from", start_epoch=0)
-    fkl = worker(case, weights)
+    fkl, bf16 = worker(case, weights), worker(case, config, precision="bf16")
     taken: dict[tuple[GradientTask, int], int] = {}
 
     def our_step(step: int) -> None:
         for unit in units:
             taken[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1].map_steps or 0
+
+    def bf16_step(step: int) -> None:
+        for unit in units:
+            bf16.gradient(unit, step, case.images, 0.0)
 
     def cold_step(step: int) -> None:
         for unit in units:
@@ -211,11 +219,13 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
 
     ways: dict[str, Callable[[int], None]] = {
         "ours": our_step, "ours, cold": cold_step, "bpc-fkl": weight_step,
-        "floor": floor_step,
+        "floor": floor_step, "ours, bf16": bf16_step,
     }  # fmt: skip
     flat = json.dumps(config.flat())
     for step in range(args.steps):  # x sides and machine code are there before the clock starts
         our_step(step)
+        if "ours, bf16" in args.ways:
+            bf16_step(step)
     pool_steps: list[int] = []
     if "ours, pool" in args.ways:
         ways["ours, pool"] = pool_of(case, args, pool_steps)

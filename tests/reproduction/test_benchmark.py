@@ -56,6 +56,27 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     assert sum(row.startswith("| convnet-in + convnet-bn, width 16, ipc 1 |") for row in rows) == 2
 
 
+@pytest.mark.slow
+def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
+    report = tmp_path / "passes.json"
+    words = ("--widths", "8", "--images", "10", "--repeats", "2", "--no-compiled", "--json", str(report))
+    done = run("benchmark_passes.py", *words)
+    if "has no bfloat16 instructions" in done.stderr:
+        pytest.skip("this CPU has no bfloat16 instructions")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert [row["name"] for row in found["rows"]] == [
+        "pass of 10: fp32 / bf16", "expert batch: fp32 / bf16", "prediction, batches: 500 / 50",
+        "expert batch, kept: 64 MiB / 1 GiB", "prediction, kept: 64 MiB / 1 GiB",
+    ]  # fmt: skip
+    for row in found["rows"]:
+        first, second, ratios = (row[key]["all"] for key in ("first", "second", "ratio"))
+        assert ratios == [a / b for a, b in zip(first, second, strict=True)]
+    assert set(found["gflops"]) == {"float32", "bfloat16"}
+    assert found["settings"]["json"] == "passes.json"
+    assert "| 8 | pass of 10: fp32 / bf16 |" in report.with_suffix(".md").read_text()
+
+
 def test_cost_is_drawn_against_what_the_cases_differ_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(JOBS)
     import benchmark
