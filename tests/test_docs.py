@@ -65,7 +65,7 @@ RUN = {
     "tune": "--dry-run --data digits --no-tracking",
     "reproduce": "--dry-run --cifar10 digits",
 }
-"""Command -> what is appended. A sweep and a table are not small: theirs are dry runs, test_sweep.py and
+"""Command -> what is appended. A sweep and a table are not small: theirs are dry runs, test_sweeps_on_ray.py and
 test_reproduce.py run real ones."""
 
 SMALLER = {
@@ -78,8 +78,8 @@ HERE = "--data digits --dry-run"
 EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc (distill|experts) .*--download", HERE, "the data must be downloaded: a dry run, of digits"),
     (r"fbpc evaluate --coreset (images_best.pt|benchmarks/\S+) --data", "parse", "the data must be downloaded"),
-    (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_storage.py runs them on moto's"),
-    (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweep.py has one"),
+    (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_stored_runs.py runs them on moto's"),
+    (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweeps_on_ray.py has one"),
     (r"fbpc doctor", "parse", "half a minute, and it judges this machine: test_doctor.py"),
     (r"fbpc ui", "parse", "it serves until it is stopped: tested in a browser"),
     (
@@ -489,7 +489,7 @@ def test_formats_says_what_exports_are_made_of(desk, tmp_path):
 
 
 def test_formats_says_what_a_sweep_leaves(tmp_path):
-    """Its plan; the rest is what a sweep of test_sweep.py is asked for."""
+    """Its plan; the rest is what a sweep of test_sweeps_on_ray.py is asked for."""
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
     found = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
     sweep._write_plan(found)

@@ -66,8 +66,8 @@ class Interruption:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Let a Ctrl-C take effect after the block; a second one takes effect at once.
+def deferred_interrupt(message: str = "") -> Iterator[None]:
+    """Let a Ctrl-C take effect after the block, with a `message` until then; a second one takes effect at once.
 
     For foreign code such as ray.init, where an exception between two bytecodes is lost in a callback, or ends the
     process with a segmentation fault. Outside of the main thread, and where Ctrl-C is ignored, nothing changes.
@@ -83,6 +83,8 @@ def deferred_interrupt() -> Iterator[None]:
         count += 1
         if count > 1:
             before(number, frame)
+        elif message:
+            print(f"\n{message} (again to stop at once) ...", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -248,7 +248,7 @@ def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterat
     """
     opened: Backend | None = None
     try:
-        with deferred_interrupt():
+        with deferred_interrupt("Stopping once the backend has started"):
             opened = _backend(config.workers, interruption, log)
         interruption.install()
         yield opened

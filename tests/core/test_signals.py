@@ -53,11 +53,12 @@ def test_installed_twice_the_first_handlers_come_back():
     assert handlers() == before
 
 
-def test_a_ctrl_c_is_deferred_to_the_end_of_the_block():
+def test_a_ctrl_c_is_deferred_to_the_end_of_the_block(capsys):
     before, reached = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt():
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt("Stopping soon"):
         os.kill(os.getpid(), signal.SIGINT)
         reached.append("the end")
+    assert capsys.readouterr().err == "\nStopping soon (again to stop at once) ...\n"
     assert reached == ["the end"]
     assert signal.getsignal(signal.SIGINT) is before
 
