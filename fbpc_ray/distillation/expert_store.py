@@ -274,11 +274,16 @@ def open_store(root: Place, recipe: Recipe) -> ExpertStore:
     """Open the store of `recipe` below `root`, in `folder`.
 
     If that folder holds another recipe (other training images, another learning rate), the store lies beside it, under
-    a digest of the recipe. Raises UserError for a store.json that can't be read.
+    a digest of the recipe. The fingerprint tells data sets apart: the same images read from another path share the
+    experts. Raises UserError for a store.json that can't be read.
     """
-    home, wanted = folder(root, recipe), recipe.to_json()
+    home = folder(root, recipe)
+    stored = _recipe_in(home) or {}
+    if {**stored, "data": recipe.data} == recipe.to_json():
+        recipe = recipe._replace(data=str(stored["data"]))
+    wanted = recipe.to_json()
     beside = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(wanted).encode(), digest_size=4).hexdigest()}")
-    if _recipe_in(home) not in (None, wanted):
+    if stored not in ({}, wanted):
         return ExpertStore(beside, recipe)
     return ExpertStore(home, recipe, beside)
 

@@ -195,6 +195,16 @@ def test_another_recipe_is_refused_naming_both_sides(tmp_path):
     ExpertStore(tmp_path, RECIPE._replace(width=128, image_shape=(3, 32, 32)))
 
 
+def test_the_same_images_from_another_path_share_their_experts(tmp_path):
+    here, there = (RECIPE._replace(data=f"parquet:{folder}/cifar10") for folder in ("/disk", "../other"))
+    expert_store.open_store(tmp_path, here).write(0, trajectory(0))
+    moved = expert_store.open_store(tmp_path, there)
+    assert moved.missing(2) == [1] and moved.recipe == here
+    assert same(moved.read(0, 1), snapshot(0, 1))
+    other = expert_store.open_store(tmp_path, there._replace(fingerprint="other"))
+    assert other.folder != moved.folder and other.missing(1) == [0]
+
+
 def test_experts_of_another_recipe_lie_beside_the_first(tmp_path):
     """A sweep holds images out, a table has another learning rate: neither asks for another folder."""
     first, other = expert_store.open_store(tmp_path, RECIPE), expert_store.open_store(tmp_path, RECIPE._replace(lr=0.5))
@@ -240,7 +250,7 @@ def test_an_unreadable_store_json_is_refused(tmp_path, text):
 
 
 def test_a_store_of_an_older_recipe_is_refused(tmp_path):
-    old = {name: value for name, value in RECIPE._asdict().items() if name != "depth"}
+    old = {name: value for name, value in RECIPE.to_json().items() if name != "depth"}
     (tmp_path / "store.json").write_text(json.dumps({"format": 1, "recipe": old}))
     assert "made with depth None, this run wants depth 3" in refusal(ExpertStore, tmp_path, RECIPE)
 
@@ -252,7 +262,7 @@ def test_a_folder_claimed_during_a_write_stays_the_others(tmp_path):
     def train() -> Iterator[dict[str, Tensor]]:
         for epoch, tensors in enumerate(trajectory(0)):
             if epoch == 2:
-                other = {"format": 1, "recipe": RECIPE._replace(lr=0.1)._asdict()}
+                other = {"format": 1, "recipe": RECIPE._replace(lr=0.1).to_json()}
                 files.write_text(tmp_path / "store.json", json.dumps(other))
             yield tensors
 
