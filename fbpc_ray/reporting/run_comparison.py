@@ -1,13 +1,13 @@
 """What differs between runs, and which one scores better, where their scores compare."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Data, Evaluation
-from fbpc_ray.evaluation.results import QUANTITIES, select, unique
+from fbpc_ray.evaluation.results import QUANTITIES, mean_scores, select, unique
 from fbpc_ray.reporting.document import Block, Heading, Table
 from fbpc_ray.reporting.run_facts import LAST_BITS, method_name
 from fbpc_ray.reporting.run_reader import EndedRun
@@ -60,7 +60,10 @@ def conclusion(runs: Sequence[EndedRun]) -> str:
     if any(len(chains) < 2 for chains in values["nll"]):
         return "No conclusion: of one chain each, no spread is known."
     told = [_told(runs, quantity, chains) for quantity, chains in values.items()]
-    return f"On {_listed(networks)}: {'; '.join(told)}. One distillation each: another seed may say otherwise."
+    return (
+        f"On {_listed(networks)}: {'; '.join(told)}. {_beside_random(runs, values, networks)}"
+        "One distillation each: another seed may say otherwise."
+    )
 
 
 def _unlike(runs: Sequence[EndedRun]) -> list[str]:
@@ -87,6 +90,21 @@ def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float
         return []
     scale = QUANTITIES[quantity].scale
     return [scale * statistics.fmean(values) for values in zip(*by_network, strict=True)]  # type: ignore[arg-type]
+
+
+def _beside_random(
+    runs: Sequence[EndedRun], values: Mapping[str, Sequence[Sequence[float]]], networks: Sequence[str]
+) -> str:
+    """Say what as many random real images as those of the run of the lowest NLL score."""
+    best = min(range(len(runs)), key=lambda at: statistics.fmean(values["nll"][at]))
+    scores = [score for name in networks for score in select(runs[best].scores, "random", name)]
+    means = mean_scores(scores) if scores and runs[best].method != "random" else {}
+    if not means:
+        return ""
+    return (
+        f"As many random real images as those of {runs[best].label}: {100 * means['accuracy']:.1f} % accuracy, "
+        f"NLL {means['nll']:.3f}. "
+    )
 
 
 def _told(runs: Sequence[EndedRun], quantity: str, values: Sequence[Sequence[float]]) -> str:
