@@ -27,12 +27,13 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
     set_environment()
     requested = address or os.environ.get("RAY_ADDRESS", "")
     is_local = requested.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    starts = False  # a cluster of this process
     init_address: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
     try:
         with on_loopback() if is_local else nullcontext():
             resolved = services.canonicalize_bootstrap_address(init_address, options.get("_temp_dir"))
-        starts = resolved is None
-        if starts:
+        if resolved is None:
+            starts = True
             init_address, options = "local", {"include_dashboard": False, **options}
         elif "://" not in requested:
             probe(resolved)
@@ -42,7 +43,10 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
             make_private(Path.home() / ".ray" / "auth_token")
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        if starts:
+            reason = f"Ray did not start on this machine ({first_line(error)})"
+            raise UserError(f"{reason}: run the same command again, or with --backend serial", code=1) from error
         raise UserError(
             f"no Ray cluster answers at '{requested}' ({first_line(error)}): check --address and RAY_ADDRESS, or use "
             "--address local"

@@ -1,0 +1,30 @@
+"""What a user reads where Ray's own processes do not start, or no cluster answers."""
+
+import pytest
+import ray
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray import connection
+
+TIMED_OUT = "The current node timed out during startup. This could happen because the GCS has become overloaded."
+
+
+@pytest.mark.parametrize("error", [Exception(TIMED_OUT), RuntimeError(TIMED_OUT), TimeoutError(TIMED_OUT)])
+@pytest.mark.parametrize(
+    "address, code, start, fix",
+    [
+        ("local", 1, "Ray did not start on this machine", "run the same command again, or with --backend serial"),
+        ("10.0.0.1:6379", 2, "no Ray cluster answers at '10.0.0.1:6379'", "use --address local"),
+    ],
+)
+def test_every_exception_of_ray_is_one_line(monkeypatch, error, address, code, start, fix):
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connection, "probe", lambda address: None)  # a socket accepts, and Ray does not answer
+    with pytest.raises(UserError) as raised:
+        connection.connect(address, {}, print)
+    line = str(raised.value)
+    assert line.startswith(f"{start} (The current node timed out during startup.") and line.endswith(fix)
+    assert raised.value.code == code and "\n" not in line
