@@ -167,7 +167,7 @@ def hit_ray(process: subprocess.Popen[bytes], draw: random.Random) -> list[str]:
         if targets and kill(draw.choice(targets)):
             names.append(name)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(1, 10) if name == "worker" and len(names) < MAX_HITS else 600)
+            process.wait(draw.uniform(1, 6) if name == "worker" and len(names) < MAX_HITS else 600)
     if process.returncode not in (0, 1):
         raise AssertionError(f"{names} were killed, and the driver ended with {process.returncode}")
     if not soon(lambda: not any(map(alive, titles)), 60):
