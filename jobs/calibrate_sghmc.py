@@ -36,7 +36,7 @@ from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import current_words, parse
 from fbpc_ray.core.config import Config, Data, Evaluation, Networks, Workers
 from fbpc_ray.core.errors import UserError, closest
-from fbpc_ray.core.progress import progress
+from fbpc_ray.core.progress import log, progress
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
@@ -161,7 +161,7 @@ def calibrate(argv: Sequence[str]) -> None:
                     rows.append({**missing[index].key, **_numbers(result), **made})
                     append_row(path, rows[-1])
                     bar.update()
-                    bar.write(_line(rows[-1]))
+                    log(_line(rows[-1]))
     if comparable := _comparable(rows, trials):
         print(report(comparable))
 
