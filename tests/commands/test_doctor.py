@@ -11,8 +11,9 @@ from typing import Literal
 
 import pytest
 
-from fbpc_ray.commands import doctor, main
-from fbpc_ray.commands.doctor import Finding, Library, cuda_finding, token_finding, try_library
+from fbpc_ray.commands import doctor, doctor_places, main
+from fbpc_ray.commands.doctor import Library, cuda_finding, try_library
+from fbpc_ray.commands.doctor_places import Finding, token_finding
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,33 +169,33 @@ def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
     monkeypatch.setenv("FBPC_HOME", "/proc/nowhere")
     monkeypatch.setenv("FBPC_CACHE", str(tmp_path / "shared"))
-    monkeypatch.setattr(doctor, "LOW_SPACE", 0)  # a disk that has little would be another note
-    monkeypatch.setattr(doctor, "NO_SPACE", 0)
+    monkeypatch.setattr(doctor_places, "LOW_SPACE", 0)  # a disk that has little would be another note
+    monkeypatch.setattr(doctor_places, "NO_SPACE", 0)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    home, runs, cache, _ = doctor.folders()
+    home, runs, cache, _ = doctor_places.folders()
     assert home.state == "note" and "is not writable" in home.message
     assert runs.state == "fix" and "/proc/nowhere" in runs.message and "FBPC_HOME" in runs.fix
     assert cache.state == "note" and "others can write" in cache.message and "chmod" in cache.fix
     (tmp_path / "shared").chmod(0o700)
-    assert list(doctor.folders())[2].state == "ok"
+    assert list(doctor_places.folders())[2].state == "ok"
     (tmp_path / "shared" / "compiled").mkdir()
     (tmp_path / "shared" / "compiled").chmod(0o770)
-    assert "shared/compiled" in list(doctor.folders())[2].fix
+    assert "shared/compiled" in list(doctor_places.folders())[2].fix
     monkeypatch.setenv("FBPC_HOME", "s3://bucket/x")
     monkeypatch.setenv("FBPC_CACHE_GB", "many")
     monkeypatch.setenv("HOME", str(tmp_path / "made" / "later"))
-    home, runs, cache, _ = doctor.folders()
+    home, runs, cache, _ = doctor_places.folders()
     assert home.state == "ok" and not (tmp_path / "made").exists()
     assert runs.state == "fix" and "local folder" in str(runs)
     assert cache.state == "fix" and "'many'" in cache.message
 
 
 def test_a_disk_without_room(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "LOW_SPACE", 1e18)
-    assert doctor.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "note"
-    monkeypatch.setattr(doctor, "NO_SPACE", 1e18)
-    assert doctor.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "fix"
+    monkeypatch.setattr(doctor_places, "LOW_SPACE", 1e18)
+    assert doctor_places.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "note"
+    monkeypatch.setattr(doctor_places, "NO_SPACE", 1e18)
+    assert doctor_places.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "fix"
 
 
 def test_the_token_of_ray(monkeypatch, tmp_path):

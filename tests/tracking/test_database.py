@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.runs import flags, refused
 
-from fbpc_ray.commands import doctor, main
+from fbpc_ray.commands import doctor_places, main
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.tracking import database, mlflow_client
 from fbpc_ray.tracking.mlflow_client import MlflowClient, open_store
@@ -168,18 +168,18 @@ def test_a_run_on_another_version_is_not_in_the_store_and_the_line_says_what_to_
 
 def test_doctor_and_ui_look_at_the_database(path: Path, capsys: pytest.CaptureFixture[str]):
     uri = sqlite_uri(path)
-    assert doctor.store_finding(path, uri) == ("ok", f"mlflow.db: {path} is whole", "")
+    assert doctor_places.store_finding(path, uri) == ("ok", f"mlflow.db: {path} is whole", "")
     sql(path, VERSION.format(OLDER), RUN)
-    finding = doctor.store_finding(path, uri)
+    finding = doctor_places.store_finding(path, uri)
     assert finding.state == "note" and finding.fix == f"copy it, then mlflow db upgrade {uri}"
     assert "mlflow db upgrade" in refused(capsys, "--tracking-uri", uri, command="ui", code=1)
     sql(path, "DELETE FROM runs")
-    finding = doctor.store_finding(path, uri)
+    finding = doctor_places.store_finding(path, uri)
     assert finding.state == "note" and "is half-made" in finding.message and "the next run" in finding.fix
     assert "moved to mlflow.db.half-made-1" in refused(capsys, "--tracking-uri", uri, command="ui", code=1)
-    assert doctor.store_finding(path, uri) == ("ok", f"mlflow.db: the first run creates {path}", "")
+    assert doctor_places.store_finding(path, uri) == ("ok", f"mlflow.db: the first run creates {path}", "")
     path.write_text("text " * 99)
-    assert doctor.store_finding(path, uri).state == "note"
+    assert doctor_places.store_finding(path, uri).state == "note"
 
 
 @pytest.mark.slow

@@ -1,0 +1,82 @@
+"""Tables and pictures of what jobs/benchmark.py measured."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fbpc_ray.core.tables import markdown_table
+from fbpc_ray.reporting.charts import comparison
+
+PHASES = {"seconds_x": "x side", "seconds_map": "MAP", "seconds_u": "u side", "seconds_gradient": "Eq. 17"}
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a step against images a class, and against the number of networks, beside `path`, where cases differ in
+    them."""
+    by_ipc, by_networks = defaultdict[str, list](list), defaultdict[str, list](list)
+    for case in cases:
+        by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
+        by_networks[f"width {case['width']}, ipc {case['ipc']}"].append((len(case["networks"]), case))
+    for found, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
+        panels = [(name, _curves(each)) for name, each in found.items() if len({x for x, _ in each}) > 1]
+        if panels:
+            comparison.curves(panels, across, path.with_suffix(suffix), "seconds a step")
+
+
+def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[comparison.Curve]:
+    """A curve for each way, its points the medians of cases in order of x."""
+    ways = dict.fromkeys(way for _, case in cases for way in case["seconds"])
+    ordered = sorted(cases, key=lambda each: each[0])
+    return [
+        comparison.Curve(way, [(x, c["seconds"][way]["median"], 0.0) for x, c in ordered if way in c["seconds"]])
+        for way in ways
+    ]
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """Format Markdown tables, a row for each case: medians, and the range of each ratio."""
+    ways = list(dict.fromkeys(way for case in cases for way in case["seconds"]))
+    ratios = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+    seconds, others = [], []
+    for case in cases:
+        medians = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
+        phases = map(_figure, case["phases"].values())
+        seconds.append([name_of(case), f"{case['map_steps']:.0f}", *medians, *phases])
+        spreads = [
+            f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else ""
+            for r in (case["ratios"].get(name) for name in ratios)
+        ]
+        memory, first = case.get("peak_gb", {}), case.get("first_run", {})
+        training = case.get("training", {}).get("ratio", {}).get("median")
+        rest = (memory.get("ours"), memory.get("bpc-fkl"), training, first.get("reference / ours"))
+        others.append([name_of(case), *spreads, *map(_figure, rest)])
+    last = ["GB, ours", "GB, bpc-fkl", "training: ours / bare loop", "first run: reference / ours"]
+    return "\n".join([
+        "Seconds a step", "", markdown_table(["", "MAP steps", *ways, *PHASES.values()], seconds), "",
+        "Ratios, peak memory of a step (GB), first run", "", markdown_table(["", *ratios, *last], others), "",
+    ])  # fmt: skip
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return f"{' + '.join(case['networks'])}, width {case['width']}, ipc {case['ipc']}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def line(case: dict[str, Any]) -> str:
+    """Format a case for the terminal."""
+    seconds = ", ".join(f"{way} {each['median']:.3g}" for way, each in case["seconds"].items())
+    ratios = ", ".join(f"{name} {each['median']:.2f}" for name, each in case["ratios"].items())
+    phases = ", ".join(f"{name} {value:.3g}" for name, value in case["phases"].items())
+    lines = [f"{name_of(case)}, {case['map_steps']:.0f} MAP steps", f"seconds a step: {seconds}"]
+    lines += [f"ratios: {ratios}", f"of ours, seconds: {phases}"]
+    if "peak_gb" in case:
+        lines.append("peak GB: " + ", ".join(f"{way} {value:.3g}" for way, value in case["peak_gb"].items()))
+    if taught := case.get("training"):
+        lines.append(f"a batch of training, ours / bare loop: {taught['ratio']['median']:.2f}")
+    if first := case.get("first_run"):
+        how = "compiled" if first["compiled"] else "eager"
+        lines.append(f"first {first['steps']} steps ({how}), reference / ours: {first['reference / ours']:.2f}")
+    return "\n  ".join(lines)
