@@ -238,9 +238,11 @@ def test_a_run_has_the_one_name_of_its_network_and_goes_on_under_the_other(tmp_p
     stored = preset("digits").updated(**RUN).updated(architectures=("vgg11-in",), out=str(tmp_path))
     (tmp_path / "config.json").write_text(to_json(stored))
     resumed = ["distill", "--out", str(tmp_path), "--resume"]
-    for command in (resumed, ["distill", "--width", "8"], ["experts", "--width", "8"]):
+    for command in (resumed, ["distill", "--width", "8"]):
         main.main([*command, "--architectures", "vgg11", "--print-config"])
         assert '"vgg11-in"' in capsys.readouterr().out
+    main.main(["experts", "--width", "8", "--architectures", "vgg11", "--dry-run"])
+    assert " vgg11-in: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main.main([*resumed, "--architectures", "vgg11-bn", "--dry-run"])
     assert "now ('vgg11-bn',)" in capsys.readouterr().err
