@@ -46,10 +46,15 @@ class GradientArrays(NamedTuple):
     """A `Gradient` with numpy arrays."""
 
     value: np.ndarray
+    """(m, c, h, w), or its rows that are not zero, (b, c, h, w): a batch of a large coreset travels as a batch."""
     stats: GradientStats
     inner_lr: float = 0.0
     solution: np.ndarray | None = None
     soft_labels: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    """(b,) int64: the indices of `value` among the m images; None where `value` has them all."""
+    count: int = 0
+    """m, where `value` has not all of them."""
 
 
 class WorkerArguments(NamedTuple):
@@ -161,9 +166,10 @@ class Worker:
                 self._context(task), step, torch.tensor(images, device=self.device), inner_lr,
                 **{name: value for name, value in optional.items() if value is not None},
             )  # fmt: skip
+        value, rows = _without_zero_rows(gradient.value.numpy())
         return GradientArrays(
-            gradient.value.numpy(), gradient.stats, gradient.inner_lr, _array(gradient.solution),
-            _array(gradient.soft_labels),
+            value, gradient.stats, gradient.inner_lr, _array(gradient.solution), _array(gradient.soft_labels), rows,
+            len(images),
         )  # fmt: skip
 
     def expert_side(self, task: GradientTask, step: int) -> tuple[None, np.ndarray]:
@@ -187,6 +193,12 @@ class Worker:
             self.passes[index], self.stores[index] if self.stores else None, self.real, self.labels, self.settings,
             self.augment, self.expert_count, task.draw, self.trajectory_cache,
         )  # fmt: skip
+
+
+def _without_zero_rows(value: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the rows of `value` that are not zero, with their indices; all of it, and None, where most are not."""
+    rows = np.flatnonzero(value.reshape(len(value), -1).any(1))
+    return (value[rows], rows) if 2 * len(rows) <= len(value) else (value, None)
 
 
 def _array(tensor: torch.Tensor | None) -> np.ndarray | None:

@@ -20,7 +20,10 @@ def gradient_of(answer: GradientArrays) -> Gradient:
     solution, soft_labels = (
         None if array is None else torch.from_numpy(array) for array in (answer.solution, answer.soft_labels)
     )
-    return Gradient(torch.from_numpy(answer.value), answer.stats, answer.inner_lr, solution, soft_labels)
+    value = torch.from_numpy(answer.value)
+    if answer.rows is not None:
+        value = value.new_zeros(answer.count, *value.shape[1:]).index_copy(0, torch.tensor(answer.rows), value)
+    return Gradient(value, answer.stats, answer.inner_lr, solution, soft_labels)
 
 
 class Serial:

@@ -62,9 +62,9 @@ def worker(small, digits):
 def test_the_solve_begins_where_it_is_told(worker):
     """At its own solution hardly a step is left, and the solution is the start; at the prior's draw, all as before."""
     worker, images = worker
-    value, stats, _, solution, _ = worker.gradient(GradientTask(0, 0), 3, images, 0.0)
+    value, stats, _, solution, *_ = worker.gradient(GradientTask(0, 0), 3, images, 0.0)
     assert stats.map_steps > 5
-    _, again, _, moved, _ = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=solution)
+    _, again, _, moved, *_ = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=solution)
     assert again.map_steps <= 2
     assert again.map_steps or (moved == solution).all()
     assert np.linalg.norm(moved - solution) < 0.1 * np.linalg.norm(solution)
