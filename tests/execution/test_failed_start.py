@@ -28,3 +28,13 @@ def test_every_exception_of_ray_is_one_line(monkeypatch, error, address, code, s
     line = str(raised.value)
     assert line.startswith(f"{start} (The current node timed out during startup.") and line.endswith(fix)
     assert raised.value.code == code and "\n" not in line
+
+
+def test_a_cluster_whose_nodes_are_all_dead_is_one_line(monkeypatch):
+    """Ray marks a node as dead that was too busy to answer; nobody has to lower --cpus-per-actor for that."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {}}])
+    with pytest.raises(
+        UserError, match="no node of the Ray cluster answers: run the same command with --resume"
+    ) as one:
+        connection.nodes()
+    assert one.value.code == 1

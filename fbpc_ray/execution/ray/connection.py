@@ -79,9 +79,14 @@ def on_loopback() -> Iterator[None]:
 
 
 def nodes() -> list[Node]:
-    """Return the cluster's nodes or, inside a Tune trial, the bundles of its placement group."""
+    """Return the cluster's nodes or, inside a Tune trial, the bundles of its placement group.
+
+    Raises UserError if no node is alive: Ray counts one as dead that was too busy to answer.
+    """
     group = ray.util.get_current_placement_group()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not alive:
+        raise UserError("no node of the Ray cluster answers: run the same command with --resume", code=1)
     resources = alive
     if group is not None:
         resources = [dict(bundle) for bundle in group.bundle_specs]
