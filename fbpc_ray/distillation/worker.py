@@ -53,7 +53,7 @@ class GradientArrays(NamedTuple):
     soft_labels: np.ndarray | None = None
     rows: np.ndarray | None = None
     """(b,) int64: the indices of `value` among the m images; None where `value` has them all."""
-    count: int = 0
+    num_images: int = 0
     """m, where `value` has not all of them."""
 
 

@@ -22,7 +22,7 @@ def gradient_of(answer: GradientArrays) -> Gradient:
     )
     value = torch.from_numpy(answer.value)
     if answer.rows is not None:
-        value = value.new_zeros(answer.count, *value.shape[1:]).index_copy(0, torch.tensor(answer.rows), value)
+        value = value.new_zeros(answer.num_images, *value.shape[1:]).index_copy(0, torch.tensor(answer.rows), value)
     return Gradient(value, answer.stats, answer.inner_lr, solution, soft_labels)
 
 
