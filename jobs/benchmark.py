@@ -239,7 +239,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
                 count = args.warm_pool_size if way == "ours, pool" else args.steps
                 seconds[way].append(timed(ways[way], range(count), args.device))
     phases = [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units]
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
         "ipc": config.distillation.ipc, "m": len(case.labels), "threads": args.threads,
         "map_steps": statistics.fmean(taken.values()),
@@ -252,17 +252,17 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
         "phases": {name: sum(getattr(stats, key) for stats in phases) for key, name in PHASES.items()},
     }  # fmt: skip
     if pool_steps:
-        found["map_steps_pool"] = statistics.fmean(pool_steps)
+        report["map_steps_pool"] = statistics.fmean(pool_steps)
     if args.training:
-        found["training"] = training(case, args)
+        report["training"] = training(case, args)
     if args.memory:
-        found["peak_gb"] = {
+        report["peak_gb"] = {
             way: cost.measure(changed, args.device, 1).peak_gb
             for way, changed in (("ours", config), ("bpc-fkl", weights))
         }
     if args.first_run:
-        found["first_run"] = first_run(case, args, folder, elsewhere)
-    return found
+        report["first_run"] = first_run(case, args, folder, elsewhere)
+    return report
 
 
 def worker(case: Case, config: Config, **more: Any) -> Worker:
@@ -423,8 +423,8 @@ def write(args: Arguments, cases: list[dict[str, Any]], provenance: Provenance) 
     path = Path(args.json).absolute()
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
     settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
-    found = {"cases": cases, "settings": settings, **provenance._asdict()}
-    files.write_text(path, json.dumps(found, indent=2) + "\n")
+    report = {"cases": cases, "settings": settings, **provenance._asdict()}
+    files.write_text(path, json.dumps(report, indent=2) + "\n")
     files.write_text(path.with_suffix(".md"), table(cases))
     draw(cases, path)
 

@@ -17,8 +17,8 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     for case in cases:
         by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
         by_networks[f"width {case['width']}, ipc {case['ipc']}"].append((len(case["networks"]), case))
-    for found, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
-        panels = [(name, _curves(each)) for name, each in found.items() if len({x for x, _ in each}) > 1]
+    for groups, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
+        panels = [(name, _curves(each)) for name, each in groups.items() if len({x for x, _ in each}) > 1]
         if panels:
             comparison.curves(panels, across, path.with_suffix(suffix), "seconds a step")
 

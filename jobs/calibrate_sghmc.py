@@ -154,11 +154,11 @@ def calibrate(argv: Sequence[str]) -> None:
     if missing and not search.dry_run:
         with session.open_backend(config, Interruption(), print) as workers:
             provenance = capture(workers.describe())
-            made = {"commit": provenance.commit, "torch": provenance.versions["torch"], "device": provenance.device}
+            origin = {"commit": provenance.commit, "torch": provenance.versions["torch"], "device": provenance.device}
             shared = _context(search, config, dataset, missing, workers.device)
             with progress("calibrate", len(missing), "chain") as bar:
                 for index, result in workers.map(run_trial, shared, missing):
-                    rows.append({**missing[index].key, **_numbers(result), **made})
+                    rows.append({**missing[index].key, **_numbers(result), **origin})
                     append_row(path, rows[-1])
                     bar.update()
                     log(_line(rows[-1]))

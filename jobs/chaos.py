@@ -1,10 +1,10 @@
-"""A soak: a distillation of digits on several local nodes while workers and nodes are killed and frozen at random.
+"""Kill and freeze random workers and nodes while digits are distilled on several local nodes.
 
     python jobs/chaos.py --steps 600 --seed 0 --json benchmarks/results/chaos.json
 
-Draws from --seed what is hit and after how many steps. Leaves with 0 where the coreset equals that of an undisturbed
-serial run to the bit, everything is given back, and neither the object store nor the driver grew; else with 1.
-Everything happens on this machine, in a temporary folder.
+--seed draws the targets and the steps between them. The exit status is 0 if the coreset equals that of an undisturbed
+serial run to the bit, all CPUs and processes were freed, and neither the object store nor the driver grew; else 1. All
+runs on this machine, in a temporary folder.
 """
 
 import json
@@ -45,20 +45,20 @@ from fbpc_ray.execution.serial import Serial
 
 STORE = 80_000_000
 WAIT = 60.0
-"""Seconds until all is given back."""
+"""Seconds within which all CPUs and processes must be freed."""
 SMALL: dict[str, Any] = {
     "architectures": ("convnet-in", "convnet-bn", "convnet-gn"), "width": 8, "expert_count": 2, "expert_epochs": 3,
     "start_epoch": 1, "gamma": 0.5, "map_lr": 0.02, "map_max_steps": 30, "alpha": 1.0, "posterior_steps": 4,
     "real_batch_size": 32, "mc_samples": 5, "checkpoint_every": 1000, "tracking": False, "threads": 1,
     "step_deadline": 10.0, "trajectory_cache_gb": 0.0,
 }  # fmt: skip
-"""Small steps, so that many are taken; nothing of a step is left out."""
+"""Small steps, so that many fit into minutes; every part of a step is in them."""
 QUICK_TO_NOTICE = {
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 10,
 }  # fmt: skip
 MAY_GROW = 0.10
-"""Of the driver's memory and of the object store, from the second fifth of the steps to the last."""
+"""Allowed growth of the driver's memory and of the object store, from the second fifth of the steps to the last."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Arguments:
     steps: int = 100
     """Steps of the distillation."""
     seed: int = 0
-    """Of what is hit, and when."""
+    """Seed of the targets and the times."""
     nodes: int = 3
     """Local nodes of one CPU each."""
     every: int = 12
-    """A hit every so many steps on average; 0: none."""
+    """Mean steps between two hits; 0: none."""
     json: str = ""
-    """Also write what happened to this file."""
+    """File that gets the report, too."""
 
 
 class Chaos:
-    """Hits a random worker or node after random steps; a killed node is followed by a new one."""
+    """Kills or freezes a random worker or node after random steps, and replaces a killed node."""
 
     def __init__(self, cluster: Any, every: int, seed: int):
         self.cluster, self.every, self.random = cluster, every, random.Random(seed)
@@ -119,18 +119,18 @@ def chaos(argv: Sequence[str]) -> None:
         from fbpc_ray.execution.ray.connection import on_loopback
 
         with on_loopback():
-            found = soak(args, folder)
+            measurements = soak(args, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(found, indent=2))
+    print(json.dumps(measurements, indent=2))
     if args.json:
-        files.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
-    if not all(found["holds"].values()):
+        files.write_text(Path(args.json).absolute(), json.dumps(measurements, indent=2) + "\n")
+    if not all(measurements["holds"].values()):
         sys.exit(1)
 
 
 def soak(args: Arguments, folder: Path) -> dict[str, Any]:
-    """What happened, and what holds of it."""
+    """Distil twice, with hits and without; return the hits and the checks."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -146,8 +146,8 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        made = Chaos(cluster, args.every, args.seed)
-        made.fill(args.nodes)
+        attacker = Chaos(cluster, args.every, args.seed)
+        attacker.fill(args.nodes)
         backend = RayBackend(config.workers, Interruption(), print)
         provenance = capture(backend.describe())
         memory, store = [], []
@@ -155,19 +155,19 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
         def after_step() -> None:
             memory.append(_resident())
             store.append(_store_used(cluster))
-            made.maybe()
+            attacker.maybe()
 
         images, seconds = distil(config, dataset, backend, folder / "ray", after_step)
         freed = soon(all_cpus_free, WAIT)
-        raylets = [node.all_processes["raylet"][0].process.pid for node in made.nodes]
+        raylets = [node.all_processes["raylet"][0].process.pid for node in attacker.nodes]
         gone = soon(lambda: not any(gradient_workers(raylet) for raylet in raylets), WAIT)
-        gone = gone and soon(lambda: not any(_alive(pid) for pid in made.frozen), WAIT)
+        gone = gone and soon(lambda: not any(_alive(pid) for pid in attacker.frozen), WAIT)
     finally:
         ray.shutdown()
         cluster.shutdown()
     growth = {name: _growth(values) for name, values in (("driver", memory), ("object store", store))}
     return {
-        "steps": args.steps, "seed": args.seed, "nodes": args.nodes, "hits": dict(made.hits),
+        "steps": args.steps, "seed": args.seed, "nodes": args.nodes, "hits": dict(attacker.hits),
         "seconds": round(seconds, 1), "seconds_serial": round(alone, 1),
         "driver_bytes": [memory[0], memory[-1]], "object_store_bytes": [min(store), max(store)],
         "growth": growth,
@@ -184,7 +184,7 @@ def soak(args: Arguments, folder: Path) -> dict[str, Any]:
 def distil(
     config: Config, dataset: Dataset, backend: Backend, folder: Path, after_step: Any
 ) -> tuple[torch.Tensor, float]:
-    """The images after all steps, and the seconds that they took."""
+    """Return the images after all steps, and the seconds of each step."""
     opened = session.open_session(config, print, dataset)
     first = opened.initial[0]
     checkpointer = loop.Checkpointer(RunDirectory(folder), first, [], config.distillation)
@@ -198,19 +198,19 @@ def distil(
 
 
 def _growth(values: list[int]) -> float:
-    """Of the mean of the last fifth over that of the second."""
+    """Return the growth of the mean from the second fifth of the values to the last."""
     fifth = max(1, len(values) // 5)
     early, late = values[fifth : 2 * fifth], values[-fifth:]
     return round(sum(late) / len(late) / max(1.0, sum(early) / len(early)) - 1, 4) if early else 0.0
 
 
 def _resident() -> int:
-    """Bytes of memory of this process."""
+    """Return the bytes of memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _store_used(cluster: Any) -> int:
-    """Bytes in the object store of the driver's node, where the images of each step are put."""
+    """Return the bytes in the object store of the driver's node, which gets the images of each step."""
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     address = cluster.head_node

@@ -1,4 +1,4 @@
-"""What Ray costs and what it brings: the same steps in one process, by one worker and by two, interleaved.
+"""Measure the overhead and the scaling of Ray: steps in one process, on one worker and on two, in turn.
 
     python jobs/scaling.py --json benchmarks/results/scaling.json
 
@@ -47,35 +47,35 @@ class Arguments:
     data: str = "digits"
     """Data set, as `fbpc distill --data`."""
     width: int = 32
-    """Of the ConvNets."""
+    """Width of the ConvNets."""
     ipc: int = 1
     """Images a class."""
     posterior_steps: int = 30
     """K [paper: 30]."""
     steps: int = 10
-    """Steps timed in one go."""
+    """Steps in one measurement."""
     repeats: int = 5
-    """Times that each way has its go."""
+    """Measurements of each way."""
     json: str = ""
-    """Also write what was measured to this file."""
+    """File that gets the measurements, too."""
 
 
 def scaling(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/scaling.py", about=__doc__)
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        found = measure(args, Path(folder))
-    s = found["seconds_a_step"]
+        report = measure(args, Path(folder))
+    s = report["seconds_a_step"]
     print(f"\n{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats, one thread a gradient")
     for way, each in s.items():
         print(f"{way:12} {each['median']:.3f} s a step  ({min(each['all']):.3f} to {max(each['all']):.3f})")
-    print(f"overhead of Ray: {found['overhead']['median']:+.1%}  ({_range(found['overhead'], '+.1%')})")
-    print(f"one worker / two: {found['scaling']['median']:.2f}  ({_range(found['scaling'], '.2f')})")
+    print(f"overhead of Ray: {report['overhead']['median']:+.1%}  ({_range(report['overhead'], '+.1%')})")
+    print(f"one worker / two: {report['scaling']['median']:.2f}  ({_range(report['scaling'], '.2f')})")
     if args.json:
-        files.write_text(Path(args.json).absolute(), json.dumps(found, indent=2) + "\n")
+        files.write_text(Path(args.json).absolute(), json.dumps(report, indent=2) + "\n")
 
 
 def measure(args: Arguments, folder: Path) -> dict[str, Any]:
-    """Seconds of every way and repeat, and the ratios."""
+    """Return the seconds of every way and repeat, and their ratios."""
     from fbpc_ray.execution.ray.ray_backend import RayBackend
 
     config = preset("digits").updated(
@@ -115,7 +115,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple[torch.Tensor, float]:
-    """The images after so many steps, and seconds a step; workers stand and have done one step before the clock."""
+    """Return the images after the steps, and seconds a step; the clock starts after a first step of ready workers."""
     d = config.distillation
     specs = session.network_specs(config, dataset)
     stores = [session.expert_store(config, dataset, spec) for spec in specs]

@@ -75,12 +75,12 @@ def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
     """And so it is from a Dataset, and from arrays that hold the same; `random` is the run's random coreset."""
     steps: list[int] = []
     same = settings_of(small, steps=2)
-    found = api.distill("digits", **same, log=silent, on_step=lambda values, step: steps.append(step))
+    result = api.distill("digits", **same, log=silent, on_step=lambda values, step: steps.append(step))
     assert steps == [1, 2]
-    assert torch.equal(found.images, made.images)
-    assert torch.equal(found.labels, made.labels)
-    assert found[2:6] == made[2:6]
-    assert found.facts == {name: text for name, text in made.facts.items() if name != "commit"}
+    assert torch.equal(result.images, made.images)
+    assert torch.equal(result.labels, made.labels)
+    assert result[2:6] == made[2:6]
+    assert result.facts == {name: text for name, text in made.facts.items() if name != "commit"}
     mine = api.dataset(digits.train, digits.test, classes=digits.classes, name="digits")
     assert mine.fingerprint == digits.fingerprint
     assert torch.equal(api.distill(mine, **same, log=silent).images, made.images)
@@ -118,9 +118,9 @@ def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
         yield Serial("cpu", interruption)
 
     monkeypatch.setattr(api, "open_backend", backend)
-    found = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
+    result = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
     assert opened == [("ray", "local")]
-    assert torch.equal(found.images, made.images)
+    assert torch.equal(result.images, made.images)
 
 
 class _Stopped(Exception): ...
@@ -133,15 +133,15 @@ def _stop() -> None:
 def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
     """Each number of result.json for that chain; a prediction is the same for bytes and for floats in 0..1."""
     expected = json.loads(run.result_path.read_text())["coresets"]["fbpc"]["convnet-bn"]
-    found = samples.predict(torch.tensor(digits.test.images))
-    for name, value in found.scores(torch.tensor(digits.test.labels))._asdict().items():
+    result = samples.predict(torch.tensor(digits.test.images))
+    for name, value in result.scores(torch.tensor(digits.test.labels))._asdict().items():
         assert value == pytest.approx(expected[name][1], abs=1e-12), name
-    assert found.probabilities.sum(1).numpy() == pytest.approx(1)
-    assert (found.labels.numpy() == digits.test.labels).mean() == expected["accuracy"][1]
+    assert result.probabilities.sum(1).numpy() == pytest.approx(1)
+    assert (result.labels.numpy() == digits.test.labels).mean() == expected["accuracy"][1]
     as_floats = samples.predict(torch.tensor(digits.test.images[:9]) / 255)
-    torch.testing.assert_close(as_floats.probabilities, found.probabilities[:9])
+    torch.testing.assert_close(as_floats.probabilities, result.probabilities[:9])
     one = samples.predict(digits.test.images[3])
-    torch.testing.assert_close(one.entropy, found.entropy[3:4], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.entropy, result.entropy[3:4], rtol=1e-4, atol=1e-6)
 
 
 def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
@@ -162,9 +162,9 @@ def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
 
 def test_what_is_not_given_is_as_the_coreset_was_distilled(made, samples, digits):
     """Network, width and length of the chains, of the metadata; what is given wins."""
-    found = api.posterior(made)
-    assert (found.spec.architecture, found.spec.width, found.spec.depth) == ("convnet-in", 8, 2)
-    assert len(found.samples) == 2  # 20 epochs, one every 10
+    result = api.posterior(made)
+    assert (result.spec.architecture, result.spec.width, result.spec.depth) == ("convnet-in", 8, 2)
+    assert len(result.samples) == 2  # 20 epochs, one every 10
     same, images = api.posterior(made, "convnet-bn", seed=1), digits.test.images[:20]
     assert torch.equal(same.predict(images).probabilities, samples.predict(images).probabilities)
     assert api.posterior(made, "convnet-ln", width=4, chain_every=20).spec[:1] == ("convnet-ln",)
@@ -245,28 +245,28 @@ def pairs(digits: Dataset, kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["tensors", "grey arrays", "channels last", "floats", "TensorDataset", "pictures"])
 def test_own_data_in_any_form_are_the_same_data(digits, kind):
     given = pairs(digits, kind)
-    found = api.dataset(given, pairs(digits, "tensors"), classes=digits.classes, log=silent)
-    assert found.train.images.dtype == np.uint8
-    assert np.array_equal(found.train.images, digits.train.images[:60])
-    assert np.array_equal(found.train.labels, digits.train.labels[:60])
-    assert found.train.labels.dtype == np.int64
-    assert found.classes == digits.classes
+    result = api.dataset(given, pairs(digits, "tensors"), classes=digits.classes, log=silent)
+    assert result.train.images.dtype == np.uint8
+    assert np.array_equal(result.train.images, digits.train.images[:60])
+    assert np.array_equal(result.train.labels, digits.train.labels[:60])
+    assert result.train.labels.dtype == np.int64
+    assert result.classes == digits.classes
 
 
 def test_own_data_without_a_test_split_hold_one_out_and_say_so(digits):
     said: list[str] = []
-    found = api.dataset(pairs(digits, "tensors"), validation=0.25, log=said.append)
-    assert len(found.train.labels) + len(found.validation.labels) + len(found.test.labels) == 60
-    assert 8 <= len(found.test.labels) <= 15
-    assert len(found.validation.labels)
+    result = api.dataset(pairs(digits, "tensors"), validation=0.25, log=said.append)
+    assert len(result.train.labels) + len(result.validation.labels) + len(result.test.labels) == 60
+    assert 8 <= len(result.test.labels) <= 15
+    assert len(result.validation.labels)
     assert "serve as test" in said[0]
-    assert found.classes == tuple("0123456789")
+    assert result.classes == tuple("0123456789")
 
 
 def test_channels_of_a_tensor_come_first_whatever_their_number(digits):
     images = torch.tensor(digits.train.images[:60]).repeat(1, 4, 1, 1)
-    found = api.dataset((images, digits.train.labels[:60]), log=silent)
-    assert found.image_shape == (4, 8, 8)
+    result = api.dataset((images, digits.train.labels[:60]), log=silent)
+    assert result.image_shape == (4, 8, 8)
 
 
 # ---- own networks
@@ -291,11 +291,11 @@ def test_an_own_network_is_a_function_wherever_it_is_defined(made, digits):
 
 def test_a_network_of_ones_own_is_distilled(digits, tmp_path):
     data = api.dataset(pairs(digits, "tensors"), log=silent)
-    found = api.distill(
+    result = api.distill(
         data, [build, "convnet"], ipc=2, steps=2, width=8, expert_count=1, expert_epochs=2, gamma=1.0,
         posterior_steps=2, real_batch_size=16, mc_samples=3, start_epoch=1, experts=str(tmp_path), log=silent,
     )  # fmt: skip
-    assert found.images.shape == (20, 1, 8, 8)
+    assert result.images.shape == (20, 1, 8, 8)
     assert {path.name for path in (tmp_path / "own").iterdir()} == {"test_api-build-w0-d0", "convnet-in-w8-d2"}
 
 

@@ -105,7 +105,7 @@ class Fence(NamedTuple):
 
 
 def fences(text: str) -> list[Fence]:
-    return [Fence(*found) for found in re.findall(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S)]
+    return [Fence(*outcome) for outcome in re.findall(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S)]
 
 
 def commands(text: str) -> list[str]:
@@ -281,8 +281,8 @@ def test_what_a_page_says_can_be_done(page, desk, tmp_path):
             if language == "sh":
                 for command in commands(text):
                     broken += tried(command, lambda command=command: run(command))
-            elif language == "python" and (found := re.match(r"# (\w+\.py)\n", text)):
-                Path(found[1]).write_text(text)
+            elif language == "python" and (outcome := re.match(r"# (\w+\.py)\n", text)):
+                Path(outcome[1]).write_text(text)
             elif language == "python":
                 for given, small in SMALLER.items():
                     text = text.replace(given, small)
@@ -359,15 +359,15 @@ def test_files_of_this_repository_that_are_named_exist(page):
 
 
 def flags_of(kind: type) -> set[str]:
-    hints, found = get_type_hints(kind), set()
+    hints, outcome = get_type_hints(kind), set()
     for each in fields(kind):
         nested = [t for t in (hints[each.name], *get_args(hints[each.name])) if isinstance(t, type) and is_dataclass(t)]
         if nested:
-            found |= flags_of(nested[0])
+            outcome |= flags_of(nested[0])
         else:
             name = each.name.replace("_", "-")
-            found |= {f"--{name}", f"--no-{name}"}
-    return found
+            outcome |= {f"--{name}", f"--no-{name}"}
+    return outcome
 
 
 FOREIGN = {
@@ -491,8 +491,8 @@ def test_formats_says_what_exports_are_made_of(desk, tmp_path):
 def test_formats_says_what_a_sweep_leaves(tmp_path):
     """Its plan; the rest is what a sweep of test_sweeps_on_ray.py is asked for."""
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
-    found = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    sweep._write_plan(found)
+    outcome = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    sweep._write_plan(outcome)
     assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(tabled("A sweep"))
 
 

@@ -28,9 +28,9 @@ def said(folder: Path, name: str, *words: str) -> str:
 def test_own_images_and_an_own_network(tmp_path):
     """A coreset of three classes that differs from the random images; both are scored on the images held out."""
     told = said(tmp_path, "own.py", "--images", "90", "--steps", "2", "--out", "mine")
-    found = coreset.load(tmp_path / "mine" / "coreset.safetensors")
-    assert found.images.shape == (3, 1, 16, 16)
-    assert found.classes == ("disc", "square", "cross")
+    result = coreset.load(tmp_path / "mine" / "coreset.safetensors")
+    assert result.images.shape == (3, 1, 16, 16)
+    assert result.classes == ("disc", "square", "cross")
     assert "30 test images" in told
     rows = {name: (accuracy, nll) for name, accuracy, nll in re.findall(r"^(\w+) +([\d.]+) +([\d.]+)$", told, re.M)}
     assert rows.keys() == {"random", "distilled"}

@@ -73,7 +73,7 @@ def imports(module: str, node: ast.AST, lazy: bool = False) -> Iterator[Import]:
 
 @cache
 def all_imports() -> tuple[Import, ...]:
-    return tuple(found for module, tree in modules().items() for found in imports(module, tree))
+    return tuple(result for module, tree in modules().items() for result in imports(module, tree))
 
 
 def inner() -> list[tuple[str, str, bool]]:
@@ -128,21 +128,21 @@ def test_heavy_modules_are_imported_lazily_from_other_rooms():
 @pytest.mark.parametrize("library", ONLY)
 def test_a_heavy_library_has_one_place(library):
     """ONLY holds at module level and inside a function."""
-    for found in all_imports():
-        if found.target.split(".")[0] == library:
-            assert f"{found.module}.".startswith(ONLY[library]), f"{found.module} imports {library}"
+    for result in all_imports():
+        if result.target.split(".")[0] == library:
+            assert f"{result.module}.".startswith(ONLY[library]), f"{result.module} imports {library}"
 
 
 def test_the_mathematics_stands_on_torch_alone():
     """inference, rng and types import torch and the standard library; config, errors and files the latter only, but
     for the locks of files: filelock, which is small and stands on nothing."""
     plain = {f"core.{name}" for name in ("config", "errors", "files", "signals", "provenance")} | {"__init__"}
-    for found in all_imports():
-        top = found.target.split(".")[0]
+    for result in all_imports():
+        top = result.target.split(".")[0]
         if top not in sys.stdlib_module_names and top != "fbpc_ray":
-            assert found.module not in plain or (found.module, top) == ("core.files", "filelock"), found
-            if found.module.startswith("inference.") or found.module in ("core.rng", "core.types"):
-                assert top == "torch", found
+            assert result.module not in plain or (result.module, top) == ("core.files", "filelock"), result
+            if result.module.startswith("inference.") or result.module in ("core.rng", "core.types"):
+                assert top == "torch", result
 
 
 def test_there_is_no_import_cycle():
@@ -156,14 +156,14 @@ def test_there_is_no_import_cycle():
 
 def test_jobs_are_imported_by_nobody():
     """Jobs, tests and benchmarks stand on top."""
-    assert not [found for found in all_imports() if found.target.split(".")[0] in ("jobs", "tests", "benchmarks")]
+    assert not [result for result in all_imports() if result.target.split(".")[0] in ("jobs", "tests", "benchmarks")]
 
 
 def run(code: str) -> list[str]:
     """The words that a fresh interpreter prints."""
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    return found.stdout.split()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -246,8 +246,8 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed():
     heavy = tuple(place.rstrip(".") for places in ONLY.values() for place in places)
     core = [m for m in modules() if room(m) < ROOMS.index("tracking") and m != "__init__" and not m.startswith(heavy)]
     top = [f"commands.{name}" for name in ("distill", "export", "doctor", "ui", "main")] + ["tuning.sweep"]
-    found = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
-    assert found == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "loading", "Ray", "...", "True"]
+    result = run(WITHOUT.replace("CORE", repr(core)).replace("TOP", repr(top)))
+    assert result == [*core, *top, "no", "ray", "no", "mlflow", "Serial", "loading", "Ray", "...", "True"]
 
 
 @pytest.mark.parametrize("module", modules())

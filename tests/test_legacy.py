@@ -155,6 +155,6 @@ def test_an_export_is_evaluated_by_the_command_line(legacy):
 
 def test_posterior_samples_predict_what_they_did(legacy):
     test = api.dataset("digits", log=lambda line: None).test
-    found = api.load_posterior("posterior.safetensors", device="cpu").predict(test.images[:3]).probabilities
+    outcome = api.load_posterior("posterior.safetensors", device="cpu").predict(test.images[:3]).probabilities
     expected = EXPECTED["posterior_probabilities_of_the_first_3_test_images"]
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(outcome), np.asarray(expected), atol=1e-5)

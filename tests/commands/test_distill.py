@@ -33,13 +33,13 @@ def whole(finished_run):
 
 def test_the_files_of_a_run_say_what_was_done(whole, small, digits):
     run = RunDirectory(whole)
-    found = coreset.load(run.coreset_path)
-    assert found.images.shape == (10, 1, 8, 8)
-    assert found.labels.tolist() == list(range(10))
-    assert (found.mean, found.std, found.classes) == (digits.mean, digits.std, digits.classes)
+    outcome = coreset.load(run.coreset_path)
+    assert outcome.images.shape == (10, 1, 8, 8)
+    assert outcome.labels.tolist() == list(range(10))
+    assert (outcome.mean, outcome.std, outcome.classes) == (digits.mean, digits.std, digits.classes)
     with safetensors.safe_open(run.coreset_path, "pt") as file:
         assert file.metadata()["method"] == "fbpc"
-    assert not torch.equal(found.images, coreset.load(run.random_path).images)
+    assert not torch.equal(outcome.images, coreset.load(run.random_path).images)
 
     rows = pq.read_table(run.metrics_path).to_pylist()
     assert [(row["step"], row["architecture"]) for row in rows] == [
@@ -188,7 +188,7 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(whole, small, t
     pictures_there = {"coreset.png", "before.png", "over-time.png", "course.png", "reliability.png"}
     assert pictures_there | {"coreset.safetensors", "result.json", "metrics.parquet", "config.json"} <= artifacts
     assert list(RunDirectory(folder).history()) == [0, 4, 5, 8, 12]
-    shown = {int(found.group(1)) for entry in pictures if (found := re.search(r"step[+%](\d+)", entry.path))}
+    shown = {int(outcome.group(1)) for entry in pictures if (outcome := re.search(r"step[+%](\d+)", entry.path))}
     assert shown == {0, 4, 5, 8, 12}
     assert run.inputs is not None
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"digits"}
@@ -291,15 +291,15 @@ def test_evaluate_tells_strange_images(whole, digits, capsys, tmp_path):
     base = ["evaluate", str(whole), "--backend", "serial", "--chain-epochs", "20", "--chain-every", "10",
             "--num-chains", "1", "--json", str(tmp_path / "r.json"), "--ood"]  # fmt: skip
     main.main([*base, "digits"])
-    found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
-    assert found["ood_auroc_entropy"] == found["ood_auroc_mutual_information"] == [0.5]
+    outcome = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
+    assert outcome["ood_auroc_entropy"] == outcome["ood_auroc_mutual_information"] == [0.5]
     assert "OOD entropy" in capsys.readouterr().out
     assert len(list((whole / "evaluations").glob("*entropy.png"))) == 4  # two coresets on two networks
     strange = f"npz:{tmp_path / 'large.npz'}"
     assert "--ood-resize" in refused(capsys, *base[1:], strange, command="evaluate")
     main.main([*base, strange, "--ood-resize"])
-    found = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
-    assert 0 < found["ood_auroc_entropy"][0] < 1 != found["ood_auroc_entropy"][0] * 2
+    outcome = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
+    assert 0 < outcome["ood_auroc_entropy"][0] < 1 != outcome["ood_auroc_entropy"][0] * 2
 
 
 def test_the_validation_split_is_scored_before_and_after_the_steps(small, tmp_path, capsys):

@@ -95,14 +95,14 @@ def test_a_table_has_its_bars_and_whole_lines_above_them(small, tmp_path, seen):
 def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
     """A stopped trial's other steps count as done: nobody waits for them."""
     base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
-    found = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    tuning._write_plan(found)
+    result = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    tuning._write_plan(result)
 
     def look(number: int, step: int) -> ValidationResult:
         return ValidationResult(step, 1.0, 0.5, 0.1, 0.2, [])
 
     def act() -> None:
-        board = monitor.SweepMonitor(found, NullTracker(), None)
+        board = monitor.SweepMonitor(result, NullTracker(), None)
         board.start()
         for number, step in ((0, 1), (1, 1), (0, 2)):
             board.trial_validated(number, look(number, step))
@@ -173,8 +173,8 @@ def test_lines_of_a_table(small, tmp_path, capsys, every_line):
 
 def test_lines_of_a_sweep(small, tmp_path, capsys, every_line):
     base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
-    found = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    board = monitor.SweepMonitor(found, NullTracker(), None)
+    result = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    board = monitor.SweepMonitor(result, NullTracker(), None)
     board.start()
     for number, step in ((0, 1), (1, 1), (0, 4)):
         board.trial_validated(number, ValidationResult(step, 1.0, 0.5, 0.1, 0.2, []))

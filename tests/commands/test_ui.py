@@ -78,9 +78,9 @@ def address(store) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     process = started(command, MLFLOW_HOST="0.0.0.0")
     try:
         line = ready(process)
-        found = re.match(r"MLflow: (http://127\.0\.0\.1:\d+)/", line)
-        assert found, line
-        yield process, found[1], line
+        result = re.match(r"MLflow: (http://127\.0\.0\.1:\d+)/", line)
+        assert result, line
+        yield process, result[1], line
     finally:
         ended(process)
 
@@ -156,9 +156,9 @@ def test_it_serves_this_machine_alone_and_runs_no_jobs(address):
     below = descendants(process.pid)
     runners = re.compile(r"huey|mlflow[./]server[./]jobs")  # "job" alone may be in the name of any folder
     assert not [title for title in below.values() if runners.search(title)], below
-    found = listening([process.pid, *below])
-    assert {port for _, _, port in found} == {int(url.rpartition(":")[2])}
-    assert all(ip.is_loopback for _, ip, _ in found)
+    result = listening([process.pid, *below])
+    assert {port for _, _, port in result} == {int(url.rpartition(":")[2])}
+    assert all(ip.is_loopback for _, ip, _ in result)
 
 
 @browsed
@@ -229,8 +229,8 @@ def test_a_browser_compares_the_methods(store, address, tmp_path):
         page.reads("Metrics:\ntest/accuracy\nClear All")  # what its plot begins with
         page.picture(tmp_path / "compare.png")
         rows = page.ask("[...document.querySelectorAll('tr')].map(row => [...row.cells].map(each => each.innerText))")
-        found = {row[0].strip(" :\n"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 3}
-        assert found["method"] == ["fbpc", "bpc-fkl"] and found["data"] == ["digits", "digits"]
+        by_name = {row[0].strip(" :\n"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 3}
+        assert by_name["method"] == ["fbpc", "bpc-fkl"] and by_name["data"] == ["digits", "digits"]
         page.down("document.body.innerText.includes('val/nll')")
         text = squeezed(page.text())
         for metric in ("val/nll", "val/accuracy"):

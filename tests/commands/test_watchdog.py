@@ -24,13 +24,13 @@ process.wait()
 
 def members(group: int) -> list[int]:
     """The living processes of a process group."""
-    found = []
+    items = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and alive(int(folder.name)):
             status = (folder / "stat").read_text().rsplit(")", 1)[1].split()
             if int(status[2]) == group:
-                found.append(int(folder.name))
-    return found
+                items.append(int(folder.name))
+    return items
 
 
 @pytest.mark.parametrize("stubborn", [False, True])

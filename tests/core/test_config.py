@@ -35,12 +35,12 @@ FIELDS = ("ipc", "start_epoch", "gamma", "lambda_x", "lambda_u", "steps", "alpha
 
 def rows(text: str) -> dict[str, dict[str, float]]:
     """{preset name: values} of a table's text; an empty first cell repeats the data set above it."""
-    found, data = {}, ""
+    result, data = {}, ""
     for line in text.strip().splitlines():
         name, *cells = (cell.strip() for cell in line.strip().strip("|").split("|"))
         data = name.lower() or data
-        found[f"{data}-ipc{cells[0]}"] = {"data": data} | dict(zip(FIELDS, map(float, cells), strict=True))
-    return found
+        result[f"{data}-ipc{cells[0]}"] = {"data": data} | dict(zip(FIELDS, map(float, cells), strict=True))
+    return result
 
 
 def printed() -> str:

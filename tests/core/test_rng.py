@@ -38,8 +38,8 @@ def test_a_stream_is_the_same_in_every_process():
         "import torch; from fbpc_ray.core.rng import generator as g; print(torch.rand(4, generator=g(3, 'a')).tolist())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == torch.rand(4, generator=generator(3, "a")).tolist()
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == torch.rand(4, generator=generator(3, "a")).tolist()
 
 
 def test_the_same_name_gives_the_same_stream_and_a_new_generator():

@@ -121,8 +121,8 @@ def test_each_operation_equals_its_slow_loop(name, shape):
     c, h, w = shape
     uniform = torch.cat([uniforms(8), torch.tensor([[0.0, 0.0, 0.0], [ALMOST_ONE] * 3, [0.0, ALMOST_ONE, 0.0]])])
     images = images_of(len(uniform), c, h, w)
-    found = apply(Draw(name, uniform), images)
-    for image, u, out in zip(images.double().numpy(), uniform.double().numpy(), found, strict=True):
+    result = apply(Draw(name, uniform), images)
+    for image, u, out in zip(images.double().numpy(), uniform.double().numpy(), result, strict=True):
         np.testing.assert_allclose(out.numpy(), SLOW[name](image.copy(), u), rtol=1e-5, atol=1e-5)
 
 
@@ -160,11 +160,11 @@ def measured(name, u):
         return {"down": where // size - 8, "right": where % size - 8}
     if name == "cutout":  # rows and columns that have a zero; fewer than 8 where it hangs over the edge
         cut = apply(Draw(name, u), torch.ones(n, 1, size, size))[:, 0] == 0
-        found = {}
+        result = {}
         for key, hit in (("top", cut.any(2)), ("left", cut.any(1))):
             first, length = hit.int().argmax(1), hit.sum(1)
-            found[key] = torch.where(first > 0, first, length - 8)
-        return found
+            result[key] = torch.where(first > 0, first, length - 8)
+        return result
     axis = torch.arange(size) + 0.5 - size / 2
     ramp = torch.stack([axis.expand(size, size), axis[:, None].expand(size, size)]).expand(n, 2, size, size)
     x, y = apply(Draw(name, u), ramp)[:, :, 8, 8].unbind(1)  # there the position is (.5, .5)
@@ -200,8 +200,8 @@ def test_whole_parameters_take_every_value_of_their_range_equally_often(name, lo
     """16 pixels: +-12.5 % are the 5 shifts -2..2; a square of side 8 with its centre in 0..16 starts in -4..12."""
     values = measured(name, torch.cat([uniforms(7998), torch.zeros(1, 3), torch.full((1, 3), ALMOST_ONE)]))
     assert len(values) == 2
-    for key, found in values.items():
-        number, count = found.unique(return_counts=True)
+    for key, result in values.items():
+        number, count = result.unique(return_counts=True)
         assert number.tolist() == list(range(low, high + 1)), key
         expected = 8000 / len(number)
         assert ((count - expected).square() / expected).sum() < 40, key  # chi-square, at most 16 degrees of freedom
@@ -223,8 +223,8 @@ def test_half_of_the_images_are_mirrored_left_and_right():
     mirrored = measured("flip", uniforms(4000))["mirrored"]
     assert abs(mirrored.mean() - 0.5) < 0.03
     image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(40, 1, 2, 2)
-    found = {tuple(out.flatten().tolist()) for out in apply(Draw("flip", uniforms(40)), image)}
-    assert found == {(1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0)}
+    result = {tuple(out.flatten().tolist()) for out in apply(Draw("flip", uniforms(40)), image)}
+    assert result == {(1.0, 2.0, 3.0, 4.0), (2.0, 1.0, 4.0, 3.0)}
 
 
 @pytest.mark.parametrize("name", [name for name in SIX if name not in ("flip", "rotate")])

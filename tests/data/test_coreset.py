@@ -92,10 +92,10 @@ def test_a_coreset_is_described_in_three_lines():
 def test_the_description_of_a_strangers_file_is_short_text():
     """No line of its own, no markup, whatever the metadata says."""
     hostile = "<b>x</b>\n" + "y" * 500
-    found = coreset()._replace(classes=(hostile, "b", "c"), facts={"method": hostile, "settings": "[1"})
-    lines = repr(found).splitlines()
+    result = coreset()._replace(classes=(hostile, "b", "c"), facts={"method": hostile, "settings": "[1"})
+    lines = repr(result).splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 100
-    assert "<b>" not in found._repr_html_() and "&lt;b&gt;" in found._repr_html_()
+    assert "<b>" not in result._repr_html_() and "&lt;b&gt;" in result._repr_html_()
 
 
 # The file

@@ -66,8 +66,8 @@ def suffixed(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize("name", ["mine", "mine.v2"])
 def test_a_file_without_a_known_suffix_is_read_by_its_content(made, colour, kind, name, tmp_path):
-    found = coreset_reader.load(exported(made, kind, tmp_path / name), colour)
-    assert torch.equal(found.coreset.images, made.images) and torch.equal(found.coreset.labels, made.labels)
+    outcome = coreset_reader.load(exported(made, kind, tmp_path / name), colour)
+    assert torch.equal(outcome.coreset.images, made.images) and torch.equal(outcome.coreset.labels, made.labels)
 
 
 def test_a_file_of_unknown_content_and_suffix_is_refused(colour, tmp_path):
@@ -119,13 +119,13 @@ def test_every_format_is_read_under_the_path_that_export_prints(run, small, kind
     printed = Path(capsys.readouterr().out.splitlines()[0].removeprefix("export: "))
     assert printed.suffix == coreset_formats.SINGLE.get(kind, printed.suffix)
     assert printed.is_dir() is (kind not in coreset_formats.SINGLE)
-    whole, found = coreset.load(RunDirectory(run).coreset_path), coreset_reader.load(printed, _digits())
-    assert found.notes == ()
+    whole, outcome = coreset.load(RunDirectory(run).coreset_path), coreset_reader.load(printed, _digits())
+    assert outcome.notes == ()
     if kind != "png":
-        assert same(found.coreset, whole)
+        assert same(outcome.coreset, whole)
         return
     rounded = normalise(denormalise(whole.images, whole.mean, whole.std), whole.mean, whole.std)
-    assert same(found.coreset, whole._replace(images=rounded))
+    assert same(outcome.coreset, whole._replace(images=rounded))
     if name == "it":  # the others are evaluated by the test above
         assert evaluated(printed, small, tmp_path / "result.json")["images"] == 20
 
@@ -160,9 +160,9 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_colours_names_and_normalisation_come_back(made, colour, kind, tmp_path):
-    found = coreset_reader.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
-    assert same(found.coreset, made)
-    assert found.notes == ()
+    outcome = coreset_reader.load(exported(made, kind, suffixed(tmp_path, kind)), colour)
+    assert same(outcome.coreset, made)
+    assert outcome.notes == ()
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -172,12 +172,12 @@ def test_png_is_the_8_bit_picture(made, colour, grey, tmp_path):
         made = made._replace(images=made.images[:, :1].contiguous(), mean=made.mean[:1], std=made.std[:1])
         train = Split(colour.train.images[:, :1].copy(), colour.train.labels)
         colour = colour._replace(train=train, mean=(0.5,), std=(0.2,))
-    found = coreset_reader.load(exported(made, "png", tmp_path / "one"), colour).coreset
+    outcome = coreset_reader.load(exported(made, "png", tmp_path / "one"), colour).coreset
     order = torch.tensor([0, 3, 1, 4, 2, 5])
     rounded = normalise(denormalise(made.images, made.mean, made.std), made.mean, made.std)
-    assert same(found, made._replace(images=rounded[order], labels=made.labels[order]))
+    assert same(outcome, made._replace(images=rounded[order], labels=made.labels[order]))
     assert not torch.equal(rounded, made.images)
-    assert same(coreset_reader.load(exported(found, "png", tmp_path / "two"), colour).coreset, found)
+    assert same(coreset_reader.load(exported(outcome, "png", tmp_path / "two"), colour).coreset, outcome)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -194,23 +194,23 @@ def test_datasets_reads_the_folder(made, colour, channels, tmp_path, monkeypatch
     card = dataset_card.card(made, "hf", Config(), {"method": "fbpc", "data": "cifar10"}, None)
     out = tmp_path / "set"
     coreset_formats.write(coreset_formats.files(made, "hf", {}, card), out)
-    found = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
-    assert isinstance(found, datasets.Dataset)
-    assert found.features["label"].names == list(NAMES)
-    assert found.features["pixels"] == datasets.Array3D((channels, 5, 4), "float32")
-    tensors = found.with_format("torch")[:]
+    dataset = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(dataset, datasets.Dataset)
+    assert dataset.features["label"].names == list(NAMES)
+    assert dataset.features["pixels"] == datasets.Array3D((channels, 5, 4), "float32")
+    tensors = dataset.with_format("torch")[:]
     assert torch.equal(tensors["pixels"], made.images)
     assert torch.equal(tensors["label"], made.labels)
-    picture = np.array(found[4]["image"]).reshape(5, 4, channels).transpose(2, 0, 1)
+    picture = np.array(dataset[4]["image"]).reshape(5, 4, channels).transpose(2, 0, 1)
     assert np.array_equal(picture, denormalise(made.images, made.mean, made.std)[4].numpy())
 
-    found.to_parquet(tmp_path / "theirs.parquet")
+    dataset.to_parquet(tmp_path / "theirs.parquet")
     facts = {"mean": made.mean, "std": made.std, "classes": NAMES}
     (tmp_path / coreset_formats.SIDECAR).write_text(json.dumps(facts))
     train = Split(colour.train.images[:, :channels].copy(), colour.train.labels)
     fitting = colour._replace(train=train)
     assert same(coreset_reader.load(tmp_path / "theirs.parquet", fitting).coreset, made)
-    found.select_columns(["image", "label"]).to_parquet(tmp_path / "theirs.parquet")
+    dataset.select_columns(["image", "label"]).to_parquet(tmp_path / "theirs.parquet")
     (tmp_path / coreset_formats.SIDECAR).unlink()
     fitting = fitting._replace(mean=colour.mean[:channels], std=colour.std[:channels])
     pixels = denormalise(made.images, made.mean, made.std)
@@ -227,14 +227,14 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(run, tmp
     head = yaml.safe_load(front)
     assert head["license"] == "cc-by-4.0"
     assert head["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
-    found = coreset.load(RunDirectory(run).coreset_path)
+    outcome = coreset.load(RunDirectory(run).coreset_path)
     result = json.loads(RunDirectory(run).result_path.read_text())
-    for word in (str(list(found.mean)), str(list(found.std)), "`fbpc`, step 2", result["commit"], '"gamma": 0.5',
+    for word in (str(list(outcome.mean)), str(list(outcome.std)), "`fbpc`, step 2", result["commit"], '"gamma": 0.5',
                  f"torch {result['versions']['torch']}", "UCI", "convnet-bn"):  # fmt: skip
         assert word in text
     settings = read_config(run).updated(data=f"folder:{tmp_path}/cats")
     facts = {"data": exports._short(settings.data.data)}
-    theirs = dataset_card.card(found, "pt", settings, facts, result)
+    theirs = dataset_card.card(outcome, "pt", settings, facts, result)
     assert "folder:cats" in theirs
     for card in (text, theirs):
         assert str(tmp_path) not in card and str(run) not in card and settings.experts.experts not in card
@@ -333,17 +333,17 @@ def test_what_others_made_is_read(colour, kind, tmp_path):
     colour = colour._replace(classes=("cat", "b", "c"))
     pixels = torch.randint(0, 256, (3, 3, 5, 4), generator=generator(0, "pixels")).to(torch.uint8)
     normal, labels = normalise(pixels, colour.mean, colour.std), torch.arange(3)
-    found = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
-    assert torch.equal(found.coreset.images, normal)
-    assert found.coreset.labels.tolist() == [0, 1, 2]
-    assert found.coreset[2:6] == (colour.mean, colour.std, ("cat", "b", "c"), None)
-    assert len(found.notes) == (0 if kind in ("npz bytes", "folders") else 1)
+    outcome = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour)
+    assert torch.equal(outcome.coreset.images, normal)
+    assert outcome.coreset.labels.tolist() == [0, 1, 2]
+    assert outcome.coreset[2:6] == (colour.mean, colour.std, ("cat", "b", "c"), None)
+    assert len(outcome.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
-        assert "0..1" in found.notes[0]
+        assert "0..1" in outcome.notes[0]
         as_told = coreset_reader.load(tmp_path / "it.npz", colour, "normalised").coreset.images
         assert torch.equal(as_told, (pixels.double() / 255).float())
-    elif found.notes:
-        assert "normalised with mean [0.5, 0.4, 0.3]" in found.notes[0]
+    elif outcome.notes:
+        assert "normalised with mean [0.5, 0.4, 0.3]" in outcome.notes[0]
         with pytest.raises(UserError, match="--pixels unit"):
             coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour, "unit")
 
@@ -480,8 +480,8 @@ main.main(["evaluate", "--coreset", out, "--data", "digits", "--width", "8", "--
 
 @pytest.mark.slow
 def test_it_works_without_ray_and_mlflow(run, tmp_path):
-    found = subprocess.run(
+    outcome = subprocess.run(
         [sys.executable, "-c", BARE, str(run), str(tmp_path / "set")], capture_output=True, text=True, timeout=300
     )
-    assert found.returncode == 0, found.stderr
-    assert "convnet-in    given" in found.stdout
+    assert outcome.returncode == 0, outcome.stderr
+    assert "convnet-in    given" in outcome.stdout

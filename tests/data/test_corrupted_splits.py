@@ -237,8 +237,8 @@ def test_another_seed_or_test_split_has_files_of_its_own(small, digits, tmp_path
     places = {cached_at(tmp_path, data, seed) for data in others for seed in (0, 1)}
     assert len(places) == 8
     assert not np.array_equal(make(small, tmp_path, seed=0).images, make(small, tmp_path, seed=1).images)
-    found = make(others[1], tmp_path)
-    assert np.array_equal(found.images, corrupt(np.ascontiguousarray(swapped.images), "snow", 3, 0))
+    result = make(others[1], tmp_path)
+    assert np.array_equal(result.images, corrupt(np.ascontiguousarray(swapped.images), "snow", 3, 0))
     assert len(files_in(tmp_path)) == 3
 
 
@@ -290,8 +290,8 @@ def test_several_row_groups_are_read(small, tmp_path):
     path = cached_at(tmp_path, small, 0) / "snow-3.parquet"
     table = pq.read_table(path)
     pq.write_table(table, path, row_group_size=5)
-    found = corrupted_splits._read(path, small.test, corrupted_splits._describe(small.test, "snow", 3, 0))
-    assert found is not None and np.array_equal(found, expected)
+    result = corrupted_splits._read(path, small.test, corrupted_splits._describe(small.test, "snow", 3, 0))
+    assert result is not None and np.array_equal(result, expected)
 
 
 def test_many_at_once(small, tmp_path):

@@ -61,8 +61,8 @@ def test_frost_hides_more_with_severity():
     images = scenes(100)
     likeness = []
     for severity in SEVERITIES:
-        found = corrupt(images, "frost", severity, 0).astype(float)
-        likeness.append(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(found, images, strict=True)]))
+        result = corrupt(images, "frost", severity, 0).astype(float)
+        likeness.append(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(result, images, strict=True)]))
     assert np.all(np.diff(likeness) < 0), likeness
 
 
@@ -75,8 +75,8 @@ def unevenness(severity: int, side: int) -> float:
     middle = slice(side // 4, side - side // 4)
     rows, columns = np.mgrid[middle, middle].reshape(2, -1)
     affine = np.column_stack([rows, columns, np.ones(len(rows))])
-    found = corrupt(ramp, "elastic_transform", severity, 0)[:, 0, middle, middle].reshape(100, -1).T / (256 // side)
-    return math.sqrt(np.linalg.lstsq(affine, found)[1].mean() / len(rows))
+    result = corrupt(ramp, "elastic_transform", severity, 0)[:, 0, middle, middle].reshape(100, -1).T / (256 // side)
+    return math.sqrt(np.linalg.lstsq(affine, result)[1].mean() / len(rows))
 
 
 def test_elastic_grows_uneven_with_severity_and_size():

@@ -178,9 +178,9 @@ def test_frost_blends_a_crop_of_a_texture(severity):
     keep, add = PUBLISHED["frost"][severity - 1]
     images = scenes(40) // 2
     black = corrupt(np.zeros_like(images), "frost", severity, 0)
-    found = corrupt(images, "frost", severity, 0)
-    unclipped = found < 255
-    difference = (found.astype(float) - black - keep * images)[unclipped]
+    result = corrupt(images, "frost", severity, 0)
+    unclipped = result < 255
+    difference = (result.astype(float) - black - keep * images)[unclipped]
     assert np.abs(difference).max() <= 1 + 1e-3 and unclipped.mean() > 0.8
     tiled = [np.tile(np.floor(add * frost_texture(which) * 255 + 1e-3), (1, 2, 2)) for which in range(5)]
     found_in = []
@@ -247,17 +247,17 @@ def test_any_image_and_each_by_itself(name, size, channels, monkeypatch):
     images = scenes(5, size[0], size[1], channels)
     images.setflags(write=False)
     for severity in (1, 5):
-        found = corrupt(images, name, severity, 3)
-        assert found.dtype == np.uint8 and found.shape == images.shape and found.flags.c_contiguous
-        assert found.flags.writeable and not np.array_equal(found, images)
+        result = corrupt(images, name, severity, 3)
+        assert result.dtype == np.uint8 and result.shape == images.shape and result.flags.c_contiguous
+        assert result.flags.writeable and not np.array_equal(result, images)
         for i in (0, 4):
             alone = corrupt(images[i : i + 1], name, severity, 3, first=i)
-            assert np.array_equal(alone[0], found[i])
+            assert np.array_equal(alone[0], result[i])
         with monkeypatch.context() as patch:
             patch.setattr(corruptions, "CHUNK", 2)
-            assert np.array_equal(corrupt(images, name, severity, 3), found)
-        assert np.array_equal(corrupt(images, name, severity, 4), found) == (name not in RANDOM)
-        assert np.array_equal(corrupt(images, name, severity, 3, first=1), found) == (name not in RANDOM)
+            assert np.array_equal(corrupt(images, name, severity, 3), result)
+        assert np.array_equal(corrupt(images, name, severity, 4), result) == (name not in RANDOM)
+        assert np.array_equal(corrupt(images, name, severity, 3, first=1), result) == (name not in RANDOM)
     assert corrupt(images[:0], name, 1, 0).shape == (0, channels, *size)
 
 
@@ -272,8 +272,8 @@ def test_the_smallest_images_pass(name):
 @pytest.mark.parametrize("name", RANDOM)
 def test_draws_differ_between_images_and_severities(name):
     same = np.repeat(scenes(1), 20, 0)
-    found = corrupt(same, name, 2, 0)
-    assert len({image.tobytes() for image in found}) > (8 if name == "motion_blur" else 19)  # near angles are alike
+    result = corrupt(same, name, 2, 0)
+    assert len({image.tobytes() for image in result}) > (8 if name == "motion_blur" else 19)  # near angles are alike
     if name == "motion_blur":  # severities 3 and 4 differ in nothing but the draw
         assert not np.array_equal(corrupt(same, name, 3, 0), corrupt(same, name, 4, 0))
 

@@ -237,7 +237,7 @@ def loaders(small, digits, tmp_path_factory):
         return run.restore(labels, digits.image_shape)
 
     place = Path(str(experts().folder))
-    found: dict[str, tuple[Path, Callable[[], object]]] = {
+    readers_of: dict[str, tuple[Path, Callable[[], object]]] = {
         "coreset": (run.coreset_path, lambda: coreset.load(run.coreset_path)),
         "what made a coreset": (run.coreset_path, lambda: coreset.metadata(run.coreset_path)),
         "checkpoint": (run.state_path, checkpoint),
@@ -254,7 +254,7 @@ def loaders(small, digits, tmp_path_factory):
         "image": (folder / "d" / "train" / "ant" / "0.png", lambda: load(f"folder:{folder / 'd'}")),
         "cifar10": (folder / "cifar-10-batches-py" / "data_batch_1", lambda: load("cifar10", root=folder)),
     }
-    return found
+    return readers_of
 
 
 @pytest.fixture(scope="module")

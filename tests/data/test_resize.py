@@ -57,8 +57,8 @@ def from_python(train: Any, **options: Any) -> Dataset:
 @pytest.mark.parametrize("side", [8, 16, 31])
 def test_an_image_of_any_shape_is_what_torchvision_makes_of_it(side, mode):
     for image in mixed():
-        found = np.asarray(resized(Image.fromarray(image), Resizing(side, mode))).transpose(2, 0, 1)
-        np.testing.assert_array_equal(found, oracle(image, side, mode))
+        result = np.asarray(resized(Image.fromarray(image), Resizing(side, mode))).transpose(2, 0, 1)
+        np.testing.assert_array_equal(result, oracle(image, side, mode))
         planes = resized_arrays(image.transpose(2, 0, 1)[None, :2], Resizing(side, mode))[0]
         np.testing.assert_array_equal(planes, oracle(image, side, mode)[:2])
 

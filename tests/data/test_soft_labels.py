@@ -34,11 +34,11 @@ def made() -> Coreset:
 def test_soft_labels_come_back_to_the_bit(made, dataset, kind, tmp_path):
     out = tmp_path / f"it{coreset_formats.SINGLE.get(kind, '')}"
     coreset_formats.write(coreset_formats.files(made, kind, {"method": "vbpc"}, "card"), out)
-    found = coreset_reader.load(out, dataset).coreset
-    assert found.soft_labels is not None
-    assert torch.equal(found.soft_labels, SOFT)
-    assert torch.equal(found.labels, made.labels)
-    assert torch.equal(found.images, made.images)
+    result = coreset_reader.load(out, dataset).coreset
+    assert result.soft_labels is not None
+    assert torch.equal(result.soft_labels, SOFT)
+    assert torch.equal(result.labels, made.labels)
+    assert torch.equal(result.images, made.images)
 
 
 def test_png_has_classes_alone(made, dataset, tmp_path):
@@ -50,8 +50,8 @@ def test_the_datasets_library_reads_them(made, tmp_path):
     datasets = pytest.importorskip("datasets")
     coreset_formats.write(coreset_formats.files(made, "hf", {}, ""), tmp_path / "set")
     (tmp_path / "set" / "README.md").unlink()
-    found = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert torch.equal(found.with_format("torch")["soft_label"][:], SOFT)
+    result = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(result.with_format("torch")["soft_label"][:], SOFT)
 
 
 def theirs(kind: str, folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
@@ -69,19 +69,19 @@ def theirs(kind: str, folder: Path, images: torch.Tensor, labels: torch.Tensor) 
 def test_those_of_others_are_probabilities_or_logits(made, dataset, kind, tmp_path):
     """Probabilities become logits with the same softmax; other numbers are logits, centred. Classes: the largest."""
     images, p = made.images, SOFT.softmax(1)
-    found, notes = coreset_reader.load(theirs(kind, tmp_path, images, p), dataset)
-    assert torch.equal(found.labels, p.argmax(1))
-    torch.testing.assert_close(found.likelihood_labels, p)
+    result, notes = coreset_reader.load(theirs(kind, tmp_path, images, p), dataset)
+    assert torch.equal(result.labels, p.argmax(1))
+    torch.testing.assert_close(result.likelihood_labels, p)
     assert any("probabilities" in note for note in notes)
-    found, notes = coreset_reader.load(theirs(kind, tmp_path, images, SOFT + 5), dataset)
-    assert found.soft_labels is not None
-    torch.testing.assert_close(found.soft_labels, SOFT - SOFT.mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
+    result, notes = coreset_reader.load(theirs(kind, tmp_path, images, SOFT + 5), dataset)
+    assert result.soft_labels is not None
+    torch.testing.assert_close(result.soft_labels, SOFT - SOFT.mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert any("logits" in note for note in notes)
 
 
 def test_hard_probabilities_give_finite_logits(made, dataset, tmp_path):
-    found, _ = coreset_reader.load(theirs("npz", tmp_path, made.images, torch.eye(3)[made.labels]), dataset)
-    torch.testing.assert_close(found.likelihood_labels, torch.eye(3)[made.labels], rtol=0, atol=1e-5)
+    result, _ = coreset_reader.load(theirs("npz", tmp_path, made.images, torch.eye(3)[made.labels]), dataset)
+    torch.testing.assert_close(result.likelihood_labels, torch.eye(3)[made.labels], rtol=0, atol=1e-5)
 
 
 def test_soft_labels_for_other_classes_are_refused(made, dataset, tmp_path):

@@ -59,10 +59,10 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
     settings = replace(config.distillation, batch_size=100)
     expected = reference.gradient(spec, snapshots, real, state.images, labels, step, settings)
-    found = compute(config, digits, real, state.images, labels, architecture, step)
+    result = compute(config, digits, real, state.images, labels, architecture, step)
     assert expected.norm() > 1e-4
-    assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
-    torch.testing.assert_close(found.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert result.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-5)
+    torch.testing.assert_close(result.value, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(("window", "batches"), [(1, 3), (4, 12)])
@@ -76,9 +76,9 @@ def test_gamma_is_compared_with_the_mean_of_whole_passes(setting, window, batche
         return map_solve(*arguments, batches_per_pass=batches_per_pass, **settings)
 
     monkeypatch.setattr(fbpc, "map_solve", solve)
-    found = compute(config, digits, real, state.images, labels, batch_size=8, gamma_window=window, gamma=5.0)
+    result = compute(config, digits, real, state.images, labels, batch_size=8, gamma_window=window, gamma=5.0)
     assert solves == [batches]
-    assert found.stats.map_steps == batches - 1  # every loss is below gamma: it ends as soon as the window is full
+    assert result.stats.map_steps == batches - 1  # every loss is below gamma: it ends as soon as the window is full
 
 
 @pytest.mark.parametrize("method", ["fbpc", "fbpc-isotropic"])
@@ -86,7 +86,7 @@ def test_views_are_averaged(setting, method, monkeypatch):
     """V = 3 is the mean of three gradients with one view each, at the same theta_x, theta_u and noise of its own."""
     config, digits, real, state, labels = setting
     arguments = (config, digits, real, state.images, labels)
-    found = compute(*arguments, method=method, views=3)
+    result = compute(*arguments, method=method, views=3)
     parts, streams = [], {}
     for number in range(3):
 
@@ -103,11 +103,11 @@ def test_views_are_averaged(setting, method, monkeypatch):
             patch.setattr(GradientContext, "rng", rng)
             parts.append(compute(*arguments, method=method))
     mean = torch.stack([part.value for part in parts]).mean(0)
-    torch.testing.assert_close(found.value, mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
+    torch.testing.assert_close(result.value, mean, rtol=1e-5, atol=1e-5 * mean.abs().max().item())
     for name in ("loss", "expected_x", "psi_u"):
         expected = sum(getattr(part.stats, name) for part in parts) / 3
-        assert getattr(found.stats, name) == pytest.approx(expected, rel=1e-5)
-    assert not torch.equal(found.value, parts[0].value)
+        assert getattr(result.stats, name) == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(result.value, parts[0].value)
     assert torch.equal(compute(*arguments, method=method, views=1).value, parts[0].value)
     assert torch.equal(compute(*arguments, method=method).value, parts[0].value)
 
@@ -122,11 +122,11 @@ def test_views_of_bpc_fkl_are_shared_by_its_draws(setting):
     settings = replace(config.distillation, batch_size=100, views=2, **changes)
     problem = GradientContext(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
     expected = reference.weight_space(problem, snapshots, state.images, 3)
-    found = compute(config, digits, real, state.images, labels, views=2, **changes).value
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    result = compute(config, digits, real, state.images, labels, views=2, **changes).value
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     own = compute(config, digits, real, state.images, labels, **changes).value
     assert torch.equal(compute(config, digits, real, state.images, labels, views=5, **changes).value, own)
-    assert not torch.equal(found, own)
+    assert not torch.equal(result, own)
     more, as_many = ({**changes, "views": 7, "mc_samples": count} for count in (5, 7))
     results = [compute(config, digits, real, state.images, labels, **each).value for each in (more, as_many)]
     assert torch.equal(*results)
@@ -155,10 +155,10 @@ def test_weight_space_gradients_equal_the_plain_reference(setting, architecture,
     problem = GradientContext(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
     for step in (0, 3):
         expected = reference.weight_space(problem, snapshots, state.images, step)
-        found = compute(config, digits, real, state.images, labels, architecture, step, **changes)
-        assert found.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-3)
-        torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-        assert (found.inner_lr != 0) == (method == "bpc-w")
+        result = compute(config, digits, real, state.images, labels, architecture, step, **changes)
+        assert result.stats.gradient_norm == pytest.approx(expected.norm().item(), rel=1e-3)
+        torch.testing.assert_close(result.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert (result.inner_lr != 0) == (method == "bpc-w")
 
 
 @pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl"])

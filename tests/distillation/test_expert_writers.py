@@ -139,9 +139,9 @@ def test_what_another_writer_made_meanwhile_can_be_read_at_any_moment(tmp_path, 
 
     def watched(function):
         def call(*arguments, **options):
-            found = function(*arguments, **options)
+            result = function(*arguments, **options)
             assert same(ExpertStore(tmp_path, RECIPE).read(0, 1), snapshot(0, 1))
-            return found
+            return result
 
         return call
 

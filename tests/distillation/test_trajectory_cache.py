@@ -191,9 +191,9 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
 def test_a_damaged_block_is_made_again(content, tmp_path):
     (tmp_path / "a.npy").write_bytes(content)
     make, asked = rows([5, 6])
-    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
-    assert found is not None
-    assert found[1, 0] == 6
+    result = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
+    assert result is not None
+    assert result[1, 0] == 6
     assert asked
 
 
@@ -214,9 +214,9 @@ def test_each_flipped_byte_and_a_file_without_a_checksum_are_made_again(tmp_path
 
 def test_a_block_of_another_shape_is_made_again(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((2, 4), np.float32))
-    found = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
-    assert found is not None
-    assert found.shape == (2, 3)
+    result = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([5, 6])[0])
+    assert result is not None
+    assert result.shape == (2, 3)
 
 
 def test_a_cache_that_cannot_be_written_is_one_that_is_not_there(tmp_path):
@@ -235,15 +235,15 @@ def test_an_error_while_a_block_is_made_leaves_nothing(tmp_path):
 
 
 def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
-    found: list[np.ndarray | None] = [None] * 8
+    items: list[np.ndarray | None] = [None] * 8
 
     def want(place):
-        found[place] = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
+        items[place] = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
 
     threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
-    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in found)
+    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in items)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]

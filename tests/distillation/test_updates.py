@@ -122,8 +122,8 @@ def test_the_others_stand_in_for_an_architecture_that_is_skipped():
 
 def test_a_single_draw_of_each_architecture_keeps_its_bits():
     value = torch.randn(3, 1, 2, 2, generator=generator(0, "bits")) * 1e-30  # scaling would round the subnormal ones
-    (found,) = combine(gradient_tasks(1, 1), [Gradient(value, STATS)])
-    assert torch.equal(found.value, value)
+    (result,) = combine(gradient_tasks(1, 1), [Gradient(value, STATS)])
+    assert torch.equal(result.value, value)
 
 
 def test_metrics_of_a_step_average_over_draws_and_sum_over_architectures():

@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_dense_algebra(config, digits, method):
     config = config.updated(method=method)
     worker, images, labels = worker_of(config, digits)
     settings, step = config.distillation, 4
-    found = gradient_of(worker.gradient(GradientTask(0, 0), step, images.numpy(), 0.0, soft_labels=labels.numpy()))
+    result = gradient_of(worker.gradient(GradientTask(0, 0), step, images.numpy(), 0.0, soft_labels=labels.numpy()))
     network = Network(worker.specs[0])
     module: Any = network.module(worker._context(GradientTask(0, 0)).rng(step, "prior"))
     features = torch.nn.Sequential(*list(module.features), torch.nn.Flatten())
@@ -101,9 +101,9 @@ def test_the_gradient_is_that_of_dense_algebra(config, digits, method):
         first, second = y.topk(2).values.T
         loss = 0.5 * (mean - wanted).square().sum(1).mean() - (first - second).clamp(max=0.1).mean()
     by_images, by_labels = torch.autograd.grad(loss, (u, y))
-    assert found.stats.loss == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(found.value, by_images, rtol=1e-3, atol=1e-4 * by_images.abs().max().item())
-    torch.testing.assert_close(found.soft_labels, by_labels, rtol=1e-3, atol=1e-4 * by_labels.abs().max().item())
+    assert result.stats.loss == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(result.value, by_images, rtol=1e-3, atol=1e-4 * by_images.abs().max().item())
+    torch.testing.assert_close(result.soft_labels, by_labels, rtol=1e-3, atol=1e-4 * by_labels.abs().max().item())
 
 
 def test_a_used_network_takes_one_adam_step_on_the_coreset_first(config, digits):

@@ -35,18 +35,18 @@ def test_a_solve_begins_at_what_its_slot_holds():
 
 def test_only_with_the_pool_are_solutions_kept(small):
     state = State(7, torch.zeros(1), torch.zeros(1), 0.0)
-    units, found = (
+    units, result = (
         [GradientTask(0, 0), GradientTask(0, 1)],
         [Gradient(torch.zeros(1), GradientStats(0.0), solution=torch.ones(2)), None],
     )
     settings = small.updated(map_init="warm", warm_pool_size=5, warm_pool_uses=100).distillation
-    after = keep_solutions(state, 7, units, found, settings)
+    after = keep_solutions(state, 7, units, result, settings)
     assert after.solutions.keys() == {"0/0/2"}
     start = map_start(after._replace(step=12), GradientTask(0, 0), settings)
     assert start is not None
     assert start.tolist() == [1, 1]
     assert map_start(after._replace(step=12), GradientTask(0, 0), small.distillation) is None
-    assert keep_solutions(state, 7, units, found, small.distillation) is state
+    assert keep_solutions(state, 7, units, result, small.distillation) is state
 
 
 @pytest.fixture

@@ -124,12 +124,12 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, coreset:
     monkeypatch.setattr(chains, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
-        found = predictive(Passes(network), samples, coreset[0], moved)
-        assert scores(found.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
-        torch.testing.assert_close(found.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
+        outcome = predictive(Passes(network), samples, coreset[0], moved)
+        assert scores(outcome.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
+        torch.testing.assert_close(outcome.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
         for name in Uncertainty._fields:
             expected = getattr(whole.uncertainty, name)[order]
-            torch.testing.assert_close(getattr(found.uncertainty, name), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(getattr(outcome.uncertainty, name), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +271,8 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
     strange = ood_split(digits, noise(digits))
     judged = context_of(digits, "test", SETTINGS, *arrays(coreset), strange)
     chain = Chain("x", network.spec, 0)
-    found = values(run_chain(judged, chain, "cpu"))
-    assert tuple(found) == quantities(judged)
+    outcome = values(run_chain(judged, chain, "cpu"))
+    assert tuple(outcome) == quantities(judged)
 
     samples = posterior_samples(Passes(network), *coreset, SETTINGS, "dsa", 0)
     inside, outside = (
@@ -283,16 +283,16 @@ def test_values_of_a_chain_with_strange_images(network, coreset: Pair, digits):
     assert len(outside.uncertainty.entropy) == 70
     for name in Uncertainty._fields:
         expected = auroc(getattr(inside.uncertainty, name), getattr(outside.uncertainty, name))
-        assert found[f"ood_auroc_{name}"] == expected
+        assert outcome[f"ood_auroc_{name}"] == expected
         assert expected != 0.5
-    assert found["batch_nll"] == batch_nll(inside.losses, 128)
-    assert found["mean_sample_nll"] == inside.losses.mean().item()
-    assert found["nll"] < found["batch_nll"] < found["mean_sample_nll"]
+    assert outcome["batch_nll"] == batch_nll(inside.losses, 128)
+    assert outcome["mean_sample_nll"] == inside.losses.mean().item()
+    assert outcome["nll"] < outcome["batch_nll"] < outcome["mean_sample_nll"]
 
     without = judged._replace(ood=None)
     alone = values(run_chain(without, chain, "cpu"))
-    assert tuple(alone) == quantities(without) == tuple(found)[:-2]
-    assert alone == {name: found[name] for name in alone}
+    assert tuple(alone) == quantities(without) == tuple(outcome)[:-2]
+    assert alone == {name: outcome[name] for name in alone}
 
 
 def test_strange_images_are_fitted_or_refused(digits):

@@ -98,12 +98,12 @@ def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, corese
         optimizer.zero_grad()
         (0.5 * (network.forward(leaves, data.images) - data.targets).square().sum(1).mean()).backward()
         optimizer.step()
-    found = trained(network, data, settings, 1, 0)
+    outcome = trained(network, data, settings, 1, 0)
     for name, value in leaves.items():
         if name.endswith("weight"):  # the biases before a norm have no gradient but rounding, whose sign Adam follows
-            torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=0.05 * settings.net_lr)
+            torch.testing.assert_close(outcome[name], value.detach(), rtol=0, atol=0.05 * settings.net_lr)
     other = trained(network, data, settings, 1, 1)
-    assert not torch.equal(other["head.weight"], found["head.weight"])
+    assert not torch.equal(other["head.weight"], outcome["head.weight"])
 
 
 def test_a_step_takes_a_random_batch_of_a_coreset_too_large_for_one(digits, coreset):
@@ -152,12 +152,12 @@ def test_every_inference_scores_every_seed_and_beats_chance(digits, coreset, sma
 
 def test_from_python_the_scores_are_those_of_the_evaluation(digits, coreset):
     settings = {"inference": "last-layer", "net_steps": 5, "width": 8, "num_chains": 2}
-    found = api.evaluate(coreset, digits, ["convnet-in", "convnet-bn"], **settings)
+    outcome = api.evaluate(coreset, digits, ["convnet-in", "convnet-bn"], **settings)
     config = Config().updated(architectures=("convnet-in", "convnet-bn"), **settings)
     specs = [spec_of(digits, name) for name in ("convnet-in", "convnet-bn")]
     result = evaluate({"coreset": coreset}, specs, digits, "test", config, Serial("cpu", Interruption()), print)
-    assert found == result.to_json()["coresets"]["coreset"]
-    assert len(found["convnet-bn"]["ece"]) == 2
+    assert outcome == result.to_json()["coresets"]["coreset"]
+    assert len(outcome["convnet-bn"]["ece"]) == 2
     with pytest.raises(UserError, match="evaluate has no setting 'steps'"):
         api.evaluate(coreset, digits, steps=3)
 

@@ -22,11 +22,11 @@ def test_a_cluster_started_here_listens_on_loopback_alone(small, tmp_path, monke
     try:
         wait_for(RunDirectory(folder).state_path, process)
         titles = {process.pid: "driver", **descendants(process.pid)}
-        found = listening(titles)
-        who = {titles[pid] for pid, _, _ in found}
+        result = listening(titles)
+        who = {titles[pid] for pid, _, _ in result}
         for part in ("driver", "gcs_server", "raylet", "ray::Worker"):
             assert any(part in title for title in who), f"{part} listens nowhere: is this still how Ray works?"
-        assert not [(titles[pid][:60], str(ip), port) for pid, ip, port in found if not ip.is_loopback]
+        assert not [(titles[pid][:60], str(ip), port) for pid, ip, port in result if not ip.is_loopback]
     finally:
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=300)[0]

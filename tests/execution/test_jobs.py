@@ -116,8 +116,8 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
 
         client = MlflowClient(f"sqlite:///{database}")
         (experiment,) = [e for e in client.search_experiments() if e.name == "fbpc"]
-        found = client.search_runs([experiment.experiment_id])
-    return [(run.info.status, str(run.info.artifact_uri)) for run in found]
+        result = client.search_runs([experiment.experiment_id])
+    return [(run.info.status, str(run.info.artifact_uri)) for run in result]
 
 
 def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head, client, whole, small, tmp_path):
@@ -236,6 +236,6 @@ def joined(address: str, config: Config, folder: Path, environment: dict[str, st
 
 def test_the_head_of_readme_listens_on_loopback_alone(head, client):
     """`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray start --head`, with its dashboard and after jobs."""
-    found = listening([head.process.pid, *descendants(head.process.pid)])
-    assert {head.gcs.rpartition(":")[2], head.dashboard.rpartition(":")[2]} <= {str(port) for _, _, port in found}
-    assert not [(str(ip), port) for _, ip, port in found if not ip.is_loopback]
+    result = listening([head.process.pid, *descendants(head.process.pid)])
+    assert {head.gcs.rpartition(":")[2], head.dashboard.rpartition(":")[2]} <= {str(port) for _, _, port in result}
+    assert not [(str(ip), port) for _, ip, port in result if not ip.is_loopback]

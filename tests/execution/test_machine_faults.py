@@ -161,9 +161,9 @@ def test_the_soak_holds_what_it_says(tmp_path):
         assert process.wait(500) == 0, (tmp_path / "output.txt").read_text()
     finally:
         stop(process)
-    found = json.loads(report.read_text())
-    assert sum(found["hits"].values()) >= 1
-    assert found["holds"] == {
+    result = json.loads(report.read_text())
+    assert sum(result["hits"].values()) >= 1
+    assert result["holds"] == {
         "equal to the bit": True, "all CPUs free": True, "no worker left": True, "memory flat": True,
     }  # fmt: skip
 

@@ -43,9 +43,9 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
     ],
 )
 def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, each, fit):
-    found = need(workers, nodes, **changes)
-    assert found == each
-    assert capacity(nodes, found) == fit
+    result = need(workers, nodes, **changes)
+    assert result == each
+    assert capacity(nodes, result) == fit
 
 
 def test_what_does_not_fit_is_said_with_need_and_have():

@@ -179,11 +179,11 @@ def test_a_proposal_that_is_not_finite_is_refused_and_counted():
     start = {"w": gaussian_draws(4)}
     run = many(gaussian, start, 3, step=1e200)
     assert torch.equal(run[-1].params["w"], start["w"])
-    found = acceptance(run)
-    assert (found.proposals, found.diverged.tolist(), found.rate.tolist()) == (3, [3.0] * 4, [0.0] * 4)
+    result = acceptance(run)
+    assert (result.proposals, result.diverged.tolist(), result.rate.tolist()) == (3, [3.0] * 4, [0.0] * 4)
     halves = acceptance(run[:1]) + acceptance(run[1:])
     assert halves.proposals == 3
-    assert torch.equal(halves.diverged, found.diverged)
+    assert torch.equal(halves.diverged, result.diverged)
     with pytest.raises(ValueError, match="energy at the start"):
         many(gaussian, {"w": torch.full((2, 2), torch.nan)}, 1, 0.1)
     with pytest.raises(ValueError, match="leapfrog"):

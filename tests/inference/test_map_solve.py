@@ -50,14 +50,14 @@ def test_steps_are_those_of_adam():
     """Kingma and Ba, algorithm 1, by hand in float64: betas .9 and .999, eps 1e-8, bias-corrected, no weight decay."""
     w = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = Batch(SEPARABLE.images.double(), SEPARABLE.labels)
-    found = solve(repeat(batch), {"w": w}, threshold=0.0, max_steps=6, learning_rate=0.02).value["w"]
+    result = solve(repeat(batch), {"w": w}, threshold=0.0, max_steps=6, learning_rate=0.02).value["w"]
     first, second, x = torch.zeros_like(w), torch.zeros_like(w), batch.images.flatten(1)
     onehot = torch.eye(3, dtype=torch.float64)[batch.labels]
     for t in range(1, 7):
         gradient = x.T @ ((x @ w).softmax(1) - onehot) / 4
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         w = w - 0.02 * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-    torch.testing.assert_close(found, w, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, w, rtol=1e-9, atol=1e-9)
 
 
 def test_the_start_is_left_alone_and_no_gradient_flows_out():

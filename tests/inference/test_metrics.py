@@ -23,9 +23,9 @@ def some_predictions(samples=7, n=60, d=5, seed=0, scale=3.0):
 
 def test_scores_equal_a_slow_loop_over_examples():
     logits, labels = some_predictions()
-    found = scores(predictive_stats(log_mean_probability(logits), labels))._asdict()
+    result = scores(predictive_stats(log_mean_probability(logits), labels))._asdict()
     slow = oracles.scores_slow(logits.double().tolist(), labels.tolist(), BINS)
-    assert found == pytest.approx(slow, rel=1e-9)
+    assert result == pytest.approx(slow, rel=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [[60], [1] * 60, [7, 13, 40], [59, 1]])
@@ -54,8 +54,8 @@ def test_order_of_examples_and_names_of_classes_do_not_matter():
 def test_the_samples_are_mixed_for_each_example_before_the_logarithm():
     """Two samples sure of opposite classes: the average says 1/2, so the NLL is log 2 and not the mean of 0 and 40."""
     logits = torch.tensor([[[40.0, 0.0]], [[0.0, 40.0]]])
-    found = scores(predictive_stats(log_mean_probability(logits), torch.tensor([0])))
-    assert found.nll == pytest.approx(0.693147, abs=1e-6)
+    result = scores(predictive_stats(log_mean_probability(logits), torch.tensor([0])))
+    assert result.nll == pytest.approx(0.693147, abs=1e-6)
 
 
 def test_certain_and_right_is_perfect_certain_and_wrong_is_finite():
@@ -68,10 +68,10 @@ def test_certain_and_right_is_perfect_certain_and_wrong_is_finite():
 def test_uniform_predictions_have_known_scores():
     """p = 1/d: NLL log d, Brier 1 - 1/d, and ECE the gap between accuracy and 1/d."""
     labels = torch.arange(10)
-    found = scores(predictive_stats(log_mean_probability(torch.zeros(3, 10, 10)), labels))
-    assert found.nll == pytest.approx(2.302585, abs=1e-6)
-    assert found.brier == pytest.approx(0.9)
-    assert found.ece == pytest.approx(abs(found.accuracy - 0.1), abs=1e-9)
+    result = scores(predictive_stats(log_mean_probability(torch.zeros(3, 10, 10)), labels))
+    assert result.nll == pytest.approx(2.302585, abs=1e-6)
+    assert result.brier == pytest.approx(0.9)
+    assert result.ece == pytest.approx(abs(result.accuracy - 0.1), abs=1e-9)
 
 
 def test_ece_keeps_the_bins_apart():
@@ -118,9 +118,9 @@ def test_the_lineages_nll_is_the_nll_at_size_one_and_grows_with_the_batch():
     """Averaging before mixing only adds (log-mean-exp is convex), up to the mean loss of a sample."""
     logits, labels = some_predictions(n=64)
     losses = sample_losses(logits, labels)
-    found = [batch_nll(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
-    assert found[0] == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
-    assert found == sorted(found)
-    assert found[-1] > found[0] + 0.1
-    assert found[-1] < losses.mean()
+    items = [batch_nll(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
+    assert items[0] == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
+    assert items == sorted(items)
+    assert items[-1] > items[0] + 0.1
+    assert items[-1] < losses.mean()
     assert batch_nll(losses[:1], 16) == pytest.approx(losses[0].mean().item()), "one sample: nothing is mixed"

@@ -135,9 +135,9 @@ def test_empirical_variance_is_the_jacobian_gaussian_of_a_linear_model():
     params, images = linear_params(), some_batch(seed=9).images
     samples = list(sgd_trajectory(loss_and_grad(linear), params, [some_batch(seed) for seed in range(6)], 0.3))
     mean, variance = oracles.jacobian_gaussian(linear, params, samples, images)
-    found = function_posterior(linear, params, samples, images)
-    torch.testing.assert_close(found.mean, mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.variance, variance, rtol=1e-10, atol=1e-12)
+    result = function_posterior(linear, params, samples, images)
+    torch.testing.assert_close(result.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.variance, variance, rtol=1e-10, atol=1e-12)
     assert variance.min() > 1e-6
 
 
@@ -158,9 +158,9 @@ def test_empirical_variance_approaches_the_jacobian_gaussian_of_a_network():
     def difference(lr):
         samples = list(sgd_trajectory(loss_and_grad(forward), params, batches, lr))
         mean, variance = oracles.jacobian_gaussian(forward, params, samples, images)
-        found = function_posterior(forward, params, samples, images)
-        torch.testing.assert_close(found.mean, mean)
-        return ((found.variance - variance).norm() / variance.norm()).item()
+        result = function_posterior(forward, params, samples, images)
+        torch.testing.assert_close(result.mean, mean)
+        return ((result.variance - variance).norm() / variance.norm()).item()
 
     coarse, half, fine = difference(0.05), difference(0.025), difference(0.001)
     assert 1.5 < coarse / half < 3

@@ -37,8 +37,8 @@ def test_without_noise_it_is_sgd_with_momentum_one_minus_alpha():
 
 def test_noise_readings_by_their_formulas():
     """consistent 2 alpha eta d, gradient eta^2 2d, literal 2d, at the paper's constants for ten images."""
-    found = {name: noise_variance(name, eta=0.03, alpha=0.1, d=0.001) for name in NOISE_READINGS}
-    assert found == pytest.approx({"consistent": 6e-6, "gradient": 1.8e-6, "literal": 2e-3})
+    by_name = {name: noise_variance(name, eta=0.03, alpha=0.1, d=0.001) for name in NOISE_READINGS}
+    assert by_name == pytest.approx({"consistent": 6e-6, "gradient": 1.8e-6, "literal": 2e-3})
 
 
 def test_the_consistent_reading_has_temperature_d():
@@ -79,8 +79,8 @@ def test_the_gradient_is_that_of_mean_cross_entropy_plus_half_the_decay_times_th
     def forward(p, x):
         return (x @ p["v"]).tanh() @ p["w"]
 
-    found = potential_gradient(loss_and_grad(forward), 0.1)(params, batch)
+    gradient = potential_gradient(loss_and_grad(forward), 0.1)(params, batch)
     expected = torch.func.grad(oracles.cross_entropy_potential(forward, 0.1))(params, batch)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    assert gradient.keys() == expected.keys()
+    for name, value in gradient.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)

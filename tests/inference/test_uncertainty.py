@@ -17,42 +17,42 @@ def some_logits(samples=5, n=40, d=6, seed=0, scale=3.0):
 def test_entropies_equal_a_slow_loop():
     """The three quantities by their definitions, in Python floats: H - E is the mutual information."""
     logits = some_logits()
-    found = uncertainty(logits)
+    result = uncertainty(logits)
     slow = oracles.entropies_slow(logits.double().tolist())
-    assert found.entropy.tolist() == pytest.approx([h for h, _ in slow], rel=1e-9)
-    assert found.expected_entropy.tolist() == pytest.approx([e for _, e in slow], rel=1e-9)
-    assert found.mutual_information.tolist() == pytest.approx([h - e for h, e in slow], rel=1e-8, abs=1e-12)
-    assert found.entropy.dtype == found.mutual_information.dtype == torch.float64
+    assert result.entropy.tolist() == pytest.approx([h for h, _ in slow], rel=1e-9)
+    assert result.expected_entropy.tolist() == pytest.approx([e for _, e in slow], rel=1e-9)
+    assert result.mutual_information.tolist() == pytest.approx([h - e for h, e in slow], rel=1e-8, abs=1e-12)
+    assert result.entropy.dtype == result.mutual_information.dtype == torch.float64
 
 
 def test_samples_that_agree_have_no_mutual_information():
     """Exactly 0 or its last bits, never below: whatever the logits, and however large the entropy."""
-    found = uncertainty(some_logits(samples=1).expand(7, -1, -1))
-    assert (found.mutual_information >= 0).all()
-    assert found.mutual_information.max() < 1e-14
-    assert found.entropy.max() > 0.5
+    result = uncertainty(some_logits(samples=1).expand(7, -1, -1))
+    assert (result.mutual_information >= 0).all()
+    assert result.mutual_information.max() < 1e-14
+    assert result.entropy.max() > 0.5
 
 
 def test_samples_that_are_sure_of_different_classes_disagree_about_everything():
     """d samples, each sure of its own class: E = 0 and MI = H = log d. And finite where a probability is 0."""
-    found = uncertainty(1000 * torch.eye(4)[:, None, :])
-    assert found.entropy.item() == pytest.approx(math.log(4))
-    assert found.mutual_information.item() == pytest.approx(math.log(4))
-    assert found.expected_entropy.item() == pytest.approx(0, abs=1e-12)
+    result = uncertainty(1000 * torch.eye(4)[:, None, :])
+    assert result.entropy.item() == pytest.approx(math.log(4))
+    assert result.mutual_information.item() == pytest.approx(math.log(4))
+    assert result.expected_entropy.item() == pytest.approx(0, abs=1e-12)
 
 
 def test_uniform_samples_know_nothing_and_agree():
-    found = uncertainty(torch.zeros(3, 2, 10))
-    assert found.entropy.tolist() == pytest.approx([math.log(10)] * 2)
-    assert found.mutual_information.tolist() == pytest.approx([0, 0], abs=1e-15)
+    result = uncertainty(torch.zeros(3, 2, 10))
+    assert result.entropy.tolist() == pytest.approx([math.log(10)] * 2)
+    assert result.mutual_information.tolist() == pytest.approx([0, 0], abs=1e-15)
 
 
 def test_float32_logits_are_reckoned_in_float64():
     """A disagreement of 1e-4 in logits is a mutual information of 1e-9, which float32 would lose: of two samples +-e
     in a class of two at p = 1/2 it is e^2 / 8."""
     e = 2.0**-13
-    found = uncertainty(torch.tensor([[[e, 0.0]], [[-e, 0.0]]]))
-    assert found.mutual_information.item() == pytest.approx(e * e / 8, rel=1e-5)
+    result = uncertainty(torch.tensor([[[e, 0.0]], [[-e, 0.0]]]))
+    assert result.mutual_information.item() == pytest.approx(e * e / 8, rel=1e-5)
 
 
 def test_parts_put_together_are_the_whole():
@@ -70,11 +70,11 @@ def test_auroc_counts_pairs_and_half_of_ties(levels):
     source = torch.Generator().manual_seed(levels)
     familiar = torch.randint(levels, (60,), generator=source).double()
     strange = torch.randint(levels, (45,), generator=source).double() + levels // 4
-    found = auroc(familiar, strange)
-    assert found == pytest.approx(oracles.auroc_slow(familiar.tolist(), strange.tolist()), rel=1e-12)
+    result = auroc(familiar, strange)
+    assert result == pytest.approx(oracles.auroc_slow(familiar.tolist(), strange.tolist()), rel=1e-12)
     labels = [0] * 60 + [1] * 45
-    assert found == pytest.approx(roc_auc_score(labels, torch.cat([familiar, strange]).numpy()), rel=1e-12)
-    assert auroc(strange, familiar) == pytest.approx(1 - found)
+    assert result == pytest.approx(roc_auc_score(labels, torch.cat([familiar, strange]).numpy()), rel=1e-12)
+    assert auroc(strange, familiar) == pytest.approx(1 - result)
 
 
 def test_auroc_at_its_ends():

@@ -82,33 +82,33 @@ def test_forward_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
     """Eq. 7 estimates the gradient of KL(pi_x | pi_u), Eq. 5, without bias."""
     c, (mu_x, mu_u) = conjugate, means(conjugate)
     assert mu_x["theta"].sub(mu_u["theta"]).norm() > 0.1
-    found = [
+    items = [
         forward_kl(
             gaussian_forward, mu_x, mu_u, c.u, c.y, [same] * (DRAWS // 20), scale=c.scale,
             source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
         ).gradient
         for seed in range(20)
     ]  # fmt: skip
-    agrees(found, exact_gradient(c, "forward"))
+    agrees(items, exact_gradient(c, "forward"))
 
 
 def test_reverse_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
     """The centred covariance estimates the gradient of KL(pi_u | pi_x) without bias, even from few draws."""
     c, (_, mu_u) = conjugate, means(conjugate)
-    found = [
+    items = [
         reverse_kl(
             gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), len(c.x), samples=4, scale=c.scale,
             source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
         ).gradient
         for seed in range(DRAWS // 2)
     ]  # fmt: skip
-    agrees(found, exact_gradient(c, "reverse"))
+    agrees(items, exact_gradient(c, "reverse"))
 
 
 def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate):
     """By hand from its draws: -1/S sum (gap - mean gap) (gradient - mean gradient), the gap of mean losses."""
     c, (_, mu_u) = conjugate, means(conjugate)
-    found = reverse_kl(
+    result = reverse_kl(
         gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), len(c.x), samples=3, scale=c.scale,
         source=torch.Generator().manual_seed(0), loss=gaussian_loss, scaled=False,
     )  # fmt: skip
@@ -120,17 +120,17 @@ def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate
         gaps.append((gaussian_loss(gaussian_forward(theta, c.x), c.t) - loss_u).detach())
     gap, gradient = torch.stack(gaps), torch.stack(gradients)
     centred = (gap - gap.mean()).view(-1, *[1] * c.u.ndim) * (gradient - gradient.mean(0))
-    torch.testing.assert_close(found.gradient, -centred.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.gradient, -centred.mean(0), rtol=1e-5, atol=1e-7)
 
 
 def test_equal_posteriors_need_no_move(conjugate):
     """With mu_x = mu_u and no weight noise both terms of Eq. 7 are the same function of u: exactly zero."""
     c, (_, mu_u) = conjugate, means(conjugate)
-    found = forward_kl(
+    result = forward_kl(
         gaussian_forward, mu_u, mu_u, c.u, c.y, [same], scale=0.0, source=torch.Generator(), loss=gaussian_loss
     )
-    assert found.gradient.abs().max() == 0
-    assert found.expected_x == found.expected_u
+    assert result.gradient.abs().max() == 0
+    assert result.expected_x == result.expected_u
 
 
 def test_each_draw_has_its_view_and_its_own_noise(conjugate):

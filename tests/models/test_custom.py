@@ -169,9 +169,9 @@ def test_a_shared_weight_is_one_parameter(nets):
     logits = inner @ params["6.weight"].T + params["6.bias"]
     weight = params["3.weight"].requires_grad_()
     assert "5.weight" not in params
-    found = net.forward(params, images)
-    torch.testing.assert_close(found, logits)
-    (one,) = torch.autograd.grad(found.square().sum(), weight)
+    result = net.forward(params, images)
+    torch.testing.assert_close(result, logits)
+    (one,) = torch.autograd.grad(result.square().sum(), weight)
     torch.testing.assert_close(one, sum(torch.autograd.grad(logits.square().sum(), shared)), rtol=1e-4, atol=1e-4)
 
 

@@ -32,10 +32,10 @@ def test_the_gradient_of_an_unrolled_step_is_the_slope(name):
         return cross_entropy(net.forward(moved, images), labels)
 
     u = images.clone().requires_grad_()
-    (found,) = torch.autograd.grad(after_a_step(u), u)
+    (result,) = torch.autograd.grad(after_a_step(u), u)
     slope = (after_a_step(images + 1e-6 * direction) - after_a_step(images - 1e-6 * direction)) / 2e-6
     assert abs(slope) > 1e-4
-    torch.testing.assert_close((found * direction).sum(), slope, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close((result * direction).sum(), slope, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -80,8 +80,8 @@ def test_predict_takes_each_image_on_its_own(name):
     whole = net.predict(params, statistics, images)
     atol = 1e-5 * max(1.0, float(whole.abs().max()))
     shuffled = torch.tensor([4, 8, 0, 2, 7, 1, 6, 3, 5])
-    found = net.predict(params, statistics, images[shuffled])
-    torch.testing.assert_close(found, whole[shuffled], rtol=1e-4, atol=atol)
+    result = net.predict(params, statistics, images[shuffled])
+    torch.testing.assert_close(result, whole[shuffled], rtol=1e-4, atol=atol)
     alone = torch.cat([net.predict(params, statistics, image[None]) for image in images])
     torch.testing.assert_close(alone, whole, rtol=1e-4, atol=atol)
 
@@ -101,10 +101,10 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
 
     whole = losses(500, torch.arange(45))
     for size in (45, 16, 1):
-        found = losses(size, order)
-        torch.testing.assert_close(found.losses, whole.losses[:, order], rtol=1e-3, atol=1e-3)
-        assert found.stats.correct == whole.stats.correct
-        assert found.stats.nll == pytest.approx(whole.stats.nll, rel=1e-4)
+        result = losses(size, order)
+        torch.testing.assert_close(result.losses, whole.losses[:, order], rtol=1e-3, atol=1e-3)
+        assert result.stats.correct == whole.stats.correct
+        assert result.stats.nll == pytest.approx(whole.stats.nll, rel=1e-4)
     other = losses(500, torch.arange(45), images_of(20, (1, 8, 8), seed=9))
     assert (other.losses - whole.losses).abs().max() > 0.05  # the statistics are the pseudocoreset's
 
@@ -130,9 +130,9 @@ def test_statistics_are_the_mean_and_unbiased_variance_of_what_enters_each_batch
     net = network("convnet-bn")
     params, images, seen = random_params(net), images_of(), []
     by_hand(params, images, "bn", seen)
-    found = layer_statistics(net.statistics(params, [images]))
-    assert len(found) == len(seen) == 2
-    for (mean, variance), features in zip(found, seen, strict=True):
+    result = layer_statistics(net.statistics(params, [images]))
+    assert len(result) == len(seen) == 2
+    for (mean, variance), features in zip(result, seen, strict=True):
         flat = features.transpose(0, 1).flatten(1)
         torch.testing.assert_close(mean, flat.mean(1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(variance, flat.var(1, unbiased=True), rtol=1e-4, atol=1e-5)
@@ -143,11 +143,11 @@ def test_statistics_of_several_batches_are_averaged_with_equal_weight():
     net = network("convnet-bn")
     params, batches = random_params(net), [images_of(5, seed=seed) for seed in range(3)]
     each = [layer_statistics(net.statistics(params, [batch])) for batch in batches]
-    found = layer_statistics(net.statistics(params, iter(batches)))
+    result = layer_statistics(net.statistics(params, iter(batches)))
     for layer in range(2):
         for kind in range(2):
             expected = torch.stack([one[layer][kind] for one in each]).mean(0)
-            torch.testing.assert_close(found[layer][kind], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result[layer][kind], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_predict_normalises_with_the_statistics_given():
@@ -220,11 +220,11 @@ def test_gradient_flows_to_images_and_to_every_parameter(norm):
     params = {n: v.requires_grad_() for n, v in random_params(net, dtype=torch.float64).items()}
     images, weights = images_of(dtype=torch.float64).requires_grad_(), images_of(6, (4,), 7, torch.float64)
     leaves = [images, *params.values()]
-    found = torch.autograd.grad((net.forward(params, images) * weights).sum(), leaves)
+    result = torch.autograd.grad((net.forward(params, images) * weights).sum(), leaves)
     expected = torch.autograd.grad((by_hand(params, images, norm) * weights).sum(), leaves)
-    for got, want in zip(found, expected, strict=True):
+    for got, want in zip(result, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
-    assert found[0].abs().max() > 1e-3
+    assert result[0].abs().max() > 1e-3
 
 
 NORMED_LAYERS = {"convnet": 2, "vgg11": 8, "resnet18": 20, "resnet34": 36}

@@ -63,12 +63,12 @@ def test_a_compiled_gradient_equals_the_plain_reference(folder, small, digits):
     real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
     expected = reference.gradient(spec, snapshots, real, state.images, labels, 3, settings)
     problem = GradientContext(Passes(Network(spec), folder), store, real, labels, settings, "dsa", 1)
-    found = METHODS["fbpc"](problem, 3, state.images, 0.0)
-    torch.testing.assert_close(found.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    result = METHODS["fbpc"](problem, 3, state.images, 0.0)
+    torch.testing.assert_close(result.value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert len(list(folder.glob("*.pt2"))) == 2
     eager = METHODS["fbpc"](problem._replace(passes=Passes(Network(spec))), 3, state.images, 0.0)
-    assert found.stats.map_steps == eager.stats.map_steps
-    assert not torch.equal(found.value, eager.value)  # machine code did it, in another order of sums
+    assert result.stats.map_steps == eager.stats.map_steps
+    assert not torch.equal(result.value, eager.value)  # machine code did it, in another order of sums
 
 
 @with_compiler
@@ -204,12 +204,12 @@ def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_s
     specs = session.network_specs(small, digits)
     stores = [session.expert_store(small, digits, spec) for spec in specs]
     state, labels = initial_state(digits, 1, 0)
-    found = []
+    items = []
     for gigabytes in (0.0, 1.0, 1.0):
         arguments = session.worker_group(
             small.updated(trajectory_cache_gb=gigabytes), digits, labels, specs, stores
         ).worker._asdict()
-        found.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
+        items.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
     assert list((cache.folder() / "x-sides").glob("*.npy"))
-    assert (found[0] == found[1]).all()
-    assert (found[0] == found[2]).all()
+    assert (items[0] == items[1]).all()
+    assert (items[0] == items[2]).all()

@@ -43,8 +43,8 @@ def texts(figure):
         if not min(axis.get_view_interval()) - 1e-9 <= tick.get_loc() <= max(axis.get_view_interval()) + 1e-9
         for label in (tick.label1, tick.label2)
     ]
-    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
-    boxes = [(text, text.get_window_extent(canvas.get_renderer())) for text in found]
+    items = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
+    boxes = [(text, text.get_window_extent(canvas.get_renderer())) for text in items]
     return [(text.get_text(), box) for text, box in boxes if box.width]
 
 
@@ -79,8 +79,8 @@ def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
         ends = sorted([accuracy[bin_number].item(), confidence[bin_number].item()])
         assert [low[1], high[1]] == pytest.approx(ends)
     assert [bar.get_height() for bar in lower.patches] == its.bin_count[full].tolist()
-    found = scores(its)
-    assert upper.get_title() == f"fbpc\nECE {100 * found.ece:.1f} %, accuracy {100 * found.accuracy:.1f} %"
+    result = scores(its)
+    assert upper.get_title() == f"fbpc\nECE {100 * result.ece:.1f} %, accuracy {100 * result.accuracy:.1f} %"
     assert lower.get_xlabel() == "confidence (n = 800 images)"
 
 

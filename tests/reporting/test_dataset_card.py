@@ -68,10 +68,10 @@ def test_the_folder_is_a_data_set(folder, finished_run, tmp_path, monkeypatch):
 
 
 def test_images_of_two_channels_have_no_picture_and_a_run_without_result_no_scores():
-    found = Coreset(torch.randn(4, 2, 3, 3), torch.arange(4), (0.5, 0.5), (0.2, 0.2), ("a", "b", "c", "d"))
+    outcome = Coreset(torch.randn(4, 2, 3, 3), torch.arange(4), (0.5, 0.5), (0.2, 0.2), ("a", "b", "c", "d"))
     facts = {"data": "folder:cats"}
-    assert set(dataset_card.companions(found, Config(), facts, None)) == {"config.json", "provenance.json"}
-    card = dataset_card.card(found, "hf", Config(), facts, None)
+    assert set(dataset_card.companions(outcome, Config(), facts, None)) == {"config.json", "provenance.json"}
+    card = dataset_card.card(outcome, "hf", Config(), facts, None)
     assert "![" not in card and "## Scores" not in card
     assert yaml.safe_load(card.split("---")[1])["license"] == "unknown"
 

@@ -111,10 +111,10 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsys):
-    found = made(tmp_path, runs["fbpc"])
+    page = made(tmp_path, runs["fbpc"])
     assert str(tmp_path / "made.html") in capsys.readouterr().out
     result = inputs.read_checked_json(runs["fbpc"] / "result.json")
-    values = found.table("network", "coreset", "seed")
+    values = page.table("network", "coreset", "seed")
     wanted = [
         [architecture, name, str(seed), f"{100 * s['accuracy'][seed]:.2f}",
          *(f"{s[quantity][seed]:.4f}" for quantity in ("nll", "ece", "brier"))]
@@ -125,18 +125,18 @@ def test_the_page_holds_every_value_and_needs_nothing_else(runs, tmp_path, capsy
     assert sorted(values) == sorted(wanted)
     assert len(wanted) == 8
     nll = result["coresets"]["fbpc"]["convnet-bn"]["nll"]
-    row = next(row for row in found.table("network", "coreset", "accuracy %") if row[:2] == ["convnet-bn", "fbpc"])
+    row = next(row for row in page.table("network", "coreset", "accuracy %") if row[:2] == ["convnet-bn", "fbpc"])
     assert row[3] == f"{statistics.mean(nll):.3f} ± {statistics.stdev(nll):.3f}"
-    assert ["commit", result["commit"]] in found.table("", "this run")
-    assert ["torch version", result["versions"]["torch"]] in found.table("", "this run")
+    assert ["commit", result["commit"]] in page.table("", "this run")
+    assert ["torch version", result["versions"]["torch"]] in page.table("", "this run")
 
-    pictures = [attrs["src"] for attrs in found.of("img")]
+    pictures = [attrs["src"] for attrs in page.of("img")]
     assert len(pictures) == 10  # after, before, accuracy, NLL, four of the steps, over time, reliability
     for source in pictures:
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))).verify()
-    assert {tag for tag, _ in found.tags} & {"script", "link", "iframe", "object", "a", "form"} == set()
-    assert found.text.index("The coreset: ") < found.text.index("The coreset, after") < found.text.index("Scores")
-    assert "default-src 'none'" in found.source and "http://" not in found.source and "https://" not in found.source
+    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a", "form"} == set()
+    assert page.text.index("The coreset: ") < page.text.index("The coreset, after") < page.text.index("Scores")
+    assert "default-src 'none'" in page.source and "http://" not in page.source and "https://" not in page.source
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_the_command_makes_the_configuration_again(config):
 
 
 def test_the_code_of_the_page_loads_the_coreset(runs, tmp_path):
-    found = made(tmp_path, runs["fbpc"])
-    code = next(code for code in found.codes if "safe_open" in code)
+    outcome = made(tmp_path, runs["fbpc"])
+    code = next(code for code in outcome.codes if "safe_open" in code)
     names: dict = {}
     exec(code, names)
     its = coreset.load(RunDirectory(runs["fbpc"]).coreset_path)
@@ -176,17 +176,17 @@ def test_the_code_of_the_page_loads_the_coreset(runs, tmp_path):
 
 def test_several_runs_stand_beside_each_other(runs, tmp_path):
     """Random images that runs share are one line; where settings differ is said, and where scores can't be compared."""
-    found = made(tmp_path, runs["fbpc"], runs["bpc"], runs["random"], runs["fbpc"])
-    assert [row[0] for row in found.table("run")] == ["A: fbpc", "B: bpc", "C: random"]
-    rows = [row[1] for row in found.table("network", "coreset", "accuracy %") if row[0] == "convnet-in"]
+    page = made(tmp_path, runs["fbpc"], runs["bpc"], runs["random"], runs["fbpc"])
+    assert [row[0] for row in page.table("run")] == ["A: fbpc", "B: bpc", "C: random"]
+    rows = [row[1] for row in page.table("network", "coreset", "accuracy %") if row[0] == "convnet-in"]
     assert rows == ["random (A, B)", "random (C)", "fbpc (A)", "bpc-fkl (B)"]
-    differing = {row[0]: row[1:] for row in found.table("setting")}
+    differing = {row[0]: row[1:] for row in page.table("setting")}
     assert differing["--method"] == ["fbpc", "bpc-fkl", "random"]
     assert differing["--ipc"] == ["1", "1", "2"]
     assert not {"--out", "--architectures", "--width", "--backend"} & set(differing)
-    assert "not scored alike" not in found.text
-    assert found.text.index("best NLL") < found.text.index("Where they differ") < found.text.index("Run B: BPC-fKL on")
-    assert len(found.of("img")) == 3 + 8 + 7 + 2  # accuracy, NLL, both by ipc; those of each
+    assert "not scored alike" not in page.text
+    assert page.text.index("best NLL") < page.text.index("Where they differ") < page.text.index("Run B: BPC-fKL on")
+    assert len(page.of("img")) == 3 + 8 + 7 + 2  # accuracy, NLL, both by ipc; those of each
 
     other = shutil.copytree(runs["bpc"], tmp_path / "other")
     config = read_config(other).flat() | {"chain_epochs": 10}
@@ -197,14 +197,14 @@ def test_several_runs_stand_beside_each_other(runs, tmp_path):
 
 
 def test_the_markdown_says_the_same(runs, tmp_path):
-    found = made(tmp_path, runs["fbpc"], runs["random"])
+    outcome = made(tmp_path, runs["fbpc"], runs["random"])
     text = (tmp_path / "made.md").read_text()
     shown = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
-    assert len(shown) == len(found.of("img")) == 13
+    assert len(shown) == len(outcome.of("img")) == 13
     for path in shown:
         Image.open(tmp_path / path).verify()
     lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
-    for row in found.table("network", "coreset", "seed"):
+    for row in outcome.table("network", "coreset", "seed"):
         assert row in lines
     made(tmp_path, runs["fbpc"])  # an earlier report is replaced
     assert "# FBPC on digits" in (tmp_path / "made.md").read_text()
@@ -218,12 +218,12 @@ def test_a_chain_that_diverged_is_said(runs, tmp_path):
         values[1] = None
     result["coresets"]["random"]["convnet-bn"] = {name: [None, None] for name in ("accuracy", "nll", "ece", "brier")}
     (folder / "result.json").write_text(json.dumps(result))
-    found = made(tmp_path, folder)
-    rows = {tuple(row[:2]): row[2:] for row in found.table("network", "coreset", "accuracy %")}
+    outcome = made(tmp_path, folder)
+    rows = {tuple(row[:2]): row[2:] for row in outcome.table("network", "coreset", "accuracy %")}
     left = result["coresets"]["fbpc"]["convnet-in"]
     assert rows["convnet-in", "fbpc"][1] == f"{left['nll'][0]:.3f} (1 of 2 diverged)"
     assert rows["convnet-bn", "random"] == ["diverged"] * 4
-    assert ["convnet-in", "fbpc", "1", *["diverged"] * 4] in found.table("network", "coreset", "seed")
+    assert ["convnet-in", "fbpc", "1", *["diverged"] * 4] in outcome.table("network", "coreset", "seed")
 
 
 def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(runs, small, tmp_path, monkeypatch):
@@ -256,11 +256,11 @@ def test_later_evaluations_are_there(runs, tmp_path):
     (folder / "evaluations").mkdir()
     (folder / "evaluations" / "001-test-x.json").write_text(json.dumps(result | {"ood": "strange"}))
     shutil.copy(folder / "reliability.png", folder / "evaluations" / "001-test-x.reliability.png")
-    found = made(tmp_path, folder)
-    assert "Evaluated later on convnet-in, convnet-bn, test split" in found.text and "strange" in found.text
-    table = next(table for table in found.tables if "AUROC OOD entropy" in table[0] and "seed" not in table[0])
+    page = made(tmp_path, folder)
+    assert "Evaluated later on convnet-in, convnet-bn, test split" in page.text and "strange" in page.text
+    table = next(table for table in page.tables if "AUROC OOD entropy" in table[0] and "seed" not in table[0])
     assert {row[-1] for row in table[1:]} == {"0.500 ± 0.354"}
-    assert len(found.of("img")) == 11
+    assert len(page.of("img")) == 11
 
 
 def test_what_files_say_is_text(runs, tmp_path):
@@ -279,12 +279,12 @@ def test_what_files_say_is_text(runs, tmp_path):
     for path in (RunDirectory(folder).coreset_path, RunDirectory(folder).random_path):
         coreset.save(coreset.load(path)._replace(classes=(HOSTILE, *"123456789")), path)
 
-    found = made(tmp_path, folder)
-    assert {tag for tag, _ in found.tags} <= TAGS
-    assert all(attrs["src"].startswith("data:image/png;base64,") for attrs in found.of("img"))
-    assert all(set(attrs) <= {"src", "width", "height", "class", "alt"} for attrs in found.of("img"))
-    assert "\x1b" not in found.source
-    assert [row[0] for row in found.table("network", "coreset", "accuracy %")].count(HOSTILE) == 2
+    page = made(tmp_path, folder)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    assert all(attrs["src"].startswith("data:image/png;base64,") for attrs in page.of("img"))
+    assert all(set(attrs) <= {"src", "width", "height", "class", "alt"} for attrs in page.of("img"))
+    assert "\x1b" not in page.source
+    assert [row[0] for row in page.table("network", "coreset", "accuracy %")].count(HOSTILE) == 2
 
     text = (tmp_path / "made.md").read_text()
     outside = re.sub(r"(?ms)^(`{3,})\w*$.*?^\1$", "", text)

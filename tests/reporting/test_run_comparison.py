@@ -31,8 +31,8 @@ def run(label: str, accuracies: list[float | None], networks=("a",), result: dic
 
 
 def test_the_better_run_is_named_with_its_distance():
-    found = run_comparison.conclusion([run("A", [0.5, 0.52]), run("B", [0.7, 0.72], method="bpc-fkl", alpha=1.0)])
-    assert found == (
+    outcome = run_comparison.conclusion([run("A", [0.5, 0.52]), run("B", [0.7, 0.72], method="bpc-fkl", alpha=1.0)])
+    assert outcome == (
         "On a: best accuracy % B (BPC-fKL) 71.0 ± 1.4, before A (FBPC) 51.0 ± 1.4; "
         "best NLL B (BPC-fKL) 0.290 ± 0.014, before A (FBPC) 0.490 ± 0.014. "
         "As many random real images as those of B: 25.0 % accuracy, NLL 0.750. "
@@ -41,9 +41,9 @@ def test_the_better_run_is_named_with_its_distance():
 
 
 def test_a_gap_within_the_spread_is_no_difference():
-    found = run_comparison.conclusion([run("A", [0.5, 0.6]), run("B", [0.52, 0.62], ipc=10)])
-    assert "accuracy % of B (FBPC) 57.0 ± 7.1 and A (FBPC) 55.0 ± 7.1 don't differ by more than chains do" in found
-    assert "best" not in found
+    outcome = run_comparison.conclusion([run("A", [0.5, 0.6]), run("B", [0.52, 0.62], ipc=10)])
+    assert "accuracy % of B (FBPC) 57.0 ± 7.1 and A (FBPC) 55.0 ± 7.1 don't differ by more than chains do" in outcome
+    assert "best" not in outcome
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_gap_within_the_spread_is_no_difference():
     ],
 )
 def test_no_conclusion_where_settings_differ(changes, result, words):
-    found = run_comparison.conclusion([run("A", [0.5, 0.5]), run("B", [0.9, 0.9], result=result, **changes)])
-    assert found == f"No conclusion: the runs differ in {words}, so that their scores don't compare."
+    outcome = run_comparison.conclusion([run("A", [0.5, 0.5]), run("B", [0.9, 0.9], result=result, **changes)])
+    assert outcome == f"No conclusion: the runs differ in {words}, so that their scores don't compare."
 
 
 def test_no_conclusion_without_common_networks_spread_or_values():

@@ -34,8 +34,8 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text())
-    (case,) = found["cases"]
+    output = json.loads(report.read_text())
+    (case,) = output["cases"]
     assert (case["networks"], case["width"], case["m"]) == (["convnet-in", "convnet-bn"], 16, 10)
     assert case["map_steps"] > case["map_steps_pool"]  # it begins at a solution of images that have hardly moved
     assert set(case["seconds"]) == set(ways)
@@ -64,16 +64,16 @@ def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
     if "has no bfloat16 instructions" in done.stderr:
         pytest.skip("this CPU has no bfloat16 instructions")
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text())
-    assert [row["name"] for row in found["rows"]] == [
+    output = json.loads(report.read_text())
+    assert [row["name"] for row in output["rows"]] == [
         "pass of 10: fp32 / bf16", "expert batch: fp32 / bf16", "prediction, batches: 500 / 50",
         "expert batch, kept: 64 MiB / 1 GiB", "prediction, kept: 64 MiB / 1 GiB",
     ]  # fmt: skip
-    for row in found["rows"]:
+    for row in output["rows"]:
         first, second, ratios = (row[key]["all"] for key in ("first", "second", "ratio"))
         assert ratios == [a / b for a, b in zip(first, second, strict=True)]
-    assert set(found["gflops"]) == {"float32", "bfloat16"}
-    assert found["settings"]["json"] == "passes.json"
+    assert set(output["gflops"]) == {"float32", "bfloat16"}
+    assert output["settings"]["json"] == "passes.json"
     assert "| 8 | pass of 10: fp32 / bf16 |" in report.with_suffix(".md").read_text()
 
 
@@ -100,11 +100,11 @@ def test_ray_is_timed_beside_serial_and_gives_its_bits(tmp_path):
     report = tmp_path / "found.json"
     done = run("scaling.py", "--width", "8", "--steps", "1", "--repeats", "1", "--json", str(report))
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text())
-    seconds = {way: each["median"] for way, each in found["seconds_a_step"].items()}
+    output = json.loads(report.read_text())
+    seconds = {way: each["median"] for way, each in output["seconds_a_step"].items()}
     assert set(seconds) == {"serial", "one worker", "two workers"}
-    assert found["overhead"]["median"] == pytest.approx(seconds["one worker"] / seconds["serial"] - 1)
-    assert found["scaling"]["median"] == pytest.approx(seconds["one worker"] / seconds["two workers"])
+    assert output["overhead"]["median"] == pytest.approx(seconds["one worker"] / seconds["serial"] - 1)
+    assert output["scaling"]["median"] == pytest.approx(seconds["one worker"] / seconds["two workers"])
 
 
 @pytest.mark.parametrize(

@@ -216,13 +216,13 @@ def test_keys_hold_what_a_number_depends_on():
 def test_summary_by_hand():
     """Seeds 0: 0.1, 0.3; 1: 0.5, 0.7. Mean 40 %; within each sd sqrt(2) 10 %; means 20 and 60, sd sqrt(800) %."""
     rows = [{"distill_seed": s, "accuracy": v, "nll": None} for s, v in ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.7))]
-    found = summary(rows, "accuracy")
-    assert found is not None
-    assert found.mean == pytest.approx(40)
-    assert found.evaluation == pytest.approx(math.sqrt(200))
-    assert found.distillation == pytest.approx(math.sqrt(800))
+    result = summary(rows, "accuracy")
+    assert result is not None
+    assert result.mean == pytest.approx(40)
+    assert result.evaluation == pytest.approx(math.sqrt(200))
+    assert result.distillation == pytest.approx(math.sqrt(800))
     assert summary(rows, "nll") is None
-    assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == found._replace(diverged=1)
+    assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == result._replace(diverged=1)
 
 
 @pytest.mark.slow

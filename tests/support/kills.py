@@ -210,11 +210,11 @@ def compare(place: Place, expected: dict[str, Any], status: int) -> list[str]:
     wrong = ["a traceback"] if "Traceback" in text else []
     if status != 0:
         return [*wrong, f"the last attempt ended with status {status}: {text.strip().splitlines()[-1]}"]
-    found = place.outcome()
-    if not torch.equal(found["images"], expected["images"]):
+    actual = place.outcome()
+    if not torch.equal(actual["images"], expected["images"]):
         wrong.append("other images")
     wrong += [
-        f"other {name}: {found[name]}" for name in ("scores", "steps", "tracked") if found[name] != expected[name]
+        f"other {name}: {actual[name]}" for name in ("scores", "steps", "tracked") if actual[name] != expected[name]
     ]
     if left := place.scratch():
         wrong.append(f"scratch files: {left}")

@@ -146,12 +146,12 @@ def entropies_slow(samples: list[list[list[float]]]) -> list[tuple[float, float]
     def entropy(p: list[float]) -> float:
         return -sum(value * math.log(value) for value in p if value > 0)
 
-    found = []
+    items = []
     for i in range(len(samples[0])):
         each = [softmax_slow(sample[i]) for sample in samples]
         mean = [sum(column) / len(each) for column in zip(*each, strict=True)]
-        found.append((entropy(mean), sum(map(entropy, each)) / len(each)))
-    return found
+        items.append((entropy(mean), sum(map(entropy, each)) / len(each)))
+    return items
 
 
 def auroc_slow(familiar: list[float], strange: list[float]) -> float:

@@ -23,11 +23,11 @@ def descendants(root: int) -> dict[int, str]:
                 if status[0] != "Z":
                     parents[int(folder.name)] = int(status[1])
                     titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    found, level = {}, {root}
+    result, level = {}, {root}
     while level:
         level = {pid for pid, parent in parents.items() if parent in level}
-        found |= {pid: titles[pid] for pid in level}
-    return found
+        result |= {pid: titles[pid] for pid in level}
+    return result
 
 
 def listening(pids: Iterable[int]) -> list[tuple[int, ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
@@ -44,8 +44,8 @@ def listening(pids: Iterable[int]) -> list[tuple[int, ipaddress.IPv4Address | ip
                     if sys.byteorder == "little"
                     else raw
                 )
-                found = ipaddress.ip_address(raw)
-                sockets[f"socket:[{words[9]}]"] = getattr(found, "ipv4_mapped", None) or found, int(port, 16)
+                result = ipaddress.ip_address(raw)
+                sockets[f"socket:[{words[9]}]"] = getattr(result, "ipv4_mapped", None) or result, int(port, 16)
     held = []
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -64,13 +64,13 @@ def gradient_workers(root: int | None = None) -> list[int]:
 
 def processes_naming(folder: str) -> list[int]:
     """Return the processes whose command line names the folder."""
-    found = []
+    items = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 if folder.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found
+                    items.append(int(entry.name))
+    return items
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:
@@ -84,20 +84,20 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
 
 def raised_at_once(work: Callable[[], object], count: int) -> list[Exception]:
     """What `count` threads raised that did the same work at the same time."""
-    found: list[Exception] = []
+    items: list[Exception] = []
 
     def one() -> None:
         try:
             work()
         except Exception as error:  # noqa: BLE001  whatever it is, the test shows it
-            found.append(error)
+            items.append(error)
 
     threads = [threading.Thread(target=one) for _ in range(count)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
-    return found
+    return items
 
 
 def alive(pid: int) -> bool:

@@ -69,8 +69,8 @@ def loaded(where: str):
 def assert_scored(frame, split, expected: dict, at: int = 0) -> None:
     """The numbers of the model are those that the evaluation found for its chain `at`."""
     probabilities = torch.tensor(np.stack(frame["probabilities"].to_list()))
-    found = scores(predictive_stats(probabilities.log(), torch.tensor(split.labels)))
-    for name, value in found._asdict().items():
+    result = scores(predictive_stats(probabilities.log(), torch.tensor(split.labels)))
+    for name, value in result._asdict().items():
         assert value == pytest.approx(expected[name][at], abs=1e-9), name
     entropy = -(probabilities * probabilities.log()).sum(1)
     assert frame["entropy"].to_numpy() == pytest.approx(entropy.numpy(), abs=1e-9)

@@ -260,10 +260,10 @@ def test_a_key_finds_its_run_again_and_repeats_no_point(store: str):
         tracker.finish(status)
     other = MlflowTracker(store, "keyed", run_name="trial", key="sweep/4", tags={"sweep_id": "s"}, log=silent)
     assert other.wait(300)
-    found = mlflow_client.find_runs(store, "keyed", "sweep_id", "s")
-    assert found.keys() == {"sweep/3", "sweep/4"}
-    assert (found["sweep/3"].run_id, found["sweep/3"].running) == (tracker.run_id, False)
-    assert found["sweep/4"].running
+    result = mlflow_client.find_runs(store, "keyed", "sweep_id", "s")
+    assert result.keys() == {"sweep/3", "sweep/4"}
+    assert (result["sweep/3"].run_id, result["sweep/3"].running) == (tracker.run_id, False)
+    assert result["sweep/4"].running
     other.finish("FINISHED")
     points = MlflowClient(store).get_metric_history(str(tracker.run_id), "nll")
     assert sorted((point.step, point.value) for point in points) == [(0, 1.0), (0, 2.0), (1, 1.0)]

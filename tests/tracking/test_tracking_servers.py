@@ -156,7 +156,7 @@ def test_answers_lost(tmp_path: Path):
         tracker.finish("FINISHED")
         client, run_id = MlflowClient(f"http://127.0.0.1:{port}"), str(tracker.run_id)
         run = client.get_run(run_id)
-        assert [found.info.run_id for found in client.search_runs([run.info.experiment_id])] == [run_id]
+        assert [result.info.run_id for result in client.search_runs([run.info.experiment_id])] == [run_id]
         assert run.info.status == "FINISHED"
         assert run.data.params == {"a": "1"}
         assert history(client, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(8)]

@@ -41,12 +41,12 @@ def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
     from fbpc_ray.tuning.search_space import with_grid
 
     space = {"lambda_u": lambda own: own["lambda_x"] / 5, "lambda_x": tune.uniform(0.1, 1)}
-    found = drawn(with_grid(space, sweep.parse_grid(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
-    assert Counter((each["start_epoch"], each["augment"]) for each in found) == Counter(
+    result = drawn(with_grid(space, sweep.parse_grid(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
+    assert Counter((each["start_epoch"], each["augment"]) for each in result) == Counter(
         {(1, "dsa"): 2, (1, "none"): 2, (5, "dsa"): 2, (5, "none"): 2}
     )
-    assert all(each["lambda_u"] == pytest.approx(each["lambda_x"] / 5, rel=1e-3) for each in found)
-    assert list(found[0]) == ["lambda_u", "lambda_x", "start_epoch", "augment"]
+    assert all(each["lambda_u"] == pytest.approx(each["lambda_x"] / 5, rel=1e-3) for each in result)
+    assert list(result[0]) == ["lambda_u", "lambda_x", "start_epoch", "augment"]
 
 
 @pytest.mark.parametrize("name", [*PRESETS, ""])
@@ -57,8 +57,8 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
     space = default_space(base, 10)
     assert set(space) == {"start_epoch", "gamma", "lambda_x", "lambda_u", "steps", "alpha", "batch_size"}
     for number, own in enumerate(drawn(space, 20)):
-        found = sweep.trial_config(base, own, Sweep(), tmp_path, number)
-        assert {key: found.flat()[key] for key in own} == own
+        result = sweep.trial_config(base, own, Sweep(), tmp_path, number)
+        assert {key: result.flat()[key] for key in own} == own
 
 
 def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
@@ -101,10 +101,10 @@ def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monk
     with pytest.raises(SystemExit) as error:
         main.main(["tune", *words])
     assert error.value.code == 2
-    found = capsys.readouterr().err
-    assert found.startswith("error: ")
-    assert len(found.splitlines()) == 1
-    assert re.search(message, found), found
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert len(output.splitlines()) == 1
+    assert re.search(message, output), output
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["spaces_of_tests.py"]
 
 
@@ -142,11 +142,11 @@ def test_a_trial_gets_bundles_in_which_its_workers_fit(nodes, units, trials, gpu
     """Room for all trials at once before more than one worker for any; and inside its bundles a trial finds a place."""
     more = {"gpu": gpu, "threads": 1, "cpus_per_actor": 0.0, "gpus_per_actor": 0.0}
     need = resources_of(units, nodes, **more)
-    found = share(nodes, need, units, trials)
-    assert (found, min(trials, capacity(nodes, need) // found)) == (workers, together)
-    bundles = [Node(need.cpus, need.gpus)] * found
+    result = share(nodes, need, units, trials)
+    assert (result, min(trials, capacity(nodes, need) // result)) == (workers, together)
+    bundles = [Node(need.cpus, need.gpus)] * result
     inside = resources_of(units, bundles, **more)
-    assert capacity(bundles, inside) >= found
+    assert capacity(bundles, inside) >= result
 
 
 def test_half_a_gpu_is_no_place_for_more_than_a_half():

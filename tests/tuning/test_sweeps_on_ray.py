@@ -183,10 +183,10 @@ def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
     assert "RUNNING" in sessions[0].status.values()  # SIGKILL leaves no time; what follows mends it
     assert set(sessions[1].status.values()) <= {"FINISHED", "FAILED", "KILLED"}
     assert sessions[2].status == {"parent": "FINISHED", "0": "FINISHED", "1": "FAILED", "2": "FINISHED"}
-    found = {run.data.tags.get("trial", "parent"): run for run in runs(home)}
+    by_name = {run.data.tags.get("trial", "parent"): run for run in runs(home)}
     assert len(runs(home)) == 4
-    client, parent = MlflowClient(f"sqlite:///{home}/mlflow.db"), found.pop("parent")
-    for name, run in found.items():
+    client, parent = MlflowClient(f"sqlite:///{home}/mlflow.db"), by_name.pop("parent")
+    for name, run in by_name.items():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["sweep"] == "mine"
         history = client.get_metric_history(run.info.run_id, "val/nll")
@@ -204,4 +204,4 @@ def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
     page = re.search(r"compare: (\S+)", sessions[2].said)
     assert page
     compared = json.loads(unquote(page[1].split("runs=")[1].split("&")[0]))
-    assert set(compared) == {run.info.run_id for name, run in found.items() if name != "1"}
+    assert set(compared) == {run.info.run_id for name, run in by_name.items() if name != "1"}

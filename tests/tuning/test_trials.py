@@ -30,16 +30,16 @@ def outcome(number, how, *scores):
 
 
 def test_the_best_is_the_finished_trial_whose_last_look_is_best():
-    found = [
+    result = [
         outcome(0, "finished", (0.1, 0.99), (1.5, 0.7)),  # what it was in between doesn't count
         outcome(1, "stopped", (0.5, 0.9)),
         outcome(2, "finished", (2.0, 0.1), (1.0, 0.6)),
         outcome(3, "failed"),
         outcome(4, "finished", (2.0, 0.1), (1.0, 0.6)),
     ]
-    assert [each.number for each in sweep.rank(found, "nll")] == [2, 4, 0]
-    assert [each.number for each in sweep.rank(found, "accuracy")] == [0, 2, 4]
-    assert sweep.rank(found[1:2], "nll") == []
+    assert [each.number for each in sweep.rank(result, "nll")] == [2, 4, 0]
+    assert [each.number for each in sweep.rank(result, "accuracy")] == [0, 2, 4]
+    assert sweep.rank(result[1:2], "nll") == []
 
 
 def test_looks_have_shorter_chains_with_as_many_samples():
@@ -108,8 +108,8 @@ def test_a_trial_that_was_cut_gives_what_the_whole_one_gives(small, digits, tmp_
         one_trial(cut, until=2)
     assert sweep.read_outcome(cut.configs[0], 0).status == "open"
     assert one_trial(cut) == whole[1:]
-    found = sweep.read_outcome(cut.configs[0], 0)
-    assert (found.status, found.record.starts, found.record.validations) == ("finished", [0, 2], whole)
+    result = sweep.read_outcome(cut.configs[0], 0)
+    assert (result.status, result.record.starts, result.record.validations) == ("finished", [0, 2], whole)
     rows = pq.read_table(Path(cut.configs[0].output.out) / "metrics.parquet").to_pylist()
     assert Counter(row["step"] for row in rows) == {1: 2, 2: 2, 3: 2, 4: 2}
     assert one_trial(cut) == []  # a finished one does nothing
@@ -130,9 +130,9 @@ def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
 def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, digits, tmp_path):
     task = task_of(small, digits, tmp_path, {"alpha": 1e9, "architectures": ["convnet-none"]})
     one_trial(task)
-    found = sweep.read_outcome(task.configs[0], 0)
-    assert found.status == "failed"
-    assert "diverged: lower --chain-eta or --alpha" in found.reason
+    result = sweep.read_outcome(task.configs[0], 0)
+    assert result.status == "failed"
+    assert "diverged: lower --chain-eta or --alpha" in result.reason
 
 
 def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_path):

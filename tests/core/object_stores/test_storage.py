@@ -31,12 +31,12 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 def test_a_place_is_a_path_or_a_remote():
     assert place("~/x") == Path.home() / "x"
     assert place("runs/a:b") == Path("runs/a:b")
-    found = place("s3://bucket//a/b/")
-    assert found == Remote("s3", "bucket/a/b")
-    assert str(found) == "s3://bucket/a/b"
-    assert (found / "c.d.json").with_suffix(".png") == Remote("s3", "bucket/a/b/c.d.png")
-    assert (found.name, found.absolute()) == ("b", found)
-    assert pickle.loads(pickle.dumps(found)) == found
+    result = place("s3://bucket//a/b/")
+    assert result == Remote("s3", "bucket/a/b")
+    assert str(result) == "s3://bucket/a/b"
+    assert (result / "c.d.json").with_suffix(".png") == Remote("s3", "bucket/a/b/c.d.png")
+    assert (result.name, result.absolute()) == ("b", result)
+    assert pickle.loads(pickle.dumps(result)) == result
     for text in ("http://host/a", "s3://", "gs:///"):
         assert text in refusal(place, text)
 
@@ -83,8 +83,8 @@ def test_an_object_comes_back_and_is_replaced(folder, monkeypatch):
 def test_another_process_opens_the_store_by_itself(folder):
     (folder / "a").write_bytes(b"hello")
     code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).read_text(), 'torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(folder / "a"), capture_output=True)
-    assert found.stdout.split() == [b"hello", b"False"], found.stderr
+    result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(folder / "a"), capture_output=True)
+    assert result.stdout.split() == [b"hello", b"False"], result.stderr
 
 
 def test_an_upload_that_is_cut_leaves_the_old_object(folder, servers, monkeypatch):

@@ -99,8 +99,8 @@ def test_processes_of_a_node_download_once(s3, wire):
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    found = [process.communicate(timeout=300) for process in processes]
-    assert len({out for out, _ in found}) == 1 != len(found[0][0]), found
+    items = [process.communicate(timeout=300) for process in processes]
+    assert len({out for out, _ in items}) == 1 != len(items[0][0]), items
     assert 3_000_000 < wire.received - before < 4_000_000
     assert copies() == [f"{arguments[2]}.arrow"]
 
@@ -228,14 +228,14 @@ def test_a_full_disk_is_said(s3, tmp_path):
     mounted = tmp_path / "cache"
     mounted.mkdir()
     script = f'mount -t tmpfs -o size=2m none {mounted} && exec "$@"'
-    found = subprocess.run(
+    result = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", FULL,
          *map(str, arguments)],
         cwd=ROOT, env={**os.environ, "FBPC_CACHE_GB": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    if "unshare" in found.stderr or "mount" in found.stderr:
-        pytest.skip(f"no file system may be mounted here: {found.stderr.strip()}")
-    said, left = found.stdout.splitlines()
+    if "unshare" in result.stderr or "mount" in result.stderr:
+        pytest.skip(f"no file system may be mounted here: {result.stderr.strip()}")
+    said, left = result.stdout.splitlines()
     assert said == (
         f"the disk of {mounted} is full (0.003 GB more for experts): free some space, or set FBPC_CACHE to a folder on "
         "another disk, then run the same command again 1"
