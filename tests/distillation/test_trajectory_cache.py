@@ -29,7 +29,7 @@ KEY = TrajectoryKey(1, RECIPE, 2, "c0ffee", 3, 0.01, 256, 30, "dsa", "2.11.0", 1
 OTHER = {
     "format": 2, "recipe": RECIPE._replace(lr=0.02), "expert": 1, "checksum": "decaf", "epoch": 4, "lambda_x": 0.02,
     "real_batch_size": 128, "posterior_steps": 29, "augment": "none", "torch_version": "2.12.0", "threads": 2,
-    "compiled": True, "cpu_capability": "AVX512", "device": "NVIDIA H200",
+    "compiled": True, "cpu_capability": "AVX512", "device": "NVIDIA H200", "precision": "bf16",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_the_key_of_a_gradient_says_what_its_k_steps_depend_on(context, tmp_path
         "checksum": context.store.checksum(0), "epoch": 2, "lambda_x": settings.lambda_x,
         "real_batch_size": settings.real_batch_size, "posterior_steps": settings.posterior_steps, "augment": "dsa",
         "torch_version": torch.__version__, "threads": torch.get_num_threads(), "compiled": False,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "device": "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "device": "cpu", "precision": "fp32",
     }  # fmt: skip
     changes = {"lambda_x": 0.123, "real_batch_size": 17, "posterior_steps": 5}
     for name, value in changes.items():

@@ -239,6 +239,7 @@ def test_the_figure_of_the_grid_has_accuracy_against_ece_by_ipc():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_cost_is_measured_in_its_own_process(tmp_path):
     """A hundred times the images take more memory and time; parameters are the network's.
 
