@@ -38,3 +38,13 @@ def test_a_cluster_whose_nodes_are_all_dead_is_one_line(monkeypatch):
     ) as one:
         connection.nodes()
     assert one.value.code == 1
+
+
+def test_the_probe_speaks_for_itself(monkeypatch):
+    def refuse(address: str) -> None:
+        raise UserError(f"no Ray cluster answers at {address} within 10 s")
+
+    monkeypatch.setattr(connection, "probe", refuse)
+    with pytest.raises(UserError) as raised:
+        connection.connect("10.0.0.1:6379", {}, print)
+    assert str(raised.value) == "no Ray cluster answers at 10.0.0.1:6379 within 10 s"

@@ -41,6 +41,8 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
             ray.init(address=init_address, logging_level=logging.ERROR, log_to_driver=False, **options)
         if starts:
             make_private(Path.home() / ".ray" / "auth_token")
+    except UserError:  # of the probe
+        raise
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except Exception as error:
