@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
 from benchmark_report import PHASES, draw, line, table
 from support import reference
 
