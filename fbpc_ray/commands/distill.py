@@ -155,8 +155,7 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
     session.train_experts(workers, log)
     if state.step:
         log(f"resumed at step {state.step}")
-        for step, values in run_logging.metrics_of_rows(rows).items():
-            tracker.log_metrics(values, step)  # a killed driver may not have delivered them
+        run_logging.log_steps(tracker, rows)
     validator = Validator(live)
     _show_images(live, state)
     if not state.step:

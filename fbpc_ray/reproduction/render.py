@@ -120,8 +120,8 @@ def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
 
 
 def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
-    """Draw the table's first quantity as bars, the paper's values as marks; of a grid, accuracy against ECE."""
-    if table.startswith("grid"):
+    """Draw the table's first quantity as bars, the paper's values as marks; or accuracy against ECE."""
+    if TABLES[table].figure == "scatter":
         scatter(_plane(rows), SHOWN["accuracy"].label, SHOWN["ece"].label, _title(table, scale), path)
         return
     quantity = TABLES[table].quantities[0]

@@ -94,6 +94,8 @@ class Table(NamedTuple):
     logits: function values at one image | picture: images of the coreset."""
     quantities: tuple[str, ...]
     cells: Callable[[Request], list[Cell]]
+    figure: str = "bars"
+    """Picture of scores. bars: the first quantity | scatter: accuracy against ECE, columns being "ipc N, inference"."""
 
 
 def _config(
@@ -227,9 +229,15 @@ TABLES: dict[str, Table] = {
     "table10": Table("Table 10: with and without DSA", "scores", SCORES, _table10),
     "fig2a": Table("Fig. 2a: distilled on one or four norms, judged on each", "scores", SCORES, _fig2a),
     "fig2b": Table("Fig. 2b: function values at one image, over networks", "logits", ("logit",), _fig2b),
-    "grid": Table("Coresets and inference, CIFAR10", "scores", ALL_SCORES, lambda r: _grid(r, "cifar10", r.all_ipc)),
+    "grid": Table(
+        "Coresets and inference, CIFAR10", "scores", ALL_SCORES, lambda r: _grid(r, "cifar10", r.all_ipc), "scatter"
+    ),
     "grid-cifar100": Table(
-        "Coresets and inference, CIFAR100", "scores", ALL_SCORES, lambda r: _grid(r, "cifar100", r.ipc or (1,))
+        "Coresets and inference, CIFAR100",
+        "scores",
+        ALL_SCORES,
+        lambda r: _grid(r, "cifar100", r.ipc or (1,)),
+        "scatter",
     ),
     "fig3": Table("Fig. 3: the pseudocoreset", "picture", (), _fig3),
 }

@@ -118,6 +118,12 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
     return metrics
 
 
+def log_steps(tracker: Tracker, rows: Sequence[Row]) -> None:
+    """Log all metrics that the rows of metrics.parquet hold: a killed driver may not have delivered them."""
+    for step, values in metrics_of_rows(rows).items():
+        tracker.log_metrics(values, step)
+
+
 def score_metrics(
     scores: Sequence[ChainScore], mixing: Sequence[Mixing], method: str, split: str = "test"
 ) -> dict[str, float]:
@@ -151,8 +157,7 @@ def deliver_result(config: Config, run: RunDirectory, result: Mapping[str, Any],
     if reference is None or reference.delivered or not config.output.tracking:
         return
     with _tracking(config, run, run_tags(config, result["data"]), log) as tracker:
-        for step, values in metrics_of_rows(run.read_metrics()).items():
-            tracker.log_metrics(values, step)
+        log_steps(tracker, run.read_metrics())
         scores, mixing = results.from_json(result["coresets"]), diagnostics.from_json(result.get("mixing", {}))
         log_result(tracker, run, config, result["data"], scores, mixing, result["steps"])
 
@@ -274,9 +279,9 @@ def model_run(run: RunDirectory, uri: str, tracker: Tracker, log: Log) -> str:
     if not tracker.uri:
         return ""
     reference = run_reference.read(run)
-    if reference and redacted(reference.uri) == redacted(uri) and reference.run_id:
+    if reference and reference.is_of(uri) and reference.run_id:
         return reference.run_id
-    if reference and redacted(reference.uri) != redacted(uri):
+    if reference and not reference.is_of(uri):
         log(
             f"MLflow: the model goes to {redacted(uri)}, as your settings say; {run_reference.path_of(run)} names "
             f"{redacted(reference.uri)}, which only --tracking-uri or MLFLOW_TRACKING_URI can choose"

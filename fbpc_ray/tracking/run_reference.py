@@ -23,6 +23,10 @@ class RunReference(NamedTuple):
     delivered: bool
     """Whether MLflow has the result and the end of the run; True in files of earlier code."""
 
+    def is_of(self, uri: str) -> bool:
+        """Return whether the run is in the store `uri`, whatever password that has."""
+        return redacted(self.uri) == redacted(uri)
+
 
 def path_of(run: RunDirectory) -> Place:
     """Return the path of the reference."""
@@ -43,7 +47,7 @@ def read(run: RunDirectory) -> RunReference | None:
 def of_store(run: RunDirectory, uri: str) -> RunReference:
     """Return the reference to a run in the store `uri`; a new one, with a key of its own, where there is none."""
     reference = read(run)
-    if reference is None or redacted(reference.uri) != redacted(uri):
+    if reference is None or not reference.is_of(uri):
         return RunReference(uri, "", uuid.uuid4().hex, False)
     return reference
 

@@ -193,6 +193,7 @@ def test_the_grid_is_every_method_by_every_inference():
     vbpc = by_name["VBPC", "ipc 1, SGHMC"]
     assert (vbpc.distillation.steps, vbpc.distillation.real_batch_size, vbpc.networks.width) == (3000, 256, 32)
     assert len({coreset_key(cell.config) for cell in cells}) == 7 * 2, "a coreset is made once for all inferences"
+    assert [name for name, table in TABLES.items() if table.figure == "scatter"] == ["grid", "grid-cifar100"]
     assert {cell.config.distillation.ipc for cell in cells_of("grid-cifar100", paper_request("small"))} == {1}
 
 
