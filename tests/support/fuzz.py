@@ -326,6 +326,17 @@ def _write_parquet(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     pq.write_table(table, path)
 
 
-def write_report(path: Path, seed: int, counts: dict[str, Counts], provenance: dict[str, Any]) -> None:
-    readers_of = {name: count.as_json() for name, count in counts.items()}
-    files.write_json(path, {"seed": seed, "readers": readers_of, **provenance})
+def write_report(
+    path: Path, seed: int, counts: dict[str, Counts], provenance: dict[str, Any], *, keep: bool = False
+) -> None:
+    """Write the counts of each reader with the commit of its code, and seed, versions and device for each commit.
+
+    Args:
+        keep: take over the counts of the readers that `path` has and `counts` lacks.
+    """
+    earlier = json.loads(path.read_text()) if keep and path.exists() else {"runs": {}, "readers": {}}
+    commit = provenance["commit"]
+    readers_of = {**earlier["readers"], **{name: {**each.as_json(), "commit": commit} for name, each in counts.items()}}
+    runs = {**earlier["runs"], commit: {"seed": seed, **provenance}}
+    used = {each["commit"] for each in readers_of.values()}
+    files.write_json(path, {"runs": {name: runs[name] for name in runs if name in used}, "readers": readers_of})
