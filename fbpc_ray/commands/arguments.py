@@ -170,7 +170,11 @@ class ReproduceArguments:
     override: tuple[str, ...] = ()
     """FLAG=VALUE for every cell, e.g. steps=100 width=64; the table's title names them."""
     corruptions: str = ""
-    """Folder of the official CIFAR-10-C (table3); empty generates the corruptions."""
+    """Folder of the official CIFAR-10-C (table3, grid); empty generates the corruptions."""
+    ood: str = ""
+    """Data set whose test images are out of distribution (grid), as --data takes it; empty: no AUROC."""
+    ood_resize: bool = False
+    """Resize the images of --ood to the size of the data."""
     cost_steps: int = 5
     """Timed steps of a cell (table7, table8, table9)."""
     out: str = "reproduction"

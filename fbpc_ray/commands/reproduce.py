@@ -42,6 +42,7 @@ def reproduce(args: ReproduceArguments) -> None:
     options = Options(
         args.table, args.scale, Request(scale, sources, args.ipc, _overrides(args.override), base), folder, args.only,
         Path(args.corruptions) if args.corruptions else None, args.cost_steps, args.dry_run,
+        args.ood, args.ood_resize,
     )  # fmt: skip
     with resume_hint("run the same command again to continue"):
         path, rows = run.reproduce(options, log)

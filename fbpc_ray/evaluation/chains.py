@@ -204,35 +204,48 @@ def evaluation_context(
     )
 
 
+class Predictor(NamedTuple):
+    """What was learned from a coreset."""
+
+    logits: Logits
+    samples: list[Params]
+    """Parameters behind the predictions, on the device."""
+
+
+def sampled(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
+    """Sample one chain; return its model average, None for a chain that diverged."""
+    passes = passes_of(context, chain, device)
+    images, samples = sample_chain(context, chain, passes, device)
+    return Predictor(average_of(passes, samples, images), samples) if ensemble.finite(samples) else None
+
+
 def run_chain(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
     """Sample one chain and score its model average."""
     start = time.perf_counter()
-    passes = passes_of(context, chain, device)
-    images, samples = sample_chain(context, chain, passes, device)
-    if not ensemble.finite(samples):
-        return ChainResult(None, time.perf_counter() - start)
-    return chain_result(context, chain, average_of(passes, samples, images), samples, device, start)
+    predictor = sampled(context, chain, device)
+    return chain_result(context, chain, predictor, device, start)
 
 
 def chain_result(
-    context: EvaluationContext, chain: Chain, logits: Logits, samples: list[Params], device: str, start: float
+    context: EvaluationContext, chain: Chain, predictor: Predictor | None, device: str, start: float
 ) -> ChainResult:
     """Score the predictions of a chain that began at `start`, on the split and the out-of-distribution images."""
-    scored = score(logits, _on_device(context.split, context, device))
-    in_distribution = out_of_distribution = None
+    if predictor is None:
+        return ChainResult(None, time.perf_counter() - start)
+    logits, samples = predictor
+    scored = score(logits, on_device(context.split, context, device))
+    result = scored_result(scored)
     if context.ood is not None:
-        in_distribution = scored.uncertainty
-        out_of_distribution = score(logits, _on_device(context.ood, context, device)).uncertainty
-    return ChainResult(
-        scored.stats,
-        time.perf_counter() - start,
-        batch_nll(scored.losses, LINEAGE_BATCH),
-        float(scored.losses.mean()),
-        in_distribution,
-        out_of_distribution,
-        [{name: value.cpu() for name, value in params.items()} for params in samples] if chain.keep_samples else None,
-        traces_of(scored.losses.numpy()),
-    )
+        outside = score(logits, on_device(context.ood, context, device)).uncertainty
+        result = result._replace(in_distribution=scored.uncertainty, out_of_distribution=outside)
+    if chain.keep_samples:
+        result = result._replace(samples=[{k: value.cpu() for k, value in params.items()} for params in samples])
+    return result._replace(seconds=time.perf_counter() - start, traces=traces_of(scored.losses.numpy()))
+
+
+def scored_result(scored: Scored) -> ChainResult:
+    """Return the numbers of a chain's predictions for the split, without its seconds."""
+    return ChainResult(scored.stats, 0.0, batch_nll(scored.losses, LINEAGE_BATCH), float(scored.losses.mean()))
 
 
 def likelihood_labels(arrays: CoresetArrays) -> np.ndarray:
@@ -253,7 +266,8 @@ def sample_chain(context: EvaluationContext, chain: Chain, passes: Passes, devic
     return images, posterior_samples(passes, images, labels, context.settings, context.augment, chain.seed)
 
 
-def _on_device(split: Split, context: EvaluationContext, device: str) -> DeviceDataset:
+def on_device(split: Split, context: EvaluationContext, device: str) -> DeviceDataset:
+    """Return images and labels of `split` on the device, normalised as the coreset is."""
     return DeviceDataset(*tensors(split, device), context.mean, context.std)
 
 

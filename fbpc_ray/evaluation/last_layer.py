@@ -19,7 +19,16 @@ from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Params
 from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.chains import Chain, ChainResult, EvaluationContext, Logits, average_of, chain_result
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    ChainResult,
+    EvaluationContext,
+    Logits,
+    Predictor,
+    average_of,
+    chain_result,
+    sampled,
+)
 from fbpc_ray.inference.adam import adam_start
 from fbpc_ray.inference.last_layer import mean_field_logits, one_hot_targets, predictive
 from fbpc_ray.models import last_layer
@@ -30,16 +39,20 @@ from fbpc_ray.models.passes import Passes
 
 def run_networks(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
     """Train the networks of one seed on the coreset, and score their predictions; as `run_chain`."""
-    start, settings, network = time.perf_counter(), context.settings, Network(chain.spec, device)
+    start = time.perf_counter()
+    return chain_result(context, chain, fitted(context, chain, device), device, start)
+
+
+def fitted(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
+    """Train the networks of one seed on the coreset; return what they predict, None where training diverged."""
+    settings, network = context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
     samples = [trained(network, data, settings, chain.seed, member) for member in range(_num_networks(settings))]
     if not ensemble.finite(samples):
-        return ChainResult(None, time.perf_counter() - start)
+        return None
     if settings.inference == "last-layer":
-        logits = closed_form(network, samples[0], data, settings)
-    else:
-        logits = average_of(Passes(network), samples, data.images)
-    return chain_result(context, chain, logits, samples, device, start)
+        return Predictor(closed_form(network, samples[0], data, settings), samples)
+    return Predictor(average_of(Passes(network), samples, data.images), samples)
 
 
 def _num_networks(settings: Evaluation) -> int:
@@ -93,3 +106,8 @@ RUNNERS: dict[str, Callable[[EvaluationContext, Chain, str], ChainResult]] = {
     "last-layer": run_networks, "mse": run_networks, "ensemble": run_networks,
 }  # fmt: skip
 """Values of `--inference`, beside sghmc."""
+
+PREDICTORS: dict[str, Callable[[EvaluationContext, Chain, str], Predictor | None]] = {
+    "sghmc": sampled, **dict.fromkeys(RUNNERS, fitted)
+}  # fmt: skip
+"""Inference alone, without its scores, for every value of `--inference`."""

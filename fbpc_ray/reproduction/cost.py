@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fbpc_ray.core import config as configs
+from fbpc_ray.core import files
 from fbpc_ray.core.allocator import give_back_freed_memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -26,6 +27,25 @@ from fbpc_ray.distillation.state import gradient_tasks
 from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution.session import open_session
 from fbpc_ray.models.functional import Network
+
+
+class CpuClock:
+    """CPU seconds of this process, and of earlier processes that worked on the same run, from its file."""
+
+    def __init__(self, path: Path):
+        self.path, self._start = path, time.process_time()
+        try:
+            self._before = float(path.read_text())
+        except (OSError, ValueError):  # none, or damaged: only this process counts
+            self._before = 0.0
+
+    def seconds(self) -> float:
+        """Return the CPU seconds up to now."""
+        return self._before + time.process_time() - self._start
+
+    def save(self) -> None:
+        """Write the seconds for a process that resumes the run."""
+        files.write_text(self.path, f"{self.seconds()}\n")
 
 
 class Cost(NamedTuple):

@@ -25,6 +25,9 @@ class Quantity(NamedTuple):
     digits: int
 
 
+LATER = {"ood_auroc_entropy", "corruption_accuracy", "make_seconds", "judge_seconds"}
+"""Quantities that rows of earlier versions, or rows without --ood, don't have."""
+
 SHOWN = {
     "accuracy": Quantity("accuracy %", 100, 1),
     "nll": Quantity("NLL", 1, 2),
@@ -35,6 +38,10 @@ SHOWN = {
     "seconds": Quantity("seconds", 1, 2),
     "parameters": Quantity("parameters", 1, 0),
     "logit": Quantity("logit", 1, 2),
+    "ood_auroc_entropy": Quantity("OOD AUROC", 1, 3),
+    "corruption_accuracy": Quantity("accuracy % on corrupted images", 100, 1),
+    "make_seconds": Quantity("CPU seconds to make, without experts", 1, 0),
+    "judge_seconds": Quantity("CPU seconds to judge", 1, 1),
 }
 
 
@@ -57,7 +64,7 @@ def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
     diverged = 0
     for row in rows:
         if row[quantity] is None:
-            diverged += 1
+            diverged += quantity not in LATER or row["accuracy"] is None
         else:
             by_distillation.setdefault(row["distill_seed"], []).append(shown.scale * row[quantity])
     groups = list(by_distillation.values())
@@ -97,6 +104,8 @@ def markdown(
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
     for quantity in shape.quantities:
         shown, paper = SHOWN[quantity], PAPER.get(table, {})
+        if quantity in LATER and all(row[quantity] is None for row in rows):
+            continue
         body = []
         for name in names:
             ours = [summary(_cell(rows, name, column), quantity) for column in columns]

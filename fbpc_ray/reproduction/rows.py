@@ -17,7 +17,8 @@ from fbpc_ray.distillation import network_pool
 
 QUANTITIES = (
     "accuracy", "nll", "ece", "brier", "batch_nll", "mean_sample_nll", "degradation",
-    "peak_gb", "seconds", "parameters", "logit",
+    "peak_gb", "seconds", "parameters", "logit", "ood_auroc_entropy", "ood_auroc_mutual_information",
+    "corruption_accuracy", "make_seconds", "judge_seconds",
 )  # fmt: skip
 _TEXT = (
     "table",
@@ -32,6 +33,8 @@ _TEXT = (
     "device",
     "coreset",
     "coreset_commit",
+    "ood",
+    "corruptions",
 )
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in _TEXT]
@@ -89,6 +92,8 @@ def _settings(config: Config) -> dict[str, Any]:
 def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
     """Hash everything that a cell's numbers depend on, except the seed of the evaluation."""
     settings = {name: value for name, value in _settings(config).items() if name not in _ELSEWHERE}
+    if config.evaluation.inference != "sghmc":
+        settings["judged_by"] = 2  # rows without it hold the scores of SGHMC
     return _digest({"table": table, "row": row, "column": column, "judged_on": judged_on, **settings})
 
 

@@ -34,6 +34,7 @@ from fbpc_ray.execution.session import check_memory, expert_store, load_data, ne
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
+from fbpc_ray.reproduction.extras import ExtraColumns, Extras, extra_columns, extra_notes
 from fbpc_ray.reproduction.render import markdown, over_ipc, picture
 from fbpc_ray.reproduction.rows import Rows, cell_key, coreset_key
 from fbpc_ray.reproduction.tables import TABLES, Cell, Request, cells_of
@@ -51,6 +52,9 @@ class Options(NamedTuple):
     corruptions: Path | None
     cost_steps: int
     dry_run: bool
+    ood: str = ""
+    """A data set whose test images are out of distribution, for a grid."""
+    ood_resize: bool = False
 
 
 class Task(NamedTuple):
@@ -66,15 +70,15 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     """Make the missing rows of a table; return its Markdown file and its rows. Raises UserError."""
     kind, rows = TABLES[options.table].kind, Rows(options.out / "rows" / options.table)
     tasks = _tasks(options, log)
-    seeds = _seeds(options)
-    present = {(row["key"], row["eval_seed"]) for row in rows.read()}
+    seeds, columns = _seeds(options), _extra_columns(options, tasks[0].dataset, log)
+    present = {(row["key"], row["eval_seed"]) for row in rows.read() if columns is None or columns.describes(row)}
     missing = [(task, seed) for task in tasks for seed in seeds if (task.key, seed) not in present]
     log(f"{options.table}: {len(tasks)} cells, {len(missing)} of {len(tasks) * len(seeds)} rows to make")
     unmade = _unmade(tasks) if kind == "picture" else _unmade([task for task, _ in missing])
     if options.dry_run:
         log(f"{len(unmade) if kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
         return options.out / f"{options.table}.md", []
-    failures = _fill(options, missing, unmade, rows, log) if missing or unmade else {}
+    failures = _fill(options, missing, unmade, columns, rows, log) if missing or unmade else {}
     complete = [task for task in tasks if task.coreset not in failures]
     order = {task.key: index for index, task in enumerate(tasks)}
     ordered = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
@@ -96,8 +100,9 @@ def _seeds(options: Options) -> range:
 
 
 def _fill(
-    options: Options, missing: list[tuple[Task, int]], unmade: list[Task], rows: Rows, log: Log
-) -> dict[Path, str]:
+    options: Options, missing: list[tuple[Task, int]], unmade: list[Task], columns: ExtraColumns | None, rows: Rows,
+    log: Log,
+) -> dict[Path, str]:  # fmt: skip
     """Make coresets and rows; return why coresets failed, by folder."""
     with open_backend(options.request.base, Interruption(), log) as workers:
         provenance = capture(workers.describe())
@@ -107,8 +112,16 @@ def _fill(
             return {}
         failures = _make_coresets(unmade, workers, provenance.commit, log)
         possible = [(task, seed) for task, seed in missing if task.coreset not in failures]
-        _evaluate(options, possible, rows, workers, provenance, log)
+        _evaluate(options, possible, columns, rows, workers, provenance, log)
         return failures
+
+
+def _extra_columns(options: Options, dataset: Dataset, log: Log) -> ExtraColumns | None:
+    """Describe the columns that a grid has beside the scores; None for other tables."""
+    if TABLES[options.table].kind != "grid":
+        return None
+    other = load_data(options.request.base.updated(data=options.ood), log) if options.ood else None
+    return extra_columns(dataset, other, options.ood_resize, options.corruptions, options.request.scale.extra_images)
 
 
 def _tasks(options: Options, log: Log) -> list[Task]:
@@ -130,7 +143,7 @@ def _tasks(options: Options, log: Log) -> list[Task]:
         source = cell.config.data.data
         if source not in datasets:
             datasets[source] = load_data(cell.config, log)
-            if TABLES[options.table].kind == "corruptions" and options.corruptions:
+            if TABLES[options.table].kind in ("corruptions", "grid") and options.corruptions:
                 official(options.corruptions, datasets[source])  # raises if the folder doesn't fit the data
         dataset = datasets[source]
         validation.check(cell.config)
@@ -189,9 +202,12 @@ def _train_experts(configs: list[Config], dataset: Dataset, workers: TaskRunner,
 
 
 def _evaluate(
-    options: Options, missing: list[tuple[Task, int]], rows: Rows, workers: TaskRunner, provenance: Provenance, log: Log
-) -> None:
+    options: Options, missing: list[tuple[Task, int]], columns: ExtraColumns | None, rows: Rows, workers: TaskRunner,
+    provenance: Provenance, log: Log,
+) -> None:  # fmt: skip
     """Run a chain for each missing row; write a row as its chain ends."""
+    extras = columns.images() if columns and missing else Extras()
+    described = columns.row() if columns else {}
     groups: dict[str, list[tuple[Task, int]]] = {}
     for task, seed in missing:  # chains of one evaluation, data set and augmentation share what travels to the workers
         config = task.cell.config
@@ -201,9 +217,10 @@ def _evaluate(
     with progress("evaluate", len(missing), "chain", log=log) as bar:
         for group in groups.values():
             shared, items = _shared_context(options, group, workers.device, log)
+            shared = shared._replace(extras=extras)
             for index, findings in workers.map(work.run_row_task, shared, items):
                 task, seed = group[index]
-                rows.write([_row(options, task, seed, finding, provenance) for finding in findings])
+                rows.write([_row(options, task, seed, described | finding, provenance) for finding in findings])
                 if not findings[0]:
                     log(f"warning: a chain diverged ({task.cell.row}, {task.cell.column}): its row is empty")
                 bar.update()
@@ -249,24 +266,24 @@ def _measure(
 
 def _row(options: Options, task: Task, seed: int, finding: work.Finding, provenance: Provenance) -> dict[str, Any]:
     folder = None if TABLES[options.table].kind == "cost" else task.coreset  # a cost doesn't depend on the images
+    facts = coreset.metadata(RunDirectory(folder).coreset_path) if folder else {}
     return {
         "table": options.table, "key": task.key, "row": task.cell.row, "column": task.cell.column,
         "scale": options.scale, "judged_on": task.cell.judged_on, "config": json.dumps(task.cell.config.flat()),
         "commit": provenance.commit, "versions": json.dumps(provenance.versions), "device": provenance.device,
-        "coreset": folder and folder.name, "coreset_commit": folder and _commit_of(folder),
+        "coreset": folder and folder.name, "coreset_commit": facts.get("commit"),
+        "make_seconds": float(facts["cpu_seconds"]) if "cpu_seconds" in facts else None,
         "distill_seed": task.cell.config.distillation.seed, "eval_seed": seed, **finding,
     }  # fmt: skip
-
-
-def _commit_of(folder: Path) -> str | None:
-    """Return the commit that made a coreset; the commit that evaluates it may be another."""
-    return coreset.metadata(RunDirectory(folder).coreset_path).get("commit")
 
 
 def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> Path:
     """Write the table as Markdown, and its pictures; return the path of the Markdown."""
     configs = [task.cell.config for task in tasks]
-    footnotes = notes(options.corruptions, 0) if TABLES[options.table].kind == "corruptions" else ()
+    kind = TABLES[options.table].kind
+    footnotes = notes(options.corruptions, 0) if kind == "corruptions" else ()
+    if kind == "grid":
+        footnotes = extra_notes(rows)
     path, image = options.out / f"{options.table}.md", options.out / f"{options.table}.png"
     sizes = image.with_name(f"{options.table}-by-ipc.png")
     images = [image.name]

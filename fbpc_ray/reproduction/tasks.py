@@ -18,13 +18,14 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.chains import Chain, EvaluationContext, passes_of, predictive, run_chain, sample_chain, values
+from fbpc_ray.evaluation.chains import Chain, EvaluationContext, passes_of, predictive, sample_chain
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import open_session
 from fbpc_ray.inference.metrics import scores
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
-from fbpc_ray.reproduction.cost import Cost, measure
+from fbpc_ray.reproduction.cost import Cost, CpuClock, measure
+from fbpc_ray.reproduction.extras import Extras, score_chain
 
 
 class CoresetTask(NamedTuple):
@@ -47,7 +48,7 @@ def make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> str:
 
 
 def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
-    config, run = task.config, RunDirectory(task.folder)
+    config, run, clock = task.config, RunDirectory(task.folder), CpuClock(task.folder / "cpu-seconds.txt")
     session = open_session(config.updated(threads=1), print, dataset)
     state, labels = session.initial
     if session.num_steps:
@@ -58,10 +59,16 @@ def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
 
         def report(step: Step) -> None:
             set_part(step.state.step, session.num_steps)
+            if step.state.step % config.distillation.checkpoint_every == 0:
+                clock.save()
 
-        state = follow(steps, Checkpointer(run, state, rows, config.distillation), [report], interruption)
+        try:
+            state = follow(steps, Checkpointer(run, state, rows, config.distillation), [report], interruption)
+        finally:
+            clock.save()
     facts = {
         "method": config.distillation.method, "data": dataset.name, "step": str(state.step), "commit": task.commit,
+        "cpu_seconds": str(clock.seconds()),
     }  # fmt: skip
     coreset.save(session.coreset(state), run.coreset_path, facts)
 
@@ -82,6 +89,7 @@ class SharedContext(NamedTuple):
 
     context: EvaluationContext
     dataset: Dataset
+    extras: Extras = Extras()
 
 
 Finding = dict[str, Any]
@@ -90,8 +98,8 @@ Finding = dict[str, Any]
 
 def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
     """Run a chain and return its rows; a chain that diverged returns one empty row."""
-    if item.kind == "scores":
-        return [values(run_chain(shared.context, item.chain, device))]
+    if item.kind in ("scores", "grid"):
+        return [score_chain(shared.context, item.chain, shared.extras, device)]
     passes = passes_of(shared.context, item.chain, device)
     images, samples = sample_chain(shared.context, item.chain, passes, device)
     if not ensemble.finite(samples):
