@@ -1,11 +1,13 @@
 """Read files of users and strangers: regular files, JSON within limits, checksums if present.
 
-    {"steps": 12, ..., "checksum": "crc32:0f3a5b7c"}
+    {"checksum": "crc32:0f3a5b7c", "steps": 12, ...}
 
-The checksum of a JSON object is over its other members, so that spaces and line ends don't count. A file of an earlier
-release has none and is read without.
+The checksum of a JSON object is over its other members, so that spaces and line ends don't count. It comes first: a cut
+that takes the last member's end and a checksum behind it would leave a file that looks whole. A file of an earlier
+release has none and is read without, or has it last.
 """
 
+import difflib
 import json
 import math
 import os
@@ -27,6 +29,8 @@ MAX_DEPTH = 100
 CHECKSUM = "checksum"
 """Name of the checksum among the members of an object."""
 FORM = re.compile(r"crc32:[0-9a-f]{8}")
+ALIKE = 0.75
+"""Ratio of difflib from which the name of a member is a damaged `CHECKSUM`."""
 
 KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
@@ -136,8 +140,8 @@ def crc(parts: Iterable[Any]) -> str:
 
 
 def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the checksum to a JSON object."""
-    return {**value, CHECKSUM: _checksum_of(value)}
+    """Add the checksum to a JSON object, as its first member."""
+    return {CHECKSUM: _checksum_of(value), **value}
 
 
 def without_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,9 +149,13 @@ def without_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: member for name, member in value.items() if name != CHECKSUM}
     if CHECKSUM in value and value[CHECKSUM] != _checksum_of(rest):
         raise ValueError("its checksum is not that of its content")
-    if CHECKSUM not in value and any(is_checksum(member) for member in rest.values()):
+    if CHECKSUM not in value and any(is_checksum(member) or _is_alike(name) for name, member in rest.items()):
         raise ValueError("its checksum has another name")  # the name is damaged
     return rest
+
+
+def _is_alike(name: str) -> bool:
+    return CHECKSUM in name or difflib.SequenceMatcher(None, name[:100], CHECKSUM).ratio() >= ALIKE
 
 
 def is_checksum(value: object) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fbpc_ray.core import files, inputs
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 
 
@@ -117,3 +118,31 @@ def test_spaces_and_the_order_of_members_do_not_count():
     assert inputs.without_checksum(json.loads(json.dumps(dict(reversed(value.items()))))) == {"a": 1, "b": 2.0}
     with pytest.raises(ValueError, match="its checksum is not that of its content"):
         inputs.without_checksum(value | {"a": 2})
+
+
+VALUE = {"how": "stopped", "why": "by the scheduler at step 3"}
+
+
+def test_no_cut_of_a_file_leaves_another_value():
+    """Of all cuts of one piece; what lacks a member is refused by its reader."""
+    text = json.dumps(inputs.with_checksum(VALUE), indent=2)
+    read = 0
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            try:
+                value = inputs.without_checksum(inputs.parse_json(text[:start] + text[end:]))
+            except (ValueError, AttributeError):  # AttributeError: of a text
+                continue
+            read += 1
+            assert value == VALUE or value.keys() != VALUE.keys(), text[:start] + text[end:]
+    assert read > 10
+
+
+@pytest.mark.parametrize("name", ["checksUm", "checkqum", "cheksum", "hecksum", "check", "checksumchecksum"])
+def test_a_damaged_name_of_the_checksum_does_not_make_an_unchecked_file(name):
+    with pytest.raises(ValueError, match="its checksum has another name"):
+        inputs.without_checksum(VALUE | {name: "crc32:0$745a1d"})
+
+
+def test_no_setting_is_named_like_the_checksum():
+    assert inputs.without_checksum(Config().flat()) == Config().flat()
