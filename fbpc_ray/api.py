@@ -160,7 +160,7 @@ def distill(
         UserError: an argument is wrong, or a gradient failed.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
-    _check_names(settings, "distill", config.Data, config.Output)
+    _check_names(settings, "distill", _settings_without(config.Data, config.Output))
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     arguments = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in arguments.items() if v is not None}, backend=backend, **settings)
@@ -222,7 +222,7 @@ def posterior(
         UserError: an argument is wrong, or a chain diverged.
     """
     num_chains = settings.pop("chains", num_chains)
-    _check_names(settings, "posterior", *(group for group in config.GROUPS if group is not config.Evaluation))
+    _check_names(settings, "posterior", [name for name in Config().flat() if name.startswith("chain_")])
     _check_coreset(coreset)
     networks = {"width": width, "depth": depth, "augment": augment}
     given = settings | {name: value for name, value in networks.items() if value is not None}
@@ -282,7 +282,9 @@ def evaluate(
         UserError: an argument is wrong.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
-    _check_names(settings, "evaluate", config.Data, config.Experts, config.Distillation, config.Output)
+    _check_names(
+        settings, "evaluate", _settings_without(config.Data, config.Experts, config.Distillation, config.Output)
+    )
     _check_coreset(coreset)
     given = settings | {"inference": inference, "backend": backend}
     chosen = _settings_for(coreset, None if architectures is None else _names(architectures), preset, given)
@@ -383,10 +385,14 @@ def _check_coreset(coreset: Coreset) -> None:
         raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")
 
 
-def _check_names(settings: dict[str, Any], function: str, *others: type) -> None:
+def _settings_without(*groups: type) -> list[str]:
+    """List the settings that are in none of `groups`."""
+    others = {f.name for group in groups for f in fields(group)}
+    return [name for name in Config().flat() if name not in others]
+
+
+def _check_names(settings: dict[str, Any], function: str, known: list[str]) -> None:
     """Raise UserError for a setting that `function` doesn't take."""
-    others_names = {f.name for group in others for f in fields(group)}
-    known = [name for name in Config().flat() if name not in others_names]
     for name in config.current_names(settings):
         if name not in known:
             raise UserError(f"{function} has no setting '{name}': {closest(name, known)}")

@@ -162,6 +162,12 @@ def test_from_python_the_scores_are_those_of_the_evaluation(digits, coreset):
         api.evaluate(coreset, digits, steps=3)
 
 
+@pytest.mark.parametrize("setting", [{"inference": "last-layer"}, {"net_steps": 5}, {"ensemble_size": 2}])
+def test_posterior_samples_by_sghmc_alone_and_refuses_settings_of_other_inference(coreset, setting):
+    with pytest.raises(UserError, match=f"posterior has no setting '{next(iter(setting))}': known: chain_epochs"):
+        api.posterior(coreset, "convnet-in", **setting)
+
+
 def test_a_network_that_diverges_scores_nothing_and_is_logged(digits, coreset, small):
     lines: list[str] = []
     config = small.updated(architectures=("convnet-in",), inference="mse", net_lr=1e38, num_chains=1)
