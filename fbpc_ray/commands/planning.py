@@ -6,9 +6,10 @@ from functools import reduce
 import numpy as np
 
 from fbpc_ray.core.cache import folder as cache_folder
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log
-from fbpc_ray.core.sizes import Seconds, describe_device, describe_seconds
+from fbpc_ray.core.sizes import Seconds, describe_device
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split

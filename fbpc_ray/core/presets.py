@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from fbpc_ray.core.config import Config, read_json
+from fbpc_ray.core.durations import parse_duration
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.settings import Output, Workers
-from fbpc_ray.core.sizes import LEVELS, SizeRequest, parse_duration
+from fbpc_ray.core.sizes import LEVELS, SizeRequest
 from fbpc_ray.core.storage import place
 
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import escape_controls
 from fbpc_ray.core.signals import Interrupted
 
@@ -56,15 +57,6 @@ def is_terminal(stream: Any) -> bool:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (AttributeError, OSError, ValueError):  # no stream, none of the system, or closed
         return False
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words: 45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 class Watch:
@@ -206,11 +198,11 @@ class Progress:
         text += "".join(f", {name} {value}" for name, value in self._facts.items())
         units = self.done + self._part - self._first
         if units <= 0:
-            return f"{text}, {duration(now - self._start)} so far"
+            return f"{text}, {describe_seconds(now - self._start)} so far"
         seconds = (self._updated - self._start) / units
         left = max(0.0, seconds * (self.total - self.done - self._part) - (now - self._updated))
         rate = f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"
-        return f"{text}, {rate} s/{self.unit}, {duration(left)} left"
+        return f"{text}, {rate} s/{self.unit}, {describe_seconds(left)} left"
 
     def _share(self) -> float:
         return (self.done + self._part) / self.total if self.total else 0.0
@@ -220,7 +212,7 @@ class _Command(Progress):
     """A command: its lines fill the minutes in which nothing else prints one."""
 
     def line(self, now: float) -> str:
-        return f"still working, {duration(now - self._start)} since the start"
+        return f"still working, {describe_seconds(now - self._start)} since the start"
 
     def _last_line(self) -> float:
         return self._watch.last_line if self._watch else 0.0

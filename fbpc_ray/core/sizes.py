@@ -5,12 +5,11 @@ fits the other settings to the data. All functions are pure: equal facts give eq
 """
 
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.tables import text_table
 
 
@@ -326,14 +325,6 @@ def _depth(size: int) -> int:
     return max(2, round(size / 8).bit_length())
 
 
-def describe_seconds(seconds: float) -> str:
-    """Write a duration in words, to two digits."""
-    for unit, name, least in ((86400, "days", 2), (3600, "h", 1), (60, "min", 1)):
-        if seconds >= least * unit:
-            return f"{seconds / unit:.2g} {name}" if seconds < 9.5 * unit else f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s" if seconds >= 0.95 else "under a second"
-
-
 def describe_device(device: str, cores: int) -> str:
     """Write a device in words."""
     return "a GPU" if device == "cuda" else f"{cores} CPU core{'s' if cores > 1 else ''}"
@@ -350,14 +341,3 @@ def describe(sizes: Sizes, paper: Mapping[str, Any]) -> str:
             rows.append((flag, f"{choice.value:g}", f"{paper[name]:g}", choice.reason))
     table = text_table(("setting", "value", "paper", "why"), rows) if rows else ""
     return "\n".join(part for part in (table, f"as the paper: {', '.join(equal)}" if equal else "") if part)
-
-
-UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds of 90s, 20m, 20 (minutes) or 1.5h. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(s|m|min|h|)", text.strip().lower())
-    if not match or not 1 <= (seconds := float(match[1]) * UNITS[match[2]]) <= 1e7:
-        raise UserError(f"--time-budget: must be a duration such as 90s, 20m or 1.5h, got {text!r}")
-    return seconds

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from fbpc_ray.core import presets, sizes
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.signals import Interruption
@@ -42,7 +43,7 @@ def with_sizes(
     facts, level = facts_of(config, dataset, request), LEVELS[name]
     if request.budget:
         level = level._replace(seconds=request.budget, device=local_device(config))
-        log(f"timing this machine, to choose what takes {sizes.describe_seconds(request.budget)}")
+        log(f"timing this machine, to choose what takes {describe_seconds(request.budget)}")
         chosen = _within_budget(config, dataset, facts, level)
     else:
         chosen = sizes.choose(facts, level)
@@ -102,7 +103,7 @@ def _heading(facts: Facts, level: Level, preset: str, chosen: Sizes) -> str:
     height, width = facts.image_shape[1:]
     device = sizes.describe_device(level.device, facts.cores)
     source = f"--preset {preset}" if preset else "--time-budget"
-    limit, seconds = (sizes.describe_seconds(value) for value in (level.seconds, chosen.seconds.total))
+    limit, seconds = (describe_seconds(value) for value in (level.seconds, chosen.seconds.total))
     time = f"the run takes about {seconds}; the limit is {limit}"
     if chosen.seconds.total > level.seconds:
         smaller = "--image-size 32, " if height > 64 else ""

@@ -11,9 +11,7 @@ from fbpc_ray.core.sizes import (
     Level,
     choose,
     describe,
-    describe_seconds,
     estimate,
-    parse_duration,
     snapshots_met,
 )
 
@@ -153,28 +151,6 @@ def test_the_table_names_the_papers_value():
     assert next(line for line in table if line.startswith("expert-count ")).split()[1:3] == ["5", "100"]
     assert max(map(len, table)) <= 110
     assert table[-1] == "as the paper: gamma 0.01, map-lr 0.001, lambda-x 0.05, lambda-u 0.01, num-chains 3"
-
-
-@pytest.mark.parametrize(
-    "text, seconds", [("90s", 90), ("20m", 1200), ("20", 1200), ("1.5h", 5400), ("2 H", 7200), ("20min", 1200)]
-)
-def test_time_budgets(text, seconds):
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "soon", "-5m", "0", "0.1s", "20d", "1e3m", "m", "nan", "9" * 400])
-def test_refused_time_budgets(text):
-    with pytest.raises(UserError, match=r"^--time-budget: must be a duration such as 90s, 20m or 1\.5h, got "):
-        parse_duration(text)
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.2, "under a second"), (59, "59 s"), (50, "50 s"), (160, "2.7 min"), (1200, "20 min"), (5400, "1.5 h"),
-     (3600 * 40, "40 h"), (86400 * 12, "12 days")],
-)  # fmt: skip
-def test_durations_in_words(seconds, text):
-    assert describe_seconds(seconds) == text
 
 
 def test_which_data_has_its_sizes_chosen():
