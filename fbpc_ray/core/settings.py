@@ -210,16 +210,16 @@ class Evaluation:
     """eta: step size [paper: 0.03]."""
     chain_friction: float = 0.1
     """alpha of Eq. 27: friction [paper: 0.1]."""
-    chain_d: float = 0.01
-    """d x m of Eq. 27, d = 0.01 / m [paper: 0.01]."""
+    chain_d: float = 1e-5
+    """d x m of Eq. 27: temperature of the noise, d = this / m [paper: 0.01; calibrated on its Random rows]."""
     chain_noise: Literal["consistent", "gradient", "literal"] = "consistent"
     """Reading of Eq. 27's noise by its variance: 2 alpha eta d | eta^2 2d | 2d (unstable) [method]."""
-    chain_weight_decay: float = 0.05
-    """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior.
-    Calibrated on the paper's Random rows [jobs/calibrate_sghmc.py]."""
-    chain_init: float = 0.0
+    chain_weight_decay: float = 0.005
+    """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior
+    [calibrated: jobs/calibrate_sghmc.py]."""
+    chain_init: float = 0.1
     """Standard deviation of N(0, s^2), from which every parameter of a chain starts [lineage: 0.1]; 0: the network's
-    own initialisation [method]."""
+    own initialisation."""
     chain_augment: bool = True
     """Use --augment in the chains too."""
     chain_batch_size: int = 256

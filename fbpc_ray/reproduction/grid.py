@@ -27,20 +27,14 @@ CORESETS: dict[str, Coreset] = {
 
 INFERENCES: dict[str, dict[str, Any]] = {
     "SGHMC": {"inference": "sghmc"},
-    "cold SGHMC": {"inference": "sghmc", "chain_d": 0.0, "chain_init": 0.1},
+    "SGHMC, strong prior": {"inference": "sghmc", "chain_weight_decay": 3.0},
     "last layer": {"inference": "last-layer"},
     "one network": {"inference": "mse"},
     "ensemble": {"inference": "ensemble"},
 }
-"""{column: settings of the evaluation}. Cold SGHMC has no noise (d = 0) and weight decay 5e-4 on the mean loss."""
-
-COLD_DECAY = 5e-4
-"""Weight decay of cold SGHMC on the mean loss, for each image of the coreset."""
+"""{column: settings}. Of the priors that `--tune-chain` tries, 3 has the lowest NLL on random images."""
 
 
-def judged_by(config: Config, inference: str, classes: int) -> Config:
+def judged_by(config: Config, inference: str) -> Config:
     """Return `config` with the settings of a column of the grid."""
-    changes = dict(INFERENCES[inference])
-    if inference == "cold SGHMC":
-        changes["chain_weight_decay"] = COLD_DECAY * classes * config.distillation.ipc
-    return config.updated(**changes)
+    return config.updated(**INFERENCES[inference])

@@ -210,7 +210,7 @@ def _fig3(request: Request) -> list[Cell]:
 
 def _grid(request: Request, data: str, sizes: tuple[int, ...]) -> list[Cell]:
     return [
-        Cell(row, f"ipc {ipc}, {column}", grid.judged_by(config, column, CLASSES[data]), CONVNET[0])
+        Cell(row, f"ipc {ipc}, {column}", grid.judged_by(config, column), CONVNET[0])
         for ipc in sizes
         for row, (method, changes) in grid.CORESETS.items()
         for config in [_config(request, data, ipc, method).updated(**changes)]

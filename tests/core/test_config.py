@@ -76,7 +76,7 @@ def test_defaults_are_the_papers_constants():
         "expert_count": 100, "expert_epochs": 50, "expert_lr": 0.01, "expert_batch_size": 256, "width": 128,
         "augment": "dsa", "map_lr": 0.001, "map_max_steps": 2000, "posterior_steps": 30, "real_batch_size": 256,
         "mc_samples": 30, "momentum": 0.5, "start_rule": "from", "method": "fbpc", "chain_epochs": 1000,
-        "chain_every": 100, "chain_eta": 0.03, "chain_friction": 0.1, "chain_d": 0.01, "chain_full_batch": 500,
+        "chain_every": 100, "chain_eta": 0.03, "chain_friction": 0.1, "chain_full_batch": 500,
         "chain_batch_size": 256, "chain_augment": True,
     }  # fmt: skip
     assert {name: flat[name] for name in paper} == paper

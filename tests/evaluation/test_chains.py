@@ -35,7 +35,7 @@ from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes, count_macs
 
 Pair = tuple[Tensor, Tensor]
-SETTINGS = Evaluation(chain_epochs=30, chain_every=10)
+SETTINGS = Evaluation(chain_epochs=30, chain_every=10, chain_d=0.01, chain_weight_decay=0.05, chain_init=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,9 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
     settings = {(row["ipc"], row["prior"], row["dsa"]) for row in rows}
     assert settings == {(ipc, prior, dsa) for ipc in (1, 10) for prior in ("0", "0.1") for dsa in ("on", "off")}
     assert {(row["ipc"], row["chain_epochs"], row["chain_every"]) for row in rows} == {(1, 20, 2), (10, 10, 1)}
-    assert {(row["d"], row["eta"], row["init"], row["lineage_batch"]) for row in rows} == {("0.01", "0.03", "own", 128)}
+    assert {(row["d"], row["eta"], row["init"], row["lineage_batch"]) for row in rows} == {
+        ("1e-05", "0.03", "0.1", 128)
+    }
     assert all(row["torch"] and row["device"] and row["commit"] for row in rows)
 
     (row,) = (row for row in rows if (row["ipc"], row["prior"], row["dsa"]) == (10, "0.1", "off"))
@@ -105,12 +107,12 @@ def settings(job, *grid: str, search: str = "product") -> list[str]:
 
 def test_the_grid_is_a_product_or_one_at_a_time(job):
     """The first value of a knob is the base; equal values are one; names leave out defaults."""
-    grid = ("d=0.01,0,1e-2", "eta=3e-2,9e-4m", "init=own,0.1")
+    grid = ("d=0.00001,0,1e-5", "eta=3e-2,9e-4m", "init=0.1,own")
     assert settings(job, *grid) == [
-        "default", "init=0.1", "eta=0.0009m", "eta=0.0009m init=0.1",
-        "d=0", "d=0 init=0.1", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=0.1",
+        "default", "init=own", "eta=0.0009m", "eta=0.0009m init=own",
+        "d=0", "d=0 init=own", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=own",
     ]  # fmt: skip
-    assert settings(job, *grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=0.1"]
+    assert settings(job, *grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=own"]
 
 
 def test_a_value_followed_by_m_grows_with_the_coreset(job):
@@ -155,7 +157,7 @@ def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
 
 
 def row(ipc: int = 1, coreset: int = 0, **changes: Any) -> dict[str, Any]:
-    setting = {"d": "0.01", "eta": "0.03", "prior": "0.05", "init": "own", "dsa": "on", "noise": "consistent"}
+    setting = {"d": "1e-05", "eta": "0.03", "prior": "0.005", "init": "0.1", "dsa": "on", "noise": "consistent"}
     numbers = {"accuracy": 0.163, "nll": 4.66, "batch_nll": 4.66, "mean_sample_nll": 5.0, "ece": 0.2}
     return {"ipc": ipc, "coreset": coreset, **setting, "friction": "0.1", **numbers, "seconds": 1.0, **changes}
 

@@ -194,7 +194,7 @@ def test_the_grid_is_every_method_by_every_inference():
     cells = cells_of("grid", paper_request("small"))
     assert len({(cell.row, cell.column) for cell in cells}) == len(cells) == 7 * 5 * 2
     by_name = {(cell.row, cell.column): cell.config for cell in cells}
-    assert by_name["FBPC", "ipc 10, cold SGHMC"].evaluation.chain_weight_decay == pytest.approx(0.05)  # 5e-4 x 100
+    assert by_name["FBPC", "ipc 10, SGHMC, strong prior"].evaluation.chain_weight_decay == 3
     assert by_name["FBPC", "ipc 1, SGHMC"] == preset("cifar10-ipc1").updated(**SCALES["small"].changes, steps=300)
     assert by_name["FBPC improved", "ipc 1, ensemble"].distillation.views == 4
     vbpc = by_name["VBPC", "ipc 1, SGHMC"]
