@@ -55,6 +55,7 @@ RANGES: dict[str, Range] = {
     "expert_lr": POSITIVE, "inner_lr": POSITIVE, "chain_eta": POSITIVE, "image_lr": POSITIVE, "pool_lr": POSITIVE,
     "net_lr": POSITIVE, "label_scale": POSITIVE, "ridge": POSITIVE, "prior_precision": POSITIVE, "net_ridge": POSITIVE,
     "net_label_scale": POSITIVE, "net_precision": POSITIVE,
+    "label_confidence": Range(0, 1, open_low=True, open_high=True),
     "label_lr": NOT_NEGATIVE, "lr_decay": OPTIONAL_COUNT, "kl_weight": NOT_NEGATIVE, "chain_d": NOT_NEGATIVE,
     "chain_init": NOT_NEGATIVE, "chain_weight_decay": NOT_NEGATIVE, "inner_alpha": NOT_NEGATIVE,
     "weight_noise": NOT_NEGATIVE,

@@ -125,6 +125,12 @@ class Distillation:
     """Real images a step of the K steps; vbpc, frepo: real images of a gradient [method]."""
     mc_samples: int = 30
     """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
+    learn_labels: bool = False
+    """fbpc, bpc: learn soft labels with the images [paper, footnote 1: in principle], by the same divergence; for fbpc,
+    d/dp_c KL = E_u[log softmax_c(f_u)] - E_x[log softmax_c(f_u)], and MAP solves end at --gamma above the labels'
+    entropy. vbpc, frepo always learn them."""
+    label_confidence: float = 0.9
+    """With --learn-labels: probability of an image's own class at the start."""
     views: int = 0
     """V: augmentations of u a step, over which the gradient is averaged (fbpc, fbpc-isotropic, bpc-fkl); 0: one, the
     paper's, but for bpc-fkl one for each of --mc-samples, its authors'."""
@@ -153,9 +159,11 @@ class Distillation:
     image_lr: float = 0.003
     """vbpc, frepo: Adam learning rate of the pixels, in normalised pixel space [tuned]."""
     label_lr: float = 0.01
-    """vbpc, frepo: Adam learning rate of the soft labels, logits; 0: the labels stay as they begin [tuned]."""
+    """vbpc, frepo, --learn-labels: Adam learning rate of the soft labels, logits; 0: the labels stay as they begin
+    [tuned for vbpc]."""
     lr_decay: int = 200
-    """vbpc, frepo: both rates are divided by sqrt(1 + step / this); 0: they are constant [tuned]."""
+    """vbpc, frepo: both rates are divided by sqrt(1 + step / this), with --learn-labels that of the labels; 0: they are
+    constant [tuned for vbpc]."""
     label_scale: float = 1.0
     """vbpc, frepo: soft labels begin at this times (one-hot - 1/classes), logits [tuned]."""
     ridge: float = 0.01

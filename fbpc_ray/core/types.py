@@ -12,7 +12,7 @@ Forward = Callable[[Params, Tensor], Tensor]
 """(parameters, images (b, c, h, w)) -> logits (b, d)."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (b, d), labels (b,)) -> () mean of -log p(label | logits), nats an image."""
+"""(logits (b, d), labels of `Batch`) -> () mean of -log p(label | logits), nats an image."""
 
 Augment = Callable[[Tensor], Tensor]
 """One drawn augmentation: images (b, c, h, w) -> images of the same shape. Differentiable."""
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     images: Tensor
     """(b, c, h, w) float32, normalised."""
     labels: Tensor
-    """(b,) int64."""
+    """(b,) int64, or (b, d) float probabilities of soft labels."""
 
 
 LossAndGrad = Callable[[Params, Batch], tuple[Tensor, Params]]

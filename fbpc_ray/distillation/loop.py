@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fbpc_ray.core.config import Distillation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interrupted, Interruption
+from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import (
@@ -95,13 +96,13 @@ def take_step(settings: Distillation, architectures: Sequence[str], state: State
     ]
     check_gradients([name for name, _, _ in gradients], [gradient for _, _, gradient in gradients], state.step)
     combined = combine(tasks, answers)
-    if state.soft_labels is not None:
-        image_lr, label_lr = adam_rates(settings, state.step)
+    image_lr, label_lr = adam_rates(settings, state.step)
+    if settings.method in network_pool.METHODS:
         after = update_by_adam(state, combined, image_lr=image_lr, label_lr=label_lr)
     else:
         after = update(
             state, combined, alpha=image_rate(settings, state.step), momentum=settings.momentum,
-            inner_alpha=settings.inner_alpha,
+            inner_alpha=settings.inner_alpha, label_lr=label_lr,
         )  # fmt: skip
     check_state(after)
     after = average_images(after, state, settings.image_average)

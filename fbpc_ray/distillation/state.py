@@ -57,6 +57,8 @@ class State(NamedTuple):
     """Other moments of Adam: images/second, labels/first, labels/second."""
 
 
+SECOND = "images/second"
+"""Name of the second moment of the images' Adam in `State.moments`."""
 AVERAGE = "images/average"
 """Name of the average of the images in `State.moments`."""
 
@@ -86,8 +88,18 @@ def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) 
 
 
 def with_soft_labels(state: State, labels: Tensor, classes: int, scale: float) -> State:
-    """Add the soft labels with which vbpc and frepo begin: `scale` times (one-hot - 1/classes)."""
+    """Add the soft labels with which a method begins: `scale` times (one-hot - 1/classes)."""
     return state._replace(soft_labels=one_hot_targets(labels, classes, scale))
+
+
+def scale_of_confidence(confidence: float, classes: int) -> float:
+    """Return the scale at which the softmax of the soft labels gives `confidence` to their class. Raises UserError."""
+    if not 1 / classes < confidence < 1:
+        raise UserError(
+            f"--label-confidence: must be above 1/{classes} = {1 / classes:g} and below 1 for {classes} classes, got "
+            f"{confidence:g}"
+        )
+    return math.log(confidence * (classes - 1) / (1 - confidence))
 
 
 class SummedGradient(NamedTuple):
@@ -131,18 +143,21 @@ def _scaled_sum(gradients: list[Gradient], factor: float) -> SummedGradient:
 
 
 def update(
-    state: State, gradients: Sequence[SummedGradient | Gradient], *, alpha: float, momentum: float, inner_alpha: float
-) -> State:
+    state: State, gradients: Sequence[SummedGradient | Gradient], *, alpha: float, momentum: float,
+    inner_alpha: float, label_lr: float = 0.0,
+) -> State:  # fmt: skip
     """Apply Algorithm 1's last line: g = sum_a g^(a) in the given order, then SGD with momentum on the pixels.
 
     The inner learning rate moves alike, with the learning rate `inner_alpha`; its gradient is 0 if no method learns it.
+    Soft labels, if there are any, move by Adam with the rate `label_lr`.
     """
+    after = state if state.soft_labels is None else _with_moved_labels(state, gradients, label_lr)
     total = torch.zeros_like(state.images)
     for gradient in gradients:
         total = total + gradient.value
     velocity = momentum * state.velocity + total
     inner = momentum * state.inner_velocity + sum(gradient.inner_lr for gradient in gradients)
-    return state._replace(
+    return after._replace(
         step=state.step + 1, images=state.images - alpha * velocity, velocity=velocity,
         inner_lr=state.inner_lr - inner_alpha * inner, inner_velocity=inner,
     )  # fmt: skip
@@ -167,33 +182,40 @@ def update_by_adam(state: State, gradients: Sequence[SummedGradient], *, image_l
 
     The gradients must have parts for the soft labels; those are centred after the step: softmax ignores a constant.
     """
+    by_images = torch.zeros_like(state.images)
+    for gradient in gradients:
+        by_images = by_images + gradient.value
+    second = state.moments.get(SECOND, torch.zeros_like(state.images))
+    images = adam_step(AdamState(state.images, state.velocity, second, state.step), by_images, image_lr)
+    after = _with_moved_labels(state, gradients, label_lr)
+    return after._replace(
+        step=state.step + 1, images=images.value, velocity=images.first,
+        moments={SECOND: images.second, **after.moments},
+    )  # fmt: skip
+
+
+def _with_moved_labels(state: State, gradients: Sequence[SummedGradient | Gradient], rate: float) -> State:
+    """Move the soft labels by Adam; the other moments of the state are left out, and `step` stays."""
     assert state.soft_labels is not None
-    by_images, by_labels = torch.zeros_like(state.images), torch.zeros_like(state.soft_labels)
+    total = torch.zeros_like(state.soft_labels)
     for gradient in gradients:
         assert gradient.soft_labels is not None
-        by_images, by_labels = by_images + gradient.value, by_labels + gradient.soft_labels
-
-    def moment(name: str, like: Tensor) -> Tensor:
-        return state.moments.get(name, torch.zeros_like(like))
-
-    images = AdamState(state.images, state.velocity, moment("images/second", state.images), state.step)
-    images = adam_step(images, by_images, image_lr)
-    first, second = (moment(f"labels/{name}", by_labels) for name in ("first", "second"))
-    labels = AdamState(state.soft_labels, first, second, state.step)
-    labels = adam_step(labels, by_labels, label_lr)
+        total = total + gradient.soft_labels
+    first, second = (state.moments.get(f"labels/{name}", torch.zeros_like(total)) for name in ("first", "second"))
+    labels = adam_step(AdamState(state.soft_labels, first, second, state.step), total, rate)
     return state._replace(
-        step=state.step + 1, images=images.value, velocity=images.first,
-        soft_labels=labels.value - labels.value.mean(1, keepdim=True) if label_lr else state.soft_labels,
-        moments={"images/second": images.second, "labels/first": labels.first, "labels/second": labels.second},
-    )  # fmt: skip
+        soft_labels=labels.value - labels.value.mean(1, keepdim=True) if rate else state.soft_labels,
+        moments={"labels/first": labels.first, "labels/second": labels.second},
+    )
 
 
 def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient], step: int) -> None:
     """Raise UserError for a gradient that is not finite."""
     for name, gradient in zip(architectures, gradients, strict=True):
         status = gradient.stats.map_status
-        finite = torch.isfinite(gradient.value).all() and math.isfinite(gradient.inner_lr)
-        pooled = gradient.soft_labels is not None
+        parts = (gradient.value, torch.tensor(gradient.inner_lr), gradient.soft_labels)
+        finite = all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
+        pooled = status is None and gradient.solution is not None
         if status == SolverStatus.NONFINITE or not finite:
             solve = f" (MAP {status}, loss {gradient.stats.map_loss:g})" if status else ""
             flags = "--alpha, --lambda-x or --lambda-u" if status else "--alpha or --inner-lr"
@@ -206,8 +228,10 @@ def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient],
 def check_state(state: State) -> None:
     """Raise UserError for values that the next step can't start from."""
     if not torch.isfinite(state.images).all():
-        flag = "--alpha" if state.soft_labels is None else "--image-lr"
+        flag = "--image-lr" if SECOND in state.moments else "--alpha"
         raise UserError(f"non-finite pixels after step {state.step}: lower {flag}; the last checkpoint is kept")
+    if state.soft_labels is not None and not torch.isfinite(state.soft_labels).all():
+        raise UserError(f"non-finite labels after step {state.step}: lower --label-lr; the last checkpoint is kept")
     if state.inner_velocity and not state.inner_lr > 0:
         raise UserError(
             f"the learned inner learning rate is {state.inner_lr:g} after step {state.step}: lower --inner-alpha; "

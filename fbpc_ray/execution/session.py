@@ -28,7 +28,14 @@ from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.expert_store import ExpertStore, open_store
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
-from fbpc_ray.distillation.state import State, coreset_images, gradient_tasks, initial_state, with_soft_labels
+from fbpc_ray.distillation.state import (
+    State,
+    coreset_images,
+    gradient_tasks,
+    initial_state,
+    scale_of_confidence,
+    with_soft_labels,
+)
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution import memory_estimate
 from fbpc_ray.execution.serial import Serial
@@ -60,6 +67,9 @@ class Session:
         state, labels = initial_state(self.dataset, d.ipc, d.seed, d.inner_lr)
         if d.method in network_pool.METHODS:
             state = with_soft_labels(state, labels, len(self.dataset.classes), d.label_scale)
+        elif d.learn_labels:
+            scale = scale_of_confidence(d.label_confidence, len(self.dataset.classes))
+            state = with_soft_labels(state, labels, len(self.dataset.classes), scale)
         return state, labels
 
     @property

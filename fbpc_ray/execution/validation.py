@@ -48,5 +48,7 @@ def check(config: Config) -> None:
         expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
     if method in network_pool.METHODS and flat["precision"] != "fp32":
         raise UserError(f"--precision {flat['precision']}: --method {method} runs in fp32 alone; use --precision fp32")
+    if flat["learn_labels"] and method == "random":
+        raise UserError("--learn-labels: --method random learns nothing; choose another method, or leave the flag out")
     if method == "bpc-rkl" and flat["mc_samples"] < 2:
         raise UserError("--mc-samples: must be 2 or more for the covariance of bpc-rkl, got 1")

@@ -5,6 +5,15 @@
 
 With a categorical likelihood, -log p is the cross-entropy. Its *mean* over the m images is taken: with the sum, the
 learning rate alpha of the paper's Table 4 would be wrong by a factor m.
+
+Soft labels p (m, d) enter nu_u ~ nu_0(f) exp(sum_jc p_jc log softmax_c(f_j)), and not nu_x. The derivative of the
+normaliser of nu_u is an expectation under nu_u, so the gradient by the labels is the same difference, exact and without
+a derivative of the MAP solve:
+
+    d/dp_jc KL(nu_x | nu_u) = E_u[log softmax_c(f_j)] - E_x[log softmax_c(f_j)]                   (divided by m here)
+
+It is 0 where both sides expect the same log-probabilities, the sufficient statistics of p. With p = softmax(z),
+d/dz = p * (d/dp - sum_c p_c d/dp_c).
 """
 
 from typing import NamedTuple
@@ -30,11 +39,11 @@ class Divergence(NamedTuple):
 def expected_cross_entropy(
     posterior: FunctionPosterior, labels: Tensor, samples: int, source: torch.Generator
 ) -> Tensor:
-    """() mean over S = `samples` draws f ~ N(mean, Psi) and m images of -log p(label | f)."""
+    """() mean over S = `samples` draws f ~ N(mean, Psi) and m images of -log p(label | f); labels as in `Batch`."""
     mean, variance = posterior
     noise = torch.randn((samples, *mean.shape), generator=source).to(mean)  # (S, m, d)
     logits = mean + variance.sqrt() * noise
-    return cross_entropy(logits.flatten(0, 1), labels.repeat(samples))
+    return cross_entropy(logits.flatten(0, 1), labels.repeat(samples, *[1] * (labels.ndim - 1)))
 
 
 def forward_kl(
@@ -44,7 +53,7 @@ def forward_kl(
     samples: int,
     source: torch.Generator,
 ) -> Divergence:
-    """Eq. 17 for `labels` (m,) with S = `samples` independent draws a side."""
+    """Eq. 17 for `labels`, (m,) or probabilities (m, d), with S = `samples` independent draws a side."""
     expected_x = expected_cross_entropy(posterior_x, labels, samples, source)
     expected_u = expected_cross_entropy(posterior_u, labels, samples, source)
     return Divergence(expected_x - expected_u, expected_x.detach(), expected_u.detach())

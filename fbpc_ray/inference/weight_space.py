@@ -8,6 +8,9 @@
 U_x and U_u are the potentials -log p(y | x, theta): n times the mean cross-entropy of n images. In the rKL the mean of
 the gradient drops out with the normaliser of pi_u, d/du log Z_u = -E[grad_u U_u]: the centred covariance is left.
 Losses are the *mean* over the m images, as in Eq. 17; so the rKL is divided by m too.
+
+Labels may be probabilities p (m, d), which enter pi_u alone. All three hold for their gradient too: Eq. 5 and the rKL
+are identities for any parameter of U_u, with grad_p in the place of grad_u; W is differentiated through its steps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,6 +32,8 @@ class WeightDivergence(NamedTuple):
     """Mean cross-entropy under q_x (fKL) or of the real images (rKL), nats an image."""
     expected_u: float
     """Mean cross-entropy of the pseudocoreset under q_u, nats an image."""
+    by_labels: Tensor | None = None
+    """(m, d), with respect to labels that are probabilities and require a gradient."""
 
 
 def perturbed(params: Params, scale: float, source: torch.Generator) -> Params:
@@ -56,14 +61,17 @@ def forward_kl(
     Only one draw's graph is alive at a time.
     """
     u = images.detach().requires_grad_()
-    gradient, sum_x, sum_u = torch.zeros_like(u), 0.0, 0.0
+    wanted = (u, labels) if labels.requires_grad else (u,)
+    gradients, sum_x, sum_u = [torch.zeros_like(value) for value in wanted], 0.0, 0.0
     for view in views:
         seen = view(u)
         loss_x = loss(forward(perturbed(mu_x, scale, source), seen), labels)
         loss_u = loss(forward(perturbed(mu_u, scale, source), seen), labels)
-        gradient = gradient + torch.autograd.grad(loss_x - loss_u, u)[0]
+        parts = torch.autograd.grad(loss_x - loss_u, wanted)
+        gradients = [total + part for total, part in zip(gradients, parts, strict=True)]
         sum_x, sum_u = sum_x + loss_x.item(), sum_u + loss_u.item()
-    return WeightDivergence(gradient / len(views), sum_x / len(views), sum_u / len(views))
+    by_images, *by_labels = (total / len(views) for total in gradients)
+    return WeightDivergence(by_images, sum_x / len(views), sum_u / len(views), *by_labels)
 
 
 def reverse_kl(
@@ -91,24 +99,29 @@ def reverse_kl(
         raise ValueError("a covariance needs at least two draws (S >= 2)")
     u, m = images.detach().requires_grad_(), len(labels)
     seen = view(u)
-    mean_gap, mean_gradient, covariance = 0.0, torch.zeros_like(seen), torch.zeros_like(seen)
-    sum_x = sum_u = 0.0
+    wanted = (seen, labels) if labels.requires_grad else (seen,)
+    mean_gap, sum_x, sum_u = 0.0, 0.0, 0.0
+    means, covariances = ([torch.zeros_like(value) for value in wanted] for _ in range(2))
     for count in range(1, samples + 1):
         theta = perturbed(mu_u, scale, source)
         with torch.no_grad():
             loss_x = loss(forward(theta, real.images), real.labels).item()
-        fixed = seen.detach().requires_grad_()
-        loss_u = loss(forward(theta, fixed), labels)
-        gradient = torch.autograd.grad(loss_u, fixed)[0]  # of U_u / m
+        leaves = [value.detach().requires_grad_() for value in wanted]
+        loss_u = loss(forward(theta, leaves[0]), leaves[1] if len(leaves) > 1 else labels)
+        gradients = torch.autograd.grad(loss_u, leaves)  # of U_u / m
         gap = (real_count if scaled else 1) * loss_x - (m if scaled else 1) * loss_u.item()
         # Welford's recurrence: the gap's mean is orders of magnitude above its spread.
         deviation = gap - mean_gap
         mean_gap += deviation / count
-        mean_gradient = mean_gradient + (gradient - mean_gradient) / count
-        covariance = covariance + deviation * (gradient - mean_gradient)
+        means = [mean + (part - mean) / count for mean, part in zip(means, gradients, strict=True)]
+        covariances = [
+            total + deviation * (part - mean)
+            for total, part, mean in zip(covariances, gradients, means, strict=True)
+        ]  # fmt: skip
         sum_x, sum_u = sum_x + loss_x, sum_u + loss_u.item()
-    (value,) = torch.autograd.grad(seen, u, -covariance / (samples - 1 if scaled else samples))
-    return WeightDivergence(value, sum_x / samples, sum_u / samples)
+    by_view, *by_labels = (-total / (samples - 1 if scaled else samples) for total in covariances)
+    (value,) = torch.autograd.grad(seen, u, by_view)
+    return WeightDivergence(value, sum_x / samples, sum_u / samples, *by_labels)
 
 
 def unrolled_sgd(forward: Forward, params: Params, batches: Iterable[Batch], learning_rate: Tensor) -> Params:

@@ -32,7 +32,8 @@ class Passes:
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Return the mean cross-entropy (), nats an image, and its gradient by parameter. A `LossAndGrad`."""
         arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
-        run = self._run("gradient", batch.images.shape, self._loss_and_gradients, arguments)
+        kind = "gradient" if batch.labels.ndim == 1 else "gradient of soft labels"
+        run = self._run(kind, batch.images.shape, self._loss_and_gradients, arguments)
         if run is None:
             return self._eager_loss_and_grad(params, batch)
         loss, *gradients = run(*arguments)

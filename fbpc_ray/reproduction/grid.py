@@ -21,6 +21,7 @@ CORESETS: dict[str, Coreset] = {
     "BPC-W": Coreset("bpc-w", {}),
     "FBPC": Coreset("fbpc", {}),
     "FBPC improved": Coreset("fbpc", RECIPES["improved"]),
+    "FBPC, learned labels": Coreset("fbpc", {"learn_labels": True}),
     "FRePo": Coreset("frepo", {}),
     "VBPC": Coreset("vbpc", {}),
 }

@@ -49,6 +49,7 @@ _OF_VBPC = {
     "image_lr", "label_lr", "lr_decay", "label_scale", "ridge", "prior_precision", "kl_weight", "mirror", "pool_size",
     "pool_steps", "pool_lr",
 }  # fmt: skip
+_OF_LABELS = {"label_lr", "lr_decay"}
 _OF_NETWORKS = {
     "inference", "net_steps", "net_lr", "net_label_scale", "net_mirror", "net_ridge", "net_precision", "ensemble_size",
 }  # fmt: skip
@@ -71,7 +72,9 @@ def _settings(config: Config) -> dict[str, Any]:
     flat = config.flat()
     later = (
         (_OF_POOL, flat["map_init"] == "warm"),
-        (_OF_VBPC, flat["method"] in network_pool.METHODS),
+        (_OF_VBPC - _OF_LABELS, flat["method"] in network_pool.METHODS),
+        (_OF_LABELS, flat["method"] in network_pool.METHODS or flat["learn_labels"]),
+        ({"learn_labels", "label_confidence"}, flat["learn_labels"]),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
         ({"chain_init"}, flat["chain_init"] != 0),
         ({"label_column"}, flat["label_column"] != ""),

@@ -193,7 +193,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",
         "threads", "syn_steps", "inner_lr", "inner_alpha", "weight_noise", "draws_per_step",
-        "views", "gamma_window", "alpha_decay", "image_average", "rkl_estimator",
+        "views", "gamma_window", "alpha_decay", "image_average", "rkl_estimator", "learn_labels", "label_confidence",
         "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
         "image_lr", "label_lr", "lr_decay", "label_scale", "ridge",
         "prior_precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",

@@ -97,3 +97,51 @@ def test_more_images_of_the_same_kind_do_not_change_the_value():
     x2, u2 = (FunctionPosterior(p.mean.repeat(2, 1), p.variance.repeat(2, 1)) for p in (x, u))
     once = forward_kl(x, u, labels, 2, rng()).value
     torch.testing.assert_close(forward_kl(x2, u2, labels.repeat(2), 2, rng()).value, once)
+
+
+# ---- soft labels
+
+
+def cross_entropy_of(p: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    return -(p * f.log_softmax(-1)).sum(-1)
+
+
+def test_the_gradient_by_soft_labels_is_that_of_the_exact_kl():
+    """Three classes, one image, nu_0 = N(0, I) on a grid: KL(nu_x | nu_u), its normaliser included, by finite
+    differences in float64, against the gradient of Eq. 17's two terms under nu_x and nu_u."""
+    axis = torch.linspace(-5, 5, 31, dtype=torch.float64)
+    f = torch.cartesian_prod(axis, axis, axis)
+    prior = -0.5 * f.square().sum(1)
+    nu_x = (-0.5 * ((f - torch.tensor([1.0, -0.5, 0.3])) / 0.8).square().sum(1)).softmax(0)
+
+    def log_nu_u(z: torch.Tensor) -> torch.Tensor:
+        return (prior - cross_entropy_of(z.softmax(0), f)).log_softmax(0)
+
+    def kl(z: torch.Tensor) -> float:
+        return float((nu_x * (nu_x.log() - log_nu_u(z))).sum())
+
+    z, step = torch.tensor([0.7, -0.2, -0.5], dtype=torch.float64), 1e-5
+    numeric = [(kl(z + step * e) - kl(z - step * e)) / (2 * step) for e in torch.eye(3, dtype=torch.float64)]
+
+    def by_labels(weights: torch.Tensor) -> torch.Tensor:
+        """The gradient of the implementation's term, every point of the grid being an image, weighted."""
+        rows = z.expand(len(f), 3).clone().requires_grad_()
+        at = FunctionPosterior(f, torch.zeros_like(f))
+        value = expected_cross_entropy(at, rows.softmax(1), 1, rng())
+        return (len(f) * weights[:, None] * torch.autograd.grad(value, rows)[0]).sum(0)
+
+    gradient = by_labels(nu_x) - by_labels(log_nu_u(z).exp())
+    assert gradient.abs().max() > 0.02
+    torch.testing.assert_close(gradient, torch.tensor(numeric, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_soft_labels_have_the_expected_cross_entropy_of_their_classes():
+    """One-hot probabilities are hard labels; others give the mean of the classes' terms over the same draws."""
+    posterior, labels = random_posterior(3), torch.tensor([0, 1, 2, 3, 0, 1])
+    hard = expected_cross_entropy(posterior, labels, 7, rng())
+    onehot = torch.eye(4, dtype=torch.float64)[labels]
+    torch.testing.assert_close(expected_cross_entropy(posterior, onehot, 7, rng()), hard)
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).expand(6, 4)
+    each = [expected_cross_entropy(posterior, torch.full((6,), c), 7, rng()) for c in range(4)]
+    expected = sum(weight * value for weight, value in zip((0.1, 0.2, 0.3, 0.4), each, strict=True))
+    torch.testing.assert_close(expected_cross_entropy(posterior, p, 7, rng()), torch.as_tensor(expected))

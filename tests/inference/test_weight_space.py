@@ -105,6 +105,25 @@ def test_reverse_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
     agrees(items, exact_gradient(c, "reverse"))
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_gradient_by_labels_is_exact_on_a_conjugate_model(conjugate, direction):
+    """The targets y of u enter pi_u alone: the gradient of the KL in them, by autograd through the closed form."""
+    c, (mu_x, mu_u) = conjugate, means(conjugate)
+    y = c.y.clone().requires_grad_()
+    of_u, of_x = oracles.conjugate_posterior(c.u, y), oracles.conjugate_posterior(c.x, c.t)
+    value = oracles.gaussian_kl(of_x, of_u) if direction == "forward" else oracles.gaussian_kl(of_u, of_x)
+    exact, items = torch.autograd.grad(value, y)[0] / len(y), []
+    for seed in range(20 if direction == "forward" else DRAWS // 2):
+        common = {"scale": c.scale, "source": torch.Generator().manual_seed(seed), "loss": gaussian_loss}
+        if direction == "forward":
+            result = forward_kl(gaussian_forward, mu_x, mu_u, c.u, y, [same] * (DRAWS // 20), **common)
+        else:
+            real = Batch(c.x, c.t)
+            result = reverse_kl(gaussian_forward, mu_u, c.u, y, same, real, len(c.x), samples=4, **common)
+        items.append(result.by_labels)
+    agrees(items, exact)
+
+
 def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate):
     """By hand from its draws: -1/S sum (gap - mean gap) (gradient - mean gradient), the gap of mean losses."""
     c, (_, mu_u) = conjugate, means(conjugate)
@@ -213,6 +232,23 @@ class TestUnrolled:
         up, down = (self.loss(problem, problem[2], rate.detach() + sign * h).item() for sign in (1, -1))
         assert found[1].item() == pytest.approx((up - down) / (2 * h), rel=1e-6)
         assert found[0].abs().max() > 1e-3 < found[1].abs()
+
+    def test_the_gradient_by_soft_labels_is_that_of_finite_differences(self, problem):
+        """W against central differences in the logits of six soft labels."""
+        theta_0, mu_x, images, _ = problem
+        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        rate = torch.tensor(0.1, dtype=torch.float64)
+
+        def loss(z):
+            return self.loss((theta_0, mu_x, images, z.softmax(1)), images, rate)
+
+        leaf, h = logits.clone().requires_grad_(), 1e-5
+        gradient = torch.autograd.grad(loss(leaf), leaf)[0].flatten()
+        assert gradient.abs().max() > 1e-3
+        for index in range(logits.numel()):
+            step = torch.zeros(24, dtype=torch.float64).index_fill(0, torch.tensor(index), h).view(6, 4)
+            up, down = (loss(logits + sign * step).item() for sign in (1, -1))
+            assert gradient[index].item() == pytest.approx((up - down) / (2 * h), rel=1e-6, abs=1e-9)
 
     def test_the_distance_is_one_where_nothing_was_learned(self, problem):
         """|theta_0 - mu_x|^2 / |theta_0 - mu_x|^2 = 1, and 0 at the target; 1/4 half way."""

@@ -15,10 +15,12 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.distillation.methods.common import (
     Clock,
+    CoresetLabels,
     Gradient,
     GradientContext,
     GradientStats,
     coreset_batches,
+    coreset_labels,
     draw_expert,
     expert_epochs,
 )
@@ -35,11 +37,13 @@ class _Start(NamedTuple):
     epoch: int
 
 
-def reverse(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def reverse(
+    context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
+) -> Gradient:
     """BPC-rKL: the covariance of the potentials under q_u."""
     settings, clock = context.settings, Clock(context.network.device)
-    start = _start(context, step)
-    mu_u = _trained(context, step, images, start.theta_0, inner_lr)
+    start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
+    mu_u = _trained(context, step, images, labels.fixed, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
     authors = settings.rkl_estimator == "authors"
     augment = "none" if authors else context.augment
@@ -47,7 +51,7 @@ def reverse(context: GradientContext, step: int, images: Tensor, inner_lr: float
         context.network.forward,
         mu_u,
         images[chosen],
-        context.labels[chosen],
+        labels.targets[chosen],
         AUGMENTATIONS[augment](len(chosen), context.rng(step, "augment")),
         next(context.real.stream(settings.real_batch_size, augment, context.rng(step, "real"))),
         len(context.real),
@@ -56,15 +60,17 @@ def reverse(context: GradientContext, step: int, images: Tensor, inner_lr: float
         source=context.rng(step, "monte-carlo"),
         scaled=not authors,
     )
-    return _scattered(divergence, chosen, images, start, seconds_u, clock)
+    return _scattered(divergence, chosen, images, labels, start, seconds_u, clock)
 
 
-def forward(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def forward(
+    context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
+) -> Gradient:
     """BPC-fKL: Eq. 7."""
     settings, clock = context.settings, Clock(context.network.device)
-    start = _start(context, step)
+    start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
     mu_x = _target(context, start)
-    mu_u = _trained(context, step, images, start.theta_0, inner_lr)
+    mu_u = _trained(context, step, images, labels.fixed, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
     draws, count = context.rng(step, "augment"), settings.views or settings.mc_samples
     views = [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(count)]
@@ -73,31 +79,34 @@ def forward(context: GradientContext, step: int, images: Tensor, inner_lr: float
         mu_x,
         mu_u,
         images[chosen],
-        context.labels[chosen],
+        labels.targets[chosen],
         [views[number % count] for number in range(max(count, settings.mc_samples))],
         scale=settings.weight_noise,
         source=context.rng(step, "monte-carlo"),
     )
-    return _scattered(divergence, chosen, images, start, seconds_u, clock)
+    return _scattered(divergence, chosen, images, labels, start, seconds_u, clock)
 
 
-def distance(context: GradientContext, step: int, images: Tensor, inner_lr: float) -> Gradient:
+def distance(
+    context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
+) -> Gradient:
     """BPC-W: the distance of the means through the unrolled steps; their learning rate is learned with the images."""
     settings, clock = context.settings, Clock(context.network.device)
-    start = _start(context, step)
+    start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
     mu_x = _target(context, start)
     u, rate = images.detach().requires_grad_(), torch.tensor(inner_lr, device=images.device, requires_grad=True)
-    batches = coreset_batches(u, context.labels, settings.batch_size, context.augment, context.rng(step, "coreset"))
+    batches = coreset_batches(u, labels.targets, settings.batch_size, context.augment, context.rng(step, "coreset"))
     mu_u = unrolled_sgd(context.network.forward, start.theta_0, islice(batches, settings.syn_steps), rate)
     seconds_u = clock.lap()
     loss = wasserstein(mu_u, mu_x, start.theta_0)
-    value, rate_gradient = torch.autograd.grad(loss, (u, rate))
+    value, rate_gradient, *by_labels = torch.autograd.grad(loss, (u, rate, *labels.learned))
     value = value.cpu()
     stats = GradientStats(
         loss=loss.item(), gradient_norm=value.norm().item(), inner_lr=inner_lr, expert=start.expert,
         expert_epoch=start.epoch, seconds_u=seconds_u, seconds_gradient=clock.lap(),
     )  # fmt: skip
-    return Gradient(value, stats, rate_gradient.item())
+    soft = labels.by_logits(by_labels[0]) if by_labels else None
+    return Gradient(value, stats, rate_gradient.item(), soft_labels=soft)
 
 
 def _start(context: GradientContext, step: int) -> _Start:
@@ -113,22 +122,29 @@ def _target(context: GradientContext, start: _Start) -> Params:
     return context.network.parameters_of(context.store.read(start.expert, later))
 
 
-def _trained(context: GradientContext, step: int, images: Tensor, theta_0: Params, inner_lr: float) -> Params:
+def _trained(
+    context: GradientContext, step: int, images: Tensor, labels: Tensor, theta_0: Params, inner_lr: float
+) -> Params:
     """mu_u, without a graph."""
     s = context.settings
-    batches = coreset_batches(images, context.labels, s.batch_size, context.augment, context.rng(step, "coreset"))
+    batches = coreset_batches(images, labels, s.batch_size, context.augment, context.rng(step, "coreset"))
     steps = islice(sgd_trajectory(context.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)
     return deque(steps, maxlen=1).pop()
 
 
 def _scattered(
-    divergence: WeightDivergence, chosen: Tensor, images: Tensor, start: _Start, seconds_u: float, clock: Clock
-) -> Gradient:
+    divergence: WeightDivergence, chosen: Tensor, images: Tensor, labels: CoresetLabels, start: _Start,
+    seconds_u: float, clock: Clock,
+) -> Gradient:  # fmt: skip
     """The batch's gradient at its place among all m images."""
+    soft = None
+    if divergence.by_labels is not None:
+        place = torch.zeros_like(labels.fixed).index_copy(0, chosen.to(images.device), divergence.by_labels)
+        soft = labels.by_logits(place)
     value = torch.zeros_like(images).index_copy(0, chosen.to(images.device), divergence.gradient).cpu()
     stats = GradientStats(
         loss=divergence.expected_x - divergence.expected_u, expected_x=divergence.expected_x,
         expected_u=divergence.expected_u, gradient_norm=value.norm().item(), expert=start.expert,
         expert_epoch=start.epoch, seconds_u=seconds_u, seconds_gradient=clock.lap(),
     )  # fmt: skip
-    return Gradient(value, stats)
+    return Gradient(value, stats, soft_labels=soft)

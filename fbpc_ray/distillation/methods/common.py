@@ -1,5 +1,6 @@
 """Arguments, results and first draws that the gradients of all methods share."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -65,7 +66,7 @@ class GradientContext(NamedTuple):
     """None for a method that has none."""
     real: DeviceDataset
     labels: Tensor
-    """(m,) int64: the pseudocoreset's, fixed."""
+    """(m,) int64: the classes of the pseudocoreset, fixed."""
     settings: Distillation
     augment: str
     expert_count: int
@@ -107,6 +108,40 @@ class Gradient(NamedTuple):
     the network of the pool (network_pool.dump)."""
     soft_labels: Tensor | None = None
     """(m, d) float32, on the CPU: with respect to the soft labels, where the method learns them."""
+
+
+class CoresetLabels(NamedTuple):
+    """Labels of the pseudocoreset as cross-entropy takes them."""
+
+    targets: Tensor
+    """(m,) int64; or (m, d) float32 probabilities, a leaf whose gradient is that of the soft labels."""
+
+    @property
+    def fixed(self) -> Tensor:
+        """Return the labels without a graph."""
+        return self.targets.detach()
+
+    @property
+    def learned(self) -> tuple[Tensor, ...]:
+        """Return what is differentiated beside the images: the probabilities, or nothing."""
+        return (self.targets,) if self.targets.requires_grad else ()
+
+    def entropy(self, size: int) -> float:
+        """Return the least mean cross-entropy there is, nats an image: mean over batches of `size`, as in solves."""
+        if not self.learned:
+            return 0.0
+        each = torch.special.entr(self.fixed).sum(1)
+        return statistics.fmean(part.mean().item() for part in each.split(size))
+
+    def by_logits(self, by_probabilities: Tensor) -> Tensor:
+        """Return the gradient by the logits z, on the CPU, from that by p = softmax(z): p (g - sum_c p_c g_c)."""
+        weighted = self.fixed * by_probabilities
+        return (weighted - self.fixed * weighted.sum(1, keepdim=True)).cpu()
+
+
+def coreset_labels(labels: Tensor, soft_labels: Tensor | None) -> CoresetLabels:
+    """Return `labels` (m,), or the probabilities of `soft_labels` (m, d) where labels are learned."""
+    return CoresetLabels(labels if soft_labels is None else soft_labels.detach().softmax(1).requires_grad_())
 
 
 Method = Callable[..., Gradient]

@@ -17,6 +17,7 @@ from fbpc_ray.distillation.methods.common import (
     GradientContext,
     GradientStats,
     coreset_batches,
+    coreset_labels,
     draw_expert,
     expert_epochs,
 )
@@ -44,16 +45,21 @@ def gradient(
     inner_lr: float,
     expert_side: np.ndarray | None = None,
     start: np.ndarray | None = None,
+    soft_labels: Tensor | None = None,
 ) -> Gradient:
     """Eq. 17 for one architecture at the pseudocoreset `images`, averaged over V augmentations of it.
 
     `inner_lr` is not used; `expert_side`, where it was computed ahead, changes no bit. `start` (P,) is where the MAP
     solve begins (`--map-init warm`); None: at the prior.
 
+    With `soft_labels` (m, d) the MAP solve, the K steps on u and Eq. 17 take their softmax as labels, gamma is what the
+    solve's loss may be above their entropy, and the gradient by them is that of inference/divergence.py.
+
     Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
-    network, labels, settings, augment = context.network, context.labels, context.settings, context.augment
+    network, settings, augment = context.network, context.settings, context.augment
+    labels = coreset_labels(context.labels, soft_labels)
     forward, loss_and_grad, logits = network.forward, context.passes.loss_and_grad, context.passes.logits
     size, rng = settings.batch_size, context.rng
     clock = Clock(network.device)
@@ -82,16 +88,16 @@ def gradient(
     solution = map_solve(
         loss_and_grad,
         network.init(rng(step, "prior")) if start is None else _params(context, start),
-        coreset_batches(u.detach(), labels, size, augment, rng(step, "map")),
-        threshold=settings.gamma,
+        coreset_batches(u.detach(), labels.fixed, size, augment, rng(step, "map")),
+        threshold=settings.gamma + labels.entropy(size),
         learning_rate=settings.map_lr,
         max_steps=settings.map_max_steps,
-        batches_per_pass=settings.gamma_window * math.ceil(len(labels) / size),
+        batches_per_pass=settings.gamma_window * math.ceil(len(labels.targets) / size),
     )
     seconds_map = clock.lap()
 
     # Its K steps on the pseudocoreset.
-    batches = coreset_batches(u.detach(), labels, size, augment, rng(step, "coreset"))
+    batches = coreset_batches(u.detach(), labels.fixed, size, augment, rng(step, "coreset"))
     samples_u = islice(
         sgd_trajectory(loss_and_grad, solution.value, batches, settings.lambda_u), settings.posterior_steps
     )
@@ -99,16 +105,19 @@ def gradient(
     seconds_u = clock.lap()
 
     noise, parts = rng(step, "monte-carlo"), list[tuple[float, float, float, float, float]]()
-    value = torch.zeros_like(u)
+    learned = (u, *labels.learned)
+    totals = [torch.zeros_like(part) for part in learned]
     for number, view in enumerate(views):  # the graph of one view at a time
         augmented = view(u[chosen])
         posterior_x = posterior_at(forward, theta_x, augmented, psi_x[number] if psi_x else None)
         posterior_u = posterior_at(forward, solution.value, augmented, psi_u[number] if psi_u else None)
-        divergence = forward_kl(posterior_x, posterior_u, labels[chosen], settings.mc_samples, noise)
-        value = value + torch.autograd.grad(divergence.value, u)[0]
+        divergence = forward_kl(posterior_x, posterior_u, labels.targets[chosen], settings.mc_samples, noise)
+        gradients = torch.autograd.grad(divergence.value, learned)
+        totals = [total + part for total, part in zip(totals, gradients, strict=True)]
         terms = (*divergence, posterior_x.variance.mean(), posterior_u.variance.mean())
         parts.append(tuple(term.item() for term in terms))  # type: ignore[arg-type]
-    value = (value / len(views)).cpu()
+    value, *by_labels = (total / len(views) for total in totals)
+    value = value.cpu()
     loss, expected_x, expected_u, mean_psi_x, mean_psi_u = (sum(part) / len(views) for part in zip(*parts, strict=True))
     stats = GradientStats(
         loss=loss,
@@ -119,7 +128,7 @@ def gradient(
         gradient_norm=value.norm().item(),
         map_steps=solution.stats.steps,
         map_status=str(solution.status),
-        map_loss=solution.stats.loss,
+        map_loss=solution.stats.loss - labels.entropy(size),
         expert=expert,
         expert_epoch=epoch,
         seconds_x=seconds_x,
@@ -127,7 +136,10 @@ def gradient(
         seconds_u=seconds_u,
         seconds_gradient=clock.lap(),
     )
-    return Gradient(value, stats, solution=flatten(solution.value).cpu() if settings.map_init == "warm" else None)
+    return Gradient(
+        value, stats, solution=flatten(solution.value).cpu() if settings.map_init == "warm" else None,
+        soft_labels=labels.by_logits(by_labels[0]) if by_labels else None,
+    )  # fmt: skip
 
 
 def _expert(context: GradientContext, step: int) -> tuple[int, int]:
