@@ -51,8 +51,6 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
         raise UserError(f"--split {options.split}: choose test or validation")
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
-    if options.save_model and config.evaluation.inference == "last-layer":
-        raise UserError("--save-model holds samples of weights, --inference last-layer has none: use mse or ensemble")
     target = model_export.asked(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:
@@ -166,7 +164,7 @@ def _save_model(
     unless `run_id` is empty."""
     config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
     method = config.distillation.method
-    samples = model_export.kept(scored, coresets[method], method, spec)
+    samples = model_export.kept(scored, coresets[method], method, spec, config.evaluation)
     samples_score = results.select(scored.scores, method, spec.architecture)[0]
     facts = model_export.facts(config, split, samples_score, provenance)
     command = model_export.save(samples, target, facts, images)

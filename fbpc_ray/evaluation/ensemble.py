@@ -3,15 +3,16 @@
     p(y | x) = 1/S sum_s p(y | f_theta_s(x))            (the Bayesian model average)
 
 A file of samples is one safetensors file: `samples/S/NAME` and `statistics/S/NAME` are the tensors of sample S, the
-metadata says which network they are of, the normalisation and the names of the classes, and has a checksum. Nothing is
-pickled.
+metadata says which network they are of, the normalisation and the names of the classes, and has a checksum. The
+posterior of a last layer (`--inference last-layer`) is `last_layer/features`, `/factor`, `/weights` and metadata, in
+format 2. Nothing is pickled.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +25,17 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import normalise, standardise
+from fbpc_ray.inference.last_layer import LastLayer
 from fbpc_ray.inference.metrics import PredictiveStats, Scores, log_mixture, log_probabilities, predictive_stats, scores
 from fbpc_ray.inference.uncertainty import uncertainty_of
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.models.last_layer import closed_form_logits
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMAT = "1"
+FORMAT, FORMAT_WITH_LAYER = "1", "2"
 BATCH = 500
 """Most images of one forward pass."""
 BATCH_PIXELS = BATCH * 32 * 32
@@ -107,8 +110,12 @@ class Ensemble:
     std: tuple[float, ...]
     classes: tuple[str, ...]
     device: str = "cpu"
+    last_layer: LastLayer | None = None
+    """The posterior of the last layer of the one sample, by which it predicts; None: by the average of all."""
 
     def __repr__(self) -> str:
+        if self.last_layer is not None:
+            return f"<last-layer posterior of {self.spec.architecture}, {len(self.classes)} classes>"
         return f"<{len(self.samples)} posterior samples of {self.spec.architecture}, {len(self.classes)} classes>"
 
     @cached_property
@@ -139,9 +146,14 @@ class Ensemble:
     def _predict(self, pixels: Tensor) -> Prediction:
         bytes_ = pixels.dtype == torch.uint8
         images = (normalise if bytes_ else standardise)(pixels if bytes_ else pixels.float(), self.mean, self.std)
-        each = log_probabilities(logits_of(self.network.predict, self.samples, self.statistics, images))
+        each = log_probabilities(self._logits(images))
         mean = log_mixture(each)
         return Prediction(mean.exp().cpu(), *uncertainty_of(each, mean))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if self.last_layer is None:
+            return logits_of(self.network.predict, self.samples, self.statistics, images)
+        return closed_form_logits(self.network, self.samples[0], self.statistics[0], self.last_layer, images)
 
 
 def gathered(network: Network, samples: Sequence[Params], coreset: Coreset) -> Ensemble:
@@ -153,6 +165,20 @@ def gathered(network: Network, samples: Sequence[Params], coreset: Coreset) -> E
 
 # ---- files
 
+LAYER_TENSORS = ("features", "factor", "weights")
+"""Tensors of a `LastLayer`."""
+
+
+def _layer(file: Any, facts: dict[str, str], device: str) -> LastLayer:
+    """Read the last layer's posterior. Raises ValueError for tensors that don't fit together."""
+    ridge, precision = map(float, inputs.parse_json(facts["last_layer"]))
+    tensors = [file.get_tensor(f"last_layer/{name}").clone().to(device) for name in LAYER_TENSORS]
+    features, factor, weights = tensors
+    n = len(features)
+    if factor.shape != (n, n) or len(weights) != n or any(tensor.dtype != torch.float64 for tensor in tensors):
+        raise ValueError("its last layer does not fit together")
+    return LastLayer(features, factor, weights, ridge, precision)
+
 
 def save(ensemble: Ensemble, path: Place, facts: dict[str, str] | None = None) -> None:
     """Write the samples to `path`, whole or not at all; `facts` are kept in the file's header."""
@@ -163,7 +189,12 @@ def save(ensemble: Ensemble, path: Place, facts: dict[str, str] | None = None) -
         for name, value in params.items()
     }
     head = {name: getattr(ensemble, name) for name in ("spec", "mean", "std", "classes")}
-    own = {"format": FORMAT, "count": str(len(ensemble.samples)), **{k: json.dumps(v) for k, v in head.items()}}
+    layer = ensemble.last_layer
+    own = {"format": FORMAT if layer is None else FORMAT_WITH_LAYER, "count": str(len(ensemble.samples))}
+    if layer is not None:
+        tensors |= {f"last_layer/{name}": getattr(layer, name).cpu().contiguous() for name in LAYER_TENSORS}
+        head["last_layer"] = [float(layer.ridge), layer.precision]
+    own |= {name: json.dumps(value) for name, value in head.items()}
     files.write_bytes(path, tensor_files.dumps(tensors, {**(facts or {}), **own}))
 
 
@@ -175,15 +206,18 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
     try:
         with storage.local(path) as near, tensor_files.open_checked(near) as file:
             facts = file.metadata() or {}
-            if facts["format"] != FORMAT:
-                raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+            if facts["format"] not in (FORMAT, FORMAT_WITH_LAYER):
+                raise ValueError(f"format {facts['format']}, this version reads {FORMAT} and {FORMAT_WITH_LAYER}")
             spec, mean, std, classes = (inputs.parse_json(facts[name]) for name in ("spec", "mean", "std", "classes"))
             architecture, shape, *rest = spec
             spec = Spec(architecture, tuple(shape), *map(int, rest))
             tensors: dict[str, list[Params]] = {
                 kind: [{} for _ in range(int(facts["count"]))] for kind in ("samples", "statistics")
             }
+            layer = _layer(file, facts, device) if facts["format"] == FORMAT_WITH_LAYER else None
             for key in file.keys():  # noqa: SIM118  no mapping
+                if key.startswith("last_layer/"):
+                    continue
                 kind, number, name = key.split("/", 2)
                 tensors[kind][int(number)][name] = file.get_tensor(key).clone().to(device)  # clone: out of the map
     except FileNotFoundError:
@@ -196,7 +230,7 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
         )
     custom.search_current_folder()
     ensemble = Ensemble(
-        spec, tensors["samples"], tensors["statistics"], tuple(mean), tuple(std), tuple(classes), device
+        spec, tensors["samples"], tensors["statistics"], tuple(mean), tuple(std), tuple(classes), device, layer
     )
     for params, statistics in zip(ensemble.samples, ensemble.statistics, strict=True):
         fits = {name: value.shape for name, value in params.items()} == ensemble.network.shapes

@@ -9,7 +9,8 @@ the mirror images.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,19 +19,23 @@ from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Params
+from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.chains import (
     Chain,
     ChainResult,
+    CoresetArrays,
     EvaluationContext,
     Logits,
     Predictor,
+    arrays_of,
     average_of,
     chain_result,
     sampled,
 )
+from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.inference.adam import adam_start
-from fbpc_ray.inference.last_layer import mean_field_logits, one_hot_targets, predictive
+from fbpc_ray.inference.last_layer import LastLayer, one_hot_targets
 from fbpc_ray.models import last_layer
 from fbpc_ray.models.functional import Network, flatten, unflatten
 from fbpc_ray.models.last_layer import Targets
@@ -61,9 +66,12 @@ def _num_networks(settings: Evaluation) -> int:
 
 def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets:
     """Return the coreset's images with their regression targets, with the mirror images if --net-mirror."""
-    arrays, settings = context.coresets[chain.coreset], context.settings
+    return _targets(context.coresets[chain.coreset], chain.spec.classes, context.settings, device)
+
+
+def _targets(arrays: CoresetArrays, classes: int, settings: Evaluation, device: str) -> Targets:
     if arrays.soft_labels is None:
-        targets = one_hot_targets(torch.tensor(arrays.labels), chain.spec.classes, settings.net_label_scale)
+        targets = one_hot_targets(torch.tensor(arrays.labels), classes, settings.net_label_scale)
     else:
         targets = torch.tensor(arrays.soft_labels)
     data = Targets(torch.tensor(arrays.images, device=device), targets.to(device))
@@ -86,13 +94,25 @@ def trained(network: Network, data: Targets, settings: Evaluation, seed: int, me
 def closed_form(network: Network, params: Params, data: Targets, settings: Evaluation) -> Logits:
     """Return the function of images to logits (1, b, d) by the last layer's posterior given the coreset."""
     statistics = network.statistics(params, data.images.split(256))
+    layer = layer_of(network, params, statistics, data, settings)
+    return lambda images: last_layer.closed_form_logits(network, params, statistics, layer, images)
 
-    def features(images: Tensor) -> Tensor:
-        parts = [network.predict_features(params, statistics, part)[0] for part in images.split(last_layer.CHUNK)]
-        return last_layer.scaled(torch.cat(parts))
 
-    layer = last_layer.posterior(features(data.images), data.targets, settings.net_ridge, settings.net_precision)
-    return lambda images: mean_field_logits(*predictive(layer, features(images)))[None]
+def layer_of(network: Network, params: Params, statistics: Params, data: Targets, settings: Evaluation) -> LastLayer:
+    """Return the posterior of the last layer of a trained network."""
+    features = last_layer.scaled_features(network, params, statistics, data.images)
+    return last_layer.posterior(features, data.targets, settings.net_ridge, settings.net_precision)
+
+
+def gathered(network: Network, samples: Sequence[Params], coreset: Coreset, settings: Evaluation) -> Ensemble:
+    """Return trained networks as an ensemble that predicts as they were scored: BatchNorm's statistics are those of
+    the coreset with its mirror images, and `last-layer` brings the posterior of its last layer."""
+    data = _targets(arrays_of(coreset), network.spec.classes, settings, str(network.device))
+    made = ensemble.gathered(network, samples, coreset._replace(images=data.images))
+    if settings.inference != "last-layer":
+        return made
+    layer = layer_of(network, samples[0], made.statistics[0], data, settings)
+    return replace(made, last_layer=layer)
 
 
 def _batches(size: int, settings: Evaluation, source: torch.Generator) -> Iterator[Tensor | None]:

@@ -45,6 +45,20 @@ def features_and_outputs(network: Network, params: Params, images: Tensor) -> tu
     return torch.cat(features), torch.cat(outputs)
 
 
+def scaled_features(network: Network, params: Params, statistics: Params, images: Tensor) -> Tensor:
+    """Return scaled features (n, h) of images (n, c, h, w), each image on its own, in passes of `CHUNK`."""
+    parts = [network.predict_features(params, statistics, part)[0] for part in images.split(CHUNK)]
+    return scaled(torch.cat(parts))
+
+
+def closed_form_logits(
+    network: Network, params: Params, statistics: Params, layer: LastLayer, images: Tensor
+) -> Tensor:
+    """Return logits (1, n, d) of images (n, c, h, w) by the last layer's posterior on the network's features."""
+    features = scaled_features(network, params, statistics, images)
+    return last_layer.mean_field_logits(*last_layer.predictive(layer, features))[None]
+
+
 def posterior(features: Tensor, targets: Tensor, ridge: float, precision: float, relative: bool = False) -> LastLayer:
     """Return the last layer's posterior given scaled features (n, h); `relative`: the ridge is a share of tr K / n."""
     value = last_layer.relative_ridge(features, ridge) if relative else ridge

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.expert_store import slug
-from fbpc_ray.evaluation import ensemble
+from fbpc_ray.evaluation import ensemble, last_layer
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.evaluation.evaluate import EvaluationResult
 from fbpc_ray.evaluation.results import ChainScore
@@ -44,12 +44,15 @@ def asked(path: str, specs: Sequence[Spec]) -> Path | None:
     return target(path) if path else None
 
 
-def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec) -> Ensemble:
-    """The samples that an evaluation kept, of the coreset called `name`. Raises UserError for a chain that diverged."""
+def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec, settings: Evaluation) -> Ensemble:
+    """Return what an evaluation kept of the coreset called `name`. Raises UserError for a chain that diverged."""
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
-        raise UserError("no model was saved: its chain, that of seed 0, diverged; lower --chain-eta", code=1)
-    return ensemble.gathered(Network(spec), samples, found)
+        flag = "--chain-eta" if settings.inference == "sghmc" else "--net-lr"
+        raise UserError(f"no model was saved: its chain, that of seed 0, diverged; lower {flag}", code=1)
+    if settings.inference == "sghmc":
+        return ensemble.gathered(Network(spec), samples, found)
+    return last_layer.gathered(Network(spec), samples, found, settings)
 
 
 def facts(config: Config, split: str, score: ChainScore, provenance: Provenance) -> dict[str, Any]:
@@ -57,7 +60,8 @@ def facts(config: Config, split: str, score: ChainScore, provenance: Provenance)
     kind, colon, path = config.data.data.partition(":")
     return {
         "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
-        "ipc": config.distillation.ipc, "seed": 0, "split": split, "commit": provenance.commit,
+        "ipc": config.distillation.ipc, "inference": config.evaluation.inference, "seed": 0,
+        "split": split, "commit": provenance.commit,
         "scores": score.values,
     }  # fmt: skip
 
@@ -91,7 +95,7 @@ def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.nda
         artifacts={"samples": path},
         config={"network": name} if own_network else {},
         example=np.ascontiguousarray(example),
-        code=[SCRIPT.parent, *([_code_of(name)] if own_network else [])],
+        code=[SCRIPT.parents[1], *([_code_of(name)] if own_network else [])],
         requirements=[f"{each}=={metadata.version(each).partition('+')[0]}" for each in REQUIRED],
         metadata={
             "architecture": name, "width": samples.spec.width, "samples": len(samples.samples),

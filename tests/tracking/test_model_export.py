@@ -22,6 +22,7 @@ from fbpc_ray import api
 from fbpc_ray.commands import main
 from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation import ensemble
 from fbpc_ray.inference.metrics import predictive_stats, scores
 from fbpc_ray.tracking.mlflow_model import default_store
 
@@ -110,6 +111,26 @@ def test_the_model_predicts_what_was_scored_and_lies_in_the_run(run, digits, cap
     assert again.equals(frame)
     assert outputs is not None
     assert [f"models:/{each.model_id}" for each in outputs.model_outputs] == [address]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inference", ["last-layer", "ensemble"])
+def test_trained_networks_predict_what_was_scored(run, digits, capsys, inference):
+    """With BatchNorm, whose statistics are of the coreset with its mirror images; the file is read back to the bit."""
+    folder = Path(f"model-{inference}").absolute()
+    words = ["--inference", inference, "--net-steps", "20", "--ensemble-size", "2", "--save-model", str(folder)]
+    expected = evaluated(run, *words)["convnet-bn"]
+    model = loaded(str(folder))
+    frame = model.predict(digits.test.images)
+    assert_scored(frame, digits.test, expected)
+    assert model.metadata.metadata is not None
+    assert model.metadata.metadata["inference"] == inference
+    assert (folder / "code" / "fbpc_ray" / "evaluation" / "ensemble.py").exists()
+    samples = ensemble.load(next(folder.rglob("samples.safetensors")))
+    assert (samples.last_layer is None) == (inference != "last-layer")
+    ensemble.save(samples, folder / "again.safetensors")
+    again = ensemble.load(folder / "again.safetensors").predict(digits.test.images)
+    assert again.probabilities.tolist() == frame["probabilities"].to_list()
 
 
 @contextmanager
