@@ -175,6 +175,11 @@ class ReproduceArguments:
     """Data set whose test images are out of distribution (grid), as --data takes it; empty: no AUROC."""
     ood_resize: bool = False
     """Resize the images of --ood to the size of the data."""
+    coreset_row: tuple[str, ...] = ()
+    """NAME=PATH (grid): a row NAME of a coreset that others made, soft labels too, as `evaluate --coreset` takes it."""
+    whitening: tuple[str, ...] = ()
+    """NAME=FILE (grid): the images of --coreset-row NAME are whitened (ZCA); an .npz file with mean (p,) and matrix
+    (p, p), p = channels x height x width, that maps a normalised image x to (x - mean) matrix."""
     cost_steps: int = 5
     """Timed steps of a cell (table7, table8, table9)."""
     out: str = "reproduction"

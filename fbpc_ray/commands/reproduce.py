@@ -11,6 +11,7 @@ from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.reproduction import run
+from fbpc_ray.reproduction.outside_coresets import parse
 from fbpc_ray.reproduction.render import cell_means
 from fbpc_ray.reproduction.run import Options
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request
@@ -42,7 +43,7 @@ def reproduce(args: ReproduceArguments) -> None:
     options = Options(
         args.table, args.scale, Request(scale, sources, args.ipc, _overrides(args.override), base), folder, args.only,
         Path(args.corruptions) if args.corruptions else None, args.cost_steps, args.dry_run,
-        args.ood, args.ood_resize,
+        args.ood, args.ood_resize, parse(args.coreset_row, "--coreset-row"), parse(args.whitening, "--whitening"),
     )  # fmt: skip
     with resume_hint("run the same command again to continue"):
         path, rows = run.reproduce(options, log)
@@ -72,7 +73,8 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
         log=log,
     )  # fmt: skip
     tracker.log_metrics(cell_means(options.table, rows), 0)
-    for file in (path, path.with_suffix(".png"), path.with_name(f"{options.table}-by-ipc.png")):
+    more = (path.with_name(f"{options.table}-{kind}.png") for kind in ("by-ipc", "seconds"))
+    for file in (path, path.with_suffix(".png"), *more):
         if file.exists():
             tracker.log_artifact(file)
     for file in sorted((options.out / "rows" / options.table).glob("*.parquet")):

@@ -18,6 +18,7 @@ from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.data.whitening import WhitenedDataset, Whitening
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.diagnostics import traces_of
 from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
@@ -192,6 +193,8 @@ class EvaluationContext(NamedTuple):
     """Out-of-distribution images (`ood_split`); nobody looks at their labels."""
     compiled: str = "off"
     """`--compiled-chains`: auto | on | off."""
+    whitening: Whitening | None = None
+    """Of all images but those of the coresets, which have seen it."""
 
 
 def evaluation_context(
@@ -267,7 +270,9 @@ def sample_chain(context: EvaluationContext, chain: Chain, passes: Passes, devic
 
 
 def on_device(split: Split, context: EvaluationContext, device: str) -> DeviceDataset:
-    """Return images and labels of `split` on the device, normalised as the coreset is."""
+    """Return images and labels of `split` on the device, normalised and whitened as the coreset is."""
+    if context.whitening is not None:
+        return WhitenedDataset(*tensors(split, device), context.mean, context.std, context.whitening)
     return DeviceDataset(*tensors(split, device), context.mean, context.std)
 
 

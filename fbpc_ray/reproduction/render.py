@@ -159,6 +159,21 @@ def _plane(rows: list[Row]) -> dict[str, dict[tuple[str, str], tuple[float, floa
     return panels
 
 
+def picture_of_seconds(table: str, scale: str, rows: list[Row], path: Path) -> bool:
+    """Draw NLL against the CPU seconds to make and to judge. Return False, and draw nothing, where rows have none."""
+    panels: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
+    for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
+        cell = _cell(rows, name, column)
+        nll, make, judge = (summary(cell, quantity) for quantity in ("nll", "make_seconds", "judge_seconds"))
+        if nll and make and judge:
+            ipc, _, inference = column.partition(", ")
+            panels.setdefault(ipc, {})[name, inference] = make.mean + judge.mean, nll.mean
+    if panels:
+        label = "CPU seconds to make, without experts, and to judge"
+        scatter(panels, label, SHOWN["nll"].label, _title(table, scale), path, log_x=True)
+    return bool(panels)
+
+
 def _title(table: str, scale: str) -> str:
     """Return the title with the scale, which no line break splits."""
     return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")

@@ -5,7 +5,8 @@ tables share their experts and coresets.
 
     OUT/coresets/<key>/   a run directory for each distinct coreset
     OUT/rows/<table>/     a Parquet file for each (cell, seed)
-    OUT/<table>.md .png   the table beside the paper's numbers; <table>-by-ipc.png if it has several sizes
+    OUT/<table>.md .png   the table beside the paper's numbers; <table>-by-ipc.png if it has several sizes; of a grid
+                          <table>-seconds.png
 """
 
 import json
@@ -30,12 +31,20 @@ from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import check_memory, expert_store, load_data, network_specs, num_steps, open_backend
+from fbpc_ray.execution.session import (
+    check_memory,
+    expert_store,
+    load_data,
+    network_specs,
+    open_backend,
+    uses_experts,
+)
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
 from fbpc_ray.reproduction.extras import ExtraColumns, Extras, extra_columns, extra_notes
-from fbpc_ray.reproduction.render import markdown, over_ipc, picture
+from fbpc_ray.reproduction.outside_coresets import OutsideCoreset, read, whitening_of
+from fbpc_ray.reproduction.render import markdown, over_ipc, picture, picture_of_seconds
 from fbpc_ray.reproduction.rows import Rows, cell_key, coreset_key
 from fbpc_ray.reproduction.tables import TABLES, Cell, Request, cells_of
 
@@ -55,6 +64,10 @@ class Options(NamedTuple):
     ood: str = ""
     """A data set whose test images are out of distribution, for a grid."""
     ood_resize: bool = False
+    coreset_rows: dict[str, str] = {}  # noqa: RUF012  nobody changes it
+    """{row of a grid: file or folder of a coreset that others made}."""
+    whitenings: dict[str, str] = {}  # noqa: RUF012
+    """{row of `coreset_rows`: file of the whitening of its images}."""
 
 
 class Task(NamedTuple):
@@ -64,6 +77,7 @@ class Task(NamedTuple):
     key: str
     coreset: Path
     dataset: Dataset
+    outside: OutsideCoreset | None = None
 
 
 def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
@@ -126,7 +140,8 @@ def _extra_columns(options: Options, dataset: Dataset, log: Log) -> ExtraColumns
 
 def _tasks(options: Options, log: Log) -> list[Task]:
     """Return the chosen cells for every seed of the distillation; load data, check networks."""
-    cells = cells_of(options.table, options.request)
+    cells, outside = cells_of(options.table, options.request), _outside(options, log)
+    cells += [cell for one in outside.values() for cell in one.cells(cells[0])]
     names = [f"{cell.row}/{cell.column}" for cell in cells]
     chosen = [
         cell
@@ -149,6 +164,10 @@ def _tasks(options: Options, log: Log) -> list[Task]:
         validation.check(cell.config)
         network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
         check_memory(cell.config, dataset, network_specs(cell.config, dataset))
+        if one := outside.get(cell.row):
+            key = cell_key(options.table, one.folder_name, cell.column, cell.judged_on, cell.config)
+            tasks.append(Task(cell, key, options.out / "coresets" / one.folder_name, dataset, one))
+            continue
         for seed in range(options.request.scale.distill_seeds):
             config = cell.config.updated(seed=seed)
             key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config)
@@ -156,6 +175,22 @@ def _tasks(options: Options, log: Log) -> list[Task]:
             folder = options.out / "coresets" / f"{method}-ipc{ipc}-{coreset_key(config)}"
             tasks.append(Task(cell._replace(config=config), key, folder, dataset))
     return tasks
+
+
+def _outside(options: Options, log: Log) -> dict[str, OutsideCoreset]:
+    """Read the coresets that others made, by row. Raises UserError."""
+    if not options.coreset_rows and not options.whitenings:
+        return {}
+    if TABLES[options.table].kind != "grid":
+        raise UserError(f"--coreset-row, --whitening: {options.table} has no such rows; use grid or grid-cifar100")
+    cells = cells_of(options.table, options.request)
+    taken = {cell.row for cell in cells} & options.coreset_rows.keys()
+    if taken:
+        raise UserError(f"--coreset-row {min(taken)}=...: the grid has a row of this name; give another name")
+    coresets, notes = read(options.coreset_rows, options.whitenings, load_data(cells[0].config, log))
+    for note in notes:
+        log(f"note: {note}")
+    return {one.name: one for one in coresets}
 
 
 def _unmade(tasks: Iterable[Task]) -> list[Task]:
@@ -174,7 +209,10 @@ def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
 def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log) -> dict[Path, str]:
     """Train missing experts, then distil each coreset; return why coresets failed, by folder."""
     failures = {}
-    for dataset, group in _by_data(tasks):
+    for task in tasks:
+        if task.outside:
+            task.outside.copy_to(task.coreset)
+    for dataset, group in _by_data(task for task in tasks if not task.outside):
         _train_experts([task.cell.config for task in group], dataset, workers, log)
         items = [work.CoresetTask(task.cell.config, task.coreset, commit) for task in group]
         with progress("distil", len(items), "coreset", log=log) as bar:
@@ -191,7 +229,7 @@ def _train_experts(configs: list[Config], dataset: Dataset, workers: TaskRunner,
     stores: dict[Place, tuple[ExpertStore, Spec]] = {}
     count = 0
     for config in configs:
-        if num_steps(config):
+        if uses_experts(config):
             for spec in network_specs(config, dataset):
                 store = expert_store(config, dataset, spec)
                 stores[store.folder] = (store, spec)
@@ -211,9 +249,9 @@ def _evaluate(
     groups: dict[str, list[tuple[Task, int]]] = {}
     for task, seed in missing:  # chains of one evaluation, data set and augmentation share what travels to the workers
         config = task.cell.config
-        groups.setdefault(repr((task.dataset.name, config.evaluation, config.networks.augment)), []).append(
-            (task, seed)
-        )
+        own = task.coreset.name if task.outside else ""  # its images have a normalisation of their own
+        shared_by = repr((task.dataset.name, config.evaluation, config.networks.augment, own))
+        groups.setdefault(shared_by, []).append((task, seed))
     with progress("evaluate", len(missing), "chain", log=log) as bar:
         for group in groups.values():
             shared, items = _shared_context(options, group, workers.device, log)
@@ -236,9 +274,12 @@ def _shared_context(
     for folder in {task.coreset for task, _ in group}:
         made = coreset.load(RunDirectory(folder).coreset_path)
         coresets[folder.name] = arrays_of(made)
+        if task.outside:
+            dataset = dataset._replace(mean=made.mean, std=made.std)
     context = evaluation_context(
         dataset, "test", config.evaluation, config.networks.augment, coresets, compiled=config.workers.compiled_chains
     )
+    context = context._replace(whitening=whitening_of(task.coreset, dataset.image_shape))
     items = [_row_task(task, seed, TABLES[options.table].kind, options.corruptions) for task, seed in group]
     context = without_impossible_compilation(context, [item.chain for item in items], device, log)
     return work.SharedContext(context, dataset), items
@@ -297,5 +338,8 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         picture(options.table, options.scale, rows, image)
         if over_ipc(options.table, options.scale, rows, sizes):
             images.append(sizes.name)
+        seconds = image.with_name(f"{options.table}-seconds.png")
+        if kind == "grid" and picture_of_seconds(options.table, options.scale, rows, seconds):
+            images.append(seconds.name)
     files.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, images, footnotes))
     return path

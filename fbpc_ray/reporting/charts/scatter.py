@@ -13,7 +13,9 @@ Points = Mapping[tuple[str, str], tuple[float, float]]
 """{(coreset, inference): (x, y)}."""
 
 
-def scatter(panels: Mapping[str, Points], x_label: str, y_label: str, title: str, path: Place) -> None:
+def scatter(
+    panels: Mapping[str, Points], x_label: str, y_label: str, title: str, path: Place, *, log_x: bool = False
+) -> None:
     """Write a PNG with a panel of points for each title; both axes are the same in all panels.
 
     Raises:
@@ -34,6 +36,8 @@ def scatter(panels: Mapping[str, Points], x_label: str, y_label: str, title: str
         for (coreset, inference), (x, y) in points.items():
             axes.plot(x, y, shapes[inference], color=colours[coreset], markersize=7, markeredgecolor="white", alpha=0.9)
         axes.set_title(wrapped(heading, 40), fontsize=TITLE, parse_math=False)
+        if log_x:
+            axes.set_xscale("log")
         axes.set_xlabel(x_label, fontsize=LABEL)
         axes.margins(0.08)
         tidy(axes)
