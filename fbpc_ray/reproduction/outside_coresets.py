@@ -48,9 +48,8 @@ class OutsideCoreset(NamedTuple):
         """Return a cell for every inference, at the images a class of the coreset, and else as `other` is."""
         config = other.config.updated(ipc=math.ceil(self.ipc), method="random", seed=0)
         return [
-            Cell(self.name, f"ipc {self.ipc:g}, {column}", changed, other.judged_on)
+            Cell(self.name, f"ipc {self.ipc:g}, {column}", grid.judged_by(config, column), other.judged_on)
             for column in grid.INFERENCES
-            for changed in [grid.judged_by(config, column, len(self.coreset.classes))]
         ]
 
     def copy_to(self, folder: Path) -> None:

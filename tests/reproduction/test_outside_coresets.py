@@ -7,6 +7,7 @@ import pytest
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.reproduction import grid
 from fbpc_ray.reproduction.outside_coresets import parse, read
 from fbpc_ray.reproduction.tables import SCALES, Request, cells_of
 
@@ -31,9 +32,8 @@ def test_a_row_has_a_cell_for_every_inference_at_its_own_size(files, digits):
     sources: dict[str, str] = dict.fromkeys(["cifar10", "cifar100", "tiny-imagenet"], "digits")
     (first, *_) = cells_of("grid", Request(SCALES["small"], sources, (1,), {}, Config()))
     cells = {cell.column: cell.config for cell in one.cells(first)}
-    columns = ("SGHMC", "cold SGHMC", "last layer", "one network", "ensemble")
-    assert list(cells) == [f"ipc 2, {column}" for column in columns]
-    assert cells["ipc 2, cold SGHMC"].evaluation.chain_weight_decay == pytest.approx(5e-4 * 20)
+    assert list(cells) == [f"ipc 2, {column}" for column in grid.INFERENCES]
+    assert cells["ipc 2, SGHMC, strong prior"].evaluation.chain_weight_decay == 3.0
     assert cells["ipc 2, last layer"].evaluation.inference == "last-layer"
     (other,), _ = read({"RCIG": str(files / "set.npz")}, {}, digits)
     assert other.folder_name != one.folder_name, "the same images without their whitening are another row"
