@@ -1,4 +1,4 @@
-"""Whitening of coresets that others made on ZCA-whitened images: the linear map that test images must take too.
+"""Whitening (ZCA) of coresets that others made: the linear map that test images take too.
 
     x' = (x - mean) matrix        x (c h w,): an image normalised as the data set is, in the order channel, row, column
 
