@@ -40,7 +40,7 @@ from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation import evaluate as scoring
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
-from fbpc_ray.execution import memory_estimate, validation
+from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import network_specs, open_backend, open_session
 from fbpc_ray.execution.sizing import with_sizes
@@ -292,7 +292,9 @@ def evaluate(
     source = source._replace(mean=coreset.mean, std=coreset.std)
     with open_backend(chosen, Interruption(()), log) as workers:
         specs = network_specs(chosen, coreset)
-        memory_estimate.check(chosen, specs, ["evaluation"], coreset=len(coreset.labels))
+        images, m = len(source.train.labels), len(coreset.labels)
+        chosen = memory_budget.with_chunks(chosen, specs, images=images, coreset=m, distils=False)
+        memory_estimate.check(chosen, specs, ["evaluation"], coreset=m)
         return scoring.evaluate({"coreset": coreset}, specs, source, split, chosen, workers, log).to_json()["coresets"][
             "coreset"
         ]

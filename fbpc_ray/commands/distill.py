@@ -94,6 +94,8 @@ def _open_run(config: Config, resume: bool) -> tuple[RunDirectory, Config]:
             config = config.updated(threads=stored.workers.threads)
         if config.workers.compiled == "auto":
             config = config.updated(compiled=stored.workers.compiled)
+        if config.networks.memory_budget and not config.networks.chunk_images:
+            config = config.updated(chunk_images=stored.networks.chunk_images)
         check_resume(stored, config)
         return run, config
     d = config.distillation

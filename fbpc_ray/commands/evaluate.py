@@ -20,7 +20,7 @@ from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation import results, tune_chain
 from fbpc_ray.evaluation.chains import ood_split
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
-from fbpc_ray.execution import memory_estimate, validation
+from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
@@ -51,6 +51,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
         raise UserError(f"--split {options.split}: choose test or validation")
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
+    config = session.config
     target = model_export.asked(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:
@@ -105,6 +106,8 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
     }  # fmt: skip
     dataset = load_data(config, log)
     specs, m = network_specs(config, dataset), max(len(each.labels) for each in coresets.values())
+    images = len(dataset.train.labels)
+    config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
     memory_estimate.check(config, specs, ["evaluation"], coreset=m)
     session = Session(config, dataset, specs, [])
     for name, each in coresets.items():

@@ -20,7 +20,7 @@ from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.evaluate import describe_evaluation
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
-from fbpc_ray.execution import validation
+from fbpc_ray.execution import memory_budget, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.reporting import dataset_card
 
@@ -77,6 +77,9 @@ def evaluate(
     specs = network_specs(settings, dataset)
     counts = set(given.labels.bincount(minlength=len(dataset.classes)).tolist())
     ipc = counts.pop() if len(counts) == 1 else None
+    settings = memory_budget.with_chunks(
+        settings, specs, images=len(dataset.train.labels), coreset=len(given.labels), distils=False
+    )
     candidates = _random(dataset, ipc, settings.distillation.seed) | {"given": given}
     if dry_run:
         planning.describe(Session(settings.updated(ipc=ipc or 1), dataset, specs, []), parts=("chains",))

@@ -156,7 +156,11 @@ def _memory(session: Session, device: str, cores: int) -> str:
     workers = cores if c.workers.backend == "ray" else 0
     passes = 0.0
     if device == "cpu":
-        batch = max(c.experts.expert_batch_size * bool(session.stores), 2 * d.batch_size, d.real_batch_size)
+        chunk = c.networks.chunk_images or max(2 * d.batch_size, d.real_batch_size)
+        batch = max(
+            c.experts.expert_batch_size * bool(session.stores), min(2 * d.batch_size, chunk),
+            min(d.real_batch_size, chunk),
+        )  # fmt: skip
         activations = max(count_activations(spec) for spec in session.specs)
         passes = max(1, workers) * 4 * PER_ACTIVATION * activations * min(batch, len(data.train.labels))
     vectors = max(1, workers) * 4 * largest * (1 + d.posterior_steps)

@@ -61,7 +61,7 @@ RANGES: dict[str, Range] = {
     "weight_noise": NOT_NEGATIVE,
     "views": Range(0, 1e4), "gamma_window": Range(1, 1e4), "alpha_decay": OPTIONAL_COUNT, "image_average": Range(0, 1),
     "momentum": FRACTION, "chain_friction": FRACTION, "validation": Range(0, 0.9), "test": Range(0, 0.9),
-    "image_size": Range(0, 4096),
+    "image_size": Range(0, 4096), "chunk_images": Range(0, 1e6),
     "threads": Range(0, 512), "cpus_per_actor": Range(0, 1e4), "gpus_per_actor": Range(0, 1e4),
     "placement_timeout": POSITIVE, "prefetch": Range(0, 1e4), "trajectory_cache_gb": NOT_NEGATIVE,
     "val_every": OPTIONAL_COUNT, "step_deadline": NOT_NEGATIVE, "skip_stragglers": NOT_NEGATIVE,

@@ -55,6 +55,12 @@ class Networks:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the convolutions in expert training, MAP solves and SGD steps. bf16: bfloat16 there, float32 in
     parameters, losses, Psi, Eq. 17 and chains. Part of the bits. Not of vbpc, frepo."""
+    memory_budget: str = ""
+    """Memory of a process that computes gradients or SGHMC chains, such as 6GB or 800MB: sets --chunk-images by an
+    estimate that is the same on all machines. Empty: no bound. Not of BatchNorm, bpc-w, vbpc, frepo."""
+    chunk_images: int = 0
+    """Most images of one pass of a step or chain; larger batches are passed in chunks, with the same gradient but for
+    rounding. 0: as --memory-budget allows, or all at once. Part of the bits."""
 
 
 @dataclass(frozen=True)

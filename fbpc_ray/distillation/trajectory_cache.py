@@ -58,10 +58,18 @@ class TrajectoryKey(NamedTuple):
     """cpu, or the name of the GPU."""
     precision: str = "fp32"
     """Number format of the K steps."""
+    chunk_images: int = 0
+    """Most images of one pass; 0 where a batch is passed at once."""
 
     def digest(self) -> str:
-        """Return the name of the trajectory's file, without its suffix; that of fp32 is the one before `precision`."""
-        values = tuple(self) if self.precision != "fp32" else tuple(self)[:-1]
+        """Return the name of the trajectory's file, without its suffix.
+
+        Fields that were added later don't count at their defaults, so that names stay the same.
+        """
+        values = tuple(self)
+        for field in ("chunk_images", "precision"):
+            if values[-1] == self._field_defaults[field] and len(values) == 1 + self._fields.index(field):
+                values = values[:-1]
         return hashlib.blake2b(repr(values).encode(), digest_size=20).hexdigest()
 
 

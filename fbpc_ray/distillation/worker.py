@@ -77,6 +77,8 @@ class WorkerArguments(NamedTuple):
     """Bytes of the node's disk for the trajectory cache; 0: no cache."""
     precision: str = "fp32"
     """Number format of the MAP solve and of the SGD steps."""
+    chunk_images: int = 0
+    """Most images of one pass; 0: a batch is passed at once."""
 
 
 class WorkerGroupSpec(NamedTuple):
@@ -128,12 +130,13 @@ class Worker:
         compiled: bool = False,
         trajectory_cache_bytes: float = 0.0,
         precision: str = "fp32",
+        chunk_images: int = 0,
     ):
         """See `WorkerArguments`."""
         keep_freed_memory()
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
-        self.device, self.threads, self.precision = device, threads, precision
+        self.device, self.threads, self.precision, self.chunk_images = device, threads, precision, chunk_images
         self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
         self.compiled = compiler.folder() if compiled and device == "cpu" else None
@@ -188,7 +191,8 @@ class Worker:
         index = task.architecture
         if index not in self.passes:
             require(self.precision, self.device)
-            self.passes[index] = Passes(Network(self.specs[index], self.device), self.compiled, self.precision)
+            network = Network(self.specs[index], self.device)
+            self.passes[index] = Passes(network, self.compiled, self.precision, self.chunk_images)
         return GradientContext(
             self.passes[index], self.stores[index] if self.stores else None, self.real, self.labels, self.settings,
             self.augment, self.expert_count, task.draw, self.trajectory_cache,

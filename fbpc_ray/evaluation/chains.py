@@ -195,15 +195,17 @@ class EvaluationContext(NamedTuple):
     """`--compiled-chains`: auto | on | off."""
     whitening: Whitening | None = None
     """Of all images but those of the coresets, which have seen it."""
+    chunk_images: int = 0
+    """`--chunk-images`."""
 
 
 def evaluation_context(
     dataset: Dataset, split: str, settings: Evaluation, augment: str, coresets: dict[str, CoresetArrays],
-    ood: Split | None = None, compiled: str = "off",
+    ood: Split | None = None, compiled: str = "off", chunk_images: int = 0,
 ) -> EvaluationContext:  # fmt: skip
     """Collect what the chains share; `split` is test or validation."""
     return EvaluationContext(
-        getattr(dataset, split), dataset.mean, dataset.std, settings, augment, coresets, ood, compiled
+        getattr(dataset, split), dataset.mean, dataset.std, settings, augment, coresets, ood, compiled, chunk_images
     )
 
 
@@ -296,7 +298,7 @@ def passes_of(context: EvaluationContext, chain: Chain, device: str) -> Passes:
     """Build the passes of the chain's network."""
     network = Network(chain.spec, device)
     compiled = network.device.type == "cpu" and compiles(context, chain, network)
-    return Passes(network, compiling.folder() if compiled else None)
+    return Passes(network, compiling.folder() if compiled else None, chunk_images=context.chunk_images)
 
 
 def without_impossible_compilation(

@@ -90,7 +90,14 @@ def evaluate(
     settings = config.evaluation
     arrays = {name: arrays_of(c) for name, c in coresets.items()}
     context = evaluation_context(
-        dataset, split, settings, config.networks.augment, arrays, ood, config.workers.compiled_chains
+        dataset,
+        split,
+        settings,
+        config.networks.augment,
+        arrays,
+        ood,
+        config.workers.compiled_chains,
+        config.networks.chunk_images,
     )
     if not len(context.split.labels):
         fix = "give --validation 0.1" if split == "validation" else "choose another data set"

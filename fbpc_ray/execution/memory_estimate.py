@@ -7,6 +7,7 @@ The estimates stay below what a run takes (measured: 1.1 to 1.7 times as much), 
 would fit. Memory of a GPU is not estimated.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,6 +128,7 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
         return
     widest = max(networks, key=lambda network: network.activations)
     batch, real = min(d.batch_size, m), min(d.real_batch_size, problem.images)
+    chunk = config.networks.chunk_images or math.inf
     gradients: list[list[Need]] = []
     if pooled:
         seen = m * (2 if d.mirror else 1)
@@ -134,7 +136,7 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
         gradients.append([_pass(widest, seen, "passes of the pseudocoreset", "ipc", "width", "image_size"), kernel])
         gradients.append([Need(2 * 4.0 * real * problem.pixels, "real images", ("real_batch_size", "image_size"))])
     else:
-        both = _pass(widest, 2 * batch, "passes of the pseudocoreset", "batch_size", "width", "image_size")
+        both = _pass(widest, min(2 * batch, chunk), "passes of the pseudocoreset", "batch_size", "width", "image_size")
         samples = Need(
             3 * 4.0 * d.mc_samples * batch * problem.classes, "Monte-Carlo draws", ("mc_samples", "batch_size")
         )
@@ -147,7 +149,8 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
         else:
             gradients.append([both])
         if d.method == "fbpc":
-            gradients.append([_pass(widest, real, "passes of real images", "real_batch_size", "width", "image_size")])
+            seen = min(real, chunk)
+            gradients.append([_pass(widest, seen, "passes of real images", "real_batch_size", "width", "image_size")])
     for need in (*max(gradients, key=_total), _parameters(problem)):
         yield need._replace(bytes=need.bytes * problem.workers)
 
@@ -158,6 +161,8 @@ def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     chains = e.inference == "sghmc"
     seen = m if chains or not e.net_mirror else 2 * m
     size = seen if seen <= e.chain_full_batch else min(e.chain_batch_size, seen)
+    if chains:
+        size = min(size, config.networks.chunk_images or size)
     flag = "chain_full_batch" if seen <= e.chain_full_batch else "chain_batch_size"
     widest = max(problem.networks, key=lambda network: network.activations)
     largest = _largest(problem)
@@ -220,7 +225,7 @@ def _total(needs: Sequence[Need]) -> float:
     return sum(need.bytes for need in needs)
 
 
-def _pass(network: NetworkSize, images: int, name: str, *flags: str) -> Need:
+def _pass(network: NetworkSize, images: float, name: str, *flags: str) -> Need:
     return Need(PER_ACTIVATION * 4.0 * network.activations * images, name, flags)
 
 

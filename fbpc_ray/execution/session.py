@@ -37,7 +37,7 @@ from fbpc_ray.distillation.state import (
     with_soft_labels,
 )
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
-from fbpc_ray.execution import memory_estimate
+from fbpc_ray.execution import memory_budget, memory_estimate
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models import checks, functional
 from fbpc_ray.models import compiler as compiling
@@ -129,6 +129,8 @@ def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Se
     """
     dataset = load_data(config, log) if dataset is None else dataset
     specs = network_specs(config, dataset)
+    images, m = len(dataset.train.labels), config.distillation.ipc * len(dataset.classes)
+    config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=num_steps(config) > 0)
     check_memory(config, dataset, specs)
     stores = [expert_store(config, dataset, spec) for spec in specs] if uses_experts(config) else []
     return Session(config, dataset, specs, stores)
@@ -243,7 +245,7 @@ def worker_group(
     arguments = WorkerArguments(
         specs, stores, dataset, labels.numpy(), d, config.networks.augment, config.experts.expert_count,
         cpu_threads(config), compiles_passes(config, dataset, specs), trajectory_cache_bytes(config, specs),
-        config.networks.precision,
+        config.networks.precision, config.networks.chunk_images,
     )  # fmt: skip
     return WorkerGroupSpec(
         arguments, gradient_tasks(len(specs), d.draws_per_step), 4 * largest * (1 + d.posterior_steps)

@@ -49,7 +49,8 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
     c, dataset = session.config, session.dataset
     d, augment = c.distillation, c.networks.augment
     network = Network(spec, device)
-    passes, real = Passes(network), _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
+    passes = Passes(network, chunk_images=c.networks.chunk_images)
+    real = _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
     params = network.init(generator(0, "probe"))
     images, labels = session.initial[0].images.to(network.device), session.labels.to(network.device)
 

@@ -6,6 +6,7 @@ from fbpc_ray.core.ranges import check_ranges
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.bpc import AHEAD
 from fbpc_ray.distillation.methods.common import expert_epochs
+from fbpc_ray.execution import memory_budget
 from fbpc_ray.models import registry
 
 
@@ -50,5 +51,6 @@ def check(config: Config) -> None:
         raise UserError(f"--precision {flat['precision']}: --method {method} runs in fp32 alone; use --precision fp32")
     if flat["learn_labels"] and method == "random":
         raise UserError("--learn-labels: --method random learns nothing; choose another method, or leave the flag out")
+    memory_budget.check(config)
     if method == "bpc-rkl" and flat["mc_samples"] < 2:
         raise UserError("--mc-samples: must be 2 or more for the covariance of bpc-rkl, got 1")

@@ -116,6 +116,11 @@ class Network:
         return {name: snapshot[name].to(self.device) for name in self.shapes}
 
     @property
+    def has_batchnorm(self) -> bool:
+        """Whether a layer computes statistics of a batch."""
+        return any(isinstance(layer, _BatchNorm) for layer in self._predicting.modules())
+
+    @property
     def parameter_count(self) -> int:
         return sum(value.numel() for value in self._predicting.parameters())
 

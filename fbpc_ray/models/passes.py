@@ -11,6 +11,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.inference.posterior import loss_and_grad
+from fbpc_ray.models import chunks
 from fbpc_ray.models.compiler import CompileError, Function, compile_function
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.precision import autocast
@@ -20,17 +21,28 @@ class Passes:
     """The loss with its gradient, the logits and the predictions of one network on one device.
 
     With the precision bf16, `loss_and_grad` runs in bfloat16; its results, and all other passes, are float32.
+    With `chunk_images`, larger batches are passed in chunks of so many images (models/chunks.py); part of the bits.
     With a folder for compiled functions, a pass is compiled for each number of images at its first use. Compiled and
     eager passes differ in the last bits, so a worker that can't compile raises UserError instead of going on eagerly.
     """
 
-    def __init__(self, network: Network, folder: Path | None = None, precision: str = "fp32"):
-        self.network, self.folder, self.precision = network, folder, precision
+    def __init__(self, network: Network, folder: Path | None = None, precision: str = "fp32", chunk_images: int = 0):
+        if chunk_images and network.has_batchnorm:
+            raise UserError(
+                f"--chunk-images {chunk_images}: {network.spec.architecture} has BatchNorm, whose statistics are those "
+                "of a whole batch, not of its chunks; choose -in, -gn or -ln, or --chunk-images 0"
+            )
+        self.network, self.folder, self.precision, self.chunk_images = network, folder, precision, chunk_images
         self._compiled: dict[tuple[str, torch.Size], Function] = {}
         self._eager_loss_and_grad = loss_and_grad(network.forward if precision == "fp32" else self._forward_bf16)
 
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Return the mean cross-entropy (), nats an image, and its gradient by parameter. A `LossAndGrad`."""
+        if self._divides(batch.images):
+            return chunks.mean_loss_and_grad(self._chunk_loss_and_grad, params, batch, self.chunk_images)
+        return self._chunk_loss_and_grad(params, batch)
+
+    def _chunk_loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
         kind = "gradient" if batch.labels.ndim == 1 else "gradient of soft labels"
         run = self._run(kind, batch.images.shape, self._loss_and_gradients, arguments)
@@ -42,6 +54,20 @@ class Passes:
     @torch.no_grad()
     def logits(self, params: Params, images: Tensor) -> Tensor:
         """Return logits (b, d), through which no gradient flows. A `Forward`."""
+        if self._divides(images):
+            return chunks.concatenated(lambda chunk: self._chunk_logits(params, chunk), images, self.chunk_images)
+        return self._chunk_logits(params, images)
+
+    def forward(self, params: Params, images: Tensor) -> Tensor:
+        """Return logits (b, d), eager, through which gradient flows to the images. A `Forward`."""
+        if self._divides(images):
+            return chunks.recomputed(self.network.forward, params, images, self.chunk_images)
+        return self.network.forward(params, images)
+
+    def _divides(self, images: Tensor) -> bool:
+        return 0 < self.chunk_images < len(images)
+
+    def _chunk_logits(self, params: Params, images: Tensor) -> Tensor:
         arguments = (*(params[name] for name in self.network.shapes), images)
         run = self._run("logits", images.shape, self._logits, arguments)
         return self.network.forward(params, images) if run is None else run(*arguments)[0]

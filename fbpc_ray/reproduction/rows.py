@@ -86,6 +86,8 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"alpha_decay"}, flat["alpha_decay"] != 0),
         ({"image_average"}, flat["image_average"] != 0),
         ({"precision"}, flat["precision"] != "fp32"),
+        ({"memory_budget"}, flat["memory_budget"] != ""),
+        ({"chunk_images"}, flat["chunk_images"] != 0),
         ({"rkl_estimator"}, flat["rkl_estimator"] != "scaled"),
     )
     unused = {name for names, used in later if not used for name in names}

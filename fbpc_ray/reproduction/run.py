@@ -277,7 +277,13 @@ def _shared_context(
         if task.outside:
             dataset = dataset._replace(mean=made.mean, std=made.std)
     context = evaluation_context(
-        dataset, "test", config.evaluation, config.networks.augment, coresets, compiled=config.workers.compiled_chains
+        dataset,
+        "test",
+        config.evaluation,
+        config.networks.augment,
+        coresets,
+        compiled=config.workers.compiled_chains,
+        chunk_images=config.networks.chunk_images,
     )
     context = context._replace(whitening=whitening_of(task.coreset, dataset.image_shape))
     items = [_row_task(task, seed, TABLES[options.table].kind, options.corruptions) for task, seed in group]

@@ -188,7 +188,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
     fixed = {
         "data", "image_size", "resize", "label_column", "image_column", "normalisation", "validation", "test",
         "data_seed",
-        "architectures", "width", "depth", "augment", "precision",
+        "architectures", "width", "depth", "augment", "precision", "memory_budget", "chunk_images",
         "expert_count", "expert_epochs", "expert_lr", "expert_batch_size", "expert_dtype", "expert_seed", "method",
         "ipc", "seed", "alpha", "momentum", "batch_size", "start_epoch", "start_rule", "gamma", "map_lr",
         "map_max_steps", "posterior_steps", "lambda_x", "lambda_u", "real_batch_size", "mc_samples", "device",

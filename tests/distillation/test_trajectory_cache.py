@@ -30,6 +30,7 @@ OTHER = {
     "format": 2, "recipe": RECIPE._replace(lr=0.02), "expert": 1, "checksum": "decaf", "epoch": 4, "lambda_x": 0.02,
     "real_batch_size": 128, "posterior_steps": 29, "augment": "none", "torch_version": "2.12.0", "threads": 2,
     "compiled": True, "cpu_capability": "AVX512", "device": "NVIDIA H200", "precision": "bf16",
+    "chunk_images": 64,
 }  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def test_the_key_of_a_gradient_says_what_its_k_steps_depend_on(context, tmp_path
         "real_batch_size": settings.real_batch_size, "posterior_steps": settings.posterior_steps, "augment": "dsa",
         "torch_version": torch.__version__, "threads": torch.get_num_threads(), "compiled": False,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "device": "cpu", "precision": "fp32",
+        "chunk_images": 0,
     }  # fmt: skip
     changes = {"lambda_x": 0.123, "real_batch_size": 17, "posterior_steps": 5}
     for name, value in changes.items():
@@ -91,6 +93,9 @@ def test_the_key_of_a_gradient_says_what_its_k_steps_depend_on(context, tmp_path
         assert fbpc.trajectory_key(context, 0, 2) == key._replace(torch_version="0.0")
     compiled = context._replace(passes=Passes(context.network, tmp_path))
     assert fbpc.trajectory_key(compiled, 0, 2) == key._replace(compiled=True)
+    for size, divides in ((settings.real_batch_size - 1, True), (settings.real_batch_size, False)):
+        chunked = context._replace(passes=Passes(context.network, chunk_images=size))
+        assert fbpc.trajectory_key(chunked, 0, 2) == key._replace(chunk_images=size if divides else 0)
 
 
 def test_only_what_the_k_steps_depend_on_makes_another_file(context, tmp_path):

@@ -48,7 +48,7 @@ def reverse(
     authors = settings.rkl_estimator == "authors"
     augment = "none" if authors else context.augment
     divergence = reverse_kl(
-        context.network.forward,
+        context.passes.forward,
         mu_u,
         images[chosen],
         labels.targets[chosen],
@@ -75,7 +75,7 @@ def forward(
     draws, count = context.rng(step, "augment"), settings.views or settings.mc_samples
     views = [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(count)]
     divergence = forward_kl(
-        context.network.forward,
+        context.passes.forward,
         mu_x,
         mu_u,
         images[chosen],

@@ -60,7 +60,7 @@ def gradient(
     """
     network, settings, augment = context.network, context.settings, context.augment
     labels = coreset_labels(context.labels, soft_labels)
-    forward, loss_and_grad, logits = network.forward, context.passes.loss_and_grad, context.passes.logits
+    forward, loss_and_grad, logits = context.passes.forward, context.passes.loss_and_grad, context.passes.logits
     size, rng = settings.batch_size, context.rng
     clock = Clock(network.device)
     u = images.detach().requires_grad_()
@@ -186,6 +186,7 @@ def trajectory_key(context: GradientContext, expert: int, epoch: int) -> Traject
         torch.__version__, torch.get_num_threads(), context.passes.folder is not None,
         torch.backends.cpu.get_cpu_capability(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, context.passes.precision,
+        context.passes.chunk_images if 0 < context.passes.chunk_images < s.real_batch_size else 0,
     )  # fmt: skip
 
 

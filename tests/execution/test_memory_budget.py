@@ -1,0 +1,108 @@
+"""--memory-budget: the chunk that it allows, by hand, and what it refuses."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from fbpc_ray.core import memory
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution import memory_budget, memory_estimate, session, validation
+from fbpc_ray.execution.memory_estimate import NetworkSize, Problem
+
+PROBLEM = Problem(images=50_000, coreset=5000, pixels=3072, classes=100, networks=[NetworkSize(1000, 500_000)])
+SETTINGS = {"batch_size": 5000, "mc_samples": 30, "posterior_steps": 30, "chain_epochs": 1000, "chain_every": 100}
+PASS_BYTES = 8 * 500_000
+FIXED = (
+    7e8 + 2 * 50_000 * 3072 + 4 * 3072 * (8 * 5000 + 12 * 5000 + 4 * 256) + 8 * 4 * 30 * 5000 * 100
+    + (7 + 31) * 4 * 1000
+)  # fmt: skip
+
+
+def chunk(budget: str, problem: Problem = PROBLEM, **settings) -> int:
+    config = Config().updated(**(SETTINGS | settings), memory_budget=budget)
+    return memory_budget.chunk_images(config, problem, distils=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GB", 6e9), ("800 MB", 8e8), ("1.5gb", 1.5e9), ("2e9", 2e9), ("1e6B", 1e6), ("3TB", 3e12)]
+)
+def test_sizes(text, size):
+    assert memory_budget.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["six", "6 G B", "-6GB", "6GiB", "0", "1KB", "1e40", "nan", "6GB 7GB"])
+def test_other_text_is_refused(text):
+    with pytest.raises(UserError, match=r"^--memory-budget: must be a size such as 6GB or 800MB, got "):
+        validation.check(Config().updated(memory_budget=text))
+
+
+def test_the_chunk_by_hand():
+    """What the fixed part leaves of the budget, in images; all chunks of the batch equal where a divisor is near."""
+    limit = 1111
+    budget = FIXED + PASS_BYTES * (limit + 0.5)
+    assert chunk(f"{budget:.0f}") == 1000
+    assert chunk(f"{budget:.0f}", batch_size=4999) == limit, "a prime has no divisor"
+    assert chunk(f"{FIXED + PASS_BYTES * 10_000:.0f}") == 5000, "all at once"
+
+
+def test_more_memory_never_means_smaller_chunks():
+    sizes = [chunk(f"{FIXED + PASS_BYTES * images:.0f}") for images in range(2, 6000, 97)]
+    assert all(one <= 2 * other for one, other in pairwise(sizes))
+    assert sizes[-1] == 5000
+
+
+def test_chains_alone_have_no_batches_of_a_step():
+    config = Config().updated(memory_budget="4GB", chain_full_batch=500)
+    small = replace(PROBLEM, coreset=300)
+    assert memory_budget.chunk_images(config, small, distils=False) == 300
+    assert memory_budget.chunk_images(config, PROBLEM, distils=False) == config.evaluation.chain_batch_size
+
+
+def test_a_budget_that_is_too_small_is_refused():
+    line = (
+        r"^--memory-budget 1GB: images, draws and parameters take about 2.7 GB, a pass of one image 0.1 GB more; "
+        "raise it, or lower --ipc, --mc-samples or --width$"
+    )
+    with pytest.raises(UserError, match=line):
+        chunk("1GB")
+
+
+def test_the_chunk_does_not_depend_on_the_machine(small, digits, monkeypatch):
+    config, sizes = small.updated(architectures=("convnet-in",), memory_budget="720MB"), set()
+    for free in (1e10, 1e13):
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        sizes.add(session.open_session(config, lambda line: None, digits).config.networks.chunk_images)
+    assert len(sizes) == 1
+
+
+def test_what_is_recorded_stays(small, digits):
+    """A run that goes on has its chunk in config.json, whatever a later estimate says."""
+    config = small.updated(architectures=("convnet-in",), memory_budget="6GB", chunk_images=3)
+    assert session.open_session(config, lambda line: None, digits).config.networks.chunk_images == 3
+
+
+@pytest.mark.parametrize("settings", [{"memory_budget": "6GB"}, {"chunk_images": 9}])
+def test_batchnorm_is_one_line(settings, small, digits):
+    flag = "--memory-budget 6GB" if "memory_budget" in settings else "--chunk-images 9"
+    line = f"^{flag}: convnet-bn has BatchNorm, whose statistics are those of a whole batch, not of its chunks; choose"
+    with pytest.raises(UserError, match=line):
+        session.open_session(small.updated(**settings), lambda line: None, digits)
+
+
+@pytest.mark.parametrize("method", ["bpc-w", "vbpc", "frepo"])
+@pytest.mark.parametrize("settings", [{"memory_budget": "6GB"}, {"chunk_images": 9}])
+def test_methods_that_need_one_graph_are_one_line(method, settings):
+    with pytest.raises(
+        UserError, match=rf"^--\w+-\w+ \w+: the gradient of --method {method} can't be computed in chunks"
+    ):
+        validation.check(Config().updated(method=method, **settings))
+
+
+def test_the_estimate_that_refuses_runs_knows_of_chunks():
+    config = Config().updated(**SETTINGS, chunk_images=100)
+    needs = {need.name: need.bytes for need in memory_estimate.distillation_needs(config, PROBLEM)}
+    assert needs["passes of the pseudocoreset"] == pytest.approx(1.1 * 4 * 500_000 * 100)
+    (passes, *_) = memory_estimate.evaluation_needs(config, PROBLEM)
+    assert passes.bytes == pytest.approx(1.1 * 4 * 500_000 * 100)
