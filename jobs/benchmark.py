@@ -12,6 +12,7 @@ Every way takes the same steps with the same draws, in turn, on the same number 
     bpc-fkl     a step of the weight-space baseline with as many draws (S = 30), by our worker
     ours, bf16  ours with --precision bf16
     ours, pool  a step of a distillation with `--map-init warm`, whose solves begin at earlier solutions
+    official bpc  with --peer: a step of the official code's BPC-fKL, by that code (jobs/peer_bpc.py)
 
 Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray nor MLflow.
 """
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,6 +40,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
+import benchmark_peer
 from benchmark_report import PHASES, draw, line, table
 from support import reference
 
@@ -68,7 +71,7 @@ from fbpc_ray.reproduction import cost
 
 RATIOS = (
     ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"), ("ours", "ours, bf16"),
-    ("ours, pool", "bpc-fkl"), ("ours", "ours, pool"),
+    ("ours, pool", "bpc-fkl"), ("ours", "ours, pool"), (benchmark_peer.WAY, "ours"), (benchmark_peer.WAY, "bpc-fkl"),
 )  # fmt: skip
 EVERY = 10
 """Steps of a first run of which the reference takes one."""
@@ -111,6 +114,8 @@ class Arguments:
     """CPU threads."""
     device: str = "cpu"
     """cpu | cuda."""
+    peer: str = ""
+    """A checkout of the official BPC code, whose BPC-fKL step on CIFAR-10's shapes is timed too; empty: none."""
     compiled: bool = True
     """Whether ours runs compiled passes (on a CPU)."""
     json: str = ""
@@ -141,6 +146,9 @@ def benchmark(argv: Sequence[str]) -> None:
         require("bf16", args.device)
     if unknown := set(args.ways) - set(known):
         raise UserError(f"unknown way '{unknown.pop()}': choose from {', '.join(known)}")
+    if args.peer:
+        benchmark_peer.check(args.peer, args.widths)
+        args = replace(args, ways=(*args.ways, benchmark_peer.WAY))
     cases, provenance = [], capture(device_name(args.device))  # before a file of results is another than that committed
     spawn = multiprocessing.get_context("spawn")
     with (
@@ -227,18 +235,19 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     pool_steps: list[int] = []
     if "ours, pool" in args.ways:
         ways["ours, pool"] = pool_of(case, args, pool_steps)
+    others: dict[str, Callable[[int], float]] = {}
     if "reference" in args.ways:
         elsewhere.submit(reference_seconds, flat, args.threads, [0]).result()
-    seconds: dict[str, list[float]] = {way: [] for way in args.ways}
-    for _ in range(args.repeats):
-        for way in seconds:
-            if way == "reference":
-                numbers = list(range(args.steps))
-                seconds[way].append(elsewhere.submit(reference_seconds, flat, args.threads, numbers).result())
-            else:
-                # A turn of the pool: now and then a solution is begun anew, which takes longer.
-                count = args.warm_pool_size if way == "ours, pool" else args.steps
-                seconds[way].append(timed(ways[way], range(count), args.device))
+        others["reference"] = lambda steps: elsewhere.submit(
+            reference_seconds, flat, args.threads, list(range(steps))
+        ).result()
+    with ExitStack() as stack:
+        if args.peer:
+            n, d = config.networks, config.distillation
+            peer = stack.enter_context(benchmark_peer.Peer(args.peer, n.width, d.ipc, args.threads, args.device))
+            peer.seconds(1)
+            others[benchmark_peer.WAY] = peer.seconds
+        seconds = in_turn(ways, others, args)
     phases = [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units]
     report: dict[str, Any] = {
         "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
@@ -264,6 +273,27 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     if args.first_run:
         report["first_run"] = first_run(case, args, folder, elsewhere)
     return report
+
+
+def in_turn(
+    ways: dict[str, Callable[[int], None]], others: dict[str, Callable[[int], float]], args: Arguments
+) -> dict[str, list[float]]:
+    """Return the seconds of a step of each way in each repeat.
+
+    Args:
+        ways: those of this process, functions that take the step of a number.
+        others: those of other processes, functions that return the mean seconds of so many steps.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in args.ways}
+    for _ in range(args.repeats):
+        for way in seconds:
+            if way in others:
+                seconds[way].append(others[way](args.steps))
+            else:
+                # A turn of the pool: now and then a solution is begun anew, which takes longer.
+                count = args.warm_pool_size if way == "ours, pool" else args.steps
+                seconds[way].append(timed(ways[way], range(count), args.device))
+    return seconds
 
 
 def worker(case: Case, config: Config, **more: Any) -> Worker:
@@ -423,6 +453,7 @@ def write(args: Arguments, cases: list[dict[str, Any]], provenance: Provenance) 
     """The file that `--json` names, and the table beside it."""
     path = Path(args.json).absolute()
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
+    settings |= {"peer": "CHECKOUT" if args.peer else ""}
     settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
     report = {"cases": cases, "settings": settings, **provenance._asdict()}
     files.write_text(path, json.dumps(report, indent=2) + "\n")

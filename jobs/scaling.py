@@ -5,6 +5,10 @@
 Runs each way of --ways for --steps steps from the same first images, --repeats times in turn, on one thread a gradient,
 checks that all give the same bits, and prints seconds a step (medians) with two ratios, medians over repeats:
 one worker / serial - 1 is the overhead of Ray, one worker / two workers the scaling.
+
+    python jobs/scaling.py --actors 1 8 16 32 64 --json benchmarks/results/scaling-actors.json
+
+measures the driver instead, with trivial actors on --nodes simulated nodes: see jobs/scaling_actors.py.
 """
 
 import json
@@ -22,6 +26,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of its own, on l
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
+
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
@@ -35,7 +41,7 @@ from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.serial import Serial, device_name
 
 ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
 
@@ -56,12 +62,21 @@ class Arguments:
     """Steps in one measurement."""
     repeats: int = 5
     """Measurements of each way."""
+    actors: tuple[int, ...] = ()
+    """Measure the driver with these numbers of trivial actors instead; empty: steps as above."""
+    nodes: int = 4
+    """--actors: simulated nodes of the cluster."""
+    units: int = 512
+    """--actors: least gradients in a repeat."""
     json: str = ""
     """File that gets the measurements, too."""
 
 
 def scaling(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/scaling.py", about=__doc__)
+    if args.actors:
+        measure_driver(args)
+        return
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
         report = measure(args, Path(folder))
     s = report["seconds_a_step"]
@@ -70,6 +85,29 @@ def scaling(argv: Sequence[str]) -> None:
         print(f"{way:12} {each['median']:.3f} s a step  ({min(each['all']):.3f} to {max(each['all']):.3f})")
     print(f"overhead of Ray: {report['overhead']['median']:+.1%}  ({_range(report['overhead'], '+.1%')})")
     print(f"one worker / two: {report['scaling']['median']:.2f}  ({_range(report['scaling'], '.2f')})")
+    if args.json:
+        files.write_text(Path(args.json).absolute(), json.dumps(report, indent=2) + "\n")
+
+
+def measure_driver(args: Arguments) -> None:
+    """Measure the driver's cost of a unit for each number of actors; print and write it."""
+    if min(args.actors) < 1 or not 1 <= args.nodes <= max(args.actors):
+        raise UserError(f"--actors {' '.join(map(str, args.actors))}: must be 1 or more, --nodes at most that")
+    import scaling_actors
+
+    numbers = tuple(sorted(args.actors))
+    with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        rows = scaling_actors.measure(numbers, args.nodes, args.units, args.repeats, folder)
+    report = {
+        "rows": rows,
+        "most / fewest actors": {
+            name: each[-1]["cpu_seconds_a_unit"]["median"] / each[0]["cpu_seconds_a_unit"]["median"]
+            for name, each in rows.items()
+        },
+        "command": " ".join(["python", *sys.argv]), "settings": vars(args), **capture(device_name("cpu"))._asdict(),
+    }  # fmt: skip
+    for name, ratio in report["most / fewest actors"].items():
+        print(f"images of {name}: a unit with {numbers[-1]} actors costs {ratio:.2f} times one with {numbers[0]}")
     if args.json:
         files.write_text(Path(args.json).absolute(), json.dumps(report, indent=2) + "\n")
 

@@ -68,7 +68,10 @@ class RayRuntime:
         time.sleep(seconds)
 
     def wait(self, references: Sequence[Any], seconds: float) -> list[Any]:
-        return ray.wait(list(references), num_returns=1, timeout=seconds)[0]
+        ready, _ = ray.wait(list(references), num_returns=1, timeout=seconds)
+        if ready and len(references) > 1:  # with those that resolved meanwhile: else n calls would each look at n
+            ready, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
+        return ready
 
     def get(self, reference: Any) -> Any:
         return ray.get(reference)
