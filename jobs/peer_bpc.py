@@ -7,7 +7,7 @@ program's own settings, on noise instead of CIFAR-10 and on an untrained expert,
 The images keep still (--lr_img 0), so that noise can't drive them out of the finite numbers. The checkout must have:
 
     train.py         a program with --dataset --model --ipc --divergence --lr_img --num_eval --eval_it --Iteration
-                     --buffer_path, which calls get_network(..., dist=False) once at the start of each step
+                     --buffer_path --load_all, which calls get_network(..., dist=False) once at the start of each step
     utils.py         get_dataset and get_network, which train.py imports by name; models ConvNetW32, ConvNetW64, ...
 
 For each line N on standard input, it takes N steps and writes one line, MARK and a JSON list of N seconds. It imports
@@ -52,7 +52,7 @@ def main() -> None:
     sys.argv = [
         "train.py", "--dataset", "CIFAR10", "--model", model, "--divergence", "fkl", "--ipc", str(args.ipc),
         "--lr_img", "0", "--num_eval", "0", "--eval_it", str(STEPS + 1), "--Iteration", str(STEPS),
-        "--buffer_path", "buffers",
+        "--buffer_path", "buffers", "--load_all",
     ]  # fmt: skip
     runpy.run_path(str(args.checkout / "train.py"), run_name="__main__")
 

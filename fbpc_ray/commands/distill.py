@@ -15,6 +15,7 @@ from fbpc_ray.core import config as configuration
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Sweep, read_config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.phases import Phases
 from fbpc_ray.core.progress import log, progress, resume_hint
 from fbpc_ray.core.provenance import capture, home
 from fbpc_ray.core.signals import Interruption
@@ -41,6 +42,8 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         sizes: what to choose sizes by once the data is known; None where `config` has them.
         json: where to copy result.json.
     """
+    phases = Phases()
+    phases.end("start")
     run, config = _open_run(validation.canonical(config), resume)
     if sizes is None:
         validation.check(config)
@@ -56,16 +59,18 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         return
     for note in advice.notes(session):
         log(note)
+    phases.end("data")
     with files.exclusive_directory(run.folder):
         if not resume:
             run.refuse_if_taken()  # by a run that began when this one did, and has ended
         run.remove_leftovers()
-        result, uri = _distill(session, run, resume)
+        result, uri = _distill(session, run, resume, phases)
     files.write_output(json, result)
     scores = results.from_json(result["coresets"])
     log(f"\n{results.table(scores)}\n")
     if text := summary.describe(scores, len(session.dataset.classes), len(session.dataset.test.labels)):
         log(f"{text}\n")
+    log(f"time:    {phases.describe()}")
     log(f"picture: {run.picture_path}")
     log(f"result:  {run.result_path}")
     if uri:
@@ -106,7 +111,7 @@ def _open_run(config: Config, resume: bool) -> tuple[RunDirectory, Config]:
     return run, config.updated(threads=cpu_threads(config), out=str(run.folder))
 
 
-def _distill(session: Session, run: RunDirectory, resume: bool) -> tuple[dict[str, Any], str]:
+def _distill(session: Session, run: RunDirectory, resume: bool, phases: Phases) -> tuple[dict[str, Any], str]:
     """Return the result, and the address of the MLflow store that has the run (empty if none has)."""
     config = session.config
     compiled = compiles_passes(config, session.dataset, session.specs, log)
@@ -127,9 +132,12 @@ def _distill(session: Session, run: RunDirectory, resume: bool) -> tuple[dict[st
             log("the first steps compile the passes, tens of seconds each; later runs reuse them (--compiled off)")
         with run_logging.track_distillation(session.config, session.dataset, run, provenance, log) as tracker:
             live = LiveRun(session, run, workers, provenance, tracker)
+            phases.end("backend")
             if session.num_steps:
-                state = run_steps(live, state, rows, interruption)
+                state = run_steps(live, state, rows, interruption, phases)
             result = evaluate_run(live, state, rows)
+            phases.end("evaluation")
+    phases.end("end")
     return result, tracker.uri if tracker.in_store else ""
 
 
@@ -150,11 +158,12 @@ def _resume_command(config: Config, run: RunDirectory) -> str:
     return shlex.join(["fbpc", "distill", "--out", str(run.folder), "--resume", *repeated])
 
 
-def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interruption) -> State:
+def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interruption, phases: Phases) -> State:
     """Train the missing experts and take the missing steps; return the last state. `rows` grows."""
     session, tracker, workers = live.session, live.tracker, live.workers
     d = session.config.distillation
     session.train_experts(workers, log)
+    phases.end("experts")
     if state.step:
         log(f"resumed at step {state.step}")
         run_logging.log_steps(tracker, rows)
@@ -174,6 +183,7 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
             bar.update(loss=f"{step.metrics()['loss']:.3f}")
 
         state = follow(session.steps(state, workers), checkpointer, [track, validator, show_progress], interruption)
+    phases.end("distillation")
     log(f"distilled: step {state.step}, {time.perf_counter() - start:.0f} s{_solver_summary(rows)}")
     return state
 

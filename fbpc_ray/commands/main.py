@@ -30,7 +30,7 @@ from fbpc_ray.commands.arguments import (
     UiArguments,
 )
 from fbpc_ray.commands.parsing import current_words, parse, resumes, start_of
-from fbpc_ray.core import progress
+from fbpc_ray.core import phases, progress
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
 from fbpc_ray.core.errors import UserError, closest, escape_controls
@@ -120,6 +120,7 @@ def _again(words: Sequence[str]) -> str:
 
 def _loading() -> None:
     """Print the first line of a command before it imports torch, which takes seconds."""
+    phases.begin()
     if "torch" not in sys.modules:
         progress.log("loading torch ...")
 

@@ -5,6 +5,7 @@ from ray.exceptions import ObjectStoreFullError, RayActorError, RayTaskError, Wo
 from support.fake_ray import NEVER, FakeCluster, job
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray import worker_pool
 from fbpc_ray.execution.ray.worker_pool import LOG_AFTER
 
 
@@ -160,3 +161,20 @@ def test_closing_ends_all_workers():
     cluster.pool.close()
     assert [actor.killed for actor in cluster.actors] == [True, True]
     assert cluster.pool.workers == []
+
+
+def test_all_results_that_are_there_are_taken_at_once(monkeypatch):
+    """Else each of n results would cost a look at n references."""
+    calls = []
+
+    def wait(references, num_returns, timeout):
+        calls.append((num_returns, timeout))
+        return references[:num_returns], references[num_returns:]
+
+    monkeypatch.setattr(worker_pool.ray, "wait", wait)
+    assert worker_pool.RayRuntime().wait(["a", "b", "c"], 0.5) == ["a", "b", "c"]
+    assert calls == [(1, 0.5), (3, 0)]
+    assert worker_pool.RayRuntime().wait(["a"], 0.5) == ["a"]
+    assert calls[2:] == [(1, 0.5)]
+    monkeypatch.setattr(worker_pool.ray, "wait", lambda references, num_returns, timeout: ([], references))
+    assert worker_pool.RayRuntime().wait(["a", "b"], 0.5) == []

@@ -47,6 +47,7 @@ if __name__ == "__main__":
         ("divergence", str, "fkl"), ("expert_epochs", int, 1), ("max_start_epoch", int, 20),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--load_all", action="store_true")
     main(parser.parse_args())
 """
 UTILS = """

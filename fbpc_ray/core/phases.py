@@ -1,0 +1,31 @@
+"""Seconds of a command by phase."""
+
+import time
+
+_began = time.perf_counter()
+
+
+def begin() -> None:
+    """Start the clock of the first phase: a command does so before it imports torch."""
+    global _began
+    _began = time.perf_counter()
+
+
+class Phases:
+    """Measures the phases of a command, one after the other; the first one begins at `begin`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = _began
+
+    def end(self, name: str) -> None:
+        """End the current phase, which is called `name`, and begin the next."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def describe(self) -> str:
+        """Write the sum, and the phases that took a second or more: 41 s: start 7, experts 22, distillation 12."""
+        parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items() if seconds >= 1)
+        total = f"{sum(self.seconds.values()):.0f} s"
+        return f"{total}: {parts}" if parts else total
