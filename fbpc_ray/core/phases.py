@@ -2,6 +2,8 @@
 
 import time
 
+from fbpc_ray.core.durations import describe_seconds
+
 _began = time.perf_counter()
 
 
@@ -25,7 +27,8 @@ class Phases:
         self._last = now
 
     def describe(self) -> str:
-        """Write the sum, and the phases that took a second or more: 41 s: start 7, experts 22, distillation 12."""
-        parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items() if seconds >= 1)
-        total = f"{sum(self.seconds.values()):.0f} s"
+        """Write the sum, and the phases of a second or more: 41 s: start 7 s, experts 22 s, distillation 12 s."""
+        long = {name: seconds for name, seconds in self.seconds.items() if seconds >= 1}
+        parts = ", ".join(f"{name} {describe_seconds(seconds)}" for name, seconds in long.items())
+        total = describe_seconds(sum(self.seconds.values()))
         return f"{total}: {parts}" if parts else total

@@ -14,8 +14,8 @@ def test_phases_follow_each_other(monkeypatch):
     for name in ("start", "data", "experts", "start"):
         measured.end(name)
     assert measured.seconds == pytest.approx({"start": 8.0, "data": 0.4, "experts": 21.6})
-    assert measured.describe() == "30 s: start 8, experts 22"
+    assert measured.describe() == "30 s: start 8 s, experts 22 s"
 
 
 def test_a_command_without_phases():
-    assert phases.Phases().describe() == "0 s"
+    assert phases.Phases().describe() == "under a second"
