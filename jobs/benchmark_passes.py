@@ -58,6 +58,14 @@ class Arguments:
     """Images of a training pass of the distillation, one row each."""
     repeats: int = 9
     """Times that each pair is timed."""
+    coreset: int = 0
+    """Measure instead one training pass of so many images in chunks, of --chunk-images images and of --small-chunks."""
+    chunk_images: int = 2500
+    """--coreset: images of the first's chunks."""
+    small_chunks: int = 250
+    """--coreset: images of the second's chunks."""
+    classes: int = 10
+    """Classes."""
     compiled: bool = True
     """Whether passes of the distillation, and expert batches in bf16, are compiled."""
     json: str = ""
@@ -66,7 +74,8 @@ class Arguments:
 
 def benchmark(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/benchmark_passes.py", about=__doc__)
-    require("bf16", "cpu")
+    if not args.coreset:
+        require("bf16", "cpu")
     torch.set_num_threads(1)
     allocator.keep_freed_memory()
     provenance, rows = capture(device_name("cpu")), list[dict[str, Any]]()
@@ -76,8 +85,8 @@ def benchmark(argv: Sequence[str]) -> None:
         for name, first, second in pairs(args, width):
             rows.append({"name": name, "width": width, **compare(first, second, args.repeats)})
             print(line(rows[-1]), flush=True)
-        rows += allocator_rows(args, width)
-        for row in rows[-2:]:
+        for row in allocator_rows(args, width) if not args.coreset else ():
+            rows.append(row)
             print(line(row), flush=True)
         if args.json:
             path = Path(args.json).absolute()
@@ -94,9 +103,14 @@ def product_gflops(dtype: torch.dtype, size: int = 1024, repeats: int = 7) -> fl
 
 def pairs(args: Arguments, width: int) -> list[tuple[str, Call, Call]]:
     """Return (name, first, second) of the pairs in this process."""
-    network = build(args.network, width)
+    network = build(args.network, width, args.classes)
     folder = compiler.folder() if args.compiled else None
     params = network.init(generator(0, "init"))
+    if args.coreset:
+        whole = noise(args.coreset)
+        large, small = (Passes(network, folder, chunk_images=size) for size in (args.chunk_images, args.small_chunks))
+        name = f"pass of {args.coreset:,}, chunks of: {args.chunk_images} / {args.small_chunks}"
+        return [(name, lambda: large.loss_and_grad(params, whole), lambda: small.loss_and_grad(params, whole))]
     fp32, bf16 = (Passes(network, folder, precision) for precision in ("fp32", "bf16"))
     found: list[tuple[str, Call, Call]] = []
     for count in args.images:
@@ -118,8 +132,8 @@ def pairs(args: Arguments, width: int) -> list[tuple[str, Call, Call]]:
     return found
 
 
-def build(name: str, width: int) -> Network:
-    return Network(specify(name, (3, 32, 32), 10, width, 0))
+def build(name: str, width: int, classes: int = 10) -> Network:
+    return Network(specify(name, (3, 32, 32), classes, width, 0))
 
 
 def noise(count: int) -> Batch:

@@ -61,7 +61,7 @@ class Runtime(RayRuntime):
         return super().ready_ref(actor.actor)
 
     def kill(self, actor: Any) -> None:
-        super().kill(actor.actor)
+        """Leave the actor to the next row."""
 
 
 def measure(actors: tuple[int, ...], nodes: int, units: int, repeats: int, folder: str) -> dict[str, Any]:
@@ -75,18 +75,23 @@ def measure(actors: tuple[int, ...], nodes: int, units: int, repeats: int, folde
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
-        return {name: [row(count, shape, units, repeats) for count in actors] for name, shape in SHAPES.items()}
+        trivial = actor_class()
+        handles = [Handle(trivial.remote()) for _ in range(max(actors))]
+        ray.get([handle.actor.__ray_ready__.remote() for handle in handles])
+        return {
+            name: [row(handles[:count], shape, units, repeats) for count in actors] for name, shape in SHAPES.items()
+        }  # fmt: skip
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def row(actors: int, shape: tuple[int, ...], units: int, repeats: int) -> dict[str, Any]:
-    """Time steps of `actors` units."""
+def row(handles: list[Handle], shape: tuple[int, ...], units: int, repeats: int) -> dict[str, Any]:
+    """Time steps of as many units as there are actors."""
+    actors, left = len(handles), iter(handles)
     opened = _session(actors)
-    trivial = actor_class()
     pool = WorkerPool(
-        lambda: Handle(trivial.remote()), actors, lambda: actors, lambda: "trivial actors",
+        lambda: next(left), actors, lambda: actors, lambda: "trivial actors",
         patience=300.0, check=lambda: None, log=print, runtime=Runtime(),
     )  # fmt: skip
     try:
