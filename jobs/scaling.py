@@ -64,6 +64,8 @@ class Arguments:
     """Measurements of each way."""
     actors: tuple[int, ...] = ()
     """Measure the driver with these numbers of trivial actors instead; empty: steps as above."""
+    processes: int = 64
+    """--actors: most processes; more actors share them, as the driver sees it no differently."""
     nodes: int = 4
     """--actors: simulated nodes of the cluster."""
     units: int = 512
@@ -97,7 +99,7 @@ def measure_driver(args: Arguments) -> None:
 
     numbers = tuple(sorted(args.actors))
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        rows = scaling_actors.measure(numbers, args.nodes, args.units, args.repeats, folder)
+        rows = scaling_actors.measure(numbers, args.processes, args.nodes, args.units, args.repeats, folder)
     report = {
         "rows": rows,
         "most / fewest actors": {

@@ -37,7 +37,8 @@ def actor_class() -> Any:
         def gradient(self, images: np.ndarray) -> np.ndarray:
             return np.ones_like(images)
 
-    return ray.remote(num_cpus=1)(Trivial)
+    remote: Any = ray.remote
+    return remote(num_cpus=1, max_concurrency=64)(Trivial)
 
 
 class Handle:
@@ -64,9 +65,15 @@ class Runtime(RayRuntime):
         """Leave the actor to the next row."""
 
 
-def measure(actors: tuple[int, ...], nodes: int, units: int, repeats: int, folder: str) -> dict[str, Any]:
-    """Return {shape: [row for each number of actors]}; each row has about `units` units a repeat."""
-    each = -(-max(actors) // nodes)
+def measure(
+    actors: tuple[int, ...], processes: int, nodes: int, units: int, repeats: int, folder: str
+) -> dict[str, Any]:
+    """Return {shape: [row for each number of actors]}; each row has about `units` units a repeat.
+
+    Actors beyond `processes` share the processes of the others, in turn: the driver has as many workers and calls.
+    """
+    processes = min(processes, max(actors))
+    each = -(-processes // nodes)
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": each, "include_dashboard": False, "temp_dir": folder}
     )
@@ -76,8 +83,9 @@ def measure(actors: tuple[int, ...], nodes: int, units: int, repeats: int, folde
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
         trivial = actor_class()
-        handles = [Handle(trivial.remote()) for _ in range(max(actors))]
-        ray.get([handle.actor.__ray_ready__.remote() for handle in handles])
+        started = [trivial.remote() for _ in range(processes)]
+        ray.get([actor.__ray_ready__.remote() for actor in started])
+        handles = [Handle(started[number % processes]) for number in range(max(actors))]
         return {
             name: [row(handles[:count], shape, units, repeats) for count in actors] for name, shape in SHAPES.items()
         }  # fmt: skip
@@ -109,7 +117,8 @@ def row(handles: list[Handle], shape: tuple[int, ...], units: int, repeats: int)
     finally:
         pool.close()
     result = {
-        "actors": actors, "nodes": sum(node["Alive"] for node in ray.nodes()), "steps": steps,
+        "actors": actors, "processes": len({handle.actor for handle in handles}),
+        "nodes": sum(node["Alive"] for node in ray.nodes()), "steps": steps,
         "cpu_seconds_a_unit": {"median": statistics.median(cpu), "all": cpu},
         "seconds_a_unit": {"median": statistics.median(clock), "all": clock},
     }  # fmt: skip
