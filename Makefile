@@ -3,7 +3,7 @@
 # make test-full  set up, then run all tests, the quick ones and the rest (make test-rest), and report the coverage
 # make lint   set up, then ruff and pyright
 # make docs   set up, install the documentation tools, then write the site of docs/ to site/; warnings are errors
-# make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda)
+# make bench  set up, then time an outer step         (ARGS="--data parquet:PATH"; DEVICE=cuda; --peer CHECKOUT in ARGS)
 # make browser  install what the browser tests need and are skipped without: Debian's package chromium, by apt-get
 # make setup  only the environment, in .venv
 PYTHON ?= python3

@@ -205,16 +205,9 @@ def evaluation_context(
 ) -> EvaluationContext:  # fmt: skip
     """Collect what the chains share; `split` is test or validation."""
     return EvaluationContext(
-        getattr(dataset, split),
-        dataset.mean,
-        dataset.std,
-        settings,
-        augment,
-        coresets,
-        ood,
-        compiled,
+        getattr(dataset, split), dataset.mean, dataset.std, settings, augment, coresets, ood, compiled,
         chunk_images=chunk_images,
-    )
+    )  # fmt: skip
 
 
 class Predictor(NamedTuple):

@@ -1,12 +1,15 @@
-"""jobs/cost_model.py: its arithmetic by hand."""
+"""jobs/cost_model.py: its arithmetic by hand, and the tables of docs/scaling.md."""
 
 import json
+from pathlib import Path
 
 import cost_model
 import pytest
 from cost_model import Arguments
 
 from fbpc_ray.models.functional import specify
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_operations_of_a_gradient_by_hand():
@@ -45,3 +48,11 @@ def test_bytes_by_hand():
     assert values["training images, uint8"] == "19.2 kB"
     assert values["u"] == "23 kB"
     assert values["gradient of a unit"] == "15.4 kB"
+
+
+def test_the_page_has_the_tables_of_the_program():
+    """docs/scaling.md is written from the committed measurements; it names what is assumed."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for table in cost_model.tables(Arguments()).split("\n\n"):
+        assert table in page
+    assert page.count("**assumed**") == 4
