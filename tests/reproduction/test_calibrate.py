@@ -16,6 +16,7 @@ from support.chains import context_of
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import chains
+from fbpc_ray.reproduction.calibration import distance, name_of, report, settings_of, value_of
 
 FILE = Path(__file__).parents[2] / "jobs" / "calibrate_sghmc.py"
 FLAGS = {
@@ -101,27 +102,27 @@ def test_it_goes_on_where_it_stopped(job, out, tmp_path, capsys, monkeypatch):
         job.calibrate(words(path))
 
 
-def settings(job, *grid: str, search: str = "product") -> list[str]:
-    return [job.name_of(setting) for setting in job.settings_of(job.Search(grid=grid, search=search))]
+def settings(*grid: str, search: str = "product") -> list[str]:
+    return [name_of(setting) for setting in settings_of(grid, search)]
 
 
-def test_the_grid_is_a_product_or_one_at_a_time(job):
+def test_the_grid_is_a_product_or_one_at_a_time():
     """The first value of a knob is the base; equal values are one; names leave out defaults."""
     grid = ("d=0.00001,0,1e-5", "eta=3e-2,9e-4m", "init=0.1,own")
-    assert settings(job, *grid) == [
+    assert settings(*grid) == [
         "default", "init=own", "eta=0.0009m", "eta=0.0009m init=own",
         "d=0", "d=0 init=own", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=own",
     ]  # fmt: skip
-    assert settings(job, *grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=own"]
+    assert settings(*grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=own"]
 
 
-def test_a_value_followed_by_m_grows_with_the_coreset(job):
+def test_a_value_followed_by_m_grows_with_the_coreset():
     """The lineage's step size is eps^2 m with eps .03: .009, .09 and .45 at ipc 1, 10 and 50."""
-    assert [job.value_of("eta", "0.0009m", m) for m in (10, 100, 500)] == pytest.approx([0.009, 0.09, 0.45])
-    assert job.value_of("prior", "0.05", 100) == 0.05
-    assert job.value_of("init", "own", 10) == 0.0
-    assert job.value_of("dsa", "off", 10) is False
-    assert job.value_of("noise", "gradient", 10) == "gradient"
+    assert [value_of("eta", "0.0009m", m) for m in (10, 100, 500)] == pytest.approx([0.009, 0.09, 0.45])
+    assert value_of("prior", "0.05", 100) == 0.05
+    assert value_of("init", "own", 10) == 0.0
+    assert value_of("dsa", "off", 10) is False
+    assert value_of("noise", "gradient", 10) == "gradient"
 
 
 def test_a_row_is_on_disk_as_soon_as_its_chain_ends(job, tmp_path, monkeypatch):
@@ -162,27 +163,27 @@ def row(ipc: int = 1, coreset: int = 0, **changes: Any) -> dict[str, Any]:
     return {"ipc": ipc, "coreset": coreset, **setting, "friction": "0.1", **numbers, "seconds": 1.0, **changes}
 
 
-def test_the_distance_is_its_formula(job):
+def test_the_distance_is_its_formula():
     """Means over coresets in tolerances of 1.5 points and .15 nats, by hand; infinite where a chain diverged."""
     cells = {
         1: [row(accuracy=0.15, nll=4.0), row(coreset=1, accuracy=0.17, nll=5.0)],
         10: [row(10, accuracy=0.3098, nll=3.28, batch_nll=2.98)],
     }
     terms = [(0.16 - 0.163) / 0.015, (4.5 - 4.66) / 0.15, -1.0, 2.0]
-    assert job.distance(cells, "nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
+    assert distance(cells, "nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
     terms[1], terms[3] = 0.0, 0.0
-    assert job.distance(cells, "batch_nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
+    assert distance(cells, "batch_nll") == pytest.approx(math.sqrt(sum(term**2 for term in terms) / 4))
     diverged = row(accuracy=None, nll=None, batch_nll=None, mean_sample_nll=None, ece=None)
-    assert job.distance({1: [row(), diverged]}, "nll") == math.inf
-    assert "| 1 of 2 |" in job.report([row(), diverged])
+    assert distance({1: [row(), diverged]}, "nll") == math.inf
+    assert "| 1 of 2 |" in report([row(), diverged])
 
 
-def test_the_table_has_the_nearest_setting_first(job):
+def test_the_table_has_the_nearest_setting_first():
     """By either NLL, settings with more ipc before others; the paper's numbers beside ours."""
     rows = [row(accuracy=0.13), row(10, accuracy=0.31, nll=3.05, batch_nll=3.1)]
     rows += [row(d="0", nll=9.0), row(10, d="0", accuracy=0.3248, nll=9.0, batch_nll=2.98)]
     rows += [row(d="0.001")]
-    header, _, *lines = job.report(rows).strip().splitlines()
+    header, _, *lines = report(rows).strip().splitlines()
     assert "accuracy % (paper 16.30)" in header
     assert "NLL (paper 2.98)" in header
     assert [line.split(" | ")[0] for line in lines] == ["| d=0", "| default", "| d=0.001"]
