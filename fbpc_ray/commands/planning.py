@@ -14,13 +14,13 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
 from fbpc_ray.distillation.worker import EXPERT_SIDES
-from fbpc_ray.execution import advice, sizing
-from fbpc_ray.execution.memory_estimate import PER_ACTIVATION, count_activations
-from fbpc_ray.execution.session import Session, compiles_passes, trajectory_cache_bytes
+from fbpc_ray.execution import advice, memory_estimate, sizing
+from fbpc_ray.execution.memory_estimate import count_parameters
+from fbpc_ray.execution.session import Session, compiles_passes, phases_of, trajectory_cache_bytes
 from fbpc_ray.execution.timing import Timings, measure, snapshots_met
-from fbpc_ray.models.functional import Network
 
 PARTS = ("experts", "distillation", "chains")
+PARTS_OF_PHASES = {"experts": "experts", "distillation": "distillation", "evaluation": "chains"}
 PROCESS_BYTES = 5e8
 """Memory of a process that has torch loaded."""
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}
@@ -48,7 +48,7 @@ def describe(session: Session, parts: Sequence[str] = PARTS, run: Place | None =
         log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
         timings, seconds = measure(session, device, cores)
         _describe_time(session, timings, seconds, parts, device)
-        log(f"memory   {_memory(session, device, cores)}")
+        log(f"memory   {_memory(session, parts, device, cores)}")
     if "experts" in parts and (session.stores or run):
         log(f"disk     {_disk(session, parts)}")
     notes = advice.training_notes(session) + (advice.notes(session) if "distillation" in parts else [])
@@ -93,7 +93,7 @@ def _describe_networks(session: Session) -> None:
     for number, spec in enumerate(session.specs):
         width = f", width {spec.width}" if spec.width else ""
         depth = f", depth {spec.depth}" if spec.depth else ""
-        count = Network(spec).parameter_count
+        count = count_parameters(spec)
         log(f"{'network' if not number else '':<9}{spec.architecture}: {count:,} parameters{width}{depth}")
 
 
@@ -148,33 +148,27 @@ def describe_bytes(count: float) -> str:
     return f"{max(1.0, count / 1e3):.0f} kB"
 
 
-def _memory(session: Session, device: str, cores: int) -> str:
-    """Describe the memory of a run: processes, images, K parameter vectors, activations of the largest pass."""
-    c, d, data = session.config, session.config.distillation, session.dataset
-    largest = max(Network(spec).parameter_count for spec in session.specs)
+def _memory(session: Session, parts: Sequence[str], device: str, cores: int) -> str:
+    """Describe the memory of a run: processes, images, networks and their passes."""
+    c, data = session.config, session.dataset
     images = sum(split.images.nbytes for split in (data.train, data.validation, data.test))
     workers = cores if c.workers.backend == "ray" else 0
-    passes = 0.0
-    if device == "cpu":
-        chunk = c.networks.chunk_images or max(2 * d.batch_size, d.real_batch_size)
-        batch = max(
-            c.experts.expert_batch_size * bool(session.stores), min(2 * d.batch_size, chunk),
-            min(d.real_batch_size, chunk),
-        )  # fmt: skip
-        activations = max(count_activations(spec) for spec in session.specs)
-        passes = max(1, workers) * 4 * PER_ACTIVATION * activations * min(batch, len(data.train.labels))
-    vectors = max(1, workers) * 4 * largest * (1 + d.posterior_steps)
-    total = (1 + workers) * PROCESS_BYTES + images + vectors + passes
+    networks = memory_estimate.estimate(
+        c, session.specs, [phase for phase in phases_of(c) if PARTS_OF_PHASES[phase] in parts],
+        images=len(data.train.labels), coreset=c.distillation.ipc * len(data.classes), at_once=max(1, workers),
+    )  # fmt: skip
+    total = (1 + workers) * PROCESS_BYTES + images + networks
     count = f"{1 + workers} processes" if workers else "one process"
-    rest = f"passes {describe_bytes(passes)}" if passes else "beside that of passes on the GPU"
-    return f"about {describe_bytes(total)}: {count}, images {describe_bytes(images)}, {rest}"
+    rest = f"networks and their passes {describe_bytes(networks)}"
+    on_gpu = "; the passes on the GPU need more, there" if device != "cpu" else ""
+    return f"about {describe_bytes(total)}: {count}, images {describe_bytes(images)}, {rest}{on_gpu}"
 
 
 def _disk(session: Session, parts: Sequence[str]) -> str:
     """Describe the disk space of experts, trajectory cache and run."""
     c = session.config
     size = 2 if c.experts.expert_dtype == "float16" else 4
-    counts = [Network(spec).parameter_count for spec in session.specs]
+    counts = [count_parameters(spec) for spec in session.specs]
     experts = sum(
         len(store.missing(c.experts.expert_count)) * (c.experts.expert_epochs + 1) * size * count
         for store, count in zip(session.stores, counts, strict=False)

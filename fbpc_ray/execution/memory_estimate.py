@@ -70,7 +70,9 @@ class Need(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def count_parameters(spec: Spec) -> int:
-    """Count parameters without memory for them. Raises UserError if the network can't be built."""
+    """Count parameters without memory for them; a user's own network is built. Raises UserError if it can't be."""
+    if _is_own(spec):
+        return Network(spec).parameter_count
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return sum(value.numel() for value in build(spec).parameters())
 
@@ -187,9 +189,46 @@ def check(config: Config, specs: Sequence[Spec], phases: Sequence[str], *, image
         images: number of training images.
         coreset: number of pseudocoreset images, m.
     """
-    specs = [spec for spec in specs if ":" not in spec.architecture]
+    specs = [spec for spec in specs if not _is_own(spec)]
     if not specs:
         return
+    problem = _problem(config, specs, images, coreset)
+    refuse_too_large(config, list(network_needs(config, problem)))  # before any is built
+    if phases:
+        problem = _with_activations(problem, specs)
+    for phase in phases:
+        if phase in IN_DRIVER or problem.workers:
+            refuse_too_large(config, list(PHASES[phase](config, problem)))
+
+
+def estimate(
+    config: Config, specs: Sequence[Spec], phases: Sequence[str], *, images: int, coreset: int, at_once: int = 1
+) -> float:
+    """Return the bytes of the phase that needs most on this machine, beside the processes and the data set.
+
+    Args:
+        phases: names of `PHASES`.
+        images: number of training images.
+        coreset: number of pseudocoreset images, m.
+        at_once: experts, or chains, that this machine computes at the same time.
+    """
+    problem = _with_activations(_problem(config, specs, images, coreset), specs)
+    sizes = [0.0]
+    for phase in phases:
+        if phase in IN_DRIVER:
+            sizes.append(_total(list(PHASES[phase](config, problem))))
+        elif problem.workers:
+            sizes.append(at_once * _total(list(PHASES[phase](config, problem))))
+    return max(sizes)
+
+
+def _is_own(spec: Spec) -> bool:
+    """Return whether the architecture is a user's own: module:function."""
+    return ":" in spec.architecture
+
+
+def _problem(config: Config, specs: Sequence[Spec], images: int, coreset: int) -> Problem:
+    """Collect the sizes, without activations: no network is built but a user's own."""
     (c, h, w), x = specs[0].image_shape, config.workers
     on_gpu = x.device == "cuda" or (x.device == "auto" and torch.cuda.is_available())
     elsewhere = on_gpu or (x.backend == "ray" and (x.address or os.environ.get("RAY_ADDRESS", "local")) != "local")
@@ -198,13 +237,13 @@ def check(config: Config, specs: Sequence[Spec], phases: Sequence[str], *, image
         tasks = len(specs) * config.distillation.draws_per_step
         workers = max(1, min(tasks, (os.cpu_count() or 1) // (x.threads or 1)))
     networks = [NetworkSize(count_parameters(spec)) for spec in specs]
-    problem = Problem(images, coreset, c * h * w, specs[0].classes, networks, workers)
-    refuse_too_large(config, list(network_needs(config, problem)))  # before any is built
-    if phases:
-        networks = [size._replace(activations=count_activations(s)) for size, s in zip(networks, specs, strict=True)]
-    for phase in phases:
-        if phase in IN_DRIVER or workers:
-            refuse_too_large(config, list(PHASES[phase](config, replace(problem, networks=networks))))
+    return Problem(images, coreset, c * h * w, specs[0].classes, networks, workers)
+
+
+def _with_activations(problem: Problem, specs: Sequence[Spec]) -> Problem:
+    """Add the activations of each network, which a forward pass counts."""
+    pairs = zip(problem.networks, specs, strict=True)
+    return replace(problem, networks=[size._replace(activations=count_activations(spec)) for size, spec in pairs])
 
 
 def refuse_too_large(config: Config, needs: Sequence[Need]) -> None:

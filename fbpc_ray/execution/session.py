@@ -139,8 +139,12 @@ def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Se
 def check_memory(config: Config, dataset: Dataset, specs: Sequence[Spec]) -> None:
     """Raise UserError if a run cannot fit into this machine's memory."""
     images, m = len(dataset.train.labels), config.distillation.ipc * len(dataset.classes)
-    phases = ["experts"] * uses_experts(config) + ["distillation"] * bool(num_steps(config)) + ["evaluation"]
-    memory_estimate.check(config, specs, phases, images=images, coreset=min(m, images))
+    memory_estimate.check(config, specs, phases_of(config), images=images, coreset=min(m, images))
+
+
+def phases_of(config: Config) -> list[str]:
+    """Return the phases of a run, names of `memory_estimate.PHASES`."""
+    return ["experts"] * uses_experts(config) + ["distillation"] * bool(num_steps(config)) + ["evaluation"]
 
 
 def num_steps(config: Config) -> int:
@@ -231,7 +235,7 @@ def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
     if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
-    each = sum(4 * Network(spec).parameter_count * (1 + d.posterior_steps) for spec in specs)
+    each = sum(4 * memory_estimate.count_parameters(spec) * (1 + d.posterior_steps) for spec in specs)
     limit = 1e9 * config.workers.trajectory_cache_gb
     return limit if each * snapshots <= RARELY * limit else 0.0
 
@@ -241,7 +245,7 @@ def worker_group(
 ) -> WorkerGroupSpec:
     """Describe the workers of a distillation."""
     d = config.distillation
-    largest = max(Network(spec).parameter_count for spec in specs) if d.method in EXPERT_SIDES else 0
+    largest = max(memory_estimate.count_parameters(spec) for spec in specs) if d.method in EXPERT_SIDES else 0
     arguments = WorkerArguments(
         specs, stores, dataset, labels.numpy(), d, config.networks.augment, config.experts.expert_count,
         cpu_threads(config), compiles_passes(config, dataset, specs), trajectory_cache_bytes(config, specs),

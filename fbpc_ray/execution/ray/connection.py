@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._private import ray_constants, services
@@ -26,36 +26,52 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
     """
     set_environment()
     requested = address or os.environ.get("RAY_ADDRESS", "")
-    is_local = requested.rpartition(":")[0] in ("127.0.0.1", "localhost")
-    starts = False  # a cluster of this process
-    init_address: Any = address or None  # Ray's annotation forbids None, its documentation doesn't
+    loopback = on_loopback if requested.rpartition(":")[0] in ("127.0.0.1", "localhost") else nullcontext
+    with _as_user_error(requested), loopback():
+        # Ray's annotation forbids None, its documentation doesn't
+        resolved = services.canonicalize_bootstrap_address(cast(Any, address or None), options.get("_temp_dir"))
+    if resolved is None:
+        _start(options)
+        if (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
+            exposed = f"Ray {ray.__version__} listens on {host}, which other machines may reach"
+            log(f"warning: {exposed}: use --backend serial")
+        return True
+    if "://" not in requested:
+        probe(resolved)
+    with _as_user_error(requested), loopback():
+        ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
+    return False
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start a cluster of this process, on loopback. Raises UserError."""
+    options = {"include_dashboard": False, **options}
     try:
-        with on_loopback() if is_local else nullcontext():
-            resolved = services.canonicalize_bootstrap_address(init_address, options.get("_temp_dir"))
-        if resolved is None:
-            starts = True
-            init_address, options = "local", {"include_dashboard": False, **options}
-        elif "://" not in requested:
-            probe(resolved)
-        with on_loopback() if starts or is_local else nullcontext():
-            ray.init(address=init_address, logging_level=logging.ERROR, log_to_driver=False, **options)
-        if starts:
-            make_private(Path.home() / ".ray" / "auth_token")
-    except UserError:  # of the probe
-        raise
+        with on_loopback():
+            ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **options)
+        make_private(Path.home() / ".ray" / "auth_token")
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except Exception as error:
-        if starts:
-            reason = f"Ray did not start on this machine ({first_line(error)})"
-            raise UserError(f"{reason}: run the same command again, or with --backend serial", code=1) from error
+        raise UserError(
+            f"Ray did not start on this machine ({first_line(error)}): run the same command again, or with "
+            "--backend serial",
+            code=1,
+        ) from error
+
+
+@contextmanager
+def _as_user_error(requested: str) -> Iterator[None]:
+    """Raise what Ray raises while it joins a cluster as UserError."""
+    try:
+        yield
+    except RayAuthenticationError as error:
+        raise refused(first_line(error)) from error
+    except Exception as error:
         raise UserError(
             f"no Ray cluster answers at '{requested}' ({first_line(error)}): check --address and RAY_ADDRESS, or use "
             "--address local"
         ) from error
-    if starts and (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
-        log(f"warning: Ray {ray.__version__} listens on {host}, which other machines may reach: use --backend serial")
-    return starts
 
 
 def make_private(path: Path) -> None:
