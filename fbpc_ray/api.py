@@ -105,9 +105,9 @@ def dataset(
         UserError: an argument or a file is wrong.
     """
     shares = [value if isinstance(value, float | int) else 0.0 for value in (test, validation)]
-    own = [None if isinstance(value, float | int) else value for value in (test, validation)]
+    splits = [None if isinstance(value, float | int) else value for value in (test, validation)]
     if isinstance(train, str):
-        if own != [None, None] or classes is not None:
+        if splits != [None, None] or classes is not None:
             raise UserError(f"{train} brings its test images and classes: give no other")
         loaded = datasets.load(
             train, root=root, download=download, normalisation=normalisation, validation=shares[1], seed=seed,
@@ -118,7 +118,7 @@ def dataset(
             raise UserError("--label-column, --image-column: only parquet:PATH has columns; leave them out")
         resizing = Resizing(image_size, resize)
         resizing.check()
-        source = arrays.read(train, own[0], own[1], classes, resizing)
+        source = arrays.read(train, splits[0], splits[1], classes, resizing)
         loaded = datasets.assemble(source, name, normalisation, shares[1], seed, shares[0])
     for note in loaded.notes:
         log(f"note: {note}")
@@ -164,8 +164,8 @@ def distill(
     base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
     arguments = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
     chosen = base.updated(**{k: v for k, v in arguments.items() if v is not None}, backend=backend, **settings)
-    given = {name for name, value in arguments.items() if value is not None} | config.current_names(settings).keys()
-    request = presets.size_request(source.name, preset, "", given)
+    flags = {name for name, value in arguments.items() if value is not None} | config.current_names(settings).keys()
+    request = presets.size_request(source.name, preset, "", flags)
     chosen = with_sizes(validation.canonical(chosen), source, request, log)
     validation.check(chosen)
     if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
@@ -225,8 +225,8 @@ def posterior(
     _check_names(settings, "posterior", [name for name in Config().flat() if name.startswith("chain_")])
     _check_coreset(coreset)
     networks = {"width": width, "depth": depth, "augment": augment}
-    given = settings | {name: value for name, value in networks.items() if value is not None}
-    chosen = _settings_for(coreset, None if architecture is None else _names(architecture), preset, given)
+    changes = settings | {name: value for name, value in networks.items() if value is not None}
+    chosen = _settings_for(coreset, None if architecture is None else _names(architecture), preset, changes)
     chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
@@ -286,8 +286,8 @@ def evaluate(
         settings, "evaluate", _settings_without(config.Data, config.Experts, config.Distillation, config.Output)
     )
     _check_coreset(coreset)
-    given = settings | {"inference": inference, "backend": backend}
-    chosen = _settings_for(coreset, None if architectures is None else _names(architectures), preset, given)
+    changes = settings | {"inference": inference, "backend": backend}
+    chosen = _settings_for(coreset, None if architectures is None else _names(architectures), preset, changes)
     chosen = validation.validate(chosen)
     source = source._replace(mean=coreset.mean, std=coreset.std)
     with open_backend(chosen, Interruption(()), log) as workers:
@@ -357,29 +357,29 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
 
 def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
     custom.search_current_folder()
-    several = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
-    return tuple(one if isinstance(one, str) else custom.register(one) for one in several)
+    items = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
+    return tuple(one if isinstance(one, str) else custom.register(one) for one in items)
 
 
-def _settings_for(coreset: Coreset, names: tuple[str, ...] | None, preset: str, given: dict[str, Any]) -> Config:
-    """Return the settings of networks and chains: `given` ones, else those of `preset`, else those of the coreset.
+def _settings_for(coreset: Coreset, names: tuple[str, ...] | None, preset: str, changes: dict[str, Any]) -> Config:
+    """Return the settings of networks and chains: `changes` ones, else those of `preset`, else those of the coreset.
 
     A coreset's file imports no code: of the networks that it names, those with an import path are left out.
     """
     start = presets.preset(preset) if preset else Config()
-    kept = {f.name for f in fields(config.Networks)} | {
+    inherited = {f.name for f in fields(config.Networks)} | {
         f.name for f in fields(config.Evaluation) if f.name.startswith("chain_")
     }
     if not preset:
-        start = start.updated(**{name: value for name, value in settings_of(coreset).items() if name in kept})
+        start = start.updated(**{name: value for name, value in settings_of(coreset).items() if name in inherited})
     if names is None:
-        every = start.networks.architectures
-        names = tuple(name for name in every if ":" not in name)
+        all_architectures = start.networks.architectures
+        names = tuple(name for name in all_architectures if ":" not in name)
         if not names:
             raise UserError(
-                f"the coreset was distilled on {every[0]}, but a file alone imports no code: name a network"
+                f"the coreset was distilled on {all_architectures[0]}, but a file alone imports no code: name a network"
             )
-    return start.updated(**{**given, "architectures": names})
+    return start.updated(**{**changes, "architectures": names})
 
 
 def _check_coreset(coreset: Coreset) -> None:

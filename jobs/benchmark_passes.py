@@ -112,24 +112,24 @@ def pairs(args: Arguments, width: int) -> list[tuple[str, Call, Call]]:
         name = f"pass of {args.coreset:,}, chunks of: {args.chunk_images} / {args.small_chunks}"
         return [(name, lambda: large.loss_and_grad(params, whole), lambda: small.loss_and_grad(params, whole))]
     fp32, bf16 = (Passes(network, folder, precision) for precision in ("fp32", "bf16"))
-    found: list[tuple[str, Call, Call]] = []
+    calls: list[tuple[str, Call, Call]] = []
     for count in args.images:
         batch = noise(count)
-        found.append((
+        calls.append((
             f"pass of {count}: fp32 / bf16", lambda batch=batch: fp32.loss_and_grad(params, batch),
             lambda batch=batch: bf16.loss_and_grad(params, batch),
         ))  # fmt: skip
     batch, test = noise(EXPERT_BATCH), noise(TEST_BATCH).images
     eager, statistics_ = Passes(network), network.statistics(params, [batch.images])
-    found.append((
+    calls.append((
         "expert batch: fp32 / bf16", lambda: eager.loss_and_grad(params, batch),
         lambda: bf16.loss_and_grad(params, batch),
     ))  # fmt: skip
-    found.append((
+    calls.append((
         "prediction, batches: 500 / 50", lambda: network.predict(params, statistics_, test),
         lambda: [network.predict(params, statistics_, part) for part in test.split(50)],
     ))  # fmt: skip
-    return found
+    return calls
 
 
 def build(name: str, width: int, classes: int = 10) -> Network:
@@ -185,7 +185,7 @@ def allocator_rows(args: Arguments, width: int) -> list[dict[str, Any]]:
             for pool in pools:
                 pool.submit(timed_eager, *words).result()
             results = [[pool.submit(timed_eager, *words).result() for pool in pools] for _ in range(args.repeats)]
-            faults = [statistics.median(each[side][1] for each in results) for side in (0, 1)]
+            faults = [statistics.median(result[side][1] for result in results) for side in (0, 1)]
             timed = [(one[0], other[0]) for one, other in results]
             name = f"{name}, kept: 64 MiB / 1 GiB"
             rows.append({"name": name, "width": width, **summary(timed), "page_faults": faults})

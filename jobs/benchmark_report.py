@@ -18,7 +18,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
         by_networks[f"width {case['width']}, ipc {case['ipc']}"].append((len(case["networks"]), case))
     for groups, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
-        panels = [(name, _curves(each)) for name, each in groups.items() if len({x for x, _ in each}) > 1]
+        panels = [(name, _curves(group)) for name, group in groups.items() if len({x for x, _ in group}) > 1]
         if panels:
             comparison.curves(panels, across, path.with_suffix(suffix), "seconds a step")
 
@@ -26,7 +26,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
 def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[comparison.Curve]:
     """A curve for each way, its points the medians of cases in order of x."""
     ways = dict.fromkeys(way for _, case in cases for way in case["seconds"])
-    ordered = sorted(cases, key=lambda each: each[0])
+    ordered = sorted(cases, key=lambda pair: pair[0])
     return [
         comparison.Curve(way, [(x, c["seconds"][way]["median"], 0.0) for x, c in ordered if way in c["seconds"]])
         for way in ways
@@ -67,15 +67,15 @@ def _figure(value: float | None) -> str:
 
 def line(case: dict[str, Any]) -> str:
     """Format a case for the terminal."""
-    seconds = ", ".join(f"{way} {each['median']:.3g}" for way, each in case["seconds"].items())
-    ratios = ", ".join(f"{name} {each['median']:.2f}" for name, each in case["ratios"].items())
+    seconds = ", ".join(f"{way} {values['median']:.3g}" for way, values in case["seconds"].items())
+    ratios = ", ".join(f"{name} {values['median']:.2f}" for name, values in case["ratios"].items())
     phases = ", ".join(f"{name} {value:.3g}" for name, value in case["phases"].items())
     lines = [f"{name_of(case)}, {case['map_steps']:.0f} MAP steps", f"seconds a step: {seconds}"]
     lines += [f"ratios: {ratios}", f"of ours, seconds: {phases}"]
     if "peak_gb" in case:
         lines.append("peak GB: " + ", ".join(f"{way} {value:.3g}" for way, value in case["peak_gb"].items()))
-    if taught := case.get("training"):
-        lines.append(f"a batch of training, ours / bare loop: {taught['ratio']['median']:.2f}")
+    if training := case.get("training"):
+        lines.append(f"a batch of training, ours / bare loop: {training['ratio']['median']:.2f}")
     if first := case.get("first_run"):
         how = "compiled" if first["compiled"] else "eager"
         lines.append(f"first {first['steps']} steps ({how}), reference / ours: {first['reference / ours']:.2f}")

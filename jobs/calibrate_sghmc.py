@@ -208,8 +208,8 @@ def _comparable(rows: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list
     """Return the rows of the planned chains' data, network, lengths and images, of all settings and coresets."""
     free = ("coreset", *KNOBS)
     kinds = {json.dumps({k: v for k, v in trial.key.items() if k not in free}) for trial in trials}
-    wanted = [json.loads(kind).items() for kind in sorted(kinds)]
-    return [row for row in rows if any(items <= row.items() for items in wanted)]
+    key_items = [json.loads(kind).items() for kind in sorted(kinds)]
+    return [row for row in rows if any(items <= row.items() for items in key_items)]
 
 
 def _numbers(result: ChainResult) -> dict[str, float | None]:

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         path, provenance = Path(args.json).absolute(), capture(device_name("cpu"))._asdict()
         write_report(path, args.seed, counts, provenance, keep=bool(args.only))
-    if any(each.faults for each in counts.values()):
+    if any(count.faults for count in counts.values()):
         sys.exit(1)
 
 

@@ -83,8 +83,8 @@ def scaling(argv: Sequence[str]) -> None:
         report = measure(args, Path(folder))
     s = report["seconds_a_step"]
     print(f"\n{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats, one thread a gradient")
-    for way, each in s.items():
-        print(f"{way:12} {each['median']:.3f} s a step  ({min(each['all']):.3f} to {max(each['all']):.3f})")
+    for way, values in s.items():
+        print(f"{way:12} {values['median']:.3f} s a step  ({min(values['all']):.3f} to {max(values['all']):.3f})")
     print(f"overhead of Ray: {report['overhead']['median']:+.1%}  ({_range(report['overhead'], '+.1%')})")
     print(f"one worker / two: {report['scaling']['median']:.2f}  ({_range(report['scaling'], '.2f')})")
     if args.json:
@@ -138,7 +138,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
                 seconds[way].append(took)
                 images.append(ended)
                 print(f"repeat {repeat + 1}, {way}: {took:.3f} s a step", flush=True)
-        if not all(torch.equal(each, images[1]) for each in images[1:]):
+        if not all(torch.equal(result, images[1]) for result in images[1:]):
             raise UserError("the ways differ in their bits: this is a bug", code=1)
         provenance = capture(two.describe())
     finally:

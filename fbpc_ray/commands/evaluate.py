@@ -52,7 +52,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
     config = session.config
-    target = model_export.asked(options.save_model, session.specs)
+    target = model_export.optional_target(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:
         planning.describe(session, parts=("chains",))
@@ -78,8 +78,8 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
             if path.exists():  # of an evaluation that began when this one did
                 path = _next_path(run, options.split, session.specs)
                 tracker.set_tags({"evaluation": path.name})
-            written = _write(path, result, scored, session.dataset, options.ood)
-            _log_result(run, session, scored, options.split, tracker, written)
+            paths = _write(path, result, scored, session.dataset, options.ood)
+            _log_result(run, session, scored, options.split, tracker, paths)
     files.write_output(json, result)
     if calibrated:
         log(f"\ncalibrated on the validation split:\n{results.table(results.from_json(calibrated['coresets']))}")
@@ -93,10 +93,10 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
 def _calibrated(session: Session, coresets: dict[str, Coreset], split: str, workers: TaskRunner) -> dict[str, Any]:
     """Choose temperature and prior for the run's coreset, and evaluate all coresets with them."""
     config, specs, dataset = session.config, session.specs, session.dataset
-    chosen = {name: each for name, each in coresets.items() if name != "random"} or coresets
-    config, tried = tune_chain.tune_chain(chosen, specs, dataset, config, workers, log)
+    chosen = {name: coreset for name, coreset in coresets.items() if name != "random"} or coresets
+    config, candidates = tune_chain.tune_chain(chosen, specs, dataset, config, workers, log)
     scored = evaluation.evaluate(coresets, specs, dataset, split, config, workers, log)
-    return tune_chain.to_json(config, tried) | scored.to_json()
+    return tune_chain.to_json(config, candidates) | scored.to_json()
 
 
 def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:
@@ -105,13 +105,13 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
         "random": coreset.load(run.random_path), config.distillation.method: coreset.load(run.coreset_path)
     }  # fmt: skip
     dataset = load_data(config, log)
-    specs, m = network_specs(config, dataset), max(len(each.labels) for each in coresets.values())
+    specs, m = network_specs(config, dataset), max(len(one.labels) for one in coresets.values())
     images = len(dataset.train.labels)
     config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
     memory_estimate.check(config, specs, ["evaluation"], coreset=m)
     session = Session(config, dataset, specs, [])
-    for name, each in coresets.items():
-        if tuple(each.images.shape[1:]) != dataset.image_shape or each.classes != dataset.classes:
+    for name, one in coresets.items():
+        if tuple(one.images.shape[1:]) != dataset.image_shape or one.classes != dataset.classes:
             raise UserError(
                 f"the {name} coreset of {run.folder} is not of data set {dataset.name}: give the run of this data"
             )
@@ -129,7 +129,7 @@ def _next_path(run: RunDirectory, split: str, specs: list[Spec]) -> Place:
     """Return a path for the result; its number is above those of all other evaluations."""
     folder, suffix = run.folder / "evaluations", f"{split}-{'-'.join(spec.architecture for spec in specs)[:80]}"
     numbers = [path.name.partition("-")[0] for path in folder.glob("*.json")]
-    return folder / f"{1 + max((int(each) for each in numbers if each.isdecimal()), default=0):03d}-{suffix}.json"
+    return folder / f"{1 + max((int(number) for number in numbers if number.isdecimal()), default=0):03d}-{suffix}.json"
 
 
 def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, dataset: Dataset, ood: str) -> list[Place]:
@@ -137,14 +137,14 @@ def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, datase
     files.write_checked_json(path, result)
     images = len(getattr(dataset, result["split"]).labels)
     draw_reliability(scored, path.with_suffix(".reliability.png"), images)
-    written = [path, path.with_suffix(".reliability.png")]
+    paths = [path, path.with_suffix(".reliability.png")]
     for (name, architecture), (inside, outside) in scored.uncertainty.items():
-        written.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
+        paths.append(path.with_suffix(f".{slug(f'{name}-{architecture}')}.entropy.png"))
         histograms.entropy_histogram(
-            inside.entropy.numpy(), outside.entropy.numpy(), written[-1],
+            inside.entropy.numpy(), outside.entropy.numpy(), paths[-1],
             f"{name} on {architecture}", len(dataset.classes), names=(dataset.name, ood),
         )  # fmt: skip
-    return [each for each in written if each.exists()]
+    return [file for file in paths if file.exists()]
 
 
 def _log_result(
@@ -167,7 +167,7 @@ def _save_model(
     unless `run_id` is empty."""
     config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
     method = config.distillation.method
-    samples = model_export.kept(scored, coresets[method], method, spec, config.evaluation)
+    samples = model_export.ensemble_of(scored, coresets[method], method, spec, config.evaluation)
     samples_score = results.select(scored.scores, method, spec.architecture)[0]
     facts = model_export.facts(config, split, samples_score, provenance)
     command = model_export.save(samples, target, facts, images)

@@ -28,11 +28,11 @@ from fbpc_ray.reporting import dataset_card
 def export(folder: Place, kind: str, out: str) -> None:
     """Write the coreset of the run in `folder` to `out`, a new path, in format `kind`; print the path."""
     run, settings = RunDirectory(folder), read_config(folder)
-    found = run.read_coreset(settings)
+    pseudocoreset = run.read_coreset(settings)
     data = _short(settings.data.data)
-    written = coreset.metadata(run.coreset_path)
+    metadata = coreset.metadata(run.coreset_path)
     names = "method", "step", "commit", "fingerprint"
-    facts = {name: written[name] for name in names if name in written} | {"data": data}
+    facts = {name: metadata[name] for name in names if name in metadata} | {"data": data}
     try:
         result = run.read_result()
     except UserError:  # an export goes without a result
@@ -40,18 +40,19 @@ def export(folder: Place, kind: str, out: str) -> None:
     if result and not results.is_of_step(result, facts.get("step")):
         result = None
     default = run.folder.name if kind in coreset_formats.SINGLE else f"{run.folder.name}-{kind}"
-    target = coreset_formats.named(local_folder(out, "--out") if out else home() / "exports" / default, kind)
-    exported = coreset_formats.files(found, kind, facts, dataset_card.card(found, kind, settings, facts, result))
+    target = coreset_formats.with_kind_suffix(local_folder(out, "--out") if out else home() / "exports" / default, kind)
+    card = dataset_card.card(pseudocoreset, kind, settings, facts, result)
+    outputs = coreset_formats.files(pseudocoreset, kind, facts, card)
     if kind == "hf":
-        exported |= dataset_card.companions(found, settings, facts, result)
-    coreset_formats.write(exported, target)
+        outputs |= dataset_card.companions(pseudocoreset, settings, facts, result)
+    coreset_formats.write(outputs, target)
     log(f"export: {target}")
     if kind == "png":
         log(
             "note: png is for the eye: it rounds to 8 bits a channel, as `fbpc evaluate --coreset` then reads it; "
             "hf, safetensors, pt and npz are exact"
         )
-        if found.soft_labels is not None:
+        if pseudocoreset.soft_labels is not None:
             log("note: png leaves the learned soft labels out; the other formats have them")
 
 
@@ -70,17 +71,17 @@ def evaluate(
     settings = validation.canonical(settings)
     validation.check(settings)
     dataset = load_data(settings.updated(download=False) if dry_run else settings, log)
-    given, notes = coreset_reader.load(place(source), dataset, pixels)
+    pseudocoreset, notes = coreset_reader.load(place(source), dataset, pixels)
     for note in notes:
         log(f"note: {note}")
-    dataset = dataset._replace(mean=given.mean, std=given.std)
+    dataset = dataset._replace(mean=pseudocoreset.mean, std=pseudocoreset.std)
     specs = network_specs(settings, dataset)
-    counts = set(given.labels.bincount(minlength=len(dataset.classes)).tolist())
+    counts = set(pseudocoreset.labels.bincount(minlength=len(dataset.classes)).tolist())
     ipc = counts.pop() if len(counts) == 1 else None
     settings = memory_budget.with_chunks(
-        settings, specs, images=len(dataset.train.labels), coreset=len(given.labels), distils=False
+        settings, specs, images=len(dataset.train.labels), coreset=len(pseudocoreset.labels), distils=False
     )
-    candidates = _random(dataset, ipc, settings.distillation.seed) | {"given": given}
+    candidates = _random(dataset, ipc, settings.distillation.seed) | {"given": pseudocoreset}
     if dry_run:
         planning.describe(Session(settings.updated(ipc=ipc or 1), dataset, specs, []), parts=("chains",))
         return
@@ -91,7 +92,7 @@ def evaluate(
     result = results.result_of(settings, dataset, [], scored.to_json(), split, provenance, cpu_threads(settings))
     of_a_run = ("method", "steps", "seed", "seconds_per_step", "map_endings")
     result = {name: value for name, value in result.items() if name not in of_a_run}
-    files.write_output(json, result | {"ipc": ipc, "images": len(given.labels), "coreset": source})
+    files.write_output(json, result | {"ipc": ipc, "images": len(pseudocoreset.labels), "coreset": source})
     log(f"\n{results.table(scored.scores)}")
 
 

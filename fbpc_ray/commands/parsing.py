@@ -85,7 +85,7 @@ def flags_of(kind: type) -> set[str]:
     """Return the names of all fields of a class of arguments, in whichever group they are."""
     names, hints = set(), get_type_hints(kind)
     for field in fields(kind):
-        groups = [each for each in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(each)]
+        groups = [hint for hint in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(hint)]
         names |= flags_of(groups[0]) if groups else {field.name}  # type: ignore[arg-type]
     return names
 
@@ -112,16 +112,16 @@ def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
         known, _ = early.parse_known_args(words)
     except argparse.ArgumentError:
         return Config(), None  # a flag without its value: `parse` refuses it
-    given = {name for name, value in vars(known).items() if value is not None}
+    flag_names = {name for name, value in vars(known).items() if value is not None}
     recipe = RECIPES.get(known.recipe, {})
     if known.out and (not known.preset or known.preset in LEVELS) and resumes(known.resume, known.out):
         stored = read_config(place(known.out), NOT_STARTED)
-        refuse_unasked(stored, given, known.out)
+        refuse_unasked(stored, flag_names, known.out)
         # A download goes into a folder that the file names: only where the command line asks.
         return stored.updated(download=False, **recipe), None
     base = default(known.data, known.ipc, known.preset or "", known.method)
     if known.preset and known.preset not in (*PRESETS, *LEVELS, PAPER):
-        refuse_unasked(base, given, known.preset)
+        refuse_unasked(base, flag_names, known.preset)
     request = size_request(known.data, known.preset or "", known.time_budget or "", flags_in(words))
     return base.updated(**recipe), request
 

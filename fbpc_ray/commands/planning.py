@@ -176,8 +176,8 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
     words = [f"{describe_bytes(experts)} for experts"] if experts else []
     if "distillation" in parts:
         if c.distillation.method in EXPERT_SIDES and (most := trajectory_cache_bytes(c, session.specs)):
-            kept = snapshots_met(c) * sum(counts) * 4 * (1 + c.distillation.posterior_steps)
-            words.append(f"up to {describe_bytes(min(most, kept))} for the cache of K steps in {cache_folder()}")
+            cache_bytes = snapshots_met(c) * sum(counts) * 4 * (1 + c.distillation.posterior_steps)
+            words.append(f"up to {describe_bytes(min(most, cache_bytes))} for the cache of K steps in {cache_folder()}")
         m = c.distillation.ipc * len(session.dataset.classes)
         pixels = reduce(int.__mul__, session.dataset.image_shape)
         words.append(f"{describe_bytes(24 * 4 * m * pixels + 1e6)} for the run")

@@ -152,8 +152,8 @@ ELSEWHERE = {f.name for group in (Workers, Output) for f in fields(group)} | {
 def from_word(word: str, option: str) -> tuple[str, str]:
     """Split FLAG=TEXT, a value of `option`, into (field, text). Raises UserError for an unknown flag."""
     name, equals, text = word.partition("=")
-    given, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
-    name, renamed = RENAMED.get(given, given), RENAMED_VALUES.get(given, {})
+    flag, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
+    name, renamed = RENAMED.get(flag, flag), RENAMED_VALUES.get(flag, {})
     if not equals or name not in known:
         raise UserError(f"{option} {word}: write FLAG=VALUE; {closest(name, known)}")
     return name, ",".join(renamed.get(part, part) for part in text.split(","))
@@ -204,18 +204,18 @@ def started(folder: str) -> bool:
     return (place(folder) / "config.json").is_file()
 
 
-def refuse_unasked(stored: Config, given: Set[str], source: str) -> None:
+def refuse_unasked(stored: Config, flags: Set[str], source: str) -> None:
     """Raise UserError if a stored configuration has code or a destination that the command line doesn't name.
 
     Such are a network with an import path, a cluster, whose answers are unpickled, and an object store, which gets the
     user's credentials.
 
     Args:
-        given: Flags on the command line.
+        flags: Flags on the command line.
         source: The file that holds `stored`.
     """
     for name, words in never_from_a_file(stored).items():
-        if name not in given:
+        if name not in flags:
             text = redacted(" ".join(words))
             raise UserError(f"{source} asks for {text}, but a file alone {UNASKED[name]}: repeat it if you trust it")
 

@@ -33,10 +33,10 @@ def undamaged(path: object, fix: str) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({error!r:.80}): {fix}") from None
 
 
-def escape_controls(text: str, kept: str = "") -> str:
-    """Escape control characters, but `kept` ones, and characters that UTF-8 lacks, so that a name stays in its line."""
+def escape_controls(text: str, exempt: str = "") -> str:
+    """Escape control characters not in `exempt`, and characters that UTF-8 lacks: a name stays in its line."""
     escaped = "".join(
-        char if char in kept or not (ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029")
+        char if char in exempt or not (ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029")
         else char.encode("unicode_escape").decode() for char in text
     )  # fmt: skip
     return escaped.encode("utf-8", "backslashreplace").decode()

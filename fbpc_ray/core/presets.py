@@ -75,7 +75,7 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
     return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else base.distillation.ipc)
 
 
-def size_request(data: str | None, row: str, budget: str, given: Collection[str]) -> SizeRequest | None:
+def size_request(data: str | None, row: str, budget: str, flags: Collection[str]) -> SizeRequest | None:
     """Return what to choose sizes by; None where a preset has them.
 
     Without --preset, sizes are chosen for data by its path or from arrays: a name such as cifar10 stands for the
@@ -85,7 +85,7 @@ def size_request(data: str | None, row: str, budget: str, given: Collection[str]
     if seconds and row:
         raise UserError(f"--time-budget chooses all sizes, and --preset {row} is given: leave out one of them")
     if seconds or row in LEVELS or (not row and data not in (None, "digits", *TABLE_4_DATA)):
-        return SizeRequest(row, frozenset(given), seconds)
+        return SizeRequest(row, frozenset(flags), seconds)
     return None
 
 

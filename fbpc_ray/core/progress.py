@@ -33,7 +33,7 @@ CHECK_SECONDS = 1.0
 
 def log(line: str) -> None:
     """Print one line, without secrets, above the progress bar if there is one."""
-    tqdm.write(escape_controls(redacted(line), kept="\n\t"), file=_stream())
+    tqdm.write(escape_controls(redacted(line), exempt="\n\t"), file=_stream())
     _stream().flush()
     _watch.printed()
 

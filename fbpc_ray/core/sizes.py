@@ -27,7 +27,7 @@ class Facts(NamedTuple):
     architectures: tuple[str, ...] = ("convnet-in",)
     cores: int = 2
     """CPU cores of this machine that the run may use."""
-    given: Mapping[str, Any] = MappingProxyType({})
+    overrides: Mapping[str, Any] = MappingProxyType({})
     """{setting on the command line: value}; the choice leaves these alone, and fits the others to them."""
 
 
@@ -115,7 +115,7 @@ class SizeRequest(NamedTuple):
 
     preset: str = ""
     """A key of `LEVELS`; empty: gpu where the run uses one, else laptop."""
-    given: frozenset[str] = frozenset()
+    flags: frozenset[str] = frozenset()
     """Settings on the command line."""
     budget: float = 0.0
     """Seconds of --time-budget; 0: those of the preset."""
@@ -146,25 +146,25 @@ def choose(facts: Facts, level: Level, rung: Rung | None = None) -> Sizes:
         fitting = (one for one in reversed(ladder) if estimate(facts, one, level.device).total <= level.seconds)
         rung = next(fitting, ladder[0])
     seconds = estimate(facts, rung, level.device)
-    every = facts.given.get("chain_every", max(1, rung.chain_epochs // 10))
+    interval = facts.overrides.get("chain_every", max(1, rung.chain_epochs // 10))
     choices = {
         "width": Choice(rung.width, _width_reason(level, seconds, rung == ladder[0])),
         **(_of_method(facts, rung, level.device) if facts.method != "random" else {}),
         "num_chains": Choice(rung.num_chains, "chains of each coreset and network: their spread is the +-"),
-        "chain_epochs": Choice(rung.chain_epochs, f"{rung.chain_epochs // every} posterior samples a chain"),
-        "chain_every": Choice(every, "epochs from one sample to the next"),
+        "chain_epochs": Choice(rung.chain_epochs, f"{rung.chain_epochs // interval} posterior samples a chain"),
+        "chain_every": Choice(interval, "epochs from one sample to the next"),
     }
-    choices = {name: choice for name, choice in choices.items() if name not in facts.given}
+    choices = {name: choice for name, choice in choices.items() if name not in facts.overrides}
     return Sizes(choices, level.seconds, seconds)
 
 
 def rungs(facts: Facts) -> list[Rung]:
     """Return `LADDER` with the sizes of the command line."""
-    given = {name: value for name, value in facts.given.items() if name in Rung._fields}
+    fixed_values = {name: value for name, value in facts.overrides.items() if name in Rung._fields}
     if facts.method in ("vbpc", "frepo") or facts.method.startswith("bpc-"):
-        given.pop("steps", None)  # the ladder counts fbpc's
-    least = facts.given.get("chain_every", 1)
-    return [one._replace(**{"chain_epochs": max(one.chain_epochs, least), **given}) for one in LADDER]
+        fixed_values.pop("steps", None)  # the ladder counts fbpc's
+    least = facts.overrides.get("chain_every", 1)
+    return [one._replace(**{"chain_epochs": max(one.chain_epochs, least), **fixed_values}) for one in LADDER]
 
 
 def _width_reason(level: Level, seconds: Seconds, smallest: bool) -> str:
@@ -194,8 +194,8 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
             "start_epoch": Choice(max(1, epochs // 2), "theta_0 comes from the first half of a trajectory"),
             "steps": Choice(2 * rung.steps, "updates of the images, twice fbpc's"),
         }
-    many = facts.classes >= 100
-    rates = f"the paper's for {'100' if many else '10'} classes"
+    many_classes = facts.classes >= 100
+    rates = f"the paper's for {'100' if many_classes else '10'} classes"
     pixels = facts.image_shape[1] * facts.image_shape[2]
     size = min(m, most_in_batch(facts, rung, device))
     return experts | {
@@ -207,8 +207,8 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
         "batch_size": Choice(size, "all coreset images" if size == m else f"of {m:,} coreset images: memory"),
         "gamma": Choice(gamma(facts), "fewer images are fitted closer, or a MAP solve ends at once"),
         "map_lr": Choice(map_lr(rung), "a narrow network takes larger steps" if rung.width < 32 else "the paper's"),
-        "lambda_x": Choice(0.1 if many else 0.05, rates),
-        "lambda_u": Choice(0.1 if many else 0.01, rates),
+        "lambda_x": Choice(0.1 if many_classes else 0.05, rates),
+        "lambda_u": Choice(0.1 if many_classes else 0.01, rates),
         "real_batch_size": Choice(min(rung.real_batch_size, n), f"of {n:,} real images in each of the K steps"),
     }
 
@@ -230,17 +230,17 @@ def training(facts: Facts, rung: Rung, device: str) -> Training:
     least `rung.sgd_steps` SGD steps, and reach beyond the --start-epoch of the command line.
     """
     near = 2 ** round(math.log2(max(1.0, facts.images / 16)))
-    batch = facts.given.get("expert_batch_size", max(4, min(near, 256 if device == "cuda" else 64)))
+    batch = facts.overrides.get("expert_batch_size", max(4, min(near, 256 if device == "cuda" else 64)))
     per_epoch = -(-facts.images // max(1, batch))
-    least = max(2, facts.given.get("start_epoch", 0) + 1)
-    epochs = facts.given.get("expert_epochs", max(least, min(50, -(-rung.sgd_steps // per_epoch))))
+    least = max(2, facts.overrides.get("start_epoch", 0) + 1)
+    epochs = facts.overrides.get("expert_epochs", max(least, min(50, -(-rung.sgd_steps // per_epoch))))
     return Training(batch, per_epoch, max(1, epochs))
 
 
 def start_epoch(facts: Facts, epochs: int, per_epoch: int) -> int:
     """Return T: a quarter of the epochs, or half from 10 images a class on, after 30 SGD steps where that is half."""
     learned = min(-(-30 // per_epoch), epochs // 2)
-    return facts.given.get("start_epoch", max(1, learned, round(epochs / (2 if facts.ipc >= 10 else 4))))
+    return facts.overrides.get("start_epoch", max(1, learned, round(epochs / (2 if facts.ipc >= 10 else 4))))
 
 
 def most_in_batch(facts: Facts, rung: Rung, device: str) -> int:
@@ -291,12 +291,12 @@ def estimate(facts: Facts, rung: Rung, device: str) -> Seconds:
         step = networks * (_pass(facts, rung, device, 2 * m) + _images(facts, rung, device, 128))
         distillation = steps * step
     else:
-        met = snapshots_met(
+        num_snapshots = snapshots_met(
             rung.steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
         )
         k_steps = 30 * _pass(facts, rung, device, min(rung.real_batch_size, facts.images))
         on_u = (map_steps(gamma(facts)) + 30 + 20) * u_pass
-        distillation = (rung.steps * on_u + met * k_steps) * networks / at_once
+        distillation = (rung.steps * on_u + num_snapshots * k_steps) * networks / at_once
     tests = 10 * _images(facts, rung, device, facts.test_images) / 3
     chain = rung.chain_epochs * u_pass + tests
     chains = 2 * networks * rung.num_chains

@@ -33,11 +33,11 @@ def read(
         resizing: with a size, a Dataset or a list may hold images of several sizes.
     """
     splits = {"train": train, "validation": validation, "test": test}
-    found = {split: _arrays(split, data, resizing) for split, data in splits.items() if data is not None}
+    raw_splits = {split: _arrays(split, data, resizing) for split, data in splits.items() if data is not None}
     names = classes if classes is not None else getattr(train, "classes", None)
-    labels, numbered = number_names({split: arrays.labels for split, arrays in found.items()}, ORIGIN, names)
+    labels, numbered = number_names({split: arrays.labels for split, arrays in raw_splits.items()}, ORIGIN, names)
     parts = {}
-    for split, arrays in found.items():
+    for split, arrays in raw_splits.items():
         keys = f"{split} images", f"{split} labels"
         part = to_split(ORIGIN, keys, arrays.images, labels[split], arrays.channels_first)
         parts[split] = part._replace(notes=(*part.notes, *arrays.notes))

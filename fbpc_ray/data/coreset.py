@@ -142,7 +142,7 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
 
     Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
     """
-    own = {
+    header = {
         "format": FORMAT,
         "mean": json.dumps(list(coreset.mean)),
         "std": json.dumps(list(coreset.std)),
@@ -150,13 +150,13 @@ def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
     }
     metadata = {**coreset.facts, **(metadata or {})}
     metadata.pop(inputs.CHECKSUM, None)
-    taken = sorted(own.keys() & metadata.keys())
-    wrong = f"metadata may not name {', '.join(taken)}" if taken else problem(coreset)
+    clashes = sorted(header.keys() & metadata.keys())
+    wrong = f"metadata may not name {', '.join(clashes)}" if clashes else problem(coreset)
     if wrong:
         raise ValueError(f"not a coreset to save: {wrong}")
     names = ("images", "labels") if coreset.soft_labels is None else ("images", "labels", "soft_labels")
     tensors = {name: getattr(coreset, name).detach().cpu().contiguous() for name in names}
-    return tensor_files.dumps(tensors, {**metadata, **own})
+    return tensor_files.dumps(tensors, {**metadata, **header})
 
 
 def metadata(path: Place) -> dict[str, str]:
@@ -184,8 +184,8 @@ def load(path: Place) -> Coreset:
             facts = file.metadata() or {}
             images, labels = (file.get_tensor(name).clone() for name in ("images", "labels"))  # clone: out of the map
             soft = file.get_tensor("soft_labels").clone() if "soft_labels" in file.keys() else None  # noqa: SIM118
-        told = {name: value for name, value in facts.items() if name not in (*OWN_KEYS, inputs.CHECKSUM)}
-        coreset = Coreset(images, labels, *_facts(facts), soft, told)
+        other_facts = {name: value for name, value in facts.items() if name not in (*OWN_KEYS, inputs.CHECKSUM)}
+        coreset = Coreset(images, labels, *_facts(facts), soft, other_facts)
         if wrong := problem(coreset):
             raise ValueError(wrong)
         return coreset

@@ -30,8 +30,7 @@ from PIL import Image
 
 from fbpc_ray.core import files as atomic
 from fbpc_ray.core.errors import UserError, closest
-from fbpc_ray.data import coreset
-from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.coreset import Coreset, dumps
 from fbpc_ray.data.datasets import denormalise
 
 Files = dict[str, bytes]
@@ -42,21 +41,21 @@ PAIR = ("images_best.pt", "labels_best.pt")
 SOFT = "soft_labels_best.pt"
 
 
-def files(found: Coreset, kind: str, facts: dict[str, str], card: str) -> Files:
-    """The files of `found` in format `kind`; a file alone for safetensors and npz, named by its suffix.
+def files(coreset: Coreset, kind: str, facts: dict[str, str], card: str) -> Files:
+    """The files of `coreset` in format `kind`; a file alone for safetensors and npz, named by its suffix.
 
     `facts` say what made it; `card` becomes README.md. Raises UserError for another `kind`, or channels that PNG lacks.
     """
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: {closest(kind, list(FORMATS))}")
     if kind in SINGLE:
-        return {SINGLE[kind]: FORMATS[kind](found, facts)[SINGLE[kind]]}
-    beside = {"mean": found.mean, "std": found.std, "classes": found.classes, "made_by": facts}
+        return {SINGLE[kind]: FORMATS[kind](coreset, facts)[SINGLE[kind]]}
+    beside = {"mean": coreset.mean, "std": coreset.std, "classes": coreset.classes, "made_by": facts}
     sidecar = json.dumps(beside, indent=2, allow_nan=False) + "\n"
-    return {**FORMATS[kind](found, facts), SIDECAR: sidecar.encode(), "README.md": card.encode()}
+    return {**FORMATS[kind](coreset, facts), SIDECAR: sidecar.encode(), "README.md": card.encode()}
 
 
-def named(out: Path, kind: str) -> Path:
+def with_kind_suffix(out: Path, kind: str) -> Path:
     """Return `out` with the suffix of a format that is one file, by which readers know it.
 
     Raises UserError for the suffix of another format.
@@ -76,18 +75,18 @@ def describe(kind: str) -> str:
     return f"one file {SINGLE[kind]}" if kind in SINGLE else "a folder"
 
 
-def write(made: Files, out: Path) -> None:
+def write(outputs: Files, out: Path) -> None:
     """Write a file alone to `out`, or a folder, whole or not at all. Raises UserError where something is there."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} is there already: delete it, or give another --out")
     atomic.remove_leftovers_of(out)
-    if set(made) <= set(SINGLE.values()):
-        atomic.write_bytes(out, next(iter(made.values())))
+    if set(outputs) <= set(SINGLE.values()):
+        atomic.write_bytes(out, next(iter(outputs.values())))
         return
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         with atomic.locked_temp_folder(temporary):
-            for name, data in made.items():
+            for name, data in outputs.items():
                 path = temporary / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
@@ -97,81 +96,81 @@ def write(made: Files, out: Path) -> None:
         raise
 
 
-def _hf(found: Coreset, facts: dict[str, str]) -> Files:
+def _hf(coreset: Coreset, facts: dict[str, str]) -> Files:
     del facts
-    m, c, h, w = found.images.shape
-    pixels: pa.Array = pa.array(found.images.numpy().ravel())
+    m, c, h, w = coreset.images.shape
+    pixels: pa.Array = pa.array(coreset.images.numpy().ravel())
     for size, count in ((w, m * c * h), (h, m * c), (c, m)):
         pixels = pa.ListArray.from_arrays(pa.array(np.arange(count + 1) * size, pa.int32()), pixels)
-    columns: dict[str, pa.Array] = {"pixels": pixels, "label": pa.array(found.labels.numpy())}
+    columns: dict[str, pa.Array] = {"pixels": pixels, "label": pa.array(coreset.labels.numpy())}
     features: dict[str, Any] = {
         "pixels": {"shape": [c, h, w], "dtype": "float32", "_type": "Array3D"},
-        "label": {"names": list(found.classes), "_type": "ClassLabel"},
+        "label": {"names": list(coreset.classes), "_type": "ClassLabel"},
     }
-    if found.soft_labels is not None:
-        d = len(found.classes)
-        columns["soft_label"] = pa.FixedSizeListArray.from_arrays(pa.array(found.soft_labels.numpy().ravel()), d)
+    if coreset.soft_labels is not None:
+        d = len(coreset.classes)
+        columns["soft_label"] = pa.FixedSizeListArray.from_arrays(pa.array(coreset.soft_labels.numpy().ravel()), d)
         features["soft_label"] = {"feature": {"dtype": "float32", "_type": "Value"}, "length": d, "_type": "Sequence"}
     if c in (1, 3):
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        columns["image"] = pa.array([{"bytes": data, "path": None} for data in _pngs(found)], kind)
+        columns["image"] = pa.array([{"bytes": data, "path": None} for data in _pngs(coreset)], kind)
         features["image"] = {"_type": "Image"}
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema_metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(told), buffer)
+    pq.write_table(pa.table(columns).replace_schema_metadata(schema_metadata), buffer)
     return {SHARD: buffer.getvalue()}
 
 
-def _pt(found: Coreset, facts: dict[str, str]) -> Files:
+def _pt(coreset: Coreset, facts: dict[str, str]) -> Files:
     del facts
-    made: Files = {}
-    tensors: dict[str, torch.Tensor] = dict(zip(PAIR, (found.images, found.labels), strict=True))
-    if found.soft_labels is not None:
-        tensors[SOFT] = found.soft_labels
+    outputs: Files = {}
+    tensors: dict[str, torch.Tensor] = dict(zip(PAIR, (coreset.images, coreset.labels), strict=True))
+    if coreset.soft_labels is not None:
+        tensors[SOFT] = coreset.soft_labels
     for name, tensor in tensors.items():
         buffer = io.BytesIO()
         torch.save(tensor.clone(), buffer)
-        made[name] = buffer.getvalue()
-    return made
+        outputs[name] = buffer.getvalue()
+    return outputs
 
 
-def _png(found: Coreset, facts: dict[str, str]) -> Files:
+def _png(coreset: Coreset, facts: dict[str, str]) -> Files:
     del facts
-    digits, places = len(str(len(found.classes) - 1)), len(str(len(found.labels) - 1))
+    digits, places = len(str(len(coreset.classes) - 1)), len(str(len(coreset.labels) - 1))
     folders = [
         f"{label:0{digits}d}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"[:80].rstrip("-")
-        for label, name in enumerate(found.classes)
+        for label, name in enumerate(coreset.classes)
     ]
-    named = zip(found.labels.tolist(), _pngs(found), strict=True)
-    return {f"{folders[label]}/{index:0{places}d}.png": data for index, (label, data) in enumerate(named)}
+    pairs = zip(coreset.labels.tolist(), _pngs(coreset), strict=True)
+    return {f"{folders[label]}/{index:0{places}d}.png": data for index, (label, data) in enumerate(pairs)}
 
 
-def _npz(found: Coreset, facts: dict[str, str]) -> Files:
+def _npz(coreset: Coreset, facts: dict[str, str]) -> Files:
     buffer = io.BytesIO()
     arrays = {
-        "images": found.images.numpy(), "labels": found.labels.numpy(), "mean": np.array(found.mean),
-        "std": np.array(found.std), "classes": np.array(found.classes), "made_by": np.array(json.dumps(facts)),
+        "images": coreset.images.numpy(), "labels": coreset.labels.numpy(), "mean": np.array(coreset.mean),
+        "std": np.array(coreset.std), "classes": np.array(coreset.classes), "made_by": np.array(json.dumps(facts)),
     }  # fmt: skip
-    if found.soft_labels is not None:
-        arrays["soft_labels"] = found.soft_labels.numpy()
+    if coreset.soft_labels is not None:
+        arrays["soft_labels"] = coreset.soft_labels.numpy()
     np.savez(buffer, allow_pickle=False, **arrays)
     return {".npz": buffer.getvalue()}
 
 
-def _safetensors(found: Coreset, facts: dict[str, str]) -> Files:
-    return {".safetensors": coreset.dumps(found, facts)}
+def _safetensors(coreset: Coreset, facts: dict[str, str]) -> Files:
+    return {".safetensors": dumps(coreset, facts)}
 
 
-def _pngs(found: Coreset) -> list[bytes]:
-    pixels = denormalise(found.images, found.mean, found.std).numpy()
+def _pngs(coreset: Coreset) -> list[bytes]:
+    pixels = denormalise(coreset.images, coreset.mean, coreset.std).numpy()
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"PNG has no images of {pixels.shape[1]} channels: choose another --format")
-    made = []
+    pngs = []
     for image in pixels:
         buffer = io.BytesIO()
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
-        made.append(buffer.getvalue())
-    return made
+        pngs.append(buffer.getvalue())
+    return pngs
 
 
 FORMATS: dict[str, Callable[[Coreset, dict[str, str]], Files]] = {

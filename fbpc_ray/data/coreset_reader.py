@@ -112,8 +112,8 @@ def _read_safetensors(path: Path) -> _Raw:
         if not ours:
             images, labels = (_tensor(file.get_tensor(name).clone()) for name in ("images", "labels"))  # out of the map
             return _Raw(images, labels)
-    found = coreset.load(path)
-    return _Raw(found.images, found.labels, found._asdict(), found.soft_labels)
+    pseudocoreset = coreset.load(path)
+    return _Raw(pseudocoreset.images, pseudocoreset.labels, pseudocoreset._asdict(), pseudocoreset.soft_labels)
 
 
 def _read_npz(path: Path) -> _Raw:
@@ -131,17 +131,17 @@ def _read_npz(path: Path) -> _Raw:
 def _read_pt(path: Path) -> _Raw:
     """MTT's images_X.pt with labels_X.pt, and perhaps soft_labels_X.pt, beside it; or one file of {images, labels},
     (images, labels), or DC's and DM's {"data": [(images, labels), ...]}, of which the last counts."""
-    found, soft = _tensors_of(path), None
-    if isinstance(found, Tensor):
+    content, soft = _tensors_of(path), None
+    if isinstance(content, Tensor):
         if not path.name.startswith("images"):
             raise UserError(f"{path} holds images without labels: name them images_X.pt and labels_X.pt")
         labels = path.with_name("labels" + path.name.removeprefix("images"))
-        found = found, _tensors_of(labels)
+        content = content, _tensors_of(labels)
         if (beside := labels.with_name(f"soft_{labels.name}")).exists():
             soft = _tensor(_tensors_of(beside))
-    if isinstance(found, dict):
-        found = found["data"][-1] if "data" in found else (found["images"], found["labels"])
-    images, labels = found
+    if isinstance(content, dict):
+        content = content["data"][-1] if "data" in content else (content["images"], content["labels"])
+    images, labels = content
     return _Raw(_tensor(images), _tensor(labels), _sidecar(path.parent), soft)
 
 
@@ -207,10 +207,10 @@ def _sidecar(folder: Path) -> dict[str, Any] | None:
     path = folder / SIDECAR
     if not path.is_file():
         return None
-    found = inputs.read_json(path)
-    if not isinstance(found, dict) or not {"mean", "std", "classes"} <= found.keys():
+    content = inputs.read_json(path)
+    if not isinstance(content, dict) or not {"mean", "std", "classes"} <= content.keys():
         raise UserError(f"{path} is damaged: restore it, or delete it to take the normalisation of the data set")
-    return found
+    return content
 
 
 def _tensor(value: Any) -> Tensor:
@@ -255,12 +255,12 @@ def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
             f"pixels taken as {'0..1' if unit else f'normalised with mean {[*mean]} and std {[*std]}'} (--pixels)"
         )
         if unit:
-            shaped = [torch.tensor(each, dtype=torch.float32)[:, None, None] for each in (mean, std)]
+            shaped = [torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std)]
             images = (images.float() - shaped[0]) / shaped[1]
-    found = Coreset(images.float().contiguous(), labels.long(), mean, std, classes, soft)
-    if wrong := coreset.problem(found):
+    pseudocoreset = Coreset(images.float().contiguous(), labels.long(), mean, std, classes, soft)
+    if wrong := coreset.problem(pseudocoreset):
         raise UserError(f"{source} is not a coreset ({wrong}): make it again")
-    return Loaded(found, tuple(notes))
+    return Loaded(pseudocoreset, tuple(notes))
 
 
 def _soft_labels(values: Tensor) -> tuple[Tensor, str]:

@@ -81,7 +81,7 @@ def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
     if len(same) < len(classes):
         raise UserError(f"{path}: two class folders have the same name (NFC and NFD); merge them")
     for name in classes:
-        inner = [child for child in subfolders(path / name) if (found := parse(child.name)) and not found.rest]
+        inner = [child for child in subfolders(path / name) if (parts := parse(child.name)) and not parts.rest]
         if any(subfolders(child) for child in inner):
             if "train" in split_folders(path / name)[0]:
                 raise UserError(f"{path / name} holds splits of its own; give folder:{path / name}")
@@ -102,7 +102,7 @@ def _check_read(path: Path, classes: tuple[str, ...], train: Walk) -> None:
     """Refuse a class all of whose files have suffixes that aren't read."""
     present = set(train.labels)
     for label, name in enumerate(classes):
-        suffixes = sorted(suffix or "no suffix" for suffix, each in train.unread if each == name)
+        suffixes = sorted(suffix or "no suffix" for suffix, folder_name in train.unread if folder_name == name)
         if label not in present and suffixes:
             raise UserError(
                 f"class {name!r} (label {label}) of {path} has no train image: its files have {listed(suffixes)}, "
@@ -110,8 +110,8 @@ def _check_read(path: Path, classes: tuple[str, ...], train: Walk) -> None:
             )
 
 
-def _read(path: Path, found: Walk, resizing: Resizing) -> RawSplit:
-    split = read_files(path, found.files, found.labels, found.notes(path), resizing)
+def _read(path: Path, listing: Walk, resizing: Resizing) -> RawSplit:
+    split = read_files(path, listing.files, listing.labels, listing.notes(path), resizing)
     loose = loose_files(path)
     if loose:
         note = f"{path}: left out {len(loose)} images in no class folder ({listed(file.name for file in loose)})"
@@ -124,6 +124,6 @@ def _shared_files(walks: dict[str, Walk]) -> tuple[str, ...]:
     train = walks["train"].real
     return tuple(
         f"{count} images of the {split} split are the same files as train images; remove them from one"
-        for split, found in walks.items()
-        if split != "train" and (count := len(found.real & train))
+        for split, listing in walks.items()
+        if split != "train" and (count := len(listing.real & train))
     )

@@ -50,7 +50,7 @@ def decode(
     Returns the images and notes on what `origin` holds. Raises UserError, naming the image.
     """
     sizes = Sizes(resizing)
-    images, seen, first = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), 1
+    images, counts, first = np.empty((0, 3, 0, 0), np.uint8), Counter[str](), 1
     with progress(f"{origin}: images decoded", count, "image", delay=BAR_DELAY) as bar:
         for index, data in enumerate(files):
             try:
@@ -73,14 +73,16 @@ def decode(
                 )
             images[index] = pixels.values
             sizes.add(*pixels.size)
-            seen.update(turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep, damaged=pixels.damaged)
+            counts.update(
+                turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep, damaged=pixels.damaged
+            )
             bar.update()
-    if count and seen["hidden"] == count:
+    if count and counts["hidden"] == count:
         raise UserError(
             f"{origin}: all of the picture of each image is in its transparency, which is not read; "
             "paste the images onto a background"
         )
-    if count and seen["deep"] == count and images.max() < DARK:
+    if count and counts["deep"] == count and images.max() < DARK:
         raise UserError(
             f"{origin}: the images have 16 bits a channel, and the upper 8, which are read, never reach {DARK} of 255; "
             "scale the images to 8 bits"
@@ -91,7 +93,7 @@ def decode(
         "deep": "have 16 bits a channel, of which the upper 8 are read",
         "damaged": "are damaged TIFF files, read as far as they go; look at them",
     }
-    notes = (f"{origin}: {seen[key]} of {count} images {text}" for key, text in texts.items() if seen[key])
+    notes = (f"{origin}: {counts[key]} of {count} images {text}" for key, text in texts.items() if counts[key])
     return images, (*notes, *sizes.notes(origin))
 
 

@@ -37,21 +37,21 @@ def number_names(
     Raises:
         UserError: only some splits have names, a name is none of `classes`, or two names look the same.
     """
-    given = tuple(map(str, classes)) if classes is not None else None
+    class_names = tuple(map(str, classes)) if classes is not None else None
     named = [split for split, values in labels.items() if is_names(values)]
     if not named:
-        return dict(labels), given
+        return dict(labels), class_names
     if len(named) < len(labels):
         others = listed(split for split in labels if split not in named)
         raise UserError(f"{origin}: labels of {listed(named)} are names, those of {others} are not; use one form")
     names = sorted({name for values in labels.values() for name in np.unique(values).tolist()})
     if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
         raise UserError(f"{origin}: two classes have the same name (NFC and NFD); write them alike")
-    numbers = {name: number for number, name in enumerate(given or names)}
+    numbers = {name: number for number, name in enumerate(class_names or names)}
     if unknown := [name for name in names if name not in numbers]:
         raise UserError(f"{origin}: label {unknown[0]!r} is none of the classes ({listed(numbers)}); correct it")
     numbered = {}
     for split, values in labels.items():
         unique, inverse = np.unique(values, return_inverse=True)
         numbered[split] = np.array([numbers[name] for name in unique.tolist()], np.int64)[inverse]
-    return numbered, given or tuple(names)
+    return numbered, class_names or tuple(names)

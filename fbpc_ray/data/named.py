@@ -76,8 +76,8 @@ def tiny_imagenet(root: Path, download: bool) -> RawDataset:
         if names.is_file()
         else [f.name for f in subfolders(base / "train")]
     )
-    found = walk(base / "train", by_class(base / "train", wnids))
-    parts = {"train": read_files(base / "train", found.files, found.labels)}
+    listing = walk(base / "train", by_class(base / "train", wnids))
+    parts = {"train": read_files(base / "train", listing.files, listing.labels)}
     annotations = base / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise UserError(f"{annotations} is missing, so the validation images have no labels; unpack the zip file again")

@@ -41,16 +41,16 @@ def npz(path: Path) -> RawDataset:
                     f"{path}: no array {', '.join(missing) or 'x_train'} (found {', '.join(archive.files) or 'none'}); "
                     "save x_train, y_train, x_test, y_test with numpy.savez"
                 )
-            found = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
+            arrays = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
             left_out = sorted(set(archive.files) - {key for pair in pairs.values() if pair for key in pair})
     except UserError:
         raise
     except Exception as error:  # a damaged archive fails in any way
         raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)}); save it again") from error
     notes = (f"{path}: left out the arrays {listed(left_out)}",) if left_out else ()
-    labels, classes = number_names({split: each[2] for split, each in found.items()}, path)
+    labels, classes = number_names({split: entry[2] for split, entry in arrays.items()}, path)
     parts = {
-        split: to_split(str(path), keys, images, labels[split]) for split, (keys, images, _) in found.items()
+        split: to_split(str(path), keys, images, labels[split]) for split, (keys, images, _) in arrays.items()
     }  # fmt: skip
     return RawDataset(str(path), classes, parts, notes)
 

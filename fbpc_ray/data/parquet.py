@@ -44,27 +44,27 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = U
     check_is_not_saved_to_disk(path)
     shards, notes = find_shards(path)
     heads = {split: [_head(file, columns) for file in files] for split, files in shards.items()}
-    every = [head for each in heads.values() for head in each]
-    for head in every[1:]:
-        if head.form != every[0].form:
-            raise UserError(f"{every[0].file} has {every[0].form} as labels, {head.file} {head.form}; write both alike")
-        if head.label != every[0].label:
+    first, *rest = [head for group in heads.values() for head in group]
+    for head in rest:
+        if head.form != first.form:
+            raise UserError(f"{first.file} has {first.form} as labels, {head.file} {head.form}; write both alike")
+        if head.label != first.label:
             raise UserError(
-                f"{every[0].file} has the column {every[0].label}, {head.file} {head.label}: their labels don't mean "
+                f"{first.file} has the column {first.label}, {head.file} {head.label}: their labels don't mean "
                 "the same; give all files one column of labels"
             )
-    named = [(head.file, head.classes) for head in every if head.classes]
+    named = [(head.file, head.classes) for head in (first, *rest) if head.classes]
     for file, classes in named[1:]:
         if classes != named[0][1]:
             raise UserError(
                 f"{named[0][0]} and {file} name different classes: their labels don't mean the same; "
                 "write both with the same names"
             )
-    if every[0].other_labels and not columns.label:
-        notes += (f"{path}: labels are of the column {every[0].label}, not of {', '.join(every[0].other_labels)}",)
-    values = {split: np.concatenate([_labels(head) for head in each]) for split, each in heads.items()}
+    if first.other_labels and not columns.label:
+        notes += (f"{path}: labels are of the column {first.label}, not of {', '.join(first.other_labels)}",)
+    values = {split: np.concatenate([_labels(head) for head in group]) for split, group in heads.items()}
     labels, classes = number_names(values, path, named[0][1] if named else None)
-    parts = {split: _part(each, labels[split], resizing) for split, each in heads.items()}
+    parts = {split: _part(group, labels[split], resizing) for split, group in heads.items()}
     return RawDataset(str(path), classes, parts, notes)
 
 

@@ -57,23 +57,23 @@ def choose(names: Iterable[str], origin: object) -> dict[str, str]:
     Names without other words go first (train before train_noisy), then usual names (val before dev). Other words are
     accepted where every split has the same ones (mnist_train, mnist_test). Raises UserError where two names tie.
     """
-    parsed = {name: found for name in names if (found := parse(name))}
+    parsed = {name: split_name for name in names if (split_name := parse(name))}
     groups: dict[tuple[str, ...], dict[str, SplitName]] = {}
-    for name, found in parsed.items():
-        groups.setdefault(found.rest, {})[name] = found
+    for name, split_name in parsed.items():
+        groups.setdefault(split_name.rest, {})[name] = split_name
     group = groups.get((), {})
-    if not any(found.split == "train" for found in group.values()):
-        several = [
+    if not any(split_name.split == "train" for split_name in group.values()):
+        ambiguous = [
             each for rest, each in groups.items() if rest and len({"train"} | {f.split for f in each.values()}) > 1
             and any(f.split == "train" for f in each.values())
         ]  # fmt: skip
-        if len(several) > 1:
-            both = ", ".join(sorted(name for each in several for name in each))
+        if len(ambiguous) > 1:
+            both = ", ".join(sorted(name for each in ambiguous for name in each))
             raise UserError(f"{origin}: {both} are splits of several data sets; keep those of one")
-        group = several[0] if several else group
+        group = ambiguous[0] if ambiguous else group
     chosen: dict[str, str] = {}
     for split in ("train", "validation", "test"):
-        same = sorted((not found.usual, name) for name, found in group.items() if found.split == split)
+        same = sorted((not split_name.usual, name) for name, split_name in group.items() if split_name.split == split)
         if len(same) > 1 and same[0][0] == same[1][0]:
             raise UserError(f"{origin}: {same[0][1]} and {same[1][1]} are both the {split} split; keep one")
         if same:
@@ -85,12 +85,12 @@ def describe(chosen: dict[str, str], left_out: Iterable[str], origin: object) ->
     """Notes on how each name was taken; none where every name is a usual one and nothing is left out."""
     left_out, notes = sorted(left_out), []
     if left_out or not all(name.lower() in SPLITS for name in chosen.values()):
-        taken = ", ".join(f"{name} as the {split} split" for split, name in chosen.items())
-        notes.append(f"{origin}: read {taken}" + (f"; left out {listed(left_out)}" if left_out else ""))
+        choices = ", ".join(f"{name} as the {split} split" for split, name in chosen.items())
+        notes.append(f"{origin}: read {choices}" + (f"; left out {listed(left_out)}" if left_out else ""))
     return tuple(notes)
 
 
 def listed(names: Iterable[object], count: int = 5) -> str:
     """The first few names, for messages."""
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:count]) + (f" and {len(shown) - count} more" if len(shown) > count else "") or "nothing"
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "") or "nothing"

@@ -71,7 +71,7 @@ class ExpertStore:
     def missing(self, count: int) -> list[int]:
         """Return the indices below `count` that have no complete trajectory."""
         if isinstance(self.folder, Remote):  # one request for all of them; an object is complete
-            names = {each.name for each in self.folder.iterdir()}
+            names = {path.name for path in self.folder.iterdir()}
             return [n for n in range(count) if not {self._arrow(n).name, self._manifest(n).name} <= names]
         return [index for index in range(count) if not self.is_complete(index)]
 
@@ -224,13 +224,14 @@ class ExpertStore:
         recipe = _recipe_in(self.folder)
         if recipe is None:
             return False
-        wanted = self.recipe.to_json()
-        names = [name for name in {**wanted, **recipe} if recipe.get(name) != wanted.get(name)]
+        needed = self.recipe.to_json()
+        names = [name for name in {**needed, **recipe} if recipe.get(name) != needed.get(name)]
         if names:
-            made = ", ".join(f"{name} {recipe.get(name)}" for name in names)
-            wants = ", ".join(f"{name} {wanted.get(name)}" for name in names)
+            present = ", ".join(f"{name} {recipe.get(name)}" for name in names)
+            wants = ", ".join(f"{name} {needed.get(name)}" for name in names)
             raise UserError(
-                f"experts in {self.folder} were made with {made}, this run wants {wants}: give another --experts folder"
+                f"experts in {self.folder} were made with {present}, this run wants {wants}: give another --experts "
+                "folder"
             )
         return True
 
@@ -281,9 +282,9 @@ def open_store(root: Place, recipe: Recipe) -> ExpertStore:
     stored = _recipe_in(home) or {}
     if {**stored, "data": recipe.data} == recipe.to_json():
         recipe = recipe._replace(data=str(stored["data"]))
-    wanted = recipe.to_json()
-    beside = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(wanted).encode(), digest_size=4).hexdigest()}")
-    if stored not in ({}, wanted):
+    recipe_json = recipe.to_json()
+    beside = folder(root, recipe, f"-{hashlib.blake2b(json.dumps(recipe_json).encode(), digest_size=4).hexdigest()}")
+    if stored not in ({}, recipe_json):
         return ExpertStore(beside, recipe)
     return ExpertStore(home, recipe, beside)
 

@@ -67,7 +67,7 @@ class RunDirectory(Generic[Where]):
         leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", files.LOCK)
         with suppress(FileNotFoundError):  # removed meanwhile, by the process that had it
             if not self.folder.is_dir() or any(
-                not any(each.match(name) for name in leftovers) for each in self.folder.iterdir()
+                not any(entry.match(name) for name in leftovers) for entry in self.folder.iterdir()
             ):
                 raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
@@ -132,11 +132,13 @@ class RunDirectory(Generic[Where]):
 
         Of more than `REMEMBERED` steps every other one is dropped, the first never.
         """
-        kept = {each: old for each, old in self.history().items() if each < step and old.shape == images.shape}
-        kept[step] = images
-        if len(kept) > REMEMBERED:
-            kept = {each: kept[each] for each in sorted(kept)[::2]}
-        tensors = {str(each): value.contiguous() for each, value in kept.items()}
+        images_by_step = {
+            number: old for number, old in self.history().items() if number < step and old.shape == images.shape
+        }
+        images_by_step[step] = images
+        if len(images_by_step) > REMEMBERED:
+            images_by_step = {number: images_by_step[number] for number in sorted(images_by_step)[::2]}
+        tensors = {str(number): value.contiguous() for number, value in images_by_step.items()}
         files.write_bytes(self.history_path, tensor_files.dumps(tensors, {}))
 
     def history(self) -> dict[int, Tensor]:
@@ -190,13 +192,17 @@ class RunDirectory(Generic[Where]):
             return result | {"coresets": coresets}
 
 
-def check_resume(stored: Config, wanted: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:
+def check_resume(stored: Config, config: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:
     """Raise UserError if a flag differs on which the steps already taken depend; name the flags with both values."""
-    before, now = stored.flat(), wanted.flat()
+    before, now = stored.flat(), config.flat()
     differing = [name for name in before if before[name] != now[name] and name not in may_change]
     if differing:
-        told = ", ".join(f"--{name.replace('_', '-')} was {before[name]!r}, now {now[name]!r}" for name in differing)
-        raise UserError(f"--resume with another configuration: {told}; repeat the old value or start another --out")
+        differences = ", ".join(
+            f"--{name.replace('_', '-')} was {before[name]!r}, now {now[name]!r}" for name in differing
+        )
+        raise UserError(
+            f"--resume with another configuration: {differences}; repeat the old value or start another --out"
+        )
 
 
 def _read_state(path: Path, shape: tuple[int, int, int, int]) -> State:

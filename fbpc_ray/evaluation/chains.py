@@ -169,10 +169,10 @@ def score(predictions: Logits, test: DeviceDataset) -> Scored:
     parts: list[Scored] = []
     for index in torch.arange(len(test)).split(_batch_size(test.images)):
         batch = test.batch(index)
-        each = log_probabilities(predictions(batch.images))
-        mean = log_mixture(each)
+        log_probs = log_probabilities(predictions(batch.images))
+        mean = log_mixture(log_probs)
         stats = predictive_stats(mean, batch.labels)
-        parts.append(Scored(stats, losses_of(each, batch.labels), uncertainty_of(each, mean)))
+        parts.append(Scored(stats, losses_of(log_probs, batch.labels), uncertainty_of(log_probs, mean)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
     for part in parts[1:]:
         stats, unsure = stats + part.stats, unsure + part.uncertainty
@@ -307,8 +307,8 @@ def without_impossible_compilation(
 ) -> EvaluationContext:
     """Turn compilation off, and say so, where chains should be compiled and this machine can't."""
     sizes = {(chain.spec, len(context.coresets[chain.coreset].labels)): chain for chain in chains}
-    wanted = device == "cpu" and any(compiles(context, chain, Network(chain.spec)) for chain in sizes.values())
-    if wanted and not compiling.can_compile("the passes of chains", log):
+    compiles_any = device == "cpu" and any(compiles(context, chain, Network(chain.spec)) for chain in sizes.values())
+    if compiles_any and not compiling.can_compile("the passes of chains", log):
         return context._replace(compiled="off")
     return context
 

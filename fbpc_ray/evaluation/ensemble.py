@@ -146,9 +146,9 @@ class Ensemble:
     def _predict(self, pixels: Tensor) -> Prediction:
         bytes_ = pixels.dtype == torch.uint8
         images = (normalise if bytes_ else standardise)(pixels if bytes_ else pixels.float(), self.mean, self.std)
-        each = log_probabilities(self._logits(images))
-        mean = log_mixture(each)
-        return Prediction(mean.exp().cpu(), *uncertainty_of(each, mean))
+        log_probs = log_probabilities(self._logits(images))
+        mean = log_mixture(log_probs)
+        return Prediction(mean.exp().cpu(), *uncertainty_of(log_probs, mean))
 
     def _logits(self, images: Tensor) -> Tensor:
         if self.last_layer is None:
@@ -190,12 +190,12 @@ def save(ensemble: Ensemble, path: Place, facts: dict[str, str] | None = None) -
     }
     head = {name: getattr(ensemble, name) for name in ("spec", "mean", "std", "classes")}
     layer = ensemble.last_layer
-    own = {"format": FORMAT if layer is None else FORMAT_WITH_LAYER, "count": str(len(ensemble.samples))}
+    header = {"format": FORMAT if layer is None else FORMAT_WITH_LAYER, "count": str(len(ensemble.samples))}
     if layer is not None:
         tensors |= {f"last_layer/{name}": getattr(layer, name).cpu().contiguous() for name in LAYER_TENSORS}
         head["last_layer"] = [float(layer.ridge), layer.precision]
-    own |= {name: json.dumps(value) for name, value in head.items()}
-    files.write_bytes(path, tensor_files.dumps(tensors, {**(facts or {}), **own}))
+    header |= {name: json.dumps(value) for name, value in head.items()}
+    files.write_bytes(path, tensor_files.dumps(tensors, {**(facts or {}), **header}))
 
 
 def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:

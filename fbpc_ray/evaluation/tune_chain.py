@@ -36,9 +36,9 @@ def candidates(settings: Evaluation) -> Iterator[Evaluation]:
         yield replace(settings, chain_d=d, chain_weight_decay=decay, num_chains=1)
 
 
-def best_of(tried: Sequence[Candidate]) -> Candidate:
+def best_of(results: Sequence[Candidate]) -> Candidate:
     """Return the candidate with the lowest NLL. Raises UserError where all diverged."""
-    finite = [candidate for candidate in tried if candidate.scores]
+    finite = [candidate for candidate in results if candidate.scores]
     if not finite:
         raise UserError("--tune-chain: all chains diverged; lower --chain-eta", code=1)
     return min(finite, key=lambda candidate: candidate.scores["nll"])
@@ -56,23 +56,23 @@ def tune_chain(
     """
     if not len(dataset.validation.labels):
         raise UserError("--tune-chain: the run has no validation split; distil with --validation 0.1")
-    tried = []
+    results = []
     for settings in candidates(config.evaluation):
         one = replace(config, evaluation=settings)
         scored = evaluate(coresets, specs, dataset, "validation", one, workers, lambda line: None)
-        tried.append(Candidate(settings.chain_d, settings.chain_weight_decay, mean_scores(scored.scores)))
-    best = best_of(tried)
+        results.append(Candidate(settings.chain_d, settings.chain_weight_decay, mean_scores(scored.scores)))
+    best = best_of(results)
     log(
         f"--tune-chain: --chain-d {best.chain_d:g} --chain-weight-decay {best.chain_weight_decay:g} has the lowest "
-        f"validation NLL of {len(tried)} settings, {best.scores['nll']:.3f}"
+        f"validation NLL of {len(results)} settings, {best.scores['nll']:.3f}"
     )
-    return config.updated(chain_d=best.chain_d, chain_weight_decay=best.chain_weight_decay), tried
+    return config.updated(chain_d=best.chain_d, chain_weight_decay=best.chain_weight_decay), results
 
 
-def to_json(config: Config, tried: Sequence[Candidate]) -> dict[str, Any]:
+def to_json(config: Config, results: Sequence[Candidate]) -> dict[str, Any]:
     """Return what result.json says of the choice."""
     e = config.evaluation
     return {
         "chain_d": e.chain_d, "chain_weight_decay": e.chain_weight_decay,
-        "candidates": [candidate._asdict() for candidate in tried],
+        "candidates": [candidate._asdict() for candidate in results],
     }  # fmt: skip

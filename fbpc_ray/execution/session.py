@@ -235,9 +235,9 @@ def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
     if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
-    each = sum(4 * memory_estimate.count_parameters(spec) * (1 + d.posterior_steps) for spec in specs)
+    side_bytes = sum(4 * memory_estimate.count_parameters(spec) * (1 + d.posterior_steps) for spec in specs)
     limit = 1e9 * config.workers.trajectory_cache_gb
-    return limit if each * snapshots <= RARELY * limit else 0.0
+    return limit if side_bytes * snapshots <= RARELY * limit else 0.0
 
 
 def worker_group(

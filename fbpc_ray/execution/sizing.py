@@ -61,7 +61,7 @@ def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
     d, flat = config.distillation, config.flat()
     return Facts(
         len(dataset.train.labels), len(dataset.classes), dataset.image_shape, len(dataset.test.labels), d.ipc, d.method,
-        config.networks.architectures, local_cores(), {name: flat[name] for name in request.given if name in flat},
+        config.networks.architectures, local_cores(), {name: flat[name] for name in request.flags if name in flat},
     )  # fmt: skip
 
 

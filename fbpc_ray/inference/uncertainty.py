@@ -34,15 +34,15 @@ class Uncertainty(NamedTuple):
 
 def uncertainty(logits: Tensor) -> Uncertainty:
     """Of images whose S posterior samples give logits (S, b, d)."""
-    each = log_probabilities(logits)
-    return uncertainty_of(each, log_mixture(each))
+    log_probs = log_probabilities(logits)
+    return uncertainty_of(log_probs, log_mixture(log_probs))
 
 
-def uncertainty_of(each: Tensor, mean: Tensor) -> Uncertainty:
+def uncertainty_of(log_probs: Tensor, mean: Tensor) -> Uncertainty:
     """Return the uncertainty of images from log p_s(y | x) (S, b, d) of each sample and log p(y | x) (b, d)."""
     entropy = torch.special.entr(mean.exp()).sum(-1)
     # As a divergence rather than H - E: where the samples agree it is 0 to the last bits of its own terms.
-    divergence = (each.exp() * (each - mean)).sum(-1).mean(0)
+    divergence = (log_probs.exp() * (log_probs - mean)).sum(-1).mean(0)
     return Uncertainty(entropy.cpu(), divergence.clamp(min=0).cpu())
 
 

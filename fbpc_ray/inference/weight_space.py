@@ -64,9 +64,9 @@ def forward_kl(
     wanted = (u, labels) if labels.requires_grad else (u,)
     gradients, sum_x, sum_u = [torch.zeros_like(value) for value in wanted], 0.0, 0.0
     for view in views:
-        seen = view(u)
-        loss_x = loss(forward(perturbed(mu_x, scale, source), seen), labels)
-        loss_u = loss(forward(perturbed(mu_u, scale, source), seen), labels)
+        view_images = view(u)
+        loss_x = loss(forward(perturbed(mu_x, scale, source), view_images), labels)
+        loss_u = loss(forward(perturbed(mu_u, scale, source), view_images), labels)
         parts = torch.autograd.grad(loss_x - loss_u, wanted)
         gradients = [total + part for total, part in zip(gradients, parts, strict=True)]
         sum_x, sum_u = sum_x + loss_x.item(), sum_u + loss_u.item()
@@ -98,8 +98,8 @@ def reverse_kl(
     if samples < 2:
         raise ValueError("a covariance needs at least two draws (S >= 2)")
     u, m = images.detach().requires_grad_(), len(labels)
-    seen = view(u)
-    wanted = (seen, labels) if labels.requires_grad else (seen,)
+    view_images = view(u)
+    wanted = (view_images, labels) if labels.requires_grad else (view_images,)
     mean_gap, sum_x, sum_u = 0.0, 0.0, 0.0
     means, covariances = ([torch.zeros_like(value) for value in wanted] for _ in range(2))
     for count in range(1, samples + 1):
@@ -120,7 +120,7 @@ def reverse_kl(
         ]  # fmt: skip
         sum_x, sum_u = sum_x + loss_x, sum_u + loss_u.item()
     by_view, *by_labels = (-total / (samples - 1 if scaled else samples) for total in covariances)
-    (value,) = torch.autograd.grad(seen, u, by_view)
+    (value,) = torch.autograd.grad(view_images, u, by_view)
     return WeightDivergence(value, sum_x / samples, sum_u / samples, *by_labels)
 
 
@@ -143,5 +143,5 @@ def wasserstein(mu_u: Params, mu_x: Params, theta_0: Params) -> Tensor:
     With equal covariances this is the squared 2-Wasserstein distance, in units of what SGD on the real data moved.
     """
     distance = sum((mu_u[name] - target).square().sum() for name, target in mu_x.items())
-    travelled = sum((theta_0[name] - target).square().sum() for name, target in mu_x.items())
-    return torch.as_tensor(distance) / travelled
+    scale = sum((theta_0[name] - target).square().sum() for name, target in mu_x.items())
+    return torch.as_tensor(distance) / scale

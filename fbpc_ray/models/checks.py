@@ -66,8 +66,8 @@ def _logits(network: Network, params: Params, images: Tensor) -> str:
     images = images.clone().requires_grad_()
     logits = network.forward(leaves, images)
     if not isinstance(logits, Tensor) or logits.shape != expected or logits.dtype != torch.float32:
-        shown = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        return f"for 2 images it returns {shown}; it must return logits {expected} torch.float32"
+        description = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        return f"for 2 images it returns {description}; it must return logits {expected} torch.float32"
     names, weights = ["the images", *leaves], torch.linspace(-1, 1, logits.numel()).view(expected)
     gradients = torch.autograd.grad((logits * weights).sum(), [images, *leaves.values()], allow_unused=True)
     detached = [name for name, value in zip(names, gradients, strict=True) if value is None]

@@ -38,29 +38,29 @@ LICENCES: dict[str, tuple[dict[str, str], str]] = {
 """Data set -> the licence of its images: as fields of the Hub's card, and in words."""
 
 
-HUB_TAGS = ["dataset-distillation", "pseudocoreset", "bayesian-neural-networks", "fbpc-ray"]
+HUB_TAGS = ["dataset-distillation", "coreset", "bayesian-neural-networks", "fbpc-ray"]
 PICTURE, CONFIG, PROVENANCE, SCORES = "images.png", "config.json", "provenance.json", "scores.json"
 """Files beside the card of a folder for the Hub."""
 
 
-def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> str:
+def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> str:
     """Return README.md of an export: picture, scores, how to read it, what made it, and the source's licence."""
-    m, c, h, w = found.images.shape
-    lines = _hub_header(found, facts) if kind == "hf" else []
-    lines += [f"# {escape(_title(facts, m, found))}", ""]
+    m, c, h, w = coreset.images.shape
+    lines = _hub_header(coreset, facts) if kind == "hf" else []
+    lines += [f"# {escape(_title(facts, m, coreset))}", ""]
     if kind == "hf" and c in PICTURED:
         lines += [f"![the images, by class]({PICTURE})", ""]
     lines += [
-        f"{m} synthetic images ({c} x {h} x {w}) of {len(found.classes)} classes that stand for all training images of",
-        f"{escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
+        f"{m} synthetic images ({c} x {h} x {w}) of {len(coreset.classes)} classes that stand for all training images",
+        f"of {escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
         "everything.", "",
         *_scores(result),
         "## How to read it", "", READING[kind], "",
         "Pixels are normalised: those in 0..1 are `pixels * std + mean`, a channel each, and test images must be",
         "normalised by the same numbers.", "",
-        f"* mean: {list(found.mean)}", f"* std: {list(found.std)}",
-        f"* classes, from label 0: {', '.join(map(escape, found.classes))}",
-        *SOFT_LABELS[: found.soft_labels is not None], "",
+        f"* mean: {list(coreset.mean)}", f"* std: {list(coreset.std)}",
+        f"* classes, from label 0: {', '.join(map(escape, coreset.classes))}",
+        *SOFT_LABELS[: coreset.soft_labels is not None], "",
         *_origin(settings, facts, result),
         "## Licence of the source", "", f"{_licence(facts)[1]}. The images are derived from it.", "",
     ]  # fmt: skip
@@ -68,35 +68,35 @@ def card(found: Coreset, kind: str, settings: Config, facts: dict[str, str], res
 
 
 def companions(
-    found: Coreset, settings: Config, facts: dict[str, str], result: dict[str, Any] | None
+    coreset: Coreset, settings: Config, facts: dict[str, str], result: dict[str, Any] | None
 ) -> dict[str, bytes]:
     """Return the files beside the card for the Hub: picture, settings, provenance, and scores where there are any."""
-    made: dict[str, Any] = {CONFIG: _settings(settings, facts), PROVENANCE: dict(facts)}
+    contents: dict[str, Any] = {CONFIG: _settings(settings, facts), PROVENANCE: dict(facts)}
     if result:
-        made[PROVENANCE] |= {name: result[name] for name in ("versions", "device", "threads") if name in result}
+        contents[PROVENANCE] |= {name: result[name] for name in ("versions", "device", "threads") if name in result}
         names = "split", "images_scored", "inference", "eval_seeds", "coresets", "mixing"
-        made[SCORES] = {name: result[name] for name in names if name in result}
-    written = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in made.items()}
-    if found.images.shape[1] in PICTURED:
-        pixels = denormalise(found.images, found.mean, found.std).numpy()
-        written[PICTURE] = image_grids.coreset_png(pixels, found.labels.numpy(), found.classes)
-    return written
+        contents[SCORES] = {name: result[name] for name in names if name in result}
+    outputs = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()}
+    if coreset.images.shape[1] in PICTURED:
+        pixels = denormalise(coreset.images, coreset.mean, coreset.std).numpy()
+        outputs[PICTURE] = image_grids.coreset_png(pixels, coreset.labels.numpy(), coreset.classes)
+    return outputs
 
 
-def _hub_header(found: Coreset, facts: dict[str, str]) -> list[str]:
+def _hub_header(coreset: Coreset, facts: dict[str, str]) -> list[str]:
     """Return the YAML header that the Hub reads, each value as JSON."""
-    m, c, h, w = found.images.shape
-    names = {str(label): name for label, name in enumerate(found.classes)}
+    m, c, h, w = coreset.images.shape
+    names = {str(label): name for label, name in enumerate(coreset.classes)}
     head = {
         **_licence(facts)[0], "task_categories": ["image-classification"], "size_categories": [_size(m)],
-        "pretty_name": _title(facts, m, found), "tags": HUB_TAGS,
+        "pretty_name": _title(facts, m, coreset), "tags": HUB_TAGS,
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
         "dataset_info": {
             "features": [
                 *([{"name": "image", "dtype": "image"}] if c in PICTURED else []),
                 {"name": "pixels", "dtype": {"array3_d": {"shape": [c, h, w], "dtype": "float32"}}},
                 {"name": "label", "dtype": {"class_label": {"names": names}}},
-                *([{"name": "soft_label", "sequence": "float32"}] if found.soft_labels is not None else []),
+                *([{"name": "soft_label", "sequence": "float32"}] if coreset.soft_labels is not None else []),
             ],
         },
     }  # fmt: skip
@@ -162,8 +162,8 @@ def _unfenced(text: str) -> str:
     return re.sub("`{3,}", "` `", text)
 
 
-def _title(facts: dict[str, str], m: int, found: Coreset) -> str:
-    name, ipc = facts["data"].rpartition(":")[2], m / len(found.classes)
+def _title(facts: dict[str, str], m: int, coreset: Coreset) -> str:
+    name, ipc = facts["data"].rpartition(":")[2], m / len(coreset.classes)
     return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} a class, by {facts.get('method', 'fbpc-ray')}"
 
 

@@ -117,14 +117,14 @@ def coreset_over_time(
 
     Raises ValueError for other shapes, and OSError if `path` can't be written.
     """
-    every = sorted(history)
-    steps = [every[at] for at in np.unique(np.linspace(0, len(every) - 1, max_steps).round().astype(int))]
+    all_steps = sorted(history)
+    steps = [all_steps[at] for at in np.unique(np.linspace(0, len(all_steps) - 1, max_steps).round().astype(int))]
     labels = np.arange(len(names))
     tiles = [_tiles(history[step], labels) for step in steps]
     factor = max(1, round(TILE / max(tiles[0].shape[1:3])))
     height, width = (factor * side for side in tiles[0].shape[1:3])
-    shown = [_fit(name, WIDEST_NAME) for name in names]
-    left = max(_text_width(name, NAME) for name in shown) + GAP
+    fitted_names = [_fit(name, WIDEST_NAME) for name in names]
+    left = max(_text_width(name, NAME) for name in fitted_names) + GAP
     heads = [f"step {steps[0]:,}", *(f"{step:,}" for step in steps[1:])]
     across = max(width, *(_text_width(head, NAME) for head in heads)) + GAP
     inner = left + len(steps) * across - GAP
@@ -135,7 +135,7 @@ def coreset_over_time(
     texts: list[Text] = [(sheet_width / 2, MARGIN, title, TITLE, "center", "top")]
     for column, head in enumerate(heads):
         texts.append((x0 + column * across + width / 2, top - NAME_LINE / 2, head, NAME, "center", "center"))
-    for row, name in enumerate(shown):
+    for row, name in enumerate(fitted_names):
         y = top + row * (height + GAP)
         texts.append((x0 - GAP, y + height / 2, name, NAME, "right", "center"))
         for column, images in enumerate(tiles):

@@ -59,9 +59,9 @@ def conclusion(runs: Sequence[EndedRun]) -> str:
         return "No conclusion: a chain diverged."
     if any(len(chains) < 2 for chains in values["nll"]):
         return "No conclusion: of one chain each, no spread is known."
-    told = [_told(runs, quantity, chains) for quantity, chains in values.items()]
+    sentences = [_compare(runs, quantity, chains) for quantity, chains in values.items()]
     return (
-        f"On {_listed(networks)}: {'; '.join(told)}. {_beside_random(runs, values, networks)}"
+        f"On {_listed(networks)}: {'; '.join(sentences)}. {_beside_random(runs, values, networks)}"
         "One distillation each: another seed may say otherwise."
     )
 
@@ -75,12 +75,12 @@ def _unlike(runs: Sequence[EndedRun]) -> list[str]:
         if _differs([one[name] for one in flat])
     }
     for name, word in RESULT_WORDS.items():
-        if _differs(told := [str(run.result[name]) for run in runs]):
-            unlike[word] = told
+        if _differs(texts := [str(run.result[name]) for run in runs]):
+            unlike[word] = texts
     prints = [run.coreset.facts.get("fingerprint", "") for run in runs]
     if all(prints) and _differs(prints) and not unlike:
         unlike["training images"] = prints
-    return [f"{word} ({', '.join(unique(told))})" for word, told in unlike.items()]
+    return [f"{word} ({', '.join(unique(texts))})" for word, texts in unlike.items()]
 
 
 def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float]:
@@ -107,20 +107,20 @@ def _beside_random(
     )
 
 
-def _told(runs: Sequence[EndedRun], quantity: str, values: Sequence[Sequence[float]]) -> str:
+def _compare(runs: Sequence[EndedRun], quantity: str, values: Sequence[Sequence[float]]) -> str:
     """Name the best run and the next one, if the gap between them is above both standard deviations together."""
     label, _, digits = QUANTITIES[quantity]
     order = sorted(range(len(runs)), key=lambda at: statistics.fmean(values[at]), reverse=quantity == "accuracy")
     first, second = order[:2]
-    shown = [
+    texts = [
         f"{runs[at].label} ({method_name(runs[at])}) {statistics.fmean(values[at]):.{digits}f} ± "
         f"{statistics.stdev(values[at]):.{digits}f}"
         for at in (first, second)
     ]
     gap = abs(statistics.fmean(values[first]) - statistics.fmean(values[second]))
     if gap <= statistics.stdev(values[first]) + statistics.stdev(values[second]):
-        return f"{label} of {shown[0]} and {shown[1]} don't differ by more than chains do"
-    return f"best {label} {shown[0]}, before {shown[1]}"
+        return f"{label} of {texts[0]} and {texts[1]} don't differ by more than chains do"
+    return f"best {label} {texts[0]}, before {texts[1]}"
 
 
 def _differs(values: Sequence[Any]) -> bool:

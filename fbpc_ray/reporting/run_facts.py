@@ -22,28 +22,28 @@ LAST_BITS = {"threads", "device", "compiled", "compiled_chains"}
 """Settings that change the last bits of a result."""
 
 
-def method_name(found: EndedRun) -> str:
-    return METHODS[found.method].split(":")[0]
+def method_name(run: EndedRun) -> str:
+    return METHODS[run.method].split(":")[0]
 
 
-def heading_of(found: EndedRun) -> str:
+def heading_of(run: EndedRun) -> str:
     """Name a run in words: its letter, method, data set and size."""
-    ipc = found.config.distillation.ipc
+    ipc = run.config.distillation.ipc
     size = f"{ipc} image{'' if ipc == 1 else 's'} a class"
-    return f"{f'Run {found.label}: ' if found.label else ''}{method_name(found)} on {found.result['data']}, {size}"
+    return f"{f'Run {run.label}: ' if run.label else ''}{method_name(run)} on {run.result['data']}, {size}"
 
 
-def facts_of(found: EndedRun) -> list[tuple[str, str]]:
-    c, result = found.config, found.result
-    d, images = c.distillation, found.coreset.images
+def facts_of(run: EndedRun) -> list[tuple[str, str]]:
+    c, result = run.config, run.result
+    d, images = c.distillation, run.coreset.images
     facts = [
-        ("Method", METHODS[found.method]),
-        ("Data", f"{result['data']}, {len(found.coreset.classes)} classes, images of {_shape(found.coreset)}"),
+        ("Method", METHODS[run.method]),
+        ("Data", f"{result['data']}, {len(run.coreset.classes)} classes, images of {_shape(run.coreset)}"),
         ("Coreset", f"{len(images):,} images, {d.ipc} a class"),
         ("Networks", f"{', '.join(c.networks.architectures)}; width {c.networks.width}"),
         ("Augmentation", c.networks.augment),
     ]  # fmt: skip
-    if found.method != "random":
+    if run.method != "random":
         seconds = finite(result.get("seconds_per_step"))
         pace = f", {seconds:.3g} s each (median)" if seconds is not None else ""
         facts.append(("Steps", f"{result['steps']:,}{pace}; seed {d.seed}"))
@@ -51,7 +51,7 @@ def facts_of(found: EndedRun) -> list[tuple[str, str]]:
         facts.append(("Experts", f"{count} for each network, of {epochs} epochs"))
     if endings := result.get("map_endings"):
         facts.append(("MAP solves", ", ".join(f"{count} {ending}" for ending, count in endings.items())))
-    return [*facts, ("Folder", str(found.run.folder))]
+    return [*facts, ("Folder", str(run.run.folder))]
 
 
 def _shape(coreset: Coreset) -> str:
@@ -59,11 +59,11 @@ def _shape(coreset: Coreset) -> str:
     return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
 
 
-def provenance(found: Sequence[EndedRun]) -> list[Block]:
-    versions = [one.result["versions"] for one in found]
+def provenance(runs: Sequence[EndedRun]) -> list[Block]:
+    versions = [one.result["versions"] for one in runs]
     names = unique(name for one in versions for name in one)
-    lines = [["", *(one.label or "this run" for one in found)]]
-    lines += [[name, *(str(one.result[name]) for one in found)] for name in ("commit", "device")]
-    lines += [["CPU threads", *(str(one.result.get("threads", "-")) for one in found)]]
+    lines = [["", *(one.label or "this run" for one in runs)]]
+    lines += [[name, *(str(one.result[name]) for one in runs)] for name in ("commit", "device")]
+    lines += [["CPU threads", *(str(one.result.get("threads", "-")) for one in runs)]]
     lines += [[f"{name} version", *(str(one.get(name, "-")) for one in versions)] for name in names]
     return [Heading("Made by"), Table(lines)]

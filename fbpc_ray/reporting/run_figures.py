@@ -28,8 +28,8 @@ def over_time(run: RunDirectory, labels: Tensor, classes: tuple[str, ...], title
     history = {step: images.numpy() for step, images in run.history().items()}
     if len(history) < 2:
         return False
-    shown = np.unique(labels.numpy())[:FOLLOWED].tolist()
-    names = [classes[label] for label in shown]
+    indices = np.unique(labels.numpy())[:FOLLOWED].tolist()
+    names = [classes[label] for label in indices]
     if any(len(images) != len(names) for images in history.values()):
         return False
     image_grids.coreset_over_time(history, names, run.over_time_path, title)
@@ -73,7 +73,7 @@ def courses_of(rows: Sequence[Mapping[str, Any]], method: str) -> list[steps.Cou
 
 def window_of(courses: Sequence[steps.Course]) -> int:
     """Return the steps over which the longest line is smoothed."""
-    return steps.window_of(max(len(at) for each in courses for _, at, _, _ in each.lines))
+    return steps.window_of(max(len(at) for course in courses for _, at, _, _ in course.lines))
 
 
 def _points(

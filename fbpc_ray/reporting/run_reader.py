@@ -113,9 +113,9 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
             result = inputs.read_checked_json(path)
         stem = path.name.removesuffix(".json")
         beside = sorted(
-            (each for each in folder.glob("*.png") if each.name.startswith(f"{stem}.")), key=lambda p: p.name
+            (picture for picture in folder.glob("*.png") if picture.name.startswith(f"{stem}.")), key=lambda p: p.name
         )
-        pictures = [(each.name[len(stem) + 1 : -4], image(each)) for each in beside]
+        pictures = [(picture.name[len(stem) + 1 : -4], image(picture)) for picture in beside]
         scores, mixing = _checked(result, str(path))
         ood = str(result.get("ood", ""))
         evaluations.append(LaterEvaluation(path.name, result["split"], ood, scores, mixing, pictures))

@@ -55,10 +55,10 @@ def command(config: Config) -> list[str]:
     return words
 
 
-def how_to_repeat(found: EndedRun) -> list[Block]:
-    commit = found.result["commit"]
+def how_to_repeat(run: EndedRun) -> list[Block]:
+    commit = run.result["commit"]
     note = f"At commit {commit}, in a new folder; other settings have their defaults."
-    return [Heading("To repeat it", 3), Code(redacted(wrap_command(command(found.config))), "sh"), Text(note)]
+    return [Heading("To repeat it", 3), Code(redacted(wrap_command(command(run.config))), "sh"), Text(note)]
 
 
 def wrap_command(words: Sequence[str], width: int = 88) -> str:
@@ -71,9 +71,9 @@ def wrap_command(words: Sequence[str], width: int = 88) -> str:
     return " \\\n".join(lines)
 
 
-def how_to_use(found: Sequence[EndedRun]) -> list[Block]:
-    blocks: list[Block] = [Heading("To use the coreset" if len(found) == 1 else "To use the coresets")]
-    for each in found:
+def how_to_use(runs: Sequence[EndedRun]) -> list[Block]:
+    blocks: list[Block] = [Heading("To use the coreset" if len(runs) == 1 else "To use the coresets")]
+    for each in runs:
         images, path = each.coreset.images, each.run.coreset_path
         form = REMOTE if isinstance(path, Remote) else LOAD
         if each.label:
@@ -82,7 +82,7 @@ def how_to_use(found: Sequence[EndedRun]) -> list[Block]:
         facts = {"shape": tuple(images.shape), "count": len(images), "classes": len(each.coreset.classes)}
         code = (form + comment).format(path=str(path), soft=soft, **facts)
         blocks.append(Code(code, "python"))
-    run = shlex.quote(str(found[0].run.folder))
+    run = shlex.quote(str(runs[0].run.folder))
     lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"
     return [
         *blocks,

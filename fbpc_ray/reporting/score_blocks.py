@@ -87,9 +87,11 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
 def headline(run: EndedRun) -> str:
     """Say in one sentence how well the coreset does, beside as many random real images."""
     names = [name for name in unique(score.coreset for score in run.scores) if name != "random"]
-    told = [_headline_of(run.scores, name, "The coreset") for name in names]
-    told += [_headline_of(run.scores, "random", "as many random real images" if told else "Random real images")]
-    words = "; ".join(text for text in told if text)
+    headlines = [_headline_of(run.scores, name, "The coreset") for name in names]
+    headlines += [
+        _headline_of(run.scores, "random", "as many random real images" if headlines else "Random real images")
+    ]
+    words = "; ".join(text for text in headlines if text)
     return f"{words} ({run.result['images_scored']:,} {run.result['split']} images)."
 
 
@@ -200,11 +202,11 @@ Point = tuple[str, int, tuple[float, float] | None]
 
 def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
     """Draw scores and cost against images a class, and cost against networks, if the runs differ."""
-    several = len({run.result["data"] for run in runs}) > 1
+    several_data = len({run.result["data"] for run in runs}) > 1
     scored: dict[str, list[Point]] = {"accuracy": [], "nll": []}
     by_ipc, by_networks = list[Point](), list[Point]()
     for run in runs:
-        ipc, data = run.config.distillation.ipc, f", {run.result['data']}" if several else ""
+        ipc, data = run.config.distillation.ipc, f", {run.result['data']}" if several_data else ""
         for quantity, points in scored.items():
             points += [
                 (f"{one.name}{data}", ipc, _mean_and_deviation(one.scores, quantity)) for one in series_of(run.scores)

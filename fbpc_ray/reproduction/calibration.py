@@ -1,4 +1,4 @@
-"""The calibration of SGHMC on the paper's Random rows: settings of chains, and their distance from the paper.
+"""The calibration of SGHMC on the paper's Random rows: settings, and their distance from the paper.
 
 `jobs/calibrate_sghmc.py` runs the chains.
 """

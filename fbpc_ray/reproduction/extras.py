@@ -48,8 +48,8 @@ class ExtraColumns(NamedTuple):
 
     def describes(self, row: dict[str, Any]) -> bool:
         """Whether `row` has these columns, or is a row of an earlier version of which none were asked."""
-        asked = self.row()
-        return row["ood"] == (asked["ood"] or row["ood"]) and row["corruptions"] in (None, asked["corruptions"])
+        own_row = self.row()
+        return row["ood"] == (own_row["ood"] or row["ood"]) and row["corruptions"] in (None, own_row["corruptions"])
 
     def images(self) -> Extras:
         """Draw the out-of-distribution images, and corrupt test images."""

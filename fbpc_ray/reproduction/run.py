@@ -272,10 +272,10 @@ def _shared_context(
     config, dataset = task.cell.config, task.dataset
     coresets = {}
     for folder in {task.coreset for task, _ in group}:
-        made = coreset.load(RunDirectory(folder).coreset_path)
-        coresets[folder.name] = arrays_of(made)
+        pseudocoreset = coreset.load(RunDirectory(folder).coreset_path)
+        coresets[folder.name] = arrays_of(pseudocoreset)
         if task.outside:
-            dataset = dataset._replace(mean=made.mean, std=made.std)
+            dataset = dataset._replace(mean=pseudocoreset.mean, std=pseudocoreset.std)
     context = evaluation_context(
         dataset,
         "test",
@@ -336,10 +336,10 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
     images = [image.name]
     if TABLES[options.table].kind == "picture":
         task = tasks[0]
-        made = coreset.load(RunDirectory(task.coreset).coreset_path)
-        pixels = denormalise(made.images, made.mean, made.std).numpy()
+        pseudocoreset = coreset.load(RunDirectory(task.coreset).coreset_path)
+        pixels = denormalise(pseudocoreset.images, pseudocoreset.mean, pseudocoreset.std).numpy()
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} a class"
-        image_grids.coreset_grid(pixels, made.labels.numpy(), made.classes, image, title)
+        image_grids.coreset_grid(pixels, pseudocoreset.labels.numpy(), pseudocoreset.classes, image, title)
     else:
         picture(options.table, options.scale, rows, image)
         if over_ipc(options.table, options.scale, rows, sizes):

@@ -189,9 +189,9 @@ def _table10(request: Request) -> list[Cell]:
 
 
 def _fig2a(request: Request) -> list[Cell]:
-    every = tuple(NORMS.values())
+    norms = tuple(NORMS.values())
     rows = {"WBPC-single": ("BPC-fKL", CONVNET), "FBPC-single": ("FBPC", CONVNET),
-            "WBPC-multi": ("BPC-fKL", every), "FBPC-multi": ("FBPC", every)}  # fmt: skip
+            "WBPC-multi": ("BPC-fKL", norms), "FBPC-multi": ("FBPC", norms)}  # fmt: skip
     return [
         Cell(row, norm, _config(request, "cifar10", request.one_ipc, METHODS[name], networks), network)
         for row, (name, networks) in rows.items()

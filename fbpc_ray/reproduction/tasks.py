@@ -112,8 +112,8 @@ def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Find
 
 def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch.Tensor, dataset: Dataset) -> list:
     """Return mean logits at the coreset's first image of 'dog', or of the last class (Fig. 2b)."""
-    shown = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
-    image = images[labels == shown][:1]
+    label = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
+    image = images[labels == label][:1]
     logits = ensemble.logits_of(network.predict, samples, ensemble.statistics_of(network, samples, images), image)
     means = logits[:, 0].double().mean(0).cpu()
     return [{"column": name, "logit": float(value)} for name, value in zip(dataset.classes, means, strict=True)]

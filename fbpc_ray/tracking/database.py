@@ -100,8 +100,8 @@ def revisions() -> tuple[frozenset[str], str]:
     folder = Path(spec.submodule_search_locations[0]) / "store" / "db_migrations" / "versions"
     older: dict[str, str] = {}
     for path in folder.glob("*.py"):
-        found = dict(re.findall(r"^(revision|down_revision)\s*=\s*[\"']?(\w+)", path.read_text(), re.MULTILINE))
-        older[found.get("revision", "")] = found.get("down_revision", "")
+        matches = dict(re.findall(r"^(revision|down_revision)\s*=\s*[\"']?(\w+)", path.read_text(), re.MULTILINE))
+        older[matches.get("revision", "")] = matches.get("down_revision", "")
     newest = older.keys() - set(older.values()) - {""}
     return frozenset(older), newest.pop() if len(newest) == 1 else ""
 

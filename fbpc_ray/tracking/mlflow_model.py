@@ -56,8 +56,8 @@ def log_model(uri: str, run_id: str, name: str, parts: ModelParts, log: Callable
     silence_warnings()
     try:
         with default_store(uri), warnings.catch_warnings(action="ignore"):
-            made = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
-        return made.model_uri
+            model = Model.log(None, pyfunc, name=name, run_id=run_id, **_model_arguments(parts))
+        return model.model_uri
     except Exception as error:  # noqa: BLE001  whatever MLflow, SQL or the network raises
         log(f"MLflow: {redacted(uri)} does not take the model ({reason(error)}).")
         return None

@@ -37,22 +37,24 @@ def target(path: str) -> Path:
     return folder
 
 
-def asked(path: str, specs: Sequence[Spec]) -> Path | None:
+def optional_target(path: str, specs: Sequence[Spec]) -> Path | None:
     """Return the folder of --save-model, None where it isn't given. Raises UserError for several networks."""
     if path and len(specs) > 1:
         raise UserError("--save-model keeps the samples of one network: name it with --architectures")
     return target(path) if path else None
 
 
-def kept(verdict: EvaluationResult, found: Coreset, name: str, spec: Spec, settings: Evaluation) -> Ensemble:
+def ensemble_of(
+    verdict: EvaluationResult, pseudocoreset: Coreset, name: str, spec: Spec, settings: Evaluation
+) -> Ensemble:
     """Return what an evaluation kept of the coreset called `name`. Raises UserError for a chain that diverged."""
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
         flag = "--chain-eta" if settings.inference == "sghmc" else "--net-lr"
         raise UserError(f"no model was saved: its chain, that of seed 0, diverged; lower {flag}", code=1)
     if settings.inference == "sghmc":
-        return ensemble.gathered(Network(spec), samples, found)
-    return last_layer.gathered(Network(spec), samples, found, settings)
+        return ensemble.gathered(Network(spec), samples, pseudocoreset)
+    return last_layer.gathered(Network(spec), samples, pseudocoreset, settings)
 
 
 def facts(config: Config, split: str, score: ChainScore, provenance: Provenance) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.nda
         config={"network": name} if own_network else {},
         example=np.ascontiguousarray(example),
         code=[SCRIPT.parents[1], *([_code_of(name)] if own_network else [])],
-        requirements=[f"{each}=={metadata.version(each).partition('+')[0]}" for each in REQUIRED],
+        requirements=[f"{package}=={metadata.version(package).partition('+')[0]}" for package in REQUIRED],
         metadata={
             "architecture": name, "width": samples.spec.width, "samples": len(samples.samples),
             "image_shape": list(shape), "classes": list(samples.classes), **facts,
@@ -108,8 +110,8 @@ def _code_of(name: str) -> Path:
     """Return the file, or the folder of the package, that the import path `name` begins with."""
     custom.search_current_folder()
     top = name.partition(":")[0].partition(".")[0]
-    found = importlib.util.find_spec(top)
-    where = found and ((found.submodule_search_locations or [None])[0] or found.origin)
+    spec = importlib.util.find_spec(top)
+    where = spec and ((spec.submodule_search_locations or [None])[0] or spec.origin)
     if not where:
         raise UserError(f"{name}: no file of {top} to put into the model")
     return Path(where)

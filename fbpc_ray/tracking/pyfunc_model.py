@@ -26,12 +26,12 @@ class Posterior(PythonModel):
         self.samples = ensemble.load(path, (context.model_config or {}).get("network", ""))
 
     def predict(self, context, model_input, params=None):  # type: ignore[override]
-        found = self.samples.predict(np.asarray(model_input))
+        prediction = self.samples.predict(np.asarray(model_input))
         return pd.DataFrame({
-            "class": [self.samples.classes[label] for label in found.labels.tolist()],
-            "probabilities": found.probabilities.tolist(),
-            "entropy": found.entropy.numpy(),
-            "mutual_information": found.mutual_information.numpy(),
+            "class": [self.samples.classes[label] for label in prediction.labels.tolist()],
+            "probabilities": prediction.probabilities.tolist(),
+            "entropy": prediction.entropy.numpy(),
+            "mutual_information": prediction.mutual_information.numpy(),
         })  # fmt: skip
 
 

@@ -163,10 +163,10 @@ def _scheduler(task: Task, outcomes: Sequence[Outcome]) -> Any:
     metric = task.settings.metric
     if task.settings.scheduler == "none":
         return FIFOScheduler()
-    every = min(config.distillation.checkpoint_every for config in task.configs)
+    interval = min(config.distillation.checkpoint_every for config in task.configs)
     asha = _Asha(
-        time_attr="step", grace_period=every, reduction_factor=REDUCTION,
-        max_t=max(1 + every, *(1 + num_steps(config) for config in task.configs)),
+        time_attr="step", grace_period=interval, reduction_factor=REDUCTION,
+        max_t=max(1 + interval, *(1 + num_steps(config) for config in task.configs)),
     )  # fmt: skip
     asha.set_search_properties(metric, MODES[metric])
     asha.past = past = {}

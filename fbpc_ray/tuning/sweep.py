@@ -252,8 +252,8 @@ def read_base(folder: Place) -> Config:
     path = folder / "sweep.json"
     base = read_config(folder, NOT_STARTED)
     with undamaged(path, "start the sweep again in another --out"):
-        every = inputs.read_checked_json(path)["settings"].get("evaluate_every", 0)
-    return base.updated(val_every=every) if every else base
+        interval = inputs.read_checked_json(path)["settings"].get("evaluate_every", 0)
+    return base.updated(val_every=interval) if interval else base
 
 
 def _describe(sweep: OpenSweep) -> None:
@@ -289,8 +289,8 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
     best = outcomes[order[0]]
     assert best.last is not None
     config = sweep.task.configs[best.number]
-    experts, every = sweep.base.experts.experts, sweep.base.distillation.checkpoint_every
-    preset = to_preset(config.updated(experts=experts, checkpoint_every=every))
+    experts, interval = sweep.base.experts.experts, sweep.base.distillation.checkpoint_every
+    preset = to_preset(config.updated(experts=experts, checkpoint_every=interval))
     files.write_checked_json(folder / "best.json", json_format.loads(preset))
     log(f"best: trial {best.number}, {metric} {getattr(best.last, metric):.4g} on the validation split; now on test")
     tested = _on_test(config, sweep.dataset, workers, provenance, monitor.parent)

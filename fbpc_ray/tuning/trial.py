@@ -121,8 +121,8 @@ def trial_config(base: Config, flags: dict[str, Any], settings: Sweep, folder: P
         method = flags.get("method", base.distillation.method)
         config = base if method == base.distillation.method else with_method(base, method, base.distillation.ipc)
         config = validation.canonical(config.updated(**flags))
-        every = base.output.val_every or max(1, base.distillation.steps // 4)
-        config = config.updated(checkpoint_every=every, out=str(trial_folder(folder, number)), tracking=False)
+        interval = base.output.val_every or max(1, base.distillation.steps // 4)
+        config = config.updated(checkpoint_every=interval, out=str(trial_folder(folder, number)), tracking=False)
         validation.check(config)
     except UserError as error:
         raise UserError(f"trial {number}: {error}") from None
@@ -136,8 +136,8 @@ def trial_folder(folder: Place, number: int) -> Place:
 def val_evaluation(evaluation: Evaluation, settings: Sweep) -> Evaluation:
     """Return the evaluation of a validation: shorter chains, with as many samples if they fit."""
     steps = min(settings.val_chain_epochs or max(1, evaluation.chain_epochs // 5), evaluation.chain_epochs)
-    every = max(1, steps * evaluation.chain_every // evaluation.chain_epochs)
-    return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=every)
+    interval = max(1, steps * evaluation.chain_every // evaluation.chain_epochs)
+    return replace(evaluation, num_chains=settings.val_chains, chain_epochs=steps, chain_every=interval)
 
 
 def validate(session: Session, state: State, settings: Sweep, workers: TaskRunner, log: Log) -> list[ChainScore]:
@@ -191,8 +191,8 @@ def _distill(
             validate_and_report(state)
         return
     session.train_experts(workers, log)
-    every, last = config.distillation.checkpoint_every, record.validations[-1].step if record.validations else 0
-    if state.step > last and (state.step % every == 0 or state.step == session.num_steps):
+    interval, last = config.distillation.checkpoint_every, record.validations[-1].step if record.validations else 0
+    if state.step > last and (state.step % interval == 0 or state.step == session.num_steps):
         validate_and_report(state)  # the trial was killed between its checkpoint and its validation
     checkpointer = Checkpointer(run, state, rows, config.distillation, on_checkpoint=validate_and_report)
     follow(session.steps(state, workers), checkpointer, [], Interruption())
@@ -268,11 +268,11 @@ def table_rows(outcomes: Sequence[Outcome], flags: Sequence[dict[str, Any]]) -> 
     return [
         {
             "trial": outcome.number, "ended": outcome.status, "step": outcome.last.step if outcome.last else 0,
-            **{name: " ".join(value) if isinstance(value, list | tuple) else value for name, value in own.items()},
+            **{name: " ".join(value) if isinstance(value, list | tuple) else value for name, value in values.items()},
             **{name: getattr(outcome.last, name) if outcome.last else None for name in SCORES},
             "sessions": len(outcome.record.starts), "why": outcome.reason,
         }
-        for outcome, own in zip(outcomes, flags, strict=True)
+        for outcome, values in zip(outcomes, flags, strict=True)
     ]  # fmt: skip
 
 

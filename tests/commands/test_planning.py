@@ -182,7 +182,7 @@ def test_a_resumed_run_and_a_preset_file_choose_nothing(images, finished_run):
     assert start_of(data)[1] == ("", {"data"}, 0.0)
     request = start_of([*data, "--no-tracking", "--width=8"])[1]
     assert request is not None
-    assert request.given == {"data", "tracking", "width"}
+    assert request.flags == {"data", "tracking", "width"}
     assert start_of(["--out", str(finished_run), "--resume", "--time-budget", "1h"])[1] is None
     assert start_of([*data, "--preset", "cifar10-ipc1"])[1] is None
 

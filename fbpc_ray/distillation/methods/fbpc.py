@@ -34,8 +34,8 @@ EXPERT_SIDE_FORMAT = 1
 def expert_side(context: GradientContext, step: int) -> np.ndarray:
     """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
     expert, epoch = _expert(context, step)
-    found = _kept(context, expert, epoch)
-    return np.stack(list(_rows(context, expert, epoch))) if found is None else found
+    side = _read_cached(context, expert, epoch)
+    return np.stack(list(_rows(context, expert, epoch))) if side is None else side
 
 
 def gradient(
@@ -68,20 +68,20 @@ def gradient(
     draws = rng(step, "augment")
     views = [AUGMENTATIONS[augment](len(chosen), draws) for _ in range(settings.views or 1)]
     with torch.no_grad():
-        seen = [view(u[chosen]) for view in views]
+        view_images = [view(u[chosen]) for view in views]
     isotropic = settings.method == "fbpc-isotropic"
 
     # theta_x: a snapshot of a random expert; its K steps on real images.
     expert, epoch = _expert(context, step)
     if expert_side is None and not isotropic:
-        expert_side = _kept(context, expert, epoch)
+        expert_side = _read_cached(context, expert, epoch)
     samples_x: Iterable[Params]
     if expert_side is None:
         theta_x = _theta_x(context, expert, epoch)
         samples_x = _k_steps(context, expert, epoch, theta_x)
     else:
         theta_x, samples_x = _params(context, expert_side[0]), (_params(context, row) for row in expert_side[1:])
-    psi_x = None if isotropic else variances(logits, samples_x, seen)
+    psi_x = None if isotropic else variances(logits, samples_x, view_images)
     seconds_x = clock.lap()
 
     # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
@@ -101,7 +101,7 @@ def gradient(
     samples_u = islice(
         sgd_trajectory(loss_and_grad, solution.value, batches, settings.lambda_u), settings.posterior_steps
     )
-    psi_u = None if isotropic else variances(logits, samples_u, seen)
+    psi_u = None if isotropic else variances(logits, samples_u, view_images)
     seconds_u = clock.lap()
 
     noise, parts = rng(step, "monte-carlo"), list[tuple[float, float, float, float, float]]()
@@ -168,7 +168,7 @@ def _rows(context: GradientContext, expert: int, epoch: int) -> Iterator[Tensor]
         yield flatten(params).cpu()
 
 
-def _kept(context: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
+def _read_cached(context: GradientContext, expert: int, epoch: int) -> np.ndarray | None:
     """Return the rows from the trajectory cache, computed if missing; None without a cache for them."""
     if context.trajectory_cache is None:
         return None

@@ -113,9 +113,9 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def watch(own: bool) -> ClusterWatch:
-    """Watch the cluster that this process is connected to; `own` says whether this process started it."""
-    if own:
+def watch(is_own: bool) -> ClusterWatch:
+    """Watch the cluster that this process is connected to; `is_own` says whether this process started it."""
+    if is_own:
         return ClusterWatch(Liveness(dead_process, lambda: True), Reaper(worker._global_node))
     address = ray.get_runtime_context().gcs_address  # not in the thread: it starts a cluster where there is none
     return ClusterWatch(Liveness(dead_process, lambda: head_answers(address)))

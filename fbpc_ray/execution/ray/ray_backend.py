@@ -56,7 +56,7 @@ class RayBackend:
         self.owns_connection = not ray.is_initialized()
         self.owns_cluster = self.owns_connection and connect(settings.address, init_options, log)
         """Whether this process started the cluster: a missing worker is then starting, not waiting for resources."""
-        self.watch = watch(own=self.owns_cluster)
+        self.watch = watch(is_own=self.owns_cluster)
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:

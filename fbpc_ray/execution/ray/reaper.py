@@ -69,7 +69,7 @@ def _family(pid: int) -> list[tuple[int, str]]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             family += map(int, task.read_text().split())
-    return [(each, started) for each in family if (started := _started(each))]
+    return [(member, started) for member in family if (started := _started(member))]
 
 
 def _started(pid: int) -> str:

@@ -40,8 +40,8 @@ def bars(
         OSError: `path` can't be written.
     """
     width = 0.8 / max(len(names), 1)
-    shown = [wrapped(group, 14) for group in groups]
-    inches = max(0.28 * len(names), 0.15 + 0.075 * max(map(len, shown), default=0))  # of a group: bars and name
+    labels = [wrapped(group, 14) for group in groups]
+    inches = max(0.28 * len(names), 0.15 + 0.075 * max(map(len, labels), default=0))  # of a group: bars and name
     figure = Figure(figsize=(max(5.0, 1.2 + inches * len(groups)), 3.8), dpi=DPI, layout="constrained")
     padded(figure)
     axes = figure.add_subplot()
@@ -59,7 +59,7 @@ def bars(
     if marks:
         axes.plot([], [], "D", label="the paper's", **MARK)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xticks(range(len(groups)), shown, fontsize=TICK)
+    axes.set_xticks(range(len(groups)), labels, fontsize=TICK)
     axes.set_ylabel(label, fontsize=LABEL)
     axes.set_title(broken(title, figure), fontsize=TITLE, parse_math=False)
     tidy(axes)
@@ -88,15 +88,15 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
         ValueError: there is no curve, or one without points.
         OSError: `path` can't be written.
     """
-    every = [curve for _, lines in panels for curve in lines]
-    if not every or not all(curve.points for curve in every):
+    all_curves = [curve for _, lines in panels for curve in lines]
+    if not all_curves or not all(curve.points for curve in all_curves):
         raise ValueError("no values to draw")
     figure = Figure(figsize=(max(4.6, 3.9 * len(panels)), 3.8), dpi=DPI, layout="constrained")
     padded(figure)
     if title:
         figure.suptitle(broken(title, figure), fontsize=TITLE + 1, parse_math=False)
-    labels = list(dict.fromkeys(curve.label for curve in every))
-    places = sorted({x for curve in every for x, *_ in curve.points})
+    labels = list(dict.fromkeys(curve.label for curve in all_curves))
+    places = sorted({x for curve in all_curves for x, *_ in curve.points})
     wide = places[0] > 0 and places[-1] >= 8 * places[0]
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve in lines:
@@ -122,7 +122,7 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
         for index in range(len(labels))
     ]
     names = [ending(label, NAME) for label in labels]
-    if any(curve.marks for curve in every):
+    if any(curve.marks for curve in all_curves):
         handles.append(Line2D([], [], linestyle="none", marker="D", **MARK))
         names.append("the paper's")
     figure.legend(handles, names, loc="outside lower center", ncols=2 * len(panels), fontsize=TICK, frameon=False)
