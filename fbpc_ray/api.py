@@ -108,7 +108,7 @@ def dataset(
     splits = [None if isinstance(value, float | int) else value for value in (test, validation)]
     if isinstance(train, str):
         if splits != [None, None] or classes is not None:
-            raise UserError(f"{train} brings its test images and classes: give no other")
+            raise UserError(f"{train} brings its test images and classes: leave out test and classes")
         loaded = datasets.load(
             train, root=root, download=download, normalisation=normalisation, validation=shares[1], seed=seed,
             label_column=label_column, image_column=image_column, image_size=image_size, resize=resize, test=shares[0],
@@ -169,7 +169,10 @@ def distill(
     chosen = with_sizes(validation.canonical(chosen), source, request, log)
     validation.check(chosen)
     if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
-        raise UserError(f"{local[0]} is known to this process alone: put it into a module, or leave out backend='ray'")
+        raise UserError(
+            f"{local[0]} is defined in this process alone, where Ray workers cannot import it: move it to a module, "
+            "or leave out backend='ray'"
+        )
     session = open_session(chosen, log, source)
     state, d = session.initial[0], chosen.distillation
     if session.num_steps:

@@ -121,9 +121,13 @@ def store_finding(file: Path, uri: str) -> Finding:
         case "half-made" | "damaged":
             return Finding("note", message, "the next run moves it aside and creates a new one")
         case "other":
-            return Finding("note", f"mlflow.db: {file} is of another MLflow ({state.reason})", upgrade_command(uri))
+            return Finding(
+                "note",
+                f"mlflow.db: {file} was written by another version of MLflow ({state.reason})",
+                upgrade_command(uri),
+            )
         case "foreign":
-            return Finding("note", f"mlflow.db: {file} is no store of MLflow ({state.reason})", "move it")
+            return Finding("note", f"mlflow.db: {file} is not a store of MLflow ({state.reason})", "move it")
 
 
 def token() -> Iterator[Finding]:

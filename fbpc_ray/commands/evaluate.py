@@ -48,7 +48,7 @@ class Options(NamedTuple):
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
     """Evaluate the coreset of the run in `folder` and its random coreset, on the networks of `config`."""
     if options.split not in ("test", "validation"):
-        raise UserError(f"--split {options.split}: choose test or validation")
+        raise UserError(f"--split {options.split}: must be test or validation")
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
     config = session.config
@@ -113,7 +113,7 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
     for name, one in coresets.items():
         if tuple(one.images.shape[1:]) != dataset.image_shape or one.classes != dataset.classes:
             raise UserError(
-                f"the {name} coreset of {run.folder} is not of data set {dataset.name}: give the run of this data"
+                f"the {name} coreset of {run.folder} was not distilled from {dataset.name}: give a run on this data set"
             )
     return session, coresets
 

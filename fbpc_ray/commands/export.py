@@ -65,9 +65,9 @@ def _short(data: str) -> str:
 def evaluate(
     source: str, settings: Config, split: str, pixels: coreset_reader.Pixels, *, dry_run: bool, json: str
 ) -> None:
-    """SGHMC on the coreset at `source` and on as many random real images, on the networks of `settings`."""
+    """Score the coreset at `source`, and as many random real images, by SGHMC on the networks of `settings`."""
     if split not in ("test", "validation"):
-        raise UserError(f"--split {split}: choose test or validation")
+        raise UserError(f"--split {split}: must be test or validation")
     settings = validation.canonical(settings)
     validation.check(settings)
     dataset = load_data(settings.updated(download=False) if dry_run else settings, log)
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def _random(dataset: Dataset, ipc: int | None, seed: int) -> dict[str, Coreset]:
-    """As many real images, drawn as a run of this seed begins; none, said, where the classes are not of one size."""
+    """Draw as many real images as a run of this seed starts from; log why and return none for unequal class sizes."""
     if ipc is None or np.bincount(dataset.train.labels).min() < ipc:
         log("note: no random images beside it: its classes have different numbers of images, or more than there are")
         return {}

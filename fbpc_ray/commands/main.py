@@ -108,7 +108,7 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str], watched
 
 
 def _again(words: Sequence[str]) -> str:
-    """Say how a command goes on: with --resume only if its --out holds a run by now."""
+    """Return how to continue a command: with --resume only if its --out holds a run by now."""
     out = next((word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=True)
                 if word.partition("=")[0] == "--out"), "")  # fmt: skip
     with suppress(UserError, OSError):

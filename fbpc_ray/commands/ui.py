@@ -81,9 +81,12 @@ def _check_database(file: Path, uri: str) -> None:
     if state.kind == "missing":
         raise UserError(f"--tracking-uri: {file} not found; log a run first, or name another store")
     if state.kind == "other":
-        raise UserError(f"--tracking-uri: {file} is of another MLflow ({state.reason}): {upgrade_command(uri)}", code=1)
+        raise UserError(
+            f"--tracking-uri: {file} was written by another version of MLflow ({state.reason}): {upgrade_command(uri)}",
+            code=1,
+        )
     if state.kind == "foreign":
-        raise UserError(f"--tracking-uri: {file} is no store of MLflow ({state.reason}); name another", code=1)
+        raise UserError(f"--tracking-uri: {file} is not a store of MLflow ({state.reason}); name another", code=1)
 
 
 def _port(port: int) -> int:

@@ -78,7 +78,7 @@ def copy(source: Remote, size: int, checksum: str) -> Iterator[Path]:
         with file_lock(root / f".lock-{checksum[:2]}"):
             if not _is_complete(path, size):
                 _download(source, size, checksum)
-    raise UserError(f"{root} is too small for the experts that are in use: raise FBPC_CACHE_GB, or set FBPC_CACHE")
+    raise UserError(f"{root}: too small for the experts in use; raise FBPC_CACHE_GB, or set FBPC_CACHE")
 
 
 @contextmanager

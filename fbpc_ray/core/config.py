@@ -155,7 +155,7 @@ def from_word(word: str, option: str) -> tuple[str, str]:
     flag, known = name.removeprefix("--").replace("-", "_"), list(Config().flat())
     name, renamed = RENAMED.get(flag, flag), RENAMED_VALUES.get(flag, {})
     if not equals or name not in known:
-        raise UserError(f"{option} {word}: write FLAG=VALUE; {closest(name, known)}")
+        raise UserError(f"{option} {word}: must be FLAG=VALUE; {closest(name, known)}")
     return name, ",".join(renamed.get(part, part) for part in text.split(","))
 
 

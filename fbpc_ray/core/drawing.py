@@ -1,4 +1,4 @@
-"""Draw values of lower rooms: `plot` of a value calls what reporting/value_pictures.py registers."""
+"""Pictures of values: the `plot` of a lower room calls the functions that reporting/ registers here."""
 
 import io
 from functools import singledispatch

@@ -224,7 +224,7 @@ def exclusive_directory(folder: Place) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_directory(folder)
     except Timeout:
-        raise UserError(f"another process is at work in {folder}: wait until it ends, or give another --out") from None
+        raise UserError(f"another process uses {folder}: wait until it ends, or give another --out") from None
     try:
         yield
     finally:
@@ -266,7 +266,7 @@ def _lock_directory(folder: Path) -> BaseFileLock | None:
 
 
 def _is_no_directory(path: Path) -> bool:
-    """Whether `path` is a file, or a link to nowhere."""
+    """Return whether `path` is a file, or a link without a target."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
@@ -274,7 +274,7 @@ def _is_no_directory(path: Path) -> bool:
 
 
 def _is_same(path: Path, file: BinaryIO) -> bool:
-    """Whether `path` still names the open `file`."""
+    """Return whether `path` still names the open `file`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -53,7 +53,7 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a NUL, or a surrogate
-        raise UserError(f"{str(path)!r}: not the name of a file ({error}); check the path") from None
+        raise UserError(f"{str(path)!r}: not a file name ({error}); check the path") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

@@ -8,7 +8,7 @@ import torch
 
 
 def generator(seed: int, *path: str | int) -> torch.Generator:
-    """A CPU generator that depends on `seed` and on the name `path` alone, e.g. generator(0, "step", 7, "convnet-in").
+    """Return a CPU generator for `seed` and the name `path`: generator(0, "step", 7, "convnet-in").
 
     The same name gives the same stream in any process on any machine. Different names give independent streams, of
     which torch's CPU generator has 2^32: among the 140,000 of 5,000 steps on four networks, about two pairs coincide.

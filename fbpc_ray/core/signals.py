@@ -47,7 +47,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the block a signal raises Interrupted where the code stands: for long work with nothing to save."""
+        """Raise Interrupted at once for a signal inside the block: for long work with nothing to save."""
         self._raise_at_once = True
         try:
             self.check()

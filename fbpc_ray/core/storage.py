@@ -147,7 +147,7 @@ class Remote:
         except (OSError, pa.ArrowException):  # credentials may grant access to objects and not to their bucket
             return
         if not exists:
-            raise UserError(f"there is no bucket {self.scheme}://{bucket}: make it, or check the address", code=1)
+            raise UserError(f"{self.scheme}://{bucket}: bucket not found; create it, or check the address", code=1)
 
     def _store(self) -> Any:
         prefixes = ("AWS_",) if self.scheme == "s3" else ("GOOGLE_", "STORAGE_EMULATOR_HOST", "CLOUDSDK_")

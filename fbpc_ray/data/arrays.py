@@ -72,7 +72,7 @@ def _arrays(split: str, data: Any, resizing: Resizing) -> _Arrays:
 
 
 def _is_list_of_pairs(data: Any) -> bool:
-    """Whether two elements are two (image, label) pairs, not the images and the labels."""
+    """Return whether two elements are two (image, label) pairs, not the images and the labels."""
     return isinstance(data, list) and all(
         isinstance(pair, tuple | list) and len(pair) == 2 and np.ndim(_or_none(pair[1])) == 0
         and isinstance(pair[0], Image.Image | Tensor | np.ndarray)
@@ -81,7 +81,7 @@ def _is_list_of_pairs(data: Any) -> bool:
 
 
 def _or_none(label: Any) -> Any:
-    """A 0-dimensional stand-in for a plain value; tensors and arrays as they are."""
+    """Return tensors and arrays unchanged, and a 0-dimensional array for a plain value."""
     return label if isinstance(label, Tensor | np.ndarray | list | tuple) else None
 
 
@@ -113,8 +113,8 @@ def _collect(split: str, data: Any, sizes: Sizes) -> tuple[np.ndarray, np.ndarra
         if pixels.ndim != 3 or (images and pixels.shape != images[0].shape):
             first = f", the first one is {images[0].shape}" if images else ""
             raise UserError(
-                f"{where} is an image of {pixels.shape}{first}; all must be (c, h, w) of one size: resize them by "
-                "image_size, such as image_size=32"
+                f"{where} is an image of {pixels.shape}{first}; all must be (c, h, w) of one size: resize them, such "
+                "as by image_size=32"
             )
         images.append(pixels)
         labels.append(label)

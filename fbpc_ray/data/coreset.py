@@ -113,7 +113,7 @@ def settings_of(coreset: Coreset) -> dict[str, Any]:
 
 
 def balanced(labels: Tensor, ipc: int, classes: tuple[str, ...], source: torch.Generator) -> Tensor:
-    """Indices (ipc * d,) of a class-balanced uniform draw without replacement: ipc of class 0, then ipc of class 1, ...
+    """Draw ipc images of each class uniformly, without replacement; return their indices (ipc * d,), class by class.
 
     labels: (n,) int64. With the same `source` a smaller ipc draws a subset of a larger one's.
     Raises UserError where a class has fewer than ipc images.
@@ -138,7 +138,7 @@ def save(coreset: Coreset, path: Place, metadata: dict[str, str] | None = None) 
 
 
 def dumps(coreset: Coreset, metadata: dict[str, str] | None = None) -> bytes:
-    """`coreset` as a file; its facts and `metadata` are kept in the file's header.
+    """Serialise `coreset` as safetensors, with its facts and `metadata` in the header.
 
     Raises ValueError for a coreset that `load` would refuse or for metadata under one of the file's own keys.
     """
@@ -197,14 +197,14 @@ def _refusing(path: Place) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"there is no coreset {path}: give the file that `fbpc distill` wrote") from error
+        raise UserError(f"{path}: coreset not found; give the file that `fbpc distill` wrote") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
         raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
 
 
 def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-    """(mean, std, classes) of a header. Raises ValueError, KeyError or TypeError."""
+    """Return (mean, std, classes) of a header. Raises ValueError, KeyError or TypeError."""
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
     mean, std, classes = (tuple(inputs.parse_json(facts[name])) for name in ("mean", "std", "classes"))
@@ -212,7 +212,7 @@ def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...],
 
 
 def problem(coreset: Coreset) -> str | None:
-    """Why these things do not belong together, or None."""
+    """Return why the parts of a coreset do not fit together, or None."""
     images, labels, mean, std, classes, soft_labels, _ = coreset
     if images.dtype != torch.float32 or images.ndim != 4 or not images.numel():
         return f"images are {images.dtype} {tuple(images.shape)}, expected float32 (m, c, h, w)"
@@ -234,7 +234,7 @@ def problem(coreset: Coreset) -> str | None:
 def _problem_of_facts(
     mean: tuple[float, ...], std: tuple[float, ...], classes: tuple[str, ...], channels: int
 ) -> str | None:
-    """Why these are no normalisation of `channels` channels and no names, or None."""
+    """Return why the normalisation does not fit `channels` channels, or the classes are not names; or None."""
     if not len(mean) == len(std) == channels:
         return f"{len(mean)} means and {len(std)} stds for {channels} channels"
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std) or min(std) <= 0:

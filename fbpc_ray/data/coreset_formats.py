@@ -42,7 +42,7 @@ SOFT = "soft_labels_best.pt"
 
 
 def files(coreset: Coreset, kind: str, facts: dict[str, str], card: str) -> Files:
-    """The files of `coreset` in format `kind`; a file alone for safetensors and npz, named by its suffix.
+    """Return the files of `coreset` in format `kind`; safetensors and npz are one file, named by its suffix.
 
     `facts` say what made it; `card` becomes README.md. Raises UserError for another `kind`, or channels that PNG lacks.
     """
@@ -78,7 +78,7 @@ def describe(kind: str) -> str:
 def write(outputs: Files, out: Path) -> None:
     """Write a file alone to `out`, or a folder, whole or not at all. Raises UserError where something is there."""
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} is there already: delete it, or give another --out")
+        raise UserError(f"{out} exists already: delete it, or give another --out")
     atomic.remove_leftovers_of(out)
     if set(outputs) <= set(SINGLE.values()):
         atomic.write_bytes(out, next(iter(outputs.values())))
@@ -164,7 +164,7 @@ def _safetensors(coreset: Coreset, facts: dict[str, str]) -> Files:
 def _pngs(coreset: Coreset) -> list[bytes]:
     pixels = denormalise(coreset.images, coreset.mean, coreset.std).numpy()
     if pixels.shape[1] not in (1, 3):
-        raise UserError(f"PNG has no images of {pixels.shape[1]} channels: choose another --format")
+        raise UserError(f"--format png: must have 1 or 3 channels, got {pixels.shape[1]}; choose another --format")
     pngs = []
     for image in pixels:
         buffer = io.BytesIO()

@@ -52,7 +52,7 @@ class Loaded(NamedTuple):
 
 
 def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
-    """The coreset at `where`, made here or elsewhere, for `dataset`, whose classes and image size it must have.
+    """Read a coreset, of this package or another, that has the classes and the image size of `dataset`.
 
     A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, a
     run, or class folders of images. Images are uint8 or floats; (m, h, w, c) and (m, h, w) are understood. Floats of a
@@ -62,14 +62,17 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
     try:
         if isinstance(where, Remote):
             if Path(where.name).suffix not in SUFFIXES:
-                raise UserError(f"{where}: of a store only a file can be read ({', '.join(SUFFIXES)}); copy it here")
+                raise UserError(
+                    f"{where}: from an object store only a single file can be read ({', '.join(SUFFIXES)}); copy the "
+                    "folder to this machine"
+                )
             with storage.local(where) as near:
                 return _fitted(_read(near, dataset), dataset, str(where), pixels)
         return _fitted(_read(where, dataset), dataset, str(where), pixels)
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"there is no coreset {error.filename or where}: check the path") from None
+        raise UserError(f"{error.filename or where}: coreset not found; check the path") from None
     except Exception as error:  # a damaged file fails in any way
         raise UserError(
             f"{where} is not a coreset of plain arrays ({_line(error)}); nothing in it was run: make it again"
@@ -91,7 +94,7 @@ def _read(where: Path, dataset: Dataset) -> _Raw:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of a file, by its name, or of a file without a known one by its first bytes."""
+    """Return the suffix of a file's name or, for an unknown one, that of its first bytes."""
     if path.suffix in SUFFIXES:
         return path.suffix
     with path.open("rb") as file:
@@ -121,7 +124,7 @@ def _read_npz(path: Path) -> _Raw:
         archive = np.load(file, allow_pickle=False)
         lacks = [name for name in ("images", "labels") if name not in archive.files]
         if lacks:
-            raise UserError(f"{path} has no array {lacks[0]} (found {', '.join(archive.files)}): name it so")
+            raise UserError(f"{path} has no array {lacks[0]} (it has {', '.join(archive.files)}): rename the array")
         facts = {name: archive[name].tolist() for name in ("mean", "std", "classes") if name in archive.files}
         images, labels = (torch.from_numpy(np.ascontiguousarray(archive[name])) for name in ("images", "labels"))
         soft = torch.from_numpy(archive["soft_labels"]) if "soft_labels" in archive.files else None
@@ -129,8 +132,11 @@ def _read_npz(path: Path) -> _Raw:
 
 
 def _read_pt(path: Path) -> _Raw:
-    """MTT's images_X.pt with labels_X.pt, and perhaps soft_labels_X.pt, beside it; or one file of {images, labels},
-    (images, labels), or DC's and DM's {"data": [(images, labels), ...]}, of which the last counts."""
+    """Read MTT's images_X.pt with labels_X.pt and, optionally, soft_labels_X.pt beside it; or one file.
+
+    One file holds {images, labels}, (images, labels), or DC's and DM's {"data": [(images, labels), ...]}, of which the
+    last pair is read.
+    """
     content, soft = _tensors_of(path), None
     if isinstance(content, Tensor):
         if not path.name.startswith("images"):
@@ -146,7 +152,7 @@ def _read_pt(path: Path) -> _Raw:
 
 
 def _tensors_of(path: Path) -> Any:
-    """What torch.save wrote, of tensors and plain containers alone; no warnings of what is refused here."""
+    """Read a file of torch.save that holds tensors and plain containers alone, without torch's warnings."""
     with warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -169,7 +175,7 @@ def _read_parquet(path: Path) -> _Raw:
 
 
 def _nested(column: pa.ChunkedArray) -> Tensor:
-    """Lists of lists of ... numbers, all of one length at each depth, as a tensor (n, ...)."""
+    """Convert nested lists of numbers, of one length at each depth, to a tensor (n, ...)."""
     parts = []
     for chunk in column.chunks:
         values, shape = chunk, [len(chunk)]
@@ -191,12 +197,12 @@ def _nested(column: pa.ChunkedArray) -> Tensor:
 
 
 def _read_folders(path: Path, dataset: Dataset) -> _Raw:
-    """Folders named as the classes are, or, beside a coreset.json, LABEL-NAME."""
+    """Read images from folders named by class or, beside a coreset.json, LABEL-NAME."""
     source, facts = folder(path), _sidecar(path)
     names, part = source.classes or (), source.parts["train"]
     unknown = [name for name in names if not (re.match(r"\d+(-|$)", name) if facts else name in dataset.classes)]
     if unknown:
-        raise UserError(f"{path / unknown[0]} is no class of {dataset.name}: name the folders as its classes are")
+        raise UserError(f"{path / unknown[0]} is not a class of {dataset.name}: name each folder like its class")
     of = torch.tensor([int(name.partition("-")[0]) if facts else dataset.classes.index(name) for name in names])
     labels = of[torch.from_numpy(part.labels)]
     order = labels.argsort(stable=True)
@@ -220,7 +226,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
-    """Checked, in our form."""
+    """Check a coreset and convert it to a `Coreset` of `dataset`."""
     images, labels, soft, notes = raw.images, raw.labels, raw.soft_labels, []
     if soft is None and labels.ndim == 2 and labels.is_floating_point():
         soft, note = _soft_labels(labels.float())
@@ -228,8 +234,8 @@ def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
         notes.append(note)
     if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise UserError(
-            f"{source}: labels are {labels.dtype} {tuple(labels.shape)}; only numbers of classes are read, and soft "
-            "labels as floats (m, classes)"
+            f"{source}: labels are {labels.dtype} {tuple(labels.shape)}; they must be class numbers (m,), or soft "
+            "labels, floats (m, classes)"
         )
     facts = raw.facts or {}
     mean, std = (tuple(facts.get(name, getattr(dataset, name))) for name in ("mean", "std"))
@@ -273,7 +279,7 @@ def _soft_labels(values: Tensor) -> tuple[Tensor, str]:
 
 
 def _channels_first(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """(m, h, w), (m, h, w, c) and grey images of three equal channels in the form (m, c, h, w) of the data set."""
+    """Convert (m, h, w), (m, h, w, c) and grey images of three channels to the data set's (m, c, h, w)."""
     c, h, w = shape
     if images.ndim == 3:
         images = images[:, None]

@@ -101,7 +101,8 @@ def official(folder: Path, dataset: Dataset, names: Iterable[str] = tuple(CORRUP
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise UserError(
             f"{folder / 'labels.npy'}: expected {count} integers, five times the {len(clean.labels)} test labels of "
-            f"{dataset.name}, got {labels.dtype} {labels.shape}; fetch the file again, or choose the data set that it "
+            f"{dataset.name}, got {labels.dtype} {labels.shape}; download the file again, or choose the data set "
+            "that it "
             "was made from"
         )
     wrong = np.flatnonzero(labels != np.tile(clean.labels, len(SEVERITIES)))
@@ -120,7 +121,7 @@ def _mapped(file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # a damaged header fails in any way
-        raise UserError(f"{file}: not a readable .npy array ({_line(error)}); fetch the file again") from error
+        raise UserError(f"{file}: not a readable .npy array ({_line(error)}); download the file again") from error
 
 
 # ---- generated

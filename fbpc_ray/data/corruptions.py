@@ -82,7 +82,7 @@ class Corruption(NamedTuple):
 
 
 def corrupt(images: np.ndarray, name: str, severity: int, seed: int, *, first: int = 0) -> np.ndarray:
-    """Corrupt images (n, c, h, w) uint8, c 1 or 3; pure.
+    """Corrupt images (n, c, h, w) uint8, c 1 or 3. A pure function.
 
     Image i depends only on its pixels and on (seed, name, severity, first + i): the images of a split may be corrupted
     in parts, `first` being the index of a part's first image in the split.

@@ -256,7 +256,7 @@ def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str,
     if part.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
             f"{part.place(0)}: the {split} image is {size(part.images)}, the train images ({train.place(0)}) are "
-            f"{size(train.images)}; all images must have one size: resize them by --image-size, such as --image-size 32"
+            f"{size(train.images)}; all images must have one size: resize them, such as by --image-size 32"
         )
 
 
@@ -296,7 +296,9 @@ def _hold_out(
         members = order[split.labels[order] == label]
         held_out[members[: min(max(least, round(share * len(members))), len(members) - 1)]] = True
     if not held_out.any():
-        raise UserError(f"{origin}: {share:g} of each class of train is no image; give a larger share or add images")
+        raise UserError(
+            f"{origin}: {share:g} of each train class is less than one image; give a larger share, or add images"
+        )
     rest = ~held_out
     return Split(split.images[rest], split.labels[rest]), Split(split.images[held_out], split.labels[held_out])
 

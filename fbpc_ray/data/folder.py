@@ -79,7 +79,7 @@ def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
         raise UserError(f"no class folders in {path}; put the images in one folder per class")
     same = {unicodedata.normalize("NFC", name) for name in classes}
     if len(same) < len(classes):
-        raise UserError(f"{path}: two class folders have the same name (NFC and NFD); merge them")
+        raise UserError(f"{path}: two class folders differ only in Unicode form (NFC, NFD); merge them")
     for name in classes:
         inner = [child for child in subfolders(path / name) if (parts := parse(child.name)) and not parts.rest]
         if any(subfolders(child) for child in inner):
@@ -120,7 +120,7 @@ def _read(path: Path, listing: Walk, resizing: Resizing) -> RawSplit:
 
 
 def _shared_files(walks: dict[str, Walk]) -> tuple[str, ...]:
-    """Notes on files that links put into train and another split."""
+    """List notes on files that are in train and, by a link, in another split."""
     train = walks["train"].real
     return tuple(
         f"{count} images of the {split} split are the same files as train images; remove them from one"

@@ -58,7 +58,7 @@ def decode(
             except UnidentifiedImageError as error:
                 known = ", ".join(IMAGE_FORMATS)
                 raise UserError(
-                    f"{place(index)}: not a readable image (its start is cut off, or it is none of {known}); "
+                    f"{place(index)}: not a readable image (its start is missing, or its format is none of {known}); "
                     "fix or remove it"
                 ) from error
             except Exception as error:  # a decoder fails in any way on damaged bytes
@@ -69,7 +69,7 @@ def decode(
                 raise UserError(
                     f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
                     f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
-                    "all images must have one size: resize them by --image-size, such as --image-size 32"
+                    "all images must have one size: resize them, such as by --image-size 32"
                 )
             images[index] = pixels.values
             sizes.add(*pixels.size)
@@ -79,13 +79,13 @@ def decode(
             bar.update()
     if count and counts["hidden"] == count:
         raise UserError(
-            f"{origin}: all of the picture of each image is in its transparency, which is not read; "
-            "paste the images onto a background"
+            f"{origin}: each image differs from a plain colour in its transparency alone, which is not read; paste "
+            "the images onto a background"
         )
     if count and counts["deep"] == count and images.max() < DARK:
         raise UserError(
-            f"{origin}: the images have 16 bits a channel, and the upper 8, which are read, never reach {DARK} of 255; "
-            "scale the images to 8 bits"
+            f"{origin}: the images have 16 bits a channel, of which the upper 8 are read and stay below {DARK} of "
+            "255; scale the images to 8 bits"
         )
     texts = {
         "turned": "are turned as their EXIF orientation says",
@@ -143,7 +143,7 @@ def _read(data: bytes, resizing: Resizing) -> Pixels:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether PIL will drop the lower 8 of 16 bits (RGB alone: grey ones keep a mode of their own)."""
+    """Return whether PIL drops the lower 8 of 16 bits: of RGB alone, grey images have a mode of 16 bits."""
     for tile in getattr(image, "tile", ()):
         values = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if any(isinstance(value, str) and ";16" in value for value in values):

@@ -46,7 +46,7 @@ def number_names(
         raise UserError(f"{origin}: labels of {listed(named)} are names, those of {others} are not; use one form")
     names = sorted({name for values in labels.values() for name in np.unique(values).tolist()})
     if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
-        raise UserError(f"{origin}: two classes have the same name (NFC and NFD); write them alike")
+        raise UserError(f"{origin}: two class names differ only in Unicode form (NFC, NFD); write both in one form")
     numbers = {name: number for number, name in enumerate(class_names or names)}
     if unknown := [name for name in names if name not in numbers]:
         raise UserError(f"{origin}: label {unknown[0]!r} is none of the classes ({listed(numbers)}); correct it")

@@ -22,18 +22,18 @@ class DeviceDataset:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> Batch:
-        """Normalised float32 images and labels of `index` (b,) int64 on the CPU."""
+        """Return normalised float32 images and labels of `index` (b,), an int64 tensor on the CPU."""
         index = index.to(self.images.device)
         return Batch(normalise(self.images[index], self.mean, self.std), self.labels[index])
 
     def epoch(self, size: int, augment: str, source: torch.Generator) -> Iterator[Batch]:
-        """Every image once, shuffled, in augmented batches of `size`; the last may be smaller."""
+        """Yield every image once, shuffled, in augmented batches of `size`; the last may be smaller."""
         for index in torch.randperm(len(self), generator=source).split(size):
             batch = self.batch(index)
             yield batch._replace(images=AUGMENTATIONS[augment](len(index), source)(batch.images))
 
     def stream(self, size: int, augment: str, source: torch.Generator) -> Iterator[Batch]:
-        """Endless batches of exactly min(size, n) images: epochs one after the other, without their remainders."""
+        """Yield endless batches of exactly min(size, n) images: epoch after epoch, without the remainders."""
         size = min(size, len(self))
         while True:
             yield from islice(self.epoch(size, augment, source), len(self) // size)

@@ -15,11 +15,11 @@ from fbpc_ray.data.walk import by_class, read_files, subfolders, walk
 
 
 def digits(root: Path, download: bool) -> RawDataset:
-    """scikit-learn's 1,797 handwritten digits, (1, 8, 8), 0..16 scaled to 0..255; every fifth one is for the test."""
+    """Load scikit-learn's 1,797 digits, (1, 8, 8), 0..16 scaled to 0..255; every fifth is a test image."""
     del root, download  # they come with scikit-learn, whose import, with pandas and scipy, takes seconds
     package = find_spec("sklearn")
     if package is None or package.origin is None:
-        raise UserError("digits come with scikit-learn, which is not installed: pip install scikit-learn")
+        raise UserError("--data digits: needs scikit-learn, which is not installed; pip install scikit-learn")
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     labels = rows[:, -1].astype(np.int64)
@@ -31,7 +31,7 @@ def digits(root: Path, download: bool) -> RawDataset:
 
 
 def cifar(kind: str, root: Path, download: bool) -> RawDataset:
-    """`kind` CIFAR10 or CIFAR100 (fine labels) from torchvision's root, (3, 32, 32)."""
+    """Load CIFAR10 or CIFAR100 (fine labels) from torchvision's root, (3, 32, 32)."""
     import torchvision.datasets
 
     reader: Any = getattr(torchvision.datasets, kind)
@@ -45,7 +45,8 @@ def cifar(kind: str, root: Path, download: bool) -> RawDataset:
     except failures as error:
         if not download:
             raise UserError(
-                f"no whole {kind.lower()} in {root}: fetch it with --download, or name its folder with --data-root"
+                f"{kind.lower()} is missing or incomplete in {root}: download it with --download, or name its folder "
+                "with --data-root"
             ) from error
         try:
             with atomic.file_lock(root / ".download.lock"):  # two at once would write to the same files
@@ -62,7 +63,7 @@ def cifar(kind: str, root: Path, download: bool) -> RawDataset:
 
 
 def tiny_imagenet(root: Path, download: bool) -> RawDataset:
-    """Tiny-ImageNet as its zip file unpacks, in root/tiny-imagenet-200 or root itself; its test split has no labels."""
+    """Load the unpacked Tiny-ImageNet in root/tiny-imagenet-200 or root; its test split has no labels."""
     del download  # not offered: one UserError says where to get it
     base = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     if not (base / "train").is_dir():

@@ -47,7 +47,9 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = U
     first, *rest = [head for group in heads.values() for head in group]
     for head in rest:
         if head.form != first.form:
-            raise UserError(f"{first.file} has {first.form} as labels, {head.file} {head.form}; write both alike")
+            raise UserError(
+                f"{first.file} has {first.form} as labels, {head.file} {head.form}; use one form in all files"
+            )
         if head.label != first.label:
             raise UserError(
                 f"{first.file} has the column {first.label}, {head.file} {head.label}: their labels don't mean "
@@ -89,7 +91,7 @@ def _head(file: Path, columns: Columns) -> _Head:
         with pq.ParquetFile(file) as opened:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({line(error)}); fetch it again") from error
+        raise UserError(f"{file}: not a readable parquet file ({line(error)}); download it again") from error
     image_names = (columns.image,) if columns.image else IMAGE_COLUMNS
     label_names = (columns.label,) if columns.label else LABEL_COLUMNS
     image, label = (
@@ -97,7 +99,9 @@ def _head(file: Path, columns: Columns) -> _Head:
     )
     if image is None or label is None:
         lacks, flag = (image_names, "--image-column") if image is None else (label_names, "--label-column")
-        raise UserError(f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); name it by {flag}")
+        raise UserError(
+            f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); name the column with {flag}"
+        )
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
@@ -106,7 +110,7 @@ def _head(file: Path, columns: Columns) -> _Head:
     if not (form := _form(schema.field(label).type)):
         raise UserError(
             f"{file}: column {label} is {schema.field(label).type}; it must hold integers from 0, names of classes, or "
-            "one-hot lists; cast it, or name another one by --label-column"
+            "one-hot lists; cast it, or name another column with --label-column"
         )
     others = tuple(name for name in LABEL_COLUMNS if name in schema.names and name != label)
     return _Head(file, rows, image, label, form, _class_names(file, schema, label), others)
@@ -128,7 +132,7 @@ def _form(kind: Any) -> str:
 
 
 def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
-    """ClassLabel names in the schema's `huggingface` metadata, a list or {"0": name}; None where it has none."""
+    """Return ClassLabel names of the schema's `huggingface` metadata, a list or {"0": name}; None without."""
     try:
         feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"][label]
         names = feature.get("names", feature.get("class_label", {}).get("names"))
@@ -146,7 +150,7 @@ def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
 def _part(heads: list[_Head], labels: np.ndarray, resizing: Resizing) -> RawSplit:
     ends = list(accumulate(head.rows for head in heads))
     if not ends[-1]:
-        raise UserError(f"no row in {heads[0].file}")
+        raise UserError(f"{heads[0].file}: has no row; write it again")
 
     def place(index: int) -> str:
         shard = bisect_right(ends, index)
@@ -182,8 +186,8 @@ def _names(head: _Head, values: list[str]) -> np.ndarray:
     longest = max(values, key=len, default="")
     if len(longest) > MAX_NAME:
         raise UserError(
-            f"{head.file}: column {head.label} holds texts of up to {len(longest):,} characters ({longest[:20]!r}...), "
-            "which are no names of classes; name another one by --label-column"
+            f"{head.file}: column {head.label} holds texts of up to {len(longest):,} characters "
+            f"({longest[:20]!r}...), which are not class names; name another column with --label-column"
         )
     return np.array(values, np.str_)
 
@@ -209,7 +213,7 @@ def _blobs(head: _Head) -> Iterator[bytes | None]:
                     column = column.flatten()[column.type.get_field_index("bytes")]
                 yield from column.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{head.file}: cannot read column {head.image} ({line(error)}); fetch it again") from error
+        raise UserError(f"{head.file}: cannot read column {head.image} ({line(error)}); download it again") from error
 
 
 def _check_embedded(head: _Head, column: Any) -> None:

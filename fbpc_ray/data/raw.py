@@ -46,12 +46,12 @@ def check_is_not_pointer(path: Path, start: bytes) -> None:
 
 
 def size(images: np.ndarray) -> str:
-    """'32x32' (width x height), with the channels where they aren't three."""
+    """Describe an image size: '32x32' (width x height), with the channels unless they are three."""
     channels, height, width = images.shape[-3:]
     return f"{width}x{height}" + (f" with {channels} channel(s)" if channels != 3 else "")
 
 
 def line(error: Exception) -> str:
-    """An error as one short line."""
+    """Return an error as one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."

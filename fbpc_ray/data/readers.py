@@ -60,5 +60,5 @@ def _read(name: str, root: Path, download: bool, columns: Columns, resizing: Res
     if (at := Path(name).expanduser()).exists():
         ends = {".npz": "npz", ".parquet": "parquet"}
         kind = ends.get(at.suffix) or ("parquet" if has_parquet(at) else "folder")
-        raise UserError(f"data {name!r} is a path: say of what, e.g. {kind}:{name}")
+        raise UserError(f"data {name!r} is a path: write its kind before it, e.g. {kind}:{name}")
     raise UserError(f"unknown data {name!r}; {closest(name, [*NAMED, *(f'{kind}:PATH' for kind in AT_PATH)])}")

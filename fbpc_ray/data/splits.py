@@ -82,7 +82,7 @@ def choose(names: Iterable[str], origin: object) -> dict[str, str]:
 
 
 def describe(chosen: dict[str, str], left_out: Iterable[str], origin: object) -> tuple[str, ...]:
-    """Notes on how each name was taken; none where every name is a usual one and nothing is left out."""
+    """List notes on the split of each name; none if all names are usual and none is left out."""
     left_out, notes = sorted(left_out), []
     if left_out or not all(name.lower() in SPLITS for name in chosen.values()):
         choices = ", ".join(f"{name} as the {split} split" for split, name in chosen.items())
@@ -91,6 +91,6 @@ def describe(chosen: dict[str, str], left_out: Iterable[str], origin: object) ->
 
 
 def listed(names: Iterable[object], count: int = 5) -> str:
-    """The first few names, for messages."""
+    """Join the first few names for a message."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "") or "nothing"

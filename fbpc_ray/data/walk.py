@@ -185,7 +185,7 @@ def by_class(path: Path, classes: Sequence[str]) -> list[tuple[str, int, Path]]:
         if label is None:
             raise UserError(f"{folder}: not one of the classes ({listed(classes)}); rename or remove the folder")
         if label in folders:
-            raise UserError(f"{folders[label]} and {folder} have the same name (NFC and NFD); keep one")
+            raise UserError(f"{folders[label]} and {folder} differ only in Unicode form (NFC, NFD); keep one")
         folders[label] = folder
     return [(classes[label], label, folder) for label, folder in sorted(folders.items())]
 

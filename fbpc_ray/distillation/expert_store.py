@@ -166,8 +166,8 @@ class ExpertStore:
         """
         if not 0 <= epoch <= self.recipe.epochs:
             raise UserError(
-                f"epoch {epoch} is not in the experts of {self.folder}: they hold epochs 0 to {self.recipe.epochs}, "
-                "ask for one of these or make longer experts"
+                f"epoch {epoch} is not in the experts of {self.folder}, which have epochs 0 to {self.recipe.epochs}: "
+                "choose one of these, or train longer experts"
             )
         try:
             try:
@@ -211,7 +211,7 @@ class ExpertStore:
     def _damaged(self, index: int, error: Exception) -> NoReturn:
         """Raise a UserError: trajectory `index` is missing, can't be read, or is not what was written."""
         if isinstance(error, FileNotFoundError):
-            raise UserError(f"{self.folder} has no complete expert {index}: make it with `fbpc experts`") from error
+            raise UserError(f"{self.folder} has no complete expert {index}: train it with `fbpc experts`") from error
         if isinstance(error, OSError) and error.errno:  # the system's word; Arrow's own have no number
             raise UserError(
                 f"{self._arrow(index)} cannot be read ({error.strerror}): fix that and run again"

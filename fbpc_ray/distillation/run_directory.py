@@ -82,7 +82,7 @@ class RunDirectory(Generic[Where]):
         files.write_checked_json(self.config_path, settings.flat())
 
     def save(self, state: State, rows: list[dict[str, Any]]) -> None:
-        """Checkpoint: metrics first, state last, each atomically. Raises OSError with the last checkpoint intact."""
+        """Write a checkpoint: metrics first, state last, each atomically. An OSError leaves the last one intact."""
         if rows:
             files.write_bytes(self.metrics_path, _parquet(rows))
         inner = torch.tensor([state.inner_lr, state.inner_velocity], dtype=torch.float64)

@@ -87,7 +87,7 @@ class ChainResult(NamedTuple):
 def posterior_samples(
     passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> list[Params]:
-    """theta after each `chain_every` epochs of SGHMC on the coreset (images, labels), which are on the device."""
+    """Sample theta after each `chain_every` epochs of SGHMC on the coreset; images and labels are on the device."""
     samples, total = [], settings.chain_epochs // settings.chain_every
     for params in sampling(passes, images, labels, settings, augment, seed):
         samples.append(params)
@@ -98,7 +98,7 @@ def posterior_samples(
 def sampling(
     passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
 ) -> Iterator[Params]:
-    """`posterior_samples` one by one, each as it is there."""
+    """Yield the samples of `posterior_samples` one by one, as the chain reaches them."""
     m = len(labels)
     size = m if m <= settings.chain_full_batch else min(settings.chain_batch_size, m)
     steps_per_epoch = -(-m // size)
@@ -365,14 +365,14 @@ def values(result: ChainResult) -> dict[str, float]:
 
 
 def _resized(images: np.ndarray, size: list[int]) -> np.ndarray:
-    """(n, c, h, w) uint8 -> (n, c, *size) uint8."""
+    """Resize (n, c, h, w) uint8 to (n, c, *size) uint8."""
     pixels = torch.tensor(images, dtype=torch.float32)
     pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
     return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _batches(images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator) -> Iterator[Batch]:
-    """Endless augmented batches: the whole coreset, or shuffled minibatches where `size` is below m."""
+    """Yield endless augmented batches: the whole coreset, or shuffled minibatches if `size` is below m."""
     m = len(labels)
     while True:
         order = torch.arange(m) if size == m else torch.randperm(m, generator=source)

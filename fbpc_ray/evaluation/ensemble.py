@@ -48,7 +48,7 @@ def batch_size(shape: Sequence[int]) -> int:
 
 
 def statistics_of(network: Network, samples: Sequence[Params], coreset: Tensor) -> list[Params]:
-    """BatchNorm's statistics of each sample, estimated on `coreset` (m, c, h, w); each empty for other networks."""
+    """Estimate BatchNorm's statistics of each sample on `coreset` (m, c, h, w); empty for other networks."""
     return [network.statistics(params, coreset.split(256)) for params in samples]
 
 
@@ -57,12 +57,12 @@ Predict = Callable[[Params, Params, Tensor], Tensor]
 
 
 def logits_of(predict: Predict, samples: Sequence[Params], statistics: Sequence[Params], images: Tensor) -> Tensor:
-    """Logits (S, b, d) of normalised images (b, c, h, w), on the network's device."""
+    """Return logits (S, b, d) of normalised images (b, c, h, w), on the network's device."""
     return torch.stack([predict(p, s, images) for p, s in zip(samples, statistics, strict=True)])
 
 
 def finite(samples: Sequence[Params]) -> bool:
-    """Whether a chain stayed among the finite numbers."""
+    """Return whether all samples of a chain are finite."""
     return all(bool(torch.isfinite(value).all()) for params in samples for value in params.values())
 
 
@@ -82,13 +82,13 @@ class Prediction(NamedTuple):
         return self.probabilities.argmax(-1)
 
     def scores(self, labels: Tensor | np.ndarray) -> Scores:
-        """accuracy, nll, ece and brier against the true `labels` (n,)."""
+        """Return accuracy, nll, ece and brier against the true `labels` (n,)."""
         return scores(self.stats(labels))
 
     def stats(self, labels: Tensor | np.ndarray) -> PredictiveStats:
         """Return the sums over images behind `scores`, among them those of the reliability diagram's bins."""
         if len(labels) != len(self.probabilities):
-            raise UserError(f"{len(labels)} labels for {len(self.probabilities)} images: they must be as many")
+            raise UserError(f"got {len(labels)} labels for {len(self.probabilities)} images")
         return predictive_stats(self.probabilities.log(), torch.as_tensor(labels))
 
     def plot(self, labels: Tensor | np.ndarray | None = None, title: str = "") -> "Image.Image":
@@ -123,8 +123,10 @@ class Ensemble:
         return Network(self.spec, self.device)
 
     def predict(self, images: Tensor | np.ndarray) -> Prediction:
-        """For images (n, c, h, w), or one (c, h, w): uint8, or floats in 0..1 as torchvision's ToTensor gives them; not
-        normalised, which is done here. Arrays will do. Raises UserError for others."""
+        """Predict the classes of images (n, c, h, w), or of one (c, h, w), which this method normalises.
+
+        Tensors or arrays: uint8, or floats in 0..1 as of torchvision's ToTensor. Raises UserError for others.
+        """
         pixels = torch.as_tensor(images)
         shape = self.spec.image_shape
         if tuple(pixels.shape) == shape:
@@ -157,7 +159,7 @@ class Ensemble:
 
 
 def gathered(network: Network, samples: Sequence[Params], coreset: Coreset) -> Ensemble:
-    """`samples`, on the network's device, with their statistics on the `coreset` that they were sampled on."""
+    """Build the ensemble of `samples`, with their BatchNorm statistics on the `coreset` of their chain."""
     statistics = statistics_of(network, samples, coreset.images.to(network.device))
     facts = coreset.mean, coreset.std, coreset.classes
     return Ensemble(network.spec, list(samples), statistics, *facts, str(network.device))
@@ -221,7 +223,7 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
                 kind, number, name = key.split("/", 2)
                 tensors[kind][int(number)][name] = file.get_tensor(key).clone().to(device)  # clone: out of the map
     except FileNotFoundError:
-        raise UserError(f"there are no samples {path}: check the path") from None
+        raise UserError(f"{path}: samples not found; check the path") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path} holds no posterior samples ({str(error).splitlines()[0]}): make them again") from error
     if ":" in spec.architecture and network != spec.architecture:
@@ -235,5 +237,5 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
     for params, statistics in zip(ensemble.samples, ensemble.statistics, strict=True):
         fits = {name: value.shape for name, value in params.items()} == ensemble.network.shapes
         if not fits or statistics.keys() != ensemble.network.buffer_names:
-            raise UserError(f"{path} holds samples of another {spec.architecture}: give the network they are of")
+            raise UserError(f"{path} holds samples of another {spec.architecture}: give the network that was sampled")
     return ensemble

@@ -45,7 +45,7 @@ class NetworkSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes that settings multiply."""
+    """Sizes that the memory depends on."""
 
     images: int
     """Training images."""

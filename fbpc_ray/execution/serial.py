@@ -69,7 +69,7 @@ class Serial:
 
 
 def device_name(device: str) -> str:
-    """The device in words: the GPU's name, or the processor's and its number of cores."""
+    """Describe the device: the GPU's name, or the processor's and its number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

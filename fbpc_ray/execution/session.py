@@ -215,7 +215,7 @@ tens of seconds that each pass takes to compile."""
 
 
 def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log: Log = lambda line: None) -> bool:
-    """Whether the passes of a distillation are compiled."""
+    """Return whether the passes of a distillation are compiled."""
     d, x = config.distillation, config.workers
     if x.compiled == "off" or x.device == "cuda" or d.method in network_pool.METHODS:
         return False
@@ -230,7 +230,7 @@ def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log
 
 
 def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
-    """What a worker may keep of theta_x and its K steps; 0 where so little of them fits that it would be met rarely."""
+    """Return the bytes of a worker's cache of theta_x and its K steps; 0 if too few fit to be reused."""
     d, e = config.distillation, config.experts
     if d.method not in EXPERT_SIDES:
         return 0.0

@@ -99,7 +99,7 @@ def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level)
 
 
 def _heading(facts: Facts, level: Level, preset: str, chosen: Sizes) -> str:
-    """Say in three lines what the sizes were chosen from, how long they take, and how to choose others."""
+    """Describe in three lines what the sizes were chosen from, their time, and how to choose others."""
     height, width = facts.image_shape[1:]
     device = sizes.describe_device(level.device, facts.cores)
     source = f"--preset {preset}" if preset else "--time-budget"

@@ -25,7 +25,7 @@ def canonical(config: Config) -> Config:
     canonical_names = tuple(registry.canonical(name) for name in names)
     repeated = [name for name in canonical_names if canonical_names.count(name) > 1]
     if repeated:
-        raise UserError(f"--architectures {' '.join(names)}: {repeated[0]} is there twice; name each network once")
+        raise UserError(f"--architectures {' '.join(names)}: {repeated[0]} is given twice; name each network once")
     return config.updated(architectures=canonical_names)
 
 
@@ -36,19 +36,19 @@ def check(config: Config) -> None:
     if flat["chain_every"] > flat["chain_epochs"]:
         raise UserError("--chain-every is above --chain-epochs: no posterior sample would be taken; lower it")
     if flat["val_every"] and not flat["validation"]:
-        raise UserError(f"--val-every {flat['val_every']} looks at the validation split: add --validation 0.1")
+        raise UserError(f"--val-every {flat['val_every']} needs a validation split: add --validation 0.1")
     canonical(config)
     method = config.distillation.method
     if method in network_pool.METHODS:
         if flat["draws_per_step"] > flat["pool_size"]:
             raise UserError(
-                f"--draws-per-step {flat['draws_per_step']}: {method} draws networks of the pool without replacement; "
-                "raise --pool-size to it, or lower it"
+                f"--draws-per-step {flat['draws_per_step']}: {method} draws that many different networks of the "
+                "pool; raise --pool-size to it, or lower --draws-per-step"
             )
     elif method != "random":
         expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
     if method in network_pool.METHODS and flat["precision"] != "fp32":
-        raise UserError(f"--precision {flat['precision']}: --method {method} runs in fp32 alone; use --precision fp32")
+        raise UserError(f"--precision {flat['precision']}: --method {method} supports fp32 alone; use --precision fp32")
     if flat["learn_labels"] and method == "random":
         raise UserError("--learn-labels: --method random learns nothing; choose another method, or leave the flag out")
     memory_budget.check(config)

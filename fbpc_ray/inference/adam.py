@@ -25,7 +25,7 @@ class AdamState(NamedTuple):
 
 
 def adam_start(value: Tensor) -> AdamState:
-    """Begin at `value` with moments of 0."""
+    """Start at `value` with moments of 0."""
     return AdamState(value, torch.zeros_like(value), torch.zeros_like(value))
 
 

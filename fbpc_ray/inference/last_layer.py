@@ -25,7 +25,7 @@ PROBIT = math.pi / 8
 
 
 class LastLayer(NamedTuple):
-    """The posterior of the last layer; float64."""
+    """Posterior of the last layer, in float64."""
 
     features: Tensor
     """(n, h) Phi."""

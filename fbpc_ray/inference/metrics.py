@@ -70,7 +70,7 @@ def losses_of(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def batch_nll(losses: Tensor, size: int) -> float:
-    """What BPC's code reports as NLL: the losses (S, n) averaged over each batch of `size`, and only then mixed.
+    """Return the NLL of BPC's code: losses (S, n) are averaged over each batch of `size` before they are mixed.
 
         sum_B n_B / n  -log mean_s exp(-mean_{i in B} loss_si)
 
@@ -84,7 +84,7 @@ def batch_nll(losses: Tensor, size: int) -> float:
 
 
 def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats:
-    """Sums over a batch of log predictive probabilities (b, d) and labels (b,)."""
+    """Sum over a batch of log predictive probabilities (b, d) and labels (b,)."""
     log_probability, labels = log_probability.double().cpu(), labels.cpu()
     probability = log_probability.exp()
     confidence, prediction = probability.max(-1)
@@ -107,7 +107,7 @@ def predictive_stats(log_probability: Tensor, labels: Tensor) -> PredictiveStats
 
 
 def scores(stats: PredictiveStats) -> Scores:
-    """The one division. Raises ValueError where nothing was counted."""
+    """Divide the sums by the number of images. Raises ValueError for no image."""
     if stats.examples == 0:
         raise ValueError("no example was scored")
     gaps = (stats.bin_correct - stats.bin_confidence).abs().sum()

@@ -4,7 +4,7 @@
     theta^(0) = theta,  theta^(k) = theta^(k-1) - lr * grad loss(theta^(k-1)),  mean = g_sg(theta^(0))(u)
     Psi = sg(diag(1/K sum_k g_theta^(k)(u)^2 - (1/K sum_k g_theta^(k)(u))^2))                      (Eq. 16)
 
-The same functions serve both sides: `batches` are real images on the x side, and the pseudocoreset on the u side.
+The same functions serve both sides: `batches` are real images on the expert side, and the pseudocoreset on the u side.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ class FunctionPosterior(NamedTuple):
 
 
 def loss_and_grad(forward: Forward) -> LossAndGrad:
-    """The mean cross-entropy of a batch and its gradient, by autograd."""
+    """Return the mean cross-entropy of a batch and its gradient, by autograd."""
 
     def of(params: Params, batch: Batch) -> tuple[Tensor, Params]:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
@@ -54,7 +54,7 @@ def sgd_trajectory(
 
 @torch.no_grad()
 def empirical_variance(logits: Iterable[Tensor]) -> Tensor:
-    """Eq. 16's Psi: the biased (1/K) elementwise variance of K tensors of logits (m, d) -> (m, d), without gradient.
+    """Return Psi of Eq. 16: the biased (1/K) elementwise variance (m, d) of K logits (m, d), without gradient.
 
     Welford's recurrence: E[g^2] - E[g]^2 as printed cancels in float32. Raises ValueError when there is no tensor.
     """
@@ -88,7 +88,7 @@ def posterior_at(forward: Forward, params: Params, images: Tensor, variance: Ten
 def function_posterior(
     forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor, logits: Forward | None = None
 ) -> FunctionPosterior:
-    """Eqs. 15-16 at the (augmented) pseudocoreset `images` (m, c, h, w).
+    """Return the posterior of Eqs. 15-16 at the (augmented) pseudocoreset `images` (m, c, h, w).
 
     `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic. `logits`: a faster
     `forward` for them, through which no gradient flows.

@@ -27,7 +27,7 @@ NOISE_READINGS: dict[str, Callable[[float, float, float], float]] = {
 
 
 def noise_variance(reading: str, *, eta: float, alpha: float, d: float) -> float:
-    """Variance of the noise added to v each step.
+    """Return the variance of the noise that each step adds to v.
 
     consistent: 2 alpha eta d, whose stationary variance is d / curvature for small eta (temperature d);
     gradient: eta^2 2d, the noise added to the gradient; literal: 2d, as Eq. 27 is printed.
@@ -36,7 +36,7 @@ def noise_variance(reading: str, *, eta: float, alpha: float, d: float) -> float
 
 
 def potential_gradient(slope: LossAndGrad, weight_decay: float) -> Gradient:
-    """grad U(theta) of the module docstring, from that of the mean cross-entropy."""
+    """Return grad U(theta) of the module docstring, from the gradient of the mean cross-entropy."""
 
     def of(params: Params, batch: Batch) -> Params:
         _, gradients = slope(params, batch)

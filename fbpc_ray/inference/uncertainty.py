@@ -1,10 +1,10 @@
-"""How unsure a predictive distribution is, and how well that tells strange images from familiar ones.
+"""Uncertainty of predictions, and how well it separates out-of-distribution images (AUROC).
 
 H  = entropy of p(y | x) = 1/S sum_s p_s(y | x)             total uncertainty, nats
 E  = 1/S sum_s entropy of p_s(y | x)                        what every sample says by itself
 MI = H - E = 1/S sum_s KL(p_s || p)                         what the samples disagree about, 0 or more
 
-AUROC = P(score of a strange image > of a familiar one) + P(equal) / 2        (Mann-Whitney's U, exact with ties)
+AUROC = P(score of an out-of-distribution image > of one in distribution) + P(equal) / 2        (Mann-Whitney's U, exact with ties)
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Uncertainty(NamedTuple):
 
 
 def uncertainty(logits: Tensor) -> Uncertainty:
-    """Of images whose S posterior samples give logits (S, b, d)."""
+    """Return the uncertainty of b images from the logits (S, b, d) of S posterior samples."""
     log_probs = log_probabilities(logits)
     return uncertainty_of(log_probs, log_mixture(log_probs))
 
@@ -46,14 +46,14 @@ def uncertainty_of(log_probs: Tensor, mean: Tensor) -> Uncertainty:
     return Uncertainty(entropy.cpu(), divergence.clamp(min=0).cpu())
 
 
-def auroc(familiar: Tensor, strange: Tensor) -> float:
-    """How well a score (n,) and (k,) ranks strange above familiar: 1 always, 1/2 as chance, 0 never.
+def auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> float:
+    """Return the AUROC of scores (n,) and (k,): 1 if all out-of-distribution ones are higher, 1/2 by chance.
 
     Raises ValueError where either is empty.
     """
-    if not len(familiar) or not len(strange):
-        raise ValueError(f"{len(familiar)} familiar and {len(strange)} strange scores: both are needed")
-    ordered = familiar.sort().values
-    below = torch.searchsorted(ordered, strange)
-    not_above = torch.searchsorted(ordered, strange, right=True)
-    return float((below + not_above).sum()) / (2 * len(familiar) * len(strange))
+    if not len(in_distribution) or not len(out_of_distribution):
+        raise ValueError(f"got {len(in_distribution)} and {len(out_of_distribution)} scores: both must be above 0")
+    ordered = in_distribution.sort().values
+    below = torch.searchsorted(ordered, out_of_distribution)
+    not_above = torch.searchsorted(ordered, out_of_distribution, right=True)
+    return float((below + not_above).sum()) / (2 * len(in_distribution) * len(out_of_distribution))

@@ -37,7 +37,7 @@ class WeightDivergence(NamedTuple):
 
 
 def perturbed(params: Params, scale: float, source: torch.Generator) -> Params:
-    """A draw of N(params, scale^2 I), Eq. 6."""
+    """Draw from N(params, scale^2 I), Eq. 6."""
     return {
         name: value.detach() + scale * torch.randn(value.shape, generator=source).to(value)
         for name, value in params.items()
@@ -56,7 +56,7 @@ def forward_kl(
     source: torch.Generator,
     loss: Loss = cross_entropy,
 ) -> WeightDivergence:
-    """Eq. 7 at `images` (m, c, h, w), one draw for each of `views`; a view is what both terms of a draw see.
+    """Differentiate Eq. 7 by `images` (m, c, h, w), one draw for each of `views`, which both terms share.
 
     Only one draw's graph is alive at a time.
     """
@@ -89,7 +89,7 @@ def reverse_kl(
     loss: Loss = cross_entropy,
     scaled: bool = True,
 ) -> WeightDivergence:
-    """The rKL's gradient by S = `samples` draws of q_u, divided by m.
+    """Estimate the rKL's gradient by S = `samples` draws of q_u, divided by m.
 
     One `view` of the images and one `real` batch (of `real_count` images) serve all draws: were they drawn anew for
     each, their own variation would enter the covariance. Unbiased (1 / (S - 1)). Without `scaled`, as in the
@@ -125,7 +125,7 @@ def reverse_kl(
 
 
 def unrolled_sgd(forward: Forward, params: Params, batches: Iterable[Batch], learning_rate: Tensor) -> Params:
-    """mu_u after one plain SGD step a batch, as a differentiable function of the batches and of `learning_rate` ()."""
+    """Return mu_u after one plain SGD step a batch, differentiable by the batches and `learning_rate` ()."""
     params = {name: value.detach().requires_grad_() for name, value in params.items()}
     for batch in batches:
         value = cross_entropy(forward(params, batch.images), batch.labels)
@@ -138,7 +138,7 @@ def unrolled_sgd(forward: Forward, params: Params, batches: Iterable[Batch], lea
 
 
 def wasserstein(mu_u: Params, mu_x: Params, theta_0: Params) -> Tensor:
-    """() |mu_u - mu_x|^2 / |theta_0 - mu_x|^2. Gradient flows through mu_u.
+    """Return |mu_u - mu_x|^2 / |theta_0 - mu_x|^2, a scalar. Gradient flows through mu_u.
 
     With equal covariances this is the squared 2-Wasserstein distance, in units of what SGD on the real data moved.
     """

@@ -49,7 +49,7 @@ class Network:
         return functional_call(self._training, params, (images,))
 
     def features(self, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (b, h), which the last linear layer takes, and logits (b, d); BatchNorm as in `forward`.
+        """Return the last linear layer's inputs (b, h) and logits (b, d); BatchNorm as in `forward`.
 
         Raises UserError for a network that doesn't end in a linear layer.
         """
@@ -57,7 +57,7 @@ class Network:
 
     @torch.no_grad()
     def predict_features(self, params: Params, statistics: Params, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`features`, each image on its own: BatchNorm uses `statistics`."""
+        """Return `features`, each image on its own: BatchNorm uses `statistics`."""
         return self._features(self._predicting, {**params, **statistics}, images)
 
     def _features(self, module: nn.Module, tensors: Params, images: Tensor) -> tuple[Tensor, Tensor]:

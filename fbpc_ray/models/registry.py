@@ -33,8 +33,8 @@ def _fitting(spec: Spec, smallest: int, multiple: int) -> tuple[int, int, int]:
         raise UserError(f"{name} takes square images, not {height}x{width}: crop or resize them")
     if height < smallest:
         raise UserError(
-            f"images of {height}x{width} are too small for {name}, which takes {smallest}x{smallest} and more: "
-            "enlarge them or choose another network"
+            f"images of {height}x{width} are too small for {name}, whose smallest size is {smallest}x{smallest}: "
+            "enlarge them, or choose another network"
         )
     if spec.width % multiple:
         reason = "its 4 groups do not divide the channels" if name.endswith("-gn") else "it would have half a channel"

@@ -169,7 +169,7 @@ def coreset_array(
 
 
 def _tiles(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(m, c, h, w) uint8 -> (m, h, w, 3) uint8."""
+    """Convert (m, c, h, w) uint8 to (m, h, w, 3) uint8."""
     if images.ndim != 4 or images.shape[1] not in PICTURED or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (m, 1 or 3, h, w) uint8 with m > 0, not {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1]:

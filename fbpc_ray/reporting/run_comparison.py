@@ -45,7 +45,7 @@ def comparison(runs: Sequence[EndedRun]) -> list[Block]:
 
 
 def conclusion(runs: Sequence[EndedRun]) -> str:
-    """Say which run scores better, or why that can't be said."""
+    """State which run scores better, or why no conclusion holds."""
     if unlike := _unlike(runs):
         return f"No conclusion: the runs differ in {_listed(unlike)}, so that their scores don't compare."
     networks = [
@@ -95,7 +95,7 @@ def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float
 def _beside_random(
     runs: Sequence[EndedRun], values: Mapping[str, Sequence[Sequence[float]]], networks: Sequence[str]
 ) -> str:
-    """Say what as many random real images as those of the run of the lowest NLL score."""
+    """State the scores of as many random real images as the run of the lowest NLL has."""
     best = min(range(len(runs)), key=lambda at: statistics.fmean(values["nll"][at]))
     scores = [score for name in networks for score in select(runs[best].scores, "random", name)]
     means = mean_scores(scores) if scores and runs[best].method != "random" else {}

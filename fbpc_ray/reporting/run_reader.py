@@ -109,7 +109,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
     """Read the evaluations in `folder`, in the order of their numbers."""
     evaluations = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
-        with undamaged(path, "delete it; the report does without"):
+        with undamaged(path, "delete it; the report needs no such file"):
             result = inputs.read_checked_json(path)
         stem = path.name.removesuffix(".json")
         beside = sorted(
@@ -125,7 +125,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
 def image(path: Place) -> bytes:
     data = path.read_bytes()
     if not is_png(data):
-        raise UserError(f"{path} is not a PNG: delete it; the report does without")
+        raise UserError(f"{path} is not a PNG: delete it; the report needs no such file")
     return data
 
 
@@ -138,4 +138,4 @@ def _rows(path: Place) -> list[dict[str, Any]]:
         return [{**row, "step": int(row["step"]), "architecture": str(row["architecture"])} for row in rows]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason"])[0][:80]
-        raise UserError(f"{path} is damaged ({reason}): delete it; the report does without") from None
+        raise UserError(f"{path} is damaged ({reason}): delete it; the report needs no such file") from None

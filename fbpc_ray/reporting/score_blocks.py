@@ -62,7 +62,7 @@ def all_series(runs: Sequence[EndedRun]) -> list[Series]:
 
 
 def describe_scoring(runs: Sequence[EndedRun]) -> str:
-    """Say how the chains were sampled and scored, and whether all runs were scored alike."""
+    """Describe how the chains were sampled and scored, and whether all runs were scored alike."""
     first = runs[0]
     e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
     how, noun = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain", "chain"
@@ -85,7 +85,7 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
 
 
 def headline(run: EndedRun) -> str:
-    """Say in one sentence how well the coreset does, beside as many random real images."""
+    """Compare the coreset's scores with those of as many random real images, in one sentence."""
     names = [name for name in unique(score.coreset for score in run.scores) if name != "random"]
     headlines = [_headline_of(run.scores, name, "The coreset") for name in names]
     headlines += [

@@ -16,7 +16,7 @@ def coreset_png(coreset: Coreset, title: str = "", max_per_class: int = 10, max_
     from fbpc_ray.reporting import image_grids
 
     if coreset.image_shape[0] not in image_grids.PICTURED:
-        raise UserError(f"images of {coreset.image_shape[0]} channels have no picture: only 1 or 3 channels have one")
+        raise UserError(f"images of {coreset.image_shape[0]} channels cannot be drawn: they must have 1 or 3 channels")
     pixels = denormalise(coreset.images, coreset.mean, coreset.std).numpy()
     return image_grids.coreset_png(
         pixels, coreset.labels.numpy(), coreset.classes, title, max_per_class, max_classes

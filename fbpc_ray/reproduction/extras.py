@@ -47,7 +47,7 @@ class ExtraColumns(NamedTuple):
         return {"ood": self.ood_name, "corruptions": f"{count} images {origin}, seed {SEED}"}
 
     def describes(self, row: dict[str, Any]) -> bool:
-        """Whether `row` has these columns, or is a row of an earlier version of which none were asked."""
+        """Return whether `row` has these columns; a row of an earlier version has none."""
         own_row = self.row()
         return row["ood"] == (own_row["ood"] or row["ood"]) and row["corruptions"] in (None, own_row["corruptions"])
 

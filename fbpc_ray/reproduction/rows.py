@@ -130,7 +130,9 @@ class Rows:
                 rows += file_rows
             except (pa.ArrowException, OSError, ValueError) as error:
                 line = str(error).splitlines()[0]
-                raise UserError(f"{path} can't be read ({line}): delete it, and its cell is made again") from None
+                raise UserError(
+                    f"{path} cannot be read ({line}): delete it, and run again to compute its cell"
+                ) from None
         return rows
 
 

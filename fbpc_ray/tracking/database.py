@@ -33,7 +33,7 @@ class DatabaseState(NamedTuple):
 
     @property
     def is_useless(self) -> bool:
-        """Whether the file stands in the way of a new database."""
+        """Return whether the file must be moved before MLflow can create a database."""
         return self.kind in ("half-made", "damaged")
 
 

@@ -114,7 +114,7 @@ def open_store(uri: str, file: Path | None, note: Callable[[str, str], None] = l
         if state.is_useless:
             note("moved", moved_line(file, state))
         if state.kind == "other":
-            raise UserError(f"{file} is of another MLflow ({state.reason}): {upgrade_command(uri)}")
+            raise UserError(f"{file} was written by another version of MLflow ({state.reason}): {upgrade_command(uri)}")
         if state.is_useless or state.kind == "missing":
             _create_database(file)
         return MlflowClient(uri)

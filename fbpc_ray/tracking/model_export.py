@@ -32,7 +32,7 @@ def target(path: str) -> Path:
     """Return the folder of a model to write. Raises UserError where it exists or MLflow is missing."""
     folder = local_folder(path, "--save-model").absolute()
     if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder} is there already: choose another folder for the model")
+        raise UserError(f"{folder} exists already: choose another folder for the model")
     _mlflow_model()
     return folder
 
@@ -88,7 +88,9 @@ def log_to_run(
 def _parts(samples: Ensemble, near: Path, facts: dict[str, Any], example: np.ndarray) -> Any:
     name, own_network = samples.spec.architecture, ":" in samples.spec.architecture
     if own_network and not custom.importable(name):
-        raise UserError(f"{name} is known to this process alone: put it into a module, which the model then brings")
+        raise UserError(
+            f"{name} is defined in this process alone: move it to a module, whose file the model then contains"
+        )
     path = near / "samples.safetensors"
     ensemble.save(samples, path)
     shape = samples.spec.image_shape

@@ -122,7 +122,7 @@ def place(task: Task, trials: int, backend: RayBackend) -> tuple[Resources, int]
 
 
 def _trial(config: dict[str, Any], task: Task) -> None:
-    """Drive a trial in its placement group. Tune calls this function in a thread of the trial's process."""
+    """Run a trial in its placement group. Tune calls this function in a thread of the trial's process."""
     number, metric = config["number"], task.settings.metric
     trial_config = task.configs[number]
     path = located(trial_config.output.out) / "log.txt"

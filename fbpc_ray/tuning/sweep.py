@@ -222,7 +222,7 @@ def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
     space = search_space.with_grid(space, grid)
     drawn = [current_names(flags) for flags in search_space.draw_trials(space, count, base.distillation.seed)]
     if not drawn:
-        raise UserError("the search space has no trial: give each flag a value to try")
+        raise UserError("--space: no trial to draw; give each flag at least one value")
     return drawn
 
 

@@ -418,7 +418,7 @@ def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
     try:
         wait_for(RunDirectory(folder).state_path, process)
         said = refused(capsys, "--out", str(folder), "--resume")
-        assert f"another process is at work in {folder}: wait until it ends, or give another --out" in said
+        assert f"another process uses {folder}: wait until it ends, or give another --out" in said
         process.kill()
         assert process.wait() == -signal.SIGKILL
         state = safetensors.torch.load_file(RunDirectory(folder).state_path)

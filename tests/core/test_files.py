@@ -23,7 +23,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     with files.exclusive_directory(folder):
         (folder / "kept").write_text("x")
         with (
-            pytest.raises(UserError, match=r"another process is at work in .*/a/run: wait until it ends"),
+            pytest.raises(UserError, match=r"another process uses .*/a/run: wait until it ends"),
             files.exclusive_directory(folder),
         ):
             pass

@@ -41,7 +41,7 @@ def test_a_socket_a_loop_of_links_and_names_that_no_file_has(tmp_path, monkeypat
         with pytest.raises(OSError):  # with a number, of which the command line makes a line
             inputs.open_regular(path)
     for path in (tmp_path / "nul\0", tmp_path / "\ud800"):
-        with pytest.raises(UserError, match="not the name of a file"):
+        with pytest.raises(UserError, match="not a file name"):
             inputs.open_regular(path)
 
 

@@ -199,7 +199,7 @@ def test_metadata_that_says_something_else_is_refused(tmp_path, key, text):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "c"
-    assert f"there is no coreset {path}" in refusal(load, path)
+    assert f"{path}: coreset not found" in refusal(load, path)
     assert "must be a regular file, is a folder" in refusal(load, tmp_path)
     torch.save(coreset()._asdict(), path)  # a zip file with a pickle in it
     assert "is not a coreset" in refusal(load, path)
@@ -263,4 +263,4 @@ def test_metadata_refuses_the_headers_that_load_refuses(tmp_path):
     assert metadata(path) == facts
     path.write_bytes(path.read_bytes()[:-4])
     assert "is not a coreset" in refusal(metadata, path)
-    assert "there is no coreset" in refusal(metadata, tmp_path / "none")
+    assert "coreset not found" in refusal(metadata, tmp_path / "none")

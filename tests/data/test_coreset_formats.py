@@ -375,8 +375,8 @@ BAD = {
     "text.safetensors": (lambda trap: b"hello", "nothing in it was run"),
     "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "nothing in it was run"),
     "alone.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_X.pt"),
-    "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "there is no coreset .*labels_1.pt"),
-    "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "only numbers of classes"),
+    "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_1.pt: coreset not found"),
+    "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "must be class numbers"),
     "soft.pt": (lambda trap: pair(GOOD, torch.zeros(3, 2)), "soft labels are"),
     "four.pt": (lambda trap: pair(GOOD, LABELS + 1), "labels from 1 to 3, but 3 classes"),
     "fewer.pt": (lambda trap: pair(GOOD, LABELS[:2]), "expected int64"),
@@ -409,8 +409,8 @@ def test_a_bad_folder_is_one_line(made, colour, tmp_path):
     (nothing / coreset_formats.SHARD).write_bytes(b"PAR1")
     (folders / coreset_formats.SIDECAR).unlink()
     for folder, reason in (
-        (tmp_path / "missing", "there is no coreset"), (tmp_path / "empty", "no class folders"),
-        (folders, "is no class of mine"), (damaged, "coreset.json is damaged"), (nothing, "is not a coreset"),
+        (tmp_path / "missing", "coreset not found"), (tmp_path / "empty", "no class folders"),
+        (folders, "is not a class of mine"), (damaged, "coreset.json is damaged"), (nothing, "is not a coreset"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=reason) as caught:
             coreset_reader.load(folder, colour)
@@ -425,11 +425,11 @@ def test_nothing_is_replaced_and_nothing_is_half_written(made, run, tmp_path, ca
         out = suffixed(tmp_path / kind, kind)
         exported(made, kind, out)
         files = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(UserError, match="exists already"):
             exported(made, kind, out)
         assert files == {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         exported(made, "npz", tmp_path / "link")
     with pytest.raises(IsADirectoryError):
         coreset_formats.write({"a/b": b"", "a": b"", "README.md": b""}, tmp_path / "half")

@@ -119,7 +119,7 @@ def test_cifar10_from_torchvisions_root(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_cifar_names_both_options(name, tmp_path):
-    with pytest.raises(UserError, match=rf"no whole {name} in {tmp_path}.*--download.*--data-root"):
+    with pytest.raises(UserError, match=rf"{name} is missing or incomplete in {tmp_path}.*--download.*--data-root"):
         load(name, root=tmp_path)
 
 

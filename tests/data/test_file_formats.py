@@ -198,7 +198,7 @@ def test_columns_are_chosen_and_another_column_is_another_data_set(tmp_path):
     assert np.array_equal(negative.train.images, 255 - usual.train.images)
     assert load(name, label_column="fine_label").fingerprint == usual.fingerprint
     assert len({usual.fingerprint, by_coarse.fingerprint, negative.fingerprint}) == 3
-    with pytest.raises(UserError, match=r"no column coarse \(found img, .*name it by --label-column"):
+    with pytest.raises(UserError, match=r"no column coarse \(found img, .*name the column with --label-column"):
         load(name, label_column="coarse")
     with pytest.raises(UserError, match="--label-column, --image-column: 'digits' has no columns"):
         load("digits", label_column="coarse_label")

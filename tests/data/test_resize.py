@@ -128,7 +128,7 @@ def test_another_size_is_another_data_set_and_an_unused_one_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "all images must have one size: resize them by --image-size, such as --image-size 32"),
+        ({}, "all images must have one size: resize them, such as by --image-size 32"),
         ({"image_size": -1}, "--image-size -1: must be 0"),
         ({"image_size": 5000}, "--image-size 5000: must be 0 (as the images are) to 4096"),
         ({"resize": "pad", "image_size": 8}, "--resize pad: must be one of crop, stretch"),
@@ -151,7 +151,7 @@ def test_a_long_strip_is_refused_and_stretched(tmp_path):
 
 
 def test_python_data_of_several_sizes_name_the_argument():
-    with pytest.raises(UserError, match=r"resize them by image_size, such as image_size=32"):
+    with pytest.raises(UserError, match=r"resize them, such as by image_size=32"):
         from_python([(Image.fromarray(image), number % 2) for number, image in enumerate(mixed())])
 
 

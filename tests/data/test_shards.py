@@ -255,7 +255,7 @@ def test_labels_of_text_are_classes_in_alphabetical_order(tmp_path, kind):
     write_table(tmp_path / "test.parquet", [(image, "cat") for image, _ in then], None, kind=kind)
     assert "class 'cat' (label 1)" in refusal(tmp_path)
     write_table(tmp_path / "test.parquet", then, None)
-    assert "test.parquet integers; write both alike" in refusal(tmp_path)
+    assert "test.parquet integers; use one form in all files" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

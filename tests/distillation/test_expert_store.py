@@ -286,7 +286,7 @@ def test_an_index_or_epoch_that_is_not_there_is_refused(tmp_path):
     assert "no complete expert 7" in refusal(store.read, 7, 0)
     assert "no complete expert 7" in refusal(store.verify, 7)
     for epoch in (-1, 4):
-        assert f"epoch {epoch} is not in the experts of {tmp_path}: they hold epochs 0 to 3" in refusal(
+        assert f"epoch {epoch} is not in the experts of {tmp_path}, which have epochs 0 to 3" in refusal(
             store.read, 0, epoch
         )
     (tmp_path / "00000.json").unlink()

@@ -88,7 +88,7 @@ def test_the_plan_uses_canonical_names_and_refuses_one_network_twice(digits):
     assert validation.canonical(config).networks.architectures == ("resnet18-in", "vgg11-bn")
     assert [spec.architecture for spec in session.network_specs(config, digits)] == ["resnet18-in", "vgg11-bn"]
     for check in (validation.canonical, validation.check):
-        with pytest.raises(UserError, match="resnet18-in: resnet18-in is there twice; name each network once"):
+        with pytest.raises(UserError, match="resnet18-in: resnet18-in is given twice; name each network once"):
             check(config.updated(architectures=("resnet18", "resnet18-in")))
     with pytest.raises(UserError, match="8x8 are too small for lenet"):
         session.network_specs(config.updated(architectures=("lenet",)), digits)

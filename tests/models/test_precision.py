@@ -204,7 +204,7 @@ def test_instructions_decide_not_emulation(capabilities, expected, monkeypatch):
 
 @pytest.mark.parametrize("method", ["vbpc", "frepo"])
 def test_methods_without_these_passes_refuse(method):
-    with pytest.raises(UserError, match=f"--precision bf16: --method {method} runs in fp32 alone"):
+    with pytest.raises(UserError, match=f"--precision bf16: --method {method} supports fp32 alone"):
         validation.check(Config().updated(method=method, precision="bf16"))
 
 

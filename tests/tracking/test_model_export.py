@@ -197,7 +197,7 @@ def test_a_model_of_ones_own_network_is_served_by_the_printed_command(run, digit
 def test_what_cannot_be_saved_is_said_before_anything_runs(run, home, capsys):
     (home / "taken").mkdir(exist_ok=True)
     for words, said in (
-        (["--save-model", "taken"], "is there already"),
+        (["--save-model", "taken"], "exists already"),
         (["--save-model", "s3://bucket/it"], "must be a local folder"),
         (["--save-model", "new", "--architectures", "convnet-bn", "convnet-in"], "--architectures"),
     ):

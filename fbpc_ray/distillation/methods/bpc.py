@@ -40,7 +40,7 @@ class _Start(NamedTuple):
 def reverse(
     context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
 ) -> Gradient:
-    """BPC-rKL: the covariance of the potentials under q_u."""
+    """Differentiate BPC-rKL: the covariance of the potentials under q_u."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
     mu_u = _trained(context, step, images, labels.fixed, start.theta_0, inner_lr)
@@ -66,7 +66,7 @@ def reverse(
 def forward(
     context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
 ) -> Gradient:
-    """BPC-fKL: Eq. 7."""
+    """Differentiate BPC-fKL, Eq. 7."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
     mu_x = _target(context, start)
@@ -90,7 +90,7 @@ def forward(
 def distance(
     context: GradientContext, step: int, images: Tensor, inner_lr: float, soft_labels: Tensor | None = None
 ) -> Gradient:
-    """BPC-W: the distance of the means through the unrolled steps; their learning rate is learned with the images."""
+    """Differentiate BPC-W: the distance of the means, through unrolled steps whose learning rate is learned."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
     mu_x = _target(context, start)
@@ -125,7 +125,7 @@ def _target(context: GradientContext, start: _Start) -> Params:
 def _trained(
     context: GradientContext, step: int, images: Tensor, labels: Tensor, theta_0: Params, inner_lr: float
 ) -> Params:
-    """mu_u, without a graph."""
+    """Return mu_u, without a graph."""
     s = context.settings
     batches = coreset_batches(images, labels, s.batch_size, context.augment, context.rng(step, "coreset"))
     steps = islice(sgd_trajectory(context.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)
@@ -136,7 +136,7 @@ def _scattered(
     divergence: WeightDivergence, chosen: Tensor, images: Tensor, labels: CoresetLabels, start: _Start,
     seconds_u: float, clock: Clock,
 ) -> Gradient:  # fmt: skip
-    """The batch's gradient at its place among all m images."""
+    """Put the batch's gradient at the places of its images among all m."""
     soft = None
     if divergence.by_labels is not None:
         place = torch.zeros_like(labels.fixed).index_copy(0, chosen.to(images.device), divergence.by_labels)

@@ -85,12 +85,12 @@ class GradientContext(NamedTuple):
         return self.experts
 
     def rng(self, step: int, purpose: str) -> torch.Generator:
-        """The stream of one purpose in one step, this architecture's and this draw's own."""
+        """Return the random stream of a purpose, for this step, architecture and draw."""
         more = (self.draw,) if self.draw else ()
         return generator(self.settings.seed, "step", step, self.network.spec.architecture, purpose, *more)
 
     def batch(self, step: int) -> Tensor:
-        """Indices of the step's batch of B images, the same for every architecture; all of u where m <= B."""
+        """Draw the step's batch of B indices, the same for every architecture; all of u if m <= B."""
         source = generator(self.settings.seed, "step", step, "batch")
         return torch.randperm(len(self.labels), generator=source)[: self.settings.batch_size].sort().values
 
@@ -153,7 +153,7 @@ ExpertSide = Callable[[GradientContext, int], np.ndarray]
 
 
 def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
-    """The epochs from which an expert's snapshot is drawn, such that `ahead` more follow it.
+    """Return the epochs from which an expert's snapshot is drawn, each followed by `ahead` more.
 
     Raises UserError where there is none.
     """
@@ -161,7 +161,7 @@ def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
     chosen = range(start, last + 1) if rule == "from" else range(min(start, last + 1))
     if not chosen or start < 0:
         raise UserError(
-            f"--start-epoch {start} ({rule}) leaves no epoch of experts that have 0..{epochs}"
+            f"--start-epoch {start} ({rule}) leaves no snapshot of experts with epochs 0 to {epochs}"
             + (f", {ahead} of which must follow" if ahead else "")
             + (
                 ": raise --start-epoch or --expert-epochs"
@@ -173,7 +173,7 @@ def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
 
 
 def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int, int]:
-    """A trajectory and an epoch, uniform over both."""
+    """Draw a trajectory and an epoch, uniform over both."""
     trajectory = int(torch.randint(count, (), generator=source))
     return trajectory, epochs[int(torch.randint(len(epochs), (), generator=source))]
 
@@ -181,7 +181,7 @@ def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int
 def coreset_batches(
     images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator
 ) -> Iterator[Batch]:
-    """Endless freshly augmented batches of the pseudocoreset: all of it where m <= size, else minibatches in turn."""
+    """Yield endless freshly augmented batches of u: all of it if m <= size, else minibatches in turn."""
     while True:
         for index in torch.arange(len(labels)).split(size):
             drawn = AUGMENTATIONS[augment](len(index), source)

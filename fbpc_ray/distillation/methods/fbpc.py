@@ -32,7 +32,7 @@ EXPERT_SIDE_FORMAT = 1
 
 
 def expert_side(context: GradientContext, step: int) -> np.ndarray:
-    """(1 + K, P) float32: theta_x and its K steps on real images, each as one vector. They don't depend on u."""
+    """Return theta_x and its K steps on real images as (1 + K, P) float32. They do not depend on u."""
     expert, epoch = _expert(context, step)
     side = _read_cached(context, expert, epoch)
     return np.stack(list(_rows(context, expert, epoch))) if side is None else side
@@ -47,7 +47,7 @@ def gradient(
     start: np.ndarray | None = None,
     soft_labels: Tensor | None = None,
 ) -> Gradient:
-    """Eq. 17 for one architecture at the pseudocoreset `images`, averaged over V augmentations of it.
+    """Differentiate Eq. 17 for one architecture by u, `images` (m, c, h, w), averaged over V augmentations.
 
     `inner_lr` is not used; `expert_side`, where it was computed ahead, changes no bit. `start` (P,) is where the MAP
     solve begins (`--map-init warm`); None: at the prior.
@@ -143,7 +143,7 @@ def gradient(
 
 
 def _expert(context: GradientContext, step: int) -> tuple[int, int]:
-    """The step's trajectory and epoch."""
+    """Draw the step's trajectory and epoch."""
     s = context.settings
     epochs = expert_epochs(s.start_epoch, s.start_rule, context.store.recipe.epochs)
     return draw_expert(context.expert_count, epochs, context.rng(step, "expert"))
@@ -154,8 +154,11 @@ def _theta_x(context: GradientContext, expert: int, epoch: int) -> Params:
 
 
 def _k_steps(context: GradientContext, expert: int, epoch: int, theta_x: Params) -> Iterable[Params]:
-    """theta_x^(1..K), Eq. 16 on the x side. A snapshot has one such trajectory: its real images and their augmentation
-    are drawn by the snapshot's name, so that every step, run and seed that meets it can share the work."""
+    """Yield theta_x^(1..K) of Eq. 16's expert side.
+
+    A snapshot has one such trajectory: its real images and their augmentation are drawn by the snapshot's name, so that
+    all steps, runs and seeds that draw the snapshot share the work.
+    """
     s, recipe = context.settings, context.store.recipe
     source = generator(recipe.seed, "x-side", context.network.spec.architecture, expert, epoch)
     batches = context.real.stream(s.real_batch_size, context.augment, source)

@@ -31,7 +31,7 @@ class Liveness:
         self, dead_process: Callable[[], str], head_answers: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        """Begin now.
+        """Start the clock.
 
         Args:
             dead_process: returns the name of a process of this node's Ray that ended, or "".

@@ -38,5 +38,5 @@ def refused(reason: str) -> UserError:
     """Return the error for a token that the cluster refuses."""
     return UserError(
         f"the Ray cluster refuses our token ({reason}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-        "~/.ray/auth_token to the cluster's own"
+        "~/.ray/auth_token to the cluster's token"
     )

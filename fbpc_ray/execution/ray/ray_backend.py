@@ -62,8 +62,8 @@ class RayBackend:
         if wants_gpu and not gpus and not settings.autoscale:
             self.close()
             raise UserError(
-                "--device cuda, but the Ray cluster has no GPU: use --device cpu, add a GPU node, or --autoscale where "
-                "the cluster starts them by itself"
+                "--device cuda, but the Ray cluster has no GPU: use --device cpu, add a GPU node, or add --autoscale "
+                "if the cluster starts nodes itself"
             )
         self.device = "cuda" if wants_gpu or (gpus and settings.device == "auto") else "cpu"
 

@@ -78,7 +78,7 @@ def deadline(durations: Sequence[float], attempts: int, fixed: float = 0.0) -> f
 
 
 def is_straggler(seconds: float, durations: Sequence[float], factor: float) -> bool:
-    """Whether a call that has run for `seconds` takes more than `factor` times the median duration."""
+    """Return whether a call that has run for `seconds` takes more than `factor` times the median duration."""
     return len(durations) >= LEAST_DURATIONS and seconds > factor * statistics.median(durations)
 
 

@@ -150,7 +150,7 @@ def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     assert "convnet-in    given" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main.main([*evaluate, str(run.folder)])
-    assert "of a store only a file can be read" in capsys.readouterr().err
+    assert "from an object store only a single file can be read" in capsys.readouterr().err
 
 
 # What stores say
@@ -174,7 +174,7 @@ def test_a_bucket_that_is_not_there(scheme, capsys, digits):
     where = f"{scheme}://not-there/x"
     for words in (["distill", "--out", where], ["evaluate", where], ["distill", "--out", where, "--resume"],
                   ["experts", "--experts", where]):  # fmt: skip
-        assert f"there is no bucket {scheme}://not-there" in leaves(capsys, *words)
+        assert f"{scheme}://not-there: bucket not found" in leaves(capsys, *words)
 
 
 def test_a_run_that_is_not_there(folder, capsys):
