@@ -265,3 +265,5 @@ def test_contributing_names_the_rooms():
     assert rooms == [room for room in ROOMS if room not in ("api", "__main__")]
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(rooms)
+    files = re.findall(r"`(\w+/[\w/]*\w\.py)`", text.partition("## Where is what?")[2])
+    assert len(files) > 20 and all((ROOT / file).exists() for file in files)

@@ -4,7 +4,7 @@ H  = entropy of p(y | x) = 1/S sum_s p_s(y | x)             total uncertainty, n
 E  = 1/S sum_s entropy of p_s(y | x)                        what every sample says by itself
 MI = H - E = 1/S sum_s KL(p_s || p)                         what the samples disagree about, 0 or more
 
-AUROC = P(score of an out-of-distribution image > of one in distribution) + P(equal) / 2        (Mann-Whitney's U, exact with ties)
+AUROC = P(OOD score > in-distribution score) + P(equal) / 2   (Mann-Whitney's U, exact with ties)
 """
 
 from typing import NamedTuple

@@ -67,7 +67,7 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
     how, noun = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain", "chain"
     if e.inference != "sghmc":
-        how = f"Networks trained on each coreset by squared loss, {e.net_steps:,} steps, judged by {e.inference}"
+        how = f"Networks trained on each coreset by squared loss, {e.net_steps:,} steps, with --inference {e.inference}"
         noun = "seed"
     text = (
         f"{how}, scored on "
