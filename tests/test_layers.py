@@ -1,6 +1,7 @@
 """Imports go one way (CONTRIBUTING.md), heavy libraries stay in their file, the core runs without ray and mlflow."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator

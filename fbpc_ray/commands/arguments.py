@@ -11,7 +11,7 @@ from fbpc_ray.core.settings import Data, Evaluation, Experts, Networks, Workers
 
 @dataclass(frozen=True)
 class Job:
-    """This call, not the run."""
+    """Options of this command, which config.json does not hold."""
 
     preset: str = ""
     """quick | laptop | gpu: sizes chosen from the data, for about a minute, 4 minutes, or an hour on a GPU | paper: the

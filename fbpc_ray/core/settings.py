@@ -54,13 +54,14 @@ class Networks:
     """Augmentation of experts, distillation and chains [paper: dsa; none in its Table 10]."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the convolutions in expert training, MAP solves and SGD steps. bf16: bfloat16 there, float32 in
-    parameters, losses, Psi, Eq. 17 and chains. Part of the bits. Not of vbpc, frepo."""
+    parameters, losses, Psi, Eq. 17 and chains. It changes the last bits of results. vbpc
+    and frepo run in fp32 alone."""
     memory_budget: str = ""
     """Memory of a process that computes gradients or SGHMC chains, such as 6GB or 800MB: sets --chunk-images by an
-    estimate that is the same on all machines. Empty: no bound. Not of BatchNorm, bpc-w, vbpc, frepo."""
+    estimate that is the same on all machines. Empty: no bound. Not for BatchNorm, bpc-w, vbpc, frepo."""
     chunk_images: int = 0
     """Most images of one pass of a step or chain; larger batches are passed in chunks, with the same gradient but for
-    rounding. 0: as --memory-budget allows, or all at once. Part of the bits."""
+    rounding. 0: as --memory-budget allows, or all at once. It changes the last bits."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,12 @@ class Distillation:
     """V: augmentations of u a step, over which the gradient is averaged (fbpc, fbpc-isotropic, bpc-fkl); 0: one, the
     paper's, but for bpc-fkl one for each of --mc-samples, its authors'."""
     gamma_window: int = 1
-    """Passes over u whose mean loss is compared with --gamma [paper: 1]; more, and no lucky augmentation ends a
-    solve."""
+    """Passes over u whose mean loss is compared with --gamma [paper: 1]. With more, a single easy augmentation
+    cannot end a solve."""
     alpha_decay: int = 0
-    """alpha is divided by sqrt(1 + step / this); 0: it is constant [paper]. Not of vbpc, frepo."""
+    """s: alpha is divided by sqrt(1 + step / s); 0: alpha is constant [paper]. Not for vbpc, frepo."""
     image_average: float = 0.0
-    """Decay of the exponential moving average of the images, which is then the coreset of the run; 1: the mean over all
+    """Decay of the exponential moving average of the images, which becomes the coreset of the run; 1: the mean over all
     steps (Polyak); 0: the images after the last step [paper]."""
     rkl_estimator: Literal["scaled", "authors"] = "scaled"
     """bpc-rkl: scaled: potentials of all N real and m coreset images, augmented, 1 / (S - 1); authors: as in its
@@ -168,24 +169,24 @@ class Distillation:
     """vbpc, frepo, --learn-labels: Adam learning rate of the soft labels, logits; 0: the labels stay as they begin
     [tuned for vbpc]."""
     lr_decay: int = 200
-    """vbpc, frepo: both rates are divided by sqrt(1 + step / this), with --learn-labels that of the labels; 0: they are
+    """vbpc, frepo: s: both rates are divided by sqrt(1 + step / s), with --learn-labels that of the labels; 0: they are
     constant [tuned for vbpc]."""
     label_scale: float = 1.0
-    """vbpc, frepo: soft labels begin at this times (one-hot - 1/classes), logits [tuned]."""
+    """vbpc, frepo: factor s of the initial soft labels, the logits s x (one-hot - 1/classes) [tuned]."""
     ridge: float = 0.01
-    """lambda, to which an eigenvalue of the kernel phi . phi' / h is compared. vbpc: rho x variance of the noise of the
+    """lambda, the ridge added to the kernel phi . phi' / h. vbpc: rho x variance of the noise of the
     targets [tuned]; frepo: a share of the mean of |phi|^2 / h over the coreset [FRePo: 1e-6]."""
     prior_precision: float = 1.0
     """vbpc: rho, the precision of the Gaussian prior of a weight of the last layer."""
     kl_weight: float = 1.0
-    """vbpc: weight of KL(q || prior) / number of real images; 1 gives the evidence bound."""
+    """vbpc: weight of KL(q || prior) / number of real images; 1 gives the evidence lower bound (ELBO)."""
     mirror: bool = True
     """vbpc, frepo: add each image's mirror image to the coreset, and mirror half of the real images."""
     pool_size: int = 10
     """vbpc, frepo: networks in the pool of each architecture, also in the checkpoint [FRePo: 10]."""
     pool_steps: int = 100
-    """vbpc, frepo: gradients after which a network of the pool is begun anew; each but the first follows one training
-    step on the coreset [FRePo: 100]."""
+    """vbpc, frepo: gradients after which a network of the pool is replaced by a new one; each but the first follows one
+    training step on the coreset [FRePo: 100]."""
     pool_lr: float = 0.0003
     """vbpc, frepo: Adam learning rate of those steps [FRePo: 0.0003]."""
     checkpoint_every: int = 25
@@ -204,7 +205,7 @@ class Evaluation:
     net_lr: float = 0.001
     """last-layer, mse, ensemble: their learning rate [tuned]."""
     net_label_scale: float = 1.0
-    """last-layer, mse, ensemble: targets of a coreset without soft labels are this times (one-hot - 1/classes), logits
+    """last-layer, mse, ensemble: factor s of the targets s x (one-hot - 1/classes) of a coreset without soft labels
     [tuned]."""
     net_mirror: bool = True
     """last-layer, mse, ensemble: add each image's mirror image to the coreset."""
@@ -253,10 +254,11 @@ class Workers:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda. auto uses CUDA if the worker has a GPU."""
     threads: int = 0
-    """CPU threads of a gradient; 0 means half the cores of this machine / architectures. Part of the bits."""
+    """CPU threads of a gradient; 0 means half the cores of this machine / architectures. It changes the last bits
+    of results."""
     compiled: Literal["auto", "on", "off"] = "auto"
     """Compile the networks' passes for the CPU, cached in $FBPC_CACHE or the user's cache folder; auto: if the run is
-    long enough to save more time than that takes. Part of the bits."""
+    long enough to save more time than that takes. It changes the last bits of results."""
     compiled_chains: Literal["auto", "on", "off"] = "auto"
     """The same for the passes and predictions of SGHMC chains."""
     trajectory_cache_gb: float = 20.0
@@ -274,13 +276,13 @@ class Workers:
     placement_timeout: float = 300.0
     """Seconds to wait for the first worker, or for a new one after all are lost, before the run fails."""
     prefetch: int = 2
-    """Steps whose theta_x and K steps idle workers compute ahead; 0: none. The object store bounds it too."""
+    """Steps whose theta_x and K steps idle workers compute ahead; 0: none. Limited by the object store, too."""
     step_deadline: float = 0.0
     """Seconds after which the run replaces a worker that doesn't answer and computes its gradient again, with twice the
-    time; 0 means 20 times the longest answer so far and at least 300, and 1,800 for the first."""
+    time; 0 means 20 times the longest call so far and at least 300; 1,800 for the first call."""
     skip_stragglers: float = 0.0
     """Leave out a gradient that takes this many times its usual time, and scale up the others; 0: wait for it. Above 0
-    a run depends on timing and doesn't repeat to the bit."""
+    a run depends on timing, and a repetition gives other bits."""
 
 
 @dataclass(frozen=True)

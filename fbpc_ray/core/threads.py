@@ -10,7 +10,7 @@ import torch
 def torch_threads(count: int) -> Iterator[None]:
     """Set torch's CPU threads inside the block, and flush denormal numbers to zero.
 
-    The number of threads is part of the bits of what the block computes. A prior shrinks weights without a gradient
+    The number of threads changes the last bits of results. A prior shrinks weights without a gradient
     until they are denormal (below 1.2e-38), where one operation takes the time of many.
     """
     threads, flushed = torch.get_num_threads(), flushes_denormals()

@@ -287,7 +287,7 @@ compiled: each takes half a minute once, and then serves the chains of all seeds
 def compiles(context: EvaluationContext, chain: Chain, network: Network) -> bool:
     """Return whether the passes of a chain on its `network` are compiled, on a CPU.
 
-    It depends on the chain and its split alone, not on what runs beside it, because it is part of the bits.
+    It depends on the chain and its split alone, not on other work, because it changes the last bits of results.
     """
     e, count = context.settings, len(context.split.labels)
     m = len(context.coresets[chain.coreset].labels)
