@@ -1,4 +1,4 @@
-"""Seconds of an outer step: ours beside the obvious way to write it, beside its passes alone, and beside BPC-fKL.
+"""Seconds of an outer step: ours beside a plain implementation, beside its passes alone, and beside BPC-fKL.
 
     python jobs/benchmark.py --data parquet:PATH --json benchmarks/results/benchmark.json
     make bench ARGS="--data parquet:PATH"
@@ -6,8 +6,8 @@
 Every way takes the same steps with the same draws, in turn, on the same number of threads:
 
     reference   tests/support/reference.py: Algorithm 1 with nn.Module, torch.optim and a loop over images, in a process
-    ours        what a worker does, all its x sides and machine code on disk already
-    ours, cold  the same without x sides on disk
+    ours        what a worker does, all its expert sides and machine code on disk already
+    ours, cold  the same without expert sides on disk
     floor       as many passes as ours took, back to back, compiled, and nothing else
     bpc-fkl     a step of the weight-space baseline with as many draws (S = 30), by our worker
     ours, bf16  ours with --precision bf16
@@ -24,48 +24,40 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
 import benchmark_peer
 from benchmark_report import PHASES, draw, line, table
-from support import reference
+from benchmark_ways import (
+    Case,
+    first_run,
+    floor_of,
+    pool_of,
+    reference_seconds,
+    spread,
+    timed,
+    training,
+    worker,
+    write_untrained,
+)
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
-from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.provenance import Provenance, capture
-from fbpc_ray.core.rng import generator
-from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.threads import torch_threads
-from fbpc_ray.core.types import Batch
-from fbpc_ray.data.datasets import Dataset, Split, tensors
-from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import loop
-from fbpc_ray.distillation.expert_store import ExpertStore
-from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.state import GradientTask, gradient_tasks, initial_state
-from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
-from fbpc_ray.execution.serial import Serial, device_name
-from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import Passes
+from fbpc_ray.execution.serial import device_name
 from fbpc_ray.models.precision import require
 from fbpc_ray.reproduction import cost
 
@@ -73,8 +65,6 @@ RATIOS = (
     ("reference", "ours"), ("reference", "ours, cold"), ("ours", "floor"), ("ours", "bpc-fkl"), ("ours", "ours, bf16"),
     ("ours, pool", "bpc-fkl"), ("ours", "ours, pool"), (benchmark_peer.WAY, "ours"), (benchmark_peer.WAY, "bpc-fkl"),
 )  # fmt: skip
-EVERY = 10
-"""Steps of a first run of which the reference takes one."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +113,6 @@ class Arguments:
     or their number of networks."""
 
 
-class Case(NamedTuple):
-    """What every way of a case begins with."""
-
-    config: Config
-    dataset: Dataset
-    specs: list[Spec]
-    stores: list[ExpertStore]
-    images: np.ndarray
-    labels: Tensor
-
-
 def benchmark(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/benchmark.py", about=__doc__)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -159,14 +138,14 @@ def benchmark(argv: Sequence[str]) -> None:
         for names in args.networks:
             for width in args.widths:
                 for ipc in args.ipcs:
-                    case = prepared(args, tuple(names.split("+")), width, ipc, Path(folder))
-                    cases.append(measured(case, args, Path(folder), elsewhere))
+                    case = prepare(args, tuple(names.split("+")), width, ipc, Path(folder))
+                    cases.append(measure(case, args, Path(folder), elsewhere))
                     print(line(cases[-1]), flush=True)
                     if args.json:
                         write(args, cases, provenance)
 
 
-def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, folder: Path) -> Case:
+def prepare(args: Arguments, names: tuple[str, ...], width: int, ipc: int, folder: Path) -> Case:
     row = f"cifar10-ipc{ipc}" if ipc in (1, 10, 50) else "cifar10-ipc10"
     config = preset(row).updated(
         data=args.data, data_root=args.data_root, ipc=ipc, architectures=names, width=width, expert_count=1,
@@ -186,24 +165,17 @@ def prepared(args: Arguments, names: tuple[str, ...], width: int, ipc: int, fold
     return Case(config, dataset, specs, stores, state.images.numpy(), labels)
 
 
-def write_untrained(store: ExpertStore, spec: Spec, numbers: Sequence[int]) -> None:
-    """Trajectories of fresh draws: no time depends on the values of an expert's weights."""
-    network, epochs = Network(spec), range(store.recipe.epochs + 1)
-    for number in numbers:
-        store.write(number, (network.module(generator(number, "benchmark", e)).state_dict() for e in epochs))
-
-
-def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
-    """The seconds of every way and repeat, and what else is asked for."""
+def measure(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> dict[str, Any]:
+    """Time every way and repeat, and what the flags ask for beside."""
     config, units = case.config, gradient_tasks(len(case.specs), 1)
     ours, cold = worker(case, config), worker(case, config, trajectory_cache_bytes=0.0)
     weights = with_method(config, "bpc-fkl", config.distillation.ipc).updated(start_rule="from", start_epoch=0)
     fkl, bf16 = worker(case, weights), worker(case, config, precision="bf16")
-    taken: dict[tuple[GradientTask, int], int] = {}
+    map_steps: dict[tuple[GradientTask, int], int] = {}
 
     def our_step(step: int) -> None:
         for unit in units:
-            taken[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1].map_steps or 0
+            map_steps[unit, step] = ours.gradient(unit, step, case.images, 0.0)[1].map_steps or 0
 
     def bf16_step(step: int) -> None:
         for unit in units:
@@ -217,7 +189,7 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
         for unit in units:
             fkl.gradient(unit, step, case.images, weights.distillation.inner_lr)
 
-    floors = [floor_of(ours, case, unit, taken, args) for unit in units]
+    floors = [floor_of(ours, case, unit, map_steps, args.device, args.threads) for unit in units]
 
     def floor_step(step: int) -> None:
         for floor in floors:
@@ -228,13 +200,13 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
         "floor": floor_step, "ours, bf16": bf16_step,
     }  # fmt: skip
     flat = json.dumps(config.flat())
-    for step in range(args.steps):  # x sides and machine code are there before the clock starts
+    for step in range(args.steps):  # expert sides and machine code exist before the clock starts
         our_step(step)
         if "ours, bf16" in args.ways:
             bf16_step(step)
     pool_steps: list[int] = []
     if "ours, pool" in args.ways:
-        ways["ours, pool"] = pool_of(case, args, pool_steps)
+        ways["ours, pool"] = pool_of(case, args.device, args.warm_pool_size, args.repeats, pool_steps)
     others: dict[str, Callable[[int], float]] = {}
     if "reference" in args.ways:
         elsewhere.submit(reference_seconds, flat, args.threads, [0]).result()
@@ -252,8 +224,8 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     report: dict[str, Any] = {
         "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
         "ipc": config.distillation.ipc, "m": len(case.labels), "threads": args.threads,
-        "map_steps": statistics.fmean(taken.values()),
-        "seconds": {way: {"median": statistics.median(each), "all": each} for way, each in seconds.items()},
+        "map_steps": statistics.fmean(map_steps.values()),
+        "seconds": {way: {"median": statistics.median(values), "all": values} for way, values in seconds.items()},
         "ratios": {
             f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
             for a, b in RATIOS
@@ -264,14 +236,14 @@ def measured(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> 
     if pool_steps:
         report["map_steps_pool"] = statistics.fmean(pool_steps)
     if args.training:
-        report["training"] = training(case, args)
+        report["training"] = training(case, args.device, args.threads, args.repeats)
     if args.memory:
         report["peak_gb"] = {
             way: cost.measure(changed, args.device, 1).peak_gb
             for way, changed in (("ours", config), ("bpc-fkl", weights))
         }
     if args.first_run:
-        report["first_run"] = first_run(case, args, folder, elsewhere)
+        report["first_run"] = first_run(case, args.first_run, args.threads, folder, elsewhere)
     return report
 
 
@@ -450,7 +422,7 @@ def floor_of(
 
 
 def write(args: Arguments, cases: list[dict[str, Any]], provenance: Provenance) -> None:
-    """The file that `--json` names, and the table beside it."""
+    """Write the file of `--json`, and the table beside it."""
     path = Path(args.json).absolute()
     settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
     settings |= {"peer": "CHECKOUT" if args.peer else ""}
