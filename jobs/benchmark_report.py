@@ -11,8 +11,7 @@ PHASES = {"seconds_x": "x side", "seconds_map": "MAP", "seconds_u": "u side", "s
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Seconds a step against images a class, and against the number of networks, beside `path`, where cases differ in
-    them."""
+    """Draw seconds a step against images a class and number of networks, beside `path`, if cases differ in them."""
     by_ipc, by_networks = defaultdict[str, list](list), defaultdict[str, list](list)
     for case in cases:
         by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
@@ -24,7 +23,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[comparison.Curve]:
-    """A curve for each way, its points the medians of cases in order of x."""
+    """Return a curve for each way, of the medians of the cases in order of x."""
     ways = dict.fromkeys(way for _, case in cases for way in case["seconds"])
     ordered = sorted(cases, key=lambda pair: pair[0])
     return [

@@ -1,4 +1,4 @@
-"""What a run has shown, in sentences: how good its images are beside random ones, and what to do next."""
+"""Summarise a run in sentences: its images against random ones, and the next commands."""
 
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""UserError: the one exception whose message is for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Presets: the rows of the paper's Table 4, `digits`, what each method brings; and who chooses sizes."""
+"""Presets: the rows of the paper's Table 4, `digits`, defaults of each method; which data get chosen sizes."""
 
 import json
 from collections.abc import Collection

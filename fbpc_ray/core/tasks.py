@@ -1,4 +1,4 @@
-"""The seam between what a driver wants computed and where it is computed."""
+"""`TaskRunner`: the interface between a driver and the processes that compute for it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar

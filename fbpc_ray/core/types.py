@@ -1,4 +1,4 @@
-"""The few shapes that everything speaks: plain data, torch only."""
+"""Types that all rooms share: plain data, torch only."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""A pseudocoreset as plain data: its images, their labels and what is needed to look at them.
+"""A pseudocoreset as plain data: images, labels, and the constants to display them.
 
 One safetensors file holds one coreset: the tensors `images`, `labels` and, if labels were learned, `soft_labels`; and
 in the metadata the format version, the normalisation and the names of the classes as JSON. Nothing is pickled.
@@ -70,7 +70,7 @@ class Coreset(NamedTuple):
 
     @property
     def likelihood_labels(self) -> Tensor:
-        """Labels as cross-entropy takes them: (m,) int64, or (m, d) float32 probabilities of soft labels."""
+        """Return the targets of cross-entropy: (m,) int64, or (m, d) float32 probabilities of soft labels."""
         return self.labels if self.soft_labels is None else self.soft_labels.softmax(1)
 
     @property

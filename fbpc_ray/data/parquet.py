@@ -71,7 +71,7 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = U
 
 
 class _Head(NamedTuple):
-    """What one parquet file says of itself."""
+    """Schema and columns of one Parquet file."""
 
     file: Path
     rows: int

@@ -1,4 +1,4 @@
-"""The backend that needs nothing but this process."""
+"""`Serial`: the backend that runs all work in this process."""
 
 import os
 import platform

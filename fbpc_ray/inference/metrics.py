@@ -45,7 +45,7 @@ class Scores(NamedTuple):
 
 
 def log_mean_probability(logits: Tensor) -> Tensor:
-    """Logits of S posterior samples (S, b, d) -> log p(y | x) of their model average (b, d), in float64."""
+    """Return log p(y | x) (b, d) of the model average of S samples' logits (S, b, d), in float64."""
     return log_mixture(log_probabilities(logits))
 
 
@@ -60,7 +60,7 @@ def log_mixture(log_probabilities: Tensor) -> Tensor:
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits of S posterior samples (S, b, d), labels (b,) -> -log p_s(y_i | x_i) of each sample (S, b), in float64."""
+    """Return -log p_s(y_i | x_i) (S, b), in float64, of S samples' logits (S, b, d) and labels (b,)."""
     return losses_of(log_probabilities(logits), labels)
 
 

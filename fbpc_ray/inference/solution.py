@@ -1,4 +1,4 @@
-"""The one form in which a solver or a chain says how it ended: (value, status, stats)."""
+"""`Solution`, the result of every solver and chain: (value, status, stats)."""
 
 from enum import StrEnum
 from typing import Generic, NamedTuple, TypeVar

@@ -1,4 +1,4 @@
-"""Columns of a grid beside the scores: OOD AUROC, accuracy on corrupted images, CPU seconds to judge.
+"""Columns of a grid beside the scores: OOD AUROC, accuracy on corrupted images, CPU seconds.
 
 Both image sets are small, so that they cost little beside a chain, and the same for all rows. Each pair of a corruption
 and a severity takes its own test images: no image is counted twice, and the mean over pairs is the published one's.

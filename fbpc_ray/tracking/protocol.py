@@ -1,4 +1,4 @@
-"""What a tracker of a run does, whoever stores it."""
+"""`Tracker`, the interface of every tracking store."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -13,12 +13,12 @@ class Tracker(Protocol):
 
     @property
     def run_id(self) -> str | None:
-        """None while the store has not answered."""
+        """Id of the run; None until the store has answered."""
         ...
 
     @property
     def uri(self) -> str:
-        """Of the store; empty where there is none."""
+        """Address of the store; empty without one."""
         ...
 
     @property
