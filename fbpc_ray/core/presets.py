@@ -1,4 +1,4 @@
-"""Presets: rows of Table 4, `digits`, defaults of each method; which data get chosen sizes.
+"""Presets: rows of Table 4, `digits`, defaults of each method; which data get chosen sizes."""
 
 import json
 from collections.abc import Collection
