@@ -79,8 +79,8 @@ def decode(
             bar.update()
     if count and counts["hidden"] == count:
         raise UserError(
-            f"{origin}: each image differs from a plain colour in its transparency alone, which is not read; paste "
-            "the images onto a background"
+            f"{origin}: all images have their picture in the transparency, which is not read; paste the images onto a "
+            "background"
         )
     if count and counts["deep"] == count and images.max() < DARK:
         raise UserError(

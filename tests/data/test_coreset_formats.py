@@ -457,7 +457,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(made, kind, tmp_path):
 
 
 def test_a_coreset_without_its_data_set_is_one_line(run, capsys):
-    for words, reason in (((), "--data: missing"), (("--data", "digits", "--split", "x"), "choose test")):
+    for words, reason in (((), "--data: missing"), (("--data", "digits", "--split", "x"), "must be test")):
         with pytest.raises(SystemExit):
             main.main(["evaluate", "--coreset", str(RunDirectory(run).coreset_path), *words])
         assert reason in capsys.readouterr().err

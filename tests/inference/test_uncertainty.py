@@ -82,5 +82,5 @@ def test_auroc_at_its_ends():
     low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0, 4.0])
     assert (auroc(low, high), auroc(high, low), auroc(low[:1], low[:1])) == (1, 0, 0.5)
     for pair in ((low, high[:0]), (low[:0], high)):
-        with pytest.raises(ValueError, match="both are needed"):
+        with pytest.raises(ValueError, match="must be above 0"):
             auroc(*pair)

@@ -317,7 +317,7 @@ def test_what_is_no_ended_run_is_one_line(runs, tmp_path, capsys):
     (trial / "trial.json").write_text("{}")
     (trial / "result.json").unlink()
     assert "is a trial" in refused(capsys, str(trial), *out)
-    assert "no coreset" in broken("coreset/coreset.safetensors", None)
+    assert "coreset not found" in broken("coreset/coreset.safetensors", None)
     result = inputs.read_checked_json(runs["fbpc"] / "result.json")
     for content in (b"{", b"[]", b'{"steps": 1, "coresets": {}}', json.dumps(result | {"data": 1}).encode()):
         assert "result.json" in broken("result.json", content)
