@@ -133,9 +133,11 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     chunk = config.networks.chunk_images or math.inf
     gradients: list[list[Need]] = []
     if pooled:
-        seen = m * (2 if d.mirror else 1)
-        kernel = Need(3 * 8.0 * seen**2, "kernels of the last layer", ("ipc",))
-        gradients.append([_pass(widest, seen, "passes of the pseudocoreset", "ipc", "width", "image_size"), kernel])
+        num_images = m * (2 if d.mirror else 1)
+        kernel = Need(3 * 8.0 * num_images**2, "kernels of the last layer", ("ipc",))
+        gradients.append(
+            [_pass(widest, num_images, "passes of the pseudocoreset", "ipc", "width", "image_size"), kernel]
+        )
         gradients.append([Need(2 * 4.0 * real * problem.pixels, "real images", ("real_batch_size", "image_size"))])
     else:
         both = _pass(widest, min(2 * batch, chunk), "passes of the pseudocoreset", "batch_size", "width", "image_size")
@@ -151,8 +153,10 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
         else:
             gradients.append([both])
         if d.method == "fbpc":
-            seen = min(real, chunk)
-            gradients.append([_pass(widest, seen, "passes of real images", "real_batch_size", "width", "image_size")])
+            num_images = min(real, chunk)
+            gradients.append(
+                [_pass(widest, num_images, "passes of real images", "real_batch_size", "width", "image_size")]
+            )
     for need in (*max(gradients, key=_total), _parameters(problem)):
         yield need._replace(bytes=need.bytes * problem.workers)
 
@@ -161,11 +165,11 @@ def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     """Yield the memory of one chain, or of networks trained on the pseudocoreset."""
     e, m = config.evaluation, problem.coreset
     chains = e.inference == "sghmc"
-    seen = m if chains or not e.net_mirror else 2 * m
-    size = seen if seen <= e.chain_full_batch else min(e.chain_batch_size, seen)
+    num_images = m if chains or not e.net_mirror else 2 * m
+    size = num_images if num_images <= e.chain_full_batch else min(e.chain_batch_size, num_images)
     if chains:
         size = min(size, config.networks.chunk_images or size)
-    flag = "chain_full_batch" if seen <= e.chain_full_batch else "chain_batch_size"
+    flag = "chain_full_batch" if num_images <= e.chain_full_batch else "chain_batch_size"
     widest = max(problem.networks, key=lambda network: network.activations)
     largest = _largest(problem)
     yield _pass(widest, size, "passes of a chain", flag, "width", "image_size")
@@ -175,7 +179,7 @@ def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     elif e.inference == "ensemble":
         yield Need(4.0 * e.ensemble_size * largest, "networks of the ensemble", ("ensemble_size", "width"))
     elif e.inference == "last-layer":
-        yield Need(3 * 8.0 * seen**2, "kernels of the last layer", ("ipc",))
+        yield Need(3 * 8.0 * num_images**2, "kernels of the last layer", ("ipc",))
     yield _parameters(problem)
 
 

@@ -21,7 +21,7 @@ class Passes:
     """The loss with its gradient, the logits and the predictions of one network on one device.
 
     With the precision bf16, `loss_and_grad` runs in bfloat16; its results, and all other passes, are float32.
-    With `chunk_images`, larger batches are passed in chunks of so many images (models/chunks.py); part of the bits.
+    With `chunk_images`, larger batches pass in chunks of so many images (models/chunks.py), which changes last bits.
     With a folder for compiled functions, a pass is compiled for each number of images at its first use. Compiled and
     eager passes differ in the last bits, so a worker that can't compile raises UserError instead of going on eagerly.
     """

@@ -79,11 +79,11 @@ def read(rows: dict[str, str], whitenings: dict[str, str], dataset: Dataset) -> 
         raise UserError(f"--whitening {unknown[0]}=...: no --coreset-row has this name; give {unknown[0]}=PATH there")
     coresets, notes = [], []
     for name, path in rows.items():
-        made, assumed = coreset_reader.load(place(path), dataset)
+        pseudocoreset, assumed = coreset_reader.load(place(path), dataset)
         notes += [f"{name}: {line}" for line in assumed]
         shape = dataset.image_shape
         of_map = whitening.load(Path(whitenings[name]).expanduser(), shape) if name in whitenings else None
-        coresets.append(OutsideCoreset(name, path, made, of_map))
+        coresets.append(OutsideCoreset(name, path, pseudocoreset, of_map))
     return coresets, notes
 
 

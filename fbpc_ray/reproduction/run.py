@@ -184,9 +184,9 @@ def _outside(options: Options, log: Log) -> dict[str, OutsideCoreset]:
     if TABLES[options.table].kind != "grid":
         raise UserError(f"--coreset-row, --whitening: {options.table} has no such rows; use grid or grid-cifar100")
     cells = cells_of(options.table, options.request)
-    taken = {cell.row for cell in cells} & options.coreset_rows.keys()
-    if taken:
-        raise UserError(f"--coreset-row {min(taken)}=...: the grid has a row of this name; give another name")
+    clashes = {cell.row for cell in cells} & options.coreset_rows.keys()
+    if clashes:
+        raise UserError(f"--coreset-row {min(clashes)}=...: the grid has a row of this name; give another name")
     coresets, notes = read(options.coreset_rows, options.whitenings, load_data(cells[0].config, log))
     for note in notes:
         log(f"note: {note}")
