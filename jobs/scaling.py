@@ -106,7 +106,8 @@ def measure_driver(args: Arguments) -> None:
             name: each[-1]["cpu_seconds_a_unit"]["median"] / each[0]["cpu_seconds_a_unit"]["median"]
             for name, each in rows.items()
         },
-        "command": " ".join(["python", *sys.argv]), "settings": vars(args), **capture(device_name("cpu"))._asdict(),
+        "command": " ".join(["python", *sys.argv]), "settings": vars(args) | {"json": Path(args.json).name},
+        **capture(device_name("cpu"))._asdict(),
     }  # fmt: skip
     for name, ratio in report["most / fewest actors"].items():
         print(f"images of {name}: a unit with {numbers[-1]} actors costs {ratio:.2f} times one with {numbers[0]}")

@@ -77,6 +77,41 @@ def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
     assert "| 8 | pass of 10: fp32 / bf16 |" in report.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
+def test_memory_of_a_step_is_the_peak_of_its_process(tmp_path):
+    """Of the whole process, so above what it holds before the step; the chunk is the one of the budget."""
+    report = tmp_path / "memory.json"
+    words = [
+        "--image-size", "16", "--classes", "2", "--per-class", "4", "--ipc", "3", "--width", "4", "--memory-budget",
+        "2GB", "--map-max-steps", "2", "--posterior-steps", "2", "--no-compiled", "--json", str(report),
+    ]  # fmt: skip
+    done = run("benchmark_memory.py", *words)
+    assert done.returncode == 0, done.stderr
+    output = json.loads(report.read_text())
+    assert (output["images"], output["image_shape"], output["map_steps"]) == (6, [3, 16, 16], 2)
+    assert 0.2 < output["at_rest_gb"] <= output["peak_gb"] < 2 == output["budget_gb"]
+    assert output["within_budget"] is True
+    assert output["seconds"] >= sum(output[f"seconds_{part}"] for part in ("x", "map", "u", "gradient"))
+    assert output["settings"]["json"] == "memory.json"
+    assert str(tmp_path) not in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_drivers_cost_is_measured_with_trivial_actors(tmp_path):
+    report = tmp_path / "actors.json"
+    words = ("--actors", "1", "3", "--processes", "2", "--nodes", "2", "--units", "6", "--repeats", "1")
+    done = run("scaling.py", *words, "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert set(rows) == {"10x1x8x8", "100x3x32x32"}
+    for each in rows.values():
+        assert [(row["actors"], row["processes"], row["nodes"], row["steps"]) for row in each] == [
+            (1, 1, 2, 6), (3, 2, 2, 2),
+        ]  # fmt: skip
+        assert min(row["cpu_seconds_a_unit"]["median"] for row in each) > 0
+
+
 def test_cost_is_drawn_against_what_the_cases_differ_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(JOBS)
     import benchmark
