@@ -42,7 +42,7 @@ from fbpc_ray.evaluation import evaluate as scoring
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.serial import Serial
-from fbpc_ray.execution.session import network_specs, open_backend, open_session
+from fbpc_ray.execution.session import evaluation_settings, network_specs, open_backend, open_session
 from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models import custom
@@ -233,7 +233,7 @@ def posterior(
     chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
-    memory_estimate.check(chosen, [spec], ["evaluation"], coreset=len(coreset.labels))
+    memory_estimate.check(chosen, [spec], ["evaluation"], coreset=len(coreset.labels), source="coreset")
     network = Network(spec, Serial(device, Interruption(())).device)
     images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
     e, samples = chosen.evaluation, []
@@ -297,7 +297,8 @@ def evaluate(
         specs = network_specs(chosen, coreset)
         images, m = len(source.train.labels), len(coreset.labels)
         chosen = memory_budget.with_chunks(chosen, specs, images=images, coreset=m, distils=False)
-        memory_estimate.check(chosen, specs, ["evaluation"], coreset=m)
+        chains = len(specs) * chosen.evaluation.num_chains
+        memory_estimate.check(chosen, specs, ["evaluation"], coreset=m, chains=chains, source="coreset")
         return scoring.evaluate({"coreset": coreset}, specs, source, split, chosen, workers, log).to_json()["coresets"][
             "coreset"
         ]
@@ -365,24 +366,11 @@ def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, .
 
 
 def _settings_for(coreset: Coreset, names: tuple[str, ...] | None, preset: str, changes: dict[str, Any]) -> Config:
-    """Return the settings of networks and chains: `changes` ones, else those of `preset`, else those of the coreset.
-
-    A coreset's file imports no code: of the networks that it names, those with an import path are left out.
-    """
+    """Return the settings of networks and chains: `changes`, else those of `preset`, else those of the coreset."""
     start = presets.preset(preset) if preset else Config()
-    inherited = {f.name for f in fields(config.Networks)} | {
-        f.name for f in fields(config.Evaluation) if f.name.startswith("chain_")
-    }
-    if not preset:
-        start = start.updated(**{name: value for name, value in settings_of(coreset).items() if name in inherited})
-    if names is None:
-        all_architectures = start.networks.architectures
-        names = tuple(name for name in all_architectures if ":" not in name)
-        if not names:
-            raise UserError(
-                f"the coreset was distilled on {all_architectures[0]}, but a file alone imports no code: name a network"
-            )
-    return start.updated(**{**changes, "architectures": names})
+    stored = {"architectures": list(start.networks.architectures)} if preset else settings_of(coreset)
+    start = start.updated(**evaluation_settings(stored, names is not None))
+    return start.updated(**{**changes, **({} if names is None else {"architectures": names})})
 
 
 def _check_coreset(coreset: Coreset) -> None:

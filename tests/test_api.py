@@ -398,3 +398,10 @@ def test_there_is_progress_in_a_notebook():
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
     assert "sample:   0%" in done.stderr
+
+
+def test_a_preset_file_imports_no_code(tmp_path):
+    (tmp_path / "theirs.json").write_text('{"architectures": ["os:system"]}')
+    made = api.Coreset(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), (0.5,), (0.5,), ("ant", "bee"))
+    with pytest.raises(UserError, match="a file alone imports no code"):
+        api.posterior(made, preset=str(tmp_path / "theirs.json"))

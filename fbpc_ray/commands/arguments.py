@@ -50,6 +50,8 @@ class ExpertArguments:
     """As for `distill`."""
     time_budget: str = ""
     """As for `distill`."""
+    ipc: int = 1
+    """Images a class of the distillation that will take these experts: chosen sizes depend on it."""
     data: Data = field(default_factory=Data)
     networks: Networks = field(default_factory=Networks)
     experts: Experts = field(default_factory=Experts)
@@ -72,9 +74,10 @@ class EvaluateArguments:
     """Channels of a convolution; 0 means that of the run."""
     split: str = "test"
     """test | validation."""
-    tune_chain: bool = False
-    """Also choose --chain-d and --chain-weight-decay for the run's coreset on its validation split, and report the
-    calibrated chains beside those of the other flags."""
+    protocol: Literal["paper", "calibrated"] = "paper"
+    """paper: chains with the defaults, which are fitted to the paper's Random rows, or as other flags say | calibrated:
+    besides, choose --chain-d and --chain-weight-decay for the run's coreset on its validation split, never on test
+    images, and report those chains beside the paper's."""
     ood: str = ""
     """A second data set, as --data takes it: also score how well entropy and mutual information separate its test
     images from those of the run (AUROC)."""
@@ -112,6 +115,8 @@ class CoresetArguments:
     auto: unit if all pixels are in 0..1."""
     split: str = "test"
     """test | validation."""
+    protocol: Literal["paper", "calibrated"] = "paper"
+    """As for `fbpc evaluate RUN`; calibrated needs --validation 0.1."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False

@@ -24,7 +24,7 @@ from fbpc_ray.core.storage import place
 from fbpc_ray.distillation.loop import Checkpointer, Row, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.distillation.state import State
-from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.execution import advice, validation
 from fbpc_ray.execution.session import Session, compiles_passes, cpu_threads, num_steps, open_backend
 from fbpc_ray.execution.sizing import open_sized_session
@@ -48,8 +48,8 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
     if sizes is None:
         validation.check(config)
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
-        table = results.table(results.from_json(result["coresets"]))
-        log(f"this run is complete; raise --steps above {result['steps']} to go on\n\n{table}")
+        tables = calibration.tables(protocols.of_result(result), results.from_json(result["coresets"]))
+        log(f"this run is complete; raise --steps above {result['steps']} to go on\n{tables}")
         run_logging.deliver_result(config, run, result, log)
         files.write_output(json, result)
         return
@@ -67,7 +67,7 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         result, uri = _distill(session, run, resume, phases)
     files.write_output(json, result)
     scores = results.from_json(result["coresets"])
-    log(f"\n{results.table(scores)}\n")
+    log(f"{calibration.tables(protocols.of_result(result), scores)}\n")
     if text := summary.describe(scores, len(session.dataset.classes), len(session.dataset.test.labels)):
         log(f"{text}\n")
     log(f"time:    {phases.describe()}")

@@ -10,14 +10,14 @@ from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place
-from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.evaluation import evaluate as evaluation
-from fbpc_ray.evaluation import results, tune_chain
+from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.chains import ood_split
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
@@ -41,8 +41,8 @@ class Options(NamedTuple):
     """A folder for the samples of the first chain, as an MLflow model."""
     tracking_uri: str = ""
     """The MLflow store; empty means the default one."""
-    tune_chain: bool = False
-    """Also evaluate chains whose temperature and prior the validation split chooses."""
+    protocol: str = "paper"
+    """paper | calibrated: also evaluate chains whose temperature and prior the validation split chooses."""
 
 
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
@@ -52,6 +52,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
     config = session.config
+    calibration.check(options.protocol, config.evaluation, session.dataset, "distil with --validation 0.1")
     target = model_export.optional_target(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:
@@ -73,30 +74,23 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
                 config, session.dataset, [], scored.to_json(), options.split, provenance, cpu_threads(config)
             )
             result |= {"ood": options.ood} if options.ood else {}
-            calibrated = _calibrated(session, coresets, options.split, workers) if options.tune_chain else None
-            result |= {"calibrated": calibrated} if calibrated else {}
+            calibrated = None
+            if options.protocol == protocols.CALIBRATED:
+                calibrated = calibration.calibrated(
+                    coresets, session.specs, session.dataset, options.split, config, workers, log
+                )
+                result |= {"calibrated": calibrated.to_json()}
             if path.exists():  # of an evaluation that began when this one did
                 path = _next_path(run, options.split, session.specs)
                 tracker.set_tags({"evaluation": path.name})
             paths = _write(path, result, scored, session.dataset, options.ood)
-            _log_result(run, session, scored, options.split, tracker, paths)
+            _log_result(run, session, scored, calibrated, options.split, tracker, paths)
     files.write_output(json, result)
-    if calibrated:
-        log(f"\ncalibrated on the validation split:\n{results.table(results.from_json(calibrated['coresets']))}")
-        log("\nas the flags say:")
-    log(f"\n{results.table(scored.scores)}\n\nresult: {path} (pictures beside it)")
+    tables = calibration.tables(protocols.of_result(result), scored.scores, calibrated)
+    log(f"{tables}\n\nresult: {path} (pictures beside it)")
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
         _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)
-
-
-def _calibrated(session: Session, coresets: dict[str, Coreset], split: str, workers: TaskRunner) -> dict[str, Any]:
-    """Choose temperature and prior for the run's coreset, and evaluate all coresets with them."""
-    config, specs, dataset = session.config, session.specs, session.dataset
-    chosen = {name: coreset for name, coreset in coresets.items() if name != "random"} or coresets
-    config, candidates = tune_chain.tune_chain(chosen, specs, dataset, config, workers, log)
-    scored = evaluation.evaluate(coresets, specs, dataset, split, config, workers, log)
-    return tune_chain.to_json(config, candidates) | scored.to_json()
 
 
 def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:
@@ -108,7 +102,8 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
     specs, m = network_specs(config, dataset), max(len(one.labels) for one in coresets.values())
     images = len(dataset.train.labels)
     config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
-    memory_estimate.check(config, specs, ["evaluation"], coreset=m)
+    chains, source = len(coresets) * len(specs) * config.evaluation.num_chains, str(run.coreset_path)
+    memory_estimate.check(config, specs, ["evaluation"], coreset=m, chains=chains, source=source)
     session = Session(config, dataset, specs, [])
     for name, one in coresets.items():
         if tuple(one.images.shape[1:]) != dataset.image_shape or one.classes != dataset.classes:
@@ -148,13 +143,16 @@ def _write(path: Place, result: dict[str, Any], scored: EvaluationResult, datase
 
 
 def _log_result(
-    run: RunDirectory, session: Session, scored: EvaluationResult, split: str, tracker: Tracker, paths: list[Place]
-) -> None:
+    run: RunDirectory, session: Session, scored: EvaluationResult, calibrated: Calibrated | None, split: str,
+    tracker: Tracker, paths: list[Place],
+) -> None:  # fmt: skip
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
     metrics = run_logging.score_metrics(scored.scores, scored.mixing, session.config.distillation.method, split)
+    if calibrated:
+        metrics |= run_logging.calibrated_metrics(calibrated.result.scores, session.config.distillation.method, split)
     tracker.log_metrics(metrics, int(step) if step.isdecimal() else 0)
-    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores))
+    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores, calibrated))
     for path in paths:
         tracker.log_artifact(path)
 

@@ -24,6 +24,11 @@ def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: s
         validation.check(config.updated(start_epoch=0, start_rule="from"))
     session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log, SHOWN)
     config = session.config
+    if sizes is not None:
+        ipc = config.distillation.ipc
+        log(
+            f"note: these are the experts of `fbpc distill --ipc {ipc}`; for another number of images a class add --ipc"
+        )
     if dry_run:
         planning.describe(session, parts=("experts",))
         return

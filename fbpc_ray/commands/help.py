@@ -59,13 +59,15 @@ PAGES = {
         (
             ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it was not distilled with"),
             ("fbpc evaluate runs/first --num-chains 10", "more chains, a smaller error bar"),
+            ("fbpc evaluate runs/mine --protocol calibrated", "temperature and prior chosen on its validation split"),
             ("fbpc evaluate runs/mine --ood digits --ood-resize", "detection of out-of-distribution images"),
         ),
     ),
     "evaluate --coreset": Page(
-        "",
+        "Networks, width, depth, augmentation, image size and settings of chains are those that the coreset was "
+        "distilled with, where its file has them; a line names them, and your flags win.",
         (
-            ("fbpc evaluate --coreset my-coreset --data digits --width 32", "what `fbpc export` wrote"),
+            ("fbpc evaluate --coreset my-coreset --data digits", "what `fbpc export` wrote"),
             ("fbpc evaluate --coreset images_best.pt --data cifar10", "MTT's pair, labels_best.pt beside it"),
         ),
     ),

@@ -29,7 +29,7 @@ from fbpc_ray.commands.arguments import (
     TuneArguments,
     UiArguments,
 )
-from fbpc_ray.commands.parsing import current_words, parse, resumes, start_of
+from fbpc_ray.commands.parsing import current_words, flags_in, parse, resumes, start_of
 from fbpc_ray.core import phases, progress
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
@@ -155,12 +155,15 @@ def _print_config(config: Config, sizes: SizeRequest | None) -> None:
 
 def experts(words: Sequence[str]) -> None:
     base, sizes = start_of(words)
-    default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts, workers=base.workers)
+    default = ExpertArguments(
+        ipc=base.distillation.ipc, data=base.data, networks=base.networks, experts=base.experts, workers=base.workers
+    )
     args = parse(ExpertArguments, words, "fbpc experts", default)
     _loading()
     from fbpc_ray.commands import experts as commands
 
     config = replace(base, data=args.data, networks=args.networks, experts=args.experts, workers=args.workers)
+    config = config.updated(ipc=args.ipc)
     commands.experts(config, sizes, dry_run=args.dry_run, json=args.json)
 
 
@@ -183,21 +186,24 @@ def evaluate(words: Sequence[str]) -> None:
     _loading()
     from fbpc_ray.commands import evaluate as commands
 
-    options = commands.Options(
-        args.split, args.ood, args.ood_resize, args.save_model, args.tracking_uri, args.tune_chain
-    )
+    options = commands.Options(args.split, args.ood, args.ood_resize, args.save_model, args.tracking_uri, args.protocol)
     commands.evaluate(place(args.run), config, options, dry_run=args.dry_run, json=args.json)
 
 
 def _evaluate_coreset(words: Sequence[str]) -> None:
-    args = parse(CoresetArguments, words, "fbpc evaluate --coreset")
+    program = "fbpc evaluate --coreset"
+    args = parse(CoresetArguments, words, program)
     if not args.data.data:
         raise UserError("--data: missing; name the data set whose test images score the coreset")
     _loading()
-    from fbpc_ray.commands import export as exports
+    from fbpc_ray.commands import evaluate_coreset as commands
 
+    base = Config().updated(data="", **commands.stored_settings(args.coreset, flags_in(words)))
+    default = CoresetArguments("", data=base.data, networks=base.networks, evaluation=base.evaluation)
+    args = parse(CoresetArguments, words, program, default)
     config = Config(data=args.data, networks=args.networks, evaluation=args.evaluation, workers=args.workers)
-    exports.evaluate(args.coreset, config, args.split, args.pixels, dry_run=args.dry_run, json=args.json)
+    options = commands.Options(args.split, args.pixels, args.protocol)
+    commands.evaluate(args.coreset, config, options, dry_run=args.dry_run, json=args.json)
 
 
 def export(words: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from fbpc_ray.core import files
 from fbpc_ray.core.config import (
     NOT_STARTED,
     RENAMED,
+    RENAMED_SWITCHES,
     RENAMED_VALUES,
     Config,
     read_config,
@@ -59,10 +60,11 @@ def current_words(words: Sequence[str], kinds: Iterable[type]) -> list[str]:
         if not flag.startswith("--"):
             current.append(renamed_values.get(word, word))
             renamed_values = {}
-        elif name in ("again", "no_again", "no_resume") and "resume" in known:
-            current += ["--resume", "auto" if name == "again" else "no"]
-            if name != "no_resume":
-                _note("--again", "--resume auto")
+        elif name in RENAMED_SWITCHES and RENAMED_SWITCHES[name][0] in known:
+            option, value = RENAMED_SWITCHES[name]
+            current += [f"--{option}", value]
+            if name != "no_resume":  # how tyro negates --resume: not an old name
+                _note(flag, f"--{option} {value}")
         elif name == "resume" and not equals and "resume" in known:
             following = words[number + 1] if number + 1 < len(words) else ""
             current += [flag, "yes"] if following.startswith("-") or not following else [flag]

@@ -69,6 +69,12 @@ RENAMED = {
 
 OLD_NAMES = {new: old for old, new in RENAMED.items()}
 
+RENAMED_SWITCHES = {
+    "again": ("resume", "auto"), "no_again": ("resume", "no"), "no_resume": ("resume", "no"),
+    "tune_chain": ("protocol", "calibrated"), "no_tune_chain": ("protocol", "paper"),
+}  # fmt: skip
+"""{flag without a value: (flag, value) in its place}. The command line takes both."""
+
 PRIOR_PRECISION = "prior_precision"
 """Was `precision` until that became the number format of passes: a number by that name is the prior's."""
 

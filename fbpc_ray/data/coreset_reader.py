@@ -8,6 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from fbpc_ray.core import inputs, storage, tensor_files
+from fbpc_ray.core import inputs, memory, storage, tensor_files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.data import coreset
@@ -77,6 +78,42 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
         raise UserError(
             f"{where} is not a coreset of plain arrays ({_line(error)}); nothing in it was run: make it again"
         ) from error
+
+
+def settings_of(where: Place) -> dict[str, Any]:
+    """Return the settings that a coreset was distilled with, where its file has them.
+
+    Empty for a file that can't be read, too: `load` says what is wrong with it.
+    """
+    with suppress(Exception), storage.local(where) as near:
+        settings = inputs.parse_json(_facts_of(near)["settings"])
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def _facts_of(where: Path) -> dict[str, str]:
+    """Return what the file says of its origin. Raises any error."""
+    if (where / OF_A_RUN).is_file():
+        return coreset.metadata(where / OF_A_RUN)
+    if where.is_dir():
+        return inputs.read_json(where / SIDECAR)["made_by"]
+    if (suffix := _suffix(where)) == ".safetensors":
+        return coreset.metadata(where)
+    if suffix == ".npz":
+        with where.open("rb") as file:
+            return inputs.parse_json(str(np.load(file, allow_pickle=False)["made_by"]))
+    folder = where.parent.parent if where.parent.name == "data" else where.parent
+    return inputs.read_json(folder / SIDECAR)["made_by"]
+
+
+def check_size(where: Place) -> None:
+    """Raise UserError for a file that does not fit into memory."""
+    size = where.stat().st_size if isinstance(where, Path) and where.is_file() else 0
+    if size > (free := memory.available()):
+        raise UserError(
+            f"{where}: a coreset of {memory.gigabytes(size)} does not fit into memory, {memory.gigabytes(free)} are "
+            "available; use a smaller coreset"
+        )
 
 
 def _read(where: Path, dataset: Dataset) -> _Raw:
@@ -244,9 +281,10 @@ def _fitted(raw: _Raw, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
         raise UserError(f"{source} has other classes than {dataset.name}: give its data set with --data")
     images = _channels_first(images, dataset.image_shape)
     if images.shape[1:] != dataset.image_shape:
+        side = f", or add --image-size {images.shape[-1]}" if images.shape[-1] == images.shape[-2] else ""
         raise UserError(
             f"{source} has images of {tuple(images.shape[1:])}, {dataset.name} of {dataset.image_shape}: "
-            "give its data set with --data"
+            f"give its data set with --data{side}"
         )
     if images.dtype == torch.uint8:
         images = normalise(images, mean, std)

@@ -16,6 +16,8 @@ IMAGES = 100
 """Images whose losses are traced, evenly spaced over the split."""
 MIXED = 1.2
 """R-hat above which chains have not mixed. With the usual 10 samples a chain, independent samples stay below it."""
+NOT_MIXED = "note: chains have not mixed"
+"""Start of the line that `describe` returns."""
 
 
 class Mixing(NamedTuple):
@@ -144,4 +146,4 @@ def describe(all_mixing: Sequence[Mixing]) -> str:
         for one in all_mixing
         if not one.mixed
     ]
-    return f"note: chains have not mixed: {'; '.join(parts)}" if parts else ""
+    return f"{NOT_MIXED}: {'; '.join(parts)}" if parts else ""

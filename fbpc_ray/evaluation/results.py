@@ -10,6 +10,7 @@ from fbpc_ray.core.config import RENAMED, Config
 from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.evaluation import protocols
 from fbpc_ray.inference.metrics import Scores
 
 
@@ -179,13 +180,16 @@ def result_of(
         threads: CPU threads of a gradient.
     """
     d = config.distillation
+    protocol = protocols.name_of(config.evaluation)
+    chains = {"protocol": protocol, "chain_settings": protocols.chain_settings(config.evaluation)} if protocol else {}
     durations = {row["step"]: row["seconds_step"] for row in rows if row["step"]}  # step 0 is a validation alone
     return {
         "method": d.method, "data": dataset.name, "ipc": d.ipc, "architectures": list(config.networks.architectures),
         "steps": max(durations, default=0), "seed": d.seed, "width": config.networks.width,
         "seconds_per_step": statistics.median(durations.values()) if durations else None,
         "map_endings": map_endings(rows),
-        "split": split, "inference": config.evaluation.inference, "images_scored": len(getattr(dataset, split).labels),
+        "split": split, "inference": config.evaluation.inference, **chains,
+        "images_scored": len(getattr(dataset, split).labels),
         "eval_seeds": list(range(config.evaluation.num_chains)),
         **scores,
         **provenance._asdict(), "threads": threads,

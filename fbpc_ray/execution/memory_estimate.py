@@ -57,6 +57,8 @@ class Problem:
     networks: Sequence[NetworkSize]
     workers: int = 1
     """Gradients that this machine computes at the same time; 0 where other machines or GPUs do."""
+    chains: int = 1
+    """Chains, or trained networks, that this machine runs at the same time."""
 
 
 class Need(NamedTuple):
@@ -162,7 +164,12 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
 
 
 def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
-    """Yield the memory of one chain, or of networks trained on the pseudocoreset."""
+    """Yield the memory of the chains that run at the same time, or of networks trained on the pseudocoreset."""
+    for need in _needs_of_a_chain(config, problem):
+        yield need._replace(bytes=need.bytes * problem.chains)
+
+
+def _needs_of_a_chain(config: Config, problem: Problem) -> Iterator[Need]:
     e, m = config.evaluation, problem.coreset
     chains = e.inference == "sghmc"
     num_images = m if chains or not e.net_mirror else 2 * m
@@ -173,6 +180,7 @@ def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     widest = max(problem.networks, key=lambda network: network.activations)
     largest = _largest(problem)
     yield _pass(widest, size, "passes of a chain", flag, "width", "image_size")
+    yield Need(4.0 * m * problem.pixels, "copies of the pseudocoreset", ("ipc", "image_size"))
     if chains:
         count = e.chain_epochs // e.chain_every
         yield Need(4.0 * count * largest, "posterior samples", ("chain_epochs", "width"))
@@ -183,7 +191,10 @@ def evaluation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     yield _parameters(problem)
 
 
-def check(config: Config, specs: Sequence[Spec], phases: Sequence[str], *, images: int = 0, coreset: int = 0) -> None:
+def check(
+    config: Config, specs: Sequence[Spec], phases: Sequence[str], *, images: int = 0, coreset: int = 0, chains: int = 1,
+    source: str = "",
+) -> None:  # fmt: skip
     """Raise UserError if the networks, or a phase of a run, cannot fit into this machine's memory.
 
     A user's own network is not estimated: building it runs its code.
@@ -192,17 +203,21 @@ def check(config: Config, specs: Sequence[Spec], phases: Sequence[str], *, image
         phases: names of `PHASES`.
         images: number of training images.
         coreset: number of pseudocoreset images, m.
+        chains: chains of an evaluation; those run at the same time for which this machine has cores.
+        source: path of a finished coreset, whose number of images no flag changes.
     """
     specs = [spec for spec in specs if not _is_own(spec)]
     if not specs:
         return
     problem = _problem(config, specs, images, coreset)
+    if problem.workers and config.workers.backend == "ray":
+        problem = replace(problem, chains=max(1, min(chains, os.cpu_count() or 1)))
     refuse_too_large(config, list(network_needs(config, problem)))  # before any is built
     if phases:
         problem = _with_activations(problem, specs)
     for phase in phases:
         if phase in IN_DRIVER or problem.workers:
-            refuse_too_large(config, list(PHASES[phase](config, problem)))
+            refuse_too_large(config, list(PHASES[phase](config, problem)), source, coreset)
 
 
 def estimate(
@@ -250,11 +265,20 @@ def _with_activations(problem: Problem, specs: Sequence[Spec]) -> Problem:
     return replace(problem, networks=[size._replace(activations=count_activations(spec)) for size, spec in pairs])
 
 
-def refuse_too_large(config: Config, needs: Sequence[Need]) -> None:
-    """Raise UserError if what needs memory at the same time cannot fit; it names the largest."""
+def refuse_too_large(config: Config, needs: Sequence[Need], source: str = "", images: int = 0) -> None:
+    """Raise UserError if what needs memory at the same time cannot fit; it names the largest.
+
+    Args:
+        source: path of a finished coreset, if there is one, and
+        images: its number of images.
+    """
     flat = config.flat()
     largest = max(needs, key=lambda need: need.bytes)
-    flags = sorted((name for name in largest.flags if name in flat), key=lambda name: -_times_usual(flat, name))
+    known = flat.keys() - ({"ipc", "image_size"} if source else set())
+    flags = sorted((name for name in largest.flags if name in known), key=lambda name: -_times_usual(flat, name))
+    if not flags:
+        memory.require(_total(needs), f"{source}: {images:,} images", largest.name, "the number of its images")
+        return
     words = [f"--{name.replace('_', '-')}" for name in flags]
     memory.require(_total(needs), f"{words[0]} {flat[flags[0]]}", largest.name, " or ".join(words))
 

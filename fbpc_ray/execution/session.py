@@ -3,15 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from fbpc_ray.core.config import Config, Evaluation
+from fbpc_ray.core.config import Config, Evaluation, Networks, current_names
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.progress import Log
@@ -106,11 +106,12 @@ class Session:
 
 
 def coreset_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a coreset's metadata keeps, which `api.posterior` and `api.evaluate` begin with.
+    """Return the settings that a coreset's metadata keeps, which an evaluation of the coreset begins with.
 
-    These are preset, networks, and the settings of chains that differ from the defaults.
+    These are preset, networks, the image size if it was chosen, and the settings of chains that differ from the
+    defaults.
     """
-    n, defaults = config.networks, Evaluation()
+    n, d, defaults = config.networks, config.data, Evaluation()
     preset, _ = start_of(config)
     chains = {
         name: value for name, value in asdict(config.evaluation).items()
@@ -118,8 +119,36 @@ def coreset_settings(config: Config) -> dict[str, Any]:
     }  # fmt: skip
     return {
         **({"preset": preset} if preset else {}),
-        "architectures": list(n.architectures), "width": n.width, "depth": n.depth, "augment": n.augment, **chains,
+        "architectures": list(n.architectures), "width": n.width, "depth": n.depth, "augment": n.augment,
+        **({"image_size": d.image_size, "resize": d.resize} if d.image_size else {}), **chains,
     }  # fmt: skip
+
+
+OF_EVALUATIONS = {f.name for f in fields(Networks)} | {
+    f.name for f in fields(Evaluation) if f.name.startswith("chain_")
+} | {"image_size", "resize"}  # fmt: skip
+"""Settings of `coreset_settings` that an evaluation takes over."""
+
+
+def evaluation_settings(stored: Mapping[str, Any], named: bool) -> dict[str, Any]:
+    """Return the settings that an evaluation takes over from the metadata of a coreset.
+
+    A coreset's file imports no code: of the networks that it names, those with an import path are left out.
+
+    Args:
+        stored: `coreset_settings`, or what a foreign file has in their place.
+        named: whether the user names networks.
+
+    Raises UserError where all networks have an import path and the user names none, and for a value of another type.
+    """
+    settings = {name: value for name, value in current_names(stored).items() if name in OF_EVALUATIONS}
+    names = Config().updated(**settings).networks.architectures
+    safe = [name for name in names if ":" not in name]
+    if not (safe or named):
+        raise UserError(f"the coreset was distilled on {names[0]}, but a file alone imports no code: name a network")
+    if "architectures" in settings:
+        settings["architectures"] = safe
+    return {name: value for name, value in settings.items() if value != []}
 
 
 def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Session:

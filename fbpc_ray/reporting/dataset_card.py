@@ -74,7 +74,7 @@ def companions(
     contents: dict[str, Any] = {CONFIG: _settings(settings, facts), PROVENANCE: dict(facts)}
     if result:
         contents[PROVENANCE] |= {name: result[name] for name in ("versions", "device", "threads") if name in result}
-        names = "split", "images_scored", "inference", "eval_seeds", "coresets", "mixing"
+        names = "split", "images_scored", "inference", "protocol", "chain_settings", "eval_seeds", "coresets", "mixing"
         contents[SCORES] = {name: result[name] for name in names if name in result}
     outputs = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()}
     if coreset.images.shape[1] in PICTURED:
@@ -125,10 +125,11 @@ def _scores(result: dict[str, Any] | None) -> list[str]:
     if not result:
         return []
     inference = INFERENCES.get(result.get("inference", "sghmc"), _text_of(result, "inference"))
+    protocol = f" (protocol {_text_of(result, 'protocol')})" if "protocol" in result else ""
     return [
         "## Scores", "", "```", _unfenced(results.table(results.from_json(result["coresets"]))), "```", "",
-        f"Of {inference}, mean and standard deviation over seeds, on {_text_of(result, 'images_scored')} images of "
-        f"{_text_of(result, 'split')}.", "",
+        f"Of {inference}{protocol}, mean and standard deviation over seeds, on "
+        f"{_text_of(result, 'images_scored')} images of {_text_of(result, 'split')}.", "",
     ]  # fmt: skip
 
 

@@ -96,11 +96,15 @@ def _later(run: EndedRun, number: str) -> list[Block]:
         series = series_of(later.scores)
         networks = ", ".join(unique(score.architecture for score in later.scores))
         ood = f" AUROC (higher is better): how well uncertainty detects {later.ood}." if later.ood else ""
+        protocol = f" Protocol {later.protocol}." if later.protocol else ""
         blocks += [
             Heading(f"Evaluated later on {networks}, {later.split} split", 3),
-            Text(f"From evaluations/{later.name}.{ood}"),
+            Text(f"From evaluations/{later.name}.{protocol}{ood}"),
             mean_table(series), *mixing_blocks(later.mixing), value_table(series),
         ]  # fmt: skip
+        if later.calibrated:
+            text = f"Protocol calibrated: {later.calibrated_flags}, chosen on the validation split."
+            blocks += [Text(text), mean_table(series_of(later.calibrated))]
         for position, (kind, png) in enumerate(later.pictures, 1):
             blocks.append(Picture(png, f"{number}-later-{index:02d}-{position:02d}", caption_of(kind)))
     return blocks

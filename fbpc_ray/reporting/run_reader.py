@@ -13,7 +13,7 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation import diagnostics
+from fbpc_ray.evaluation import diagnostics, protocols
 from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, ChainScore, from_json, is_of_step
 from fbpc_ray.reporting.document import is_png
@@ -28,6 +28,12 @@ class LaterEvaluation(NamedTuple):
     scores: list[ChainScore]
     mixing: list[Mixing]
     pictures: list[tuple[str, bytes]]
+    protocol: str
+    """Name of the protocol of the chains; empty without chains, and in evaluations of earlier code."""
+    calibrated: list[ChainScore]
+    """Scores under the protocol `calibrated`, if that was asked for."""
+    calibrated_flags: str
+    """The settings that the validation split chose."""
 
 
 class EndedRun(NamedTuple):
@@ -118,8 +124,23 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
         pictures = [(picture.name[len(stem) + 1 : -4], image(picture)) for picture in beside]
         scores, mixing = _checked(result, str(path))
         ood = str(result.get("ood", ""))
-        evaluations.append(LaterEvaluation(path.name, result["split"], ood, scores, mixing, pictures))
+        calibrated = _calibrated(result.get("calibrated"), str(path))
+        protocol = protocols.of_result(result)
+        evaluations.append(
+            LaterEvaluation(path.name, result["split"], ood, scores, mixing, pictures, protocol, *calibrated)
+        )
     return evaluations
+
+
+def _calibrated(value: Any, source: str) -> tuple[list[ChainScore], str]:
+    """Return the scores of the key `calibrated` of a result and their flags. Raises UserError."""
+    if value is None:
+        return [], ""
+    try:
+        flags = f"--chain-d {float(value['chain_d']):g} --chain-weight-decay {float(value['chain_weight_decay']):g}"
+        return from_json(value["coresets"]), flags
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: 'calibrated' holds no scores ({error!r:.80}); restore it") from None
 
 
 def image(path: Place) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from fbpc_ray.core.config import Evaluation
+from fbpc_ray.evaluation import protocols
 from fbpc_ray.evaluation.diagnostics import MIXED, Mixing
 from fbpc_ray.evaluation.results import (
     MAIN_QUANTITIES,
@@ -65,7 +66,9 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     """Describe how the chains were sampled and scored, and whether all runs were scored alike."""
     first = runs[0]
     e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
-    how, noun = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain", "chain"
+    protocol = protocols.of_result(first.result, e)
+    how = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain (protocol {protocol})"
+    noun = "chain"
     if e.inference != "sghmc":
         how = f"Networks trained on each coreset by squared loss, {e.net_steps:,} steps, with --inference {e.inference}"
         noun = "seed"

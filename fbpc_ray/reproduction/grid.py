@@ -33,7 +33,7 @@ INFERENCES: dict[str, dict[str, Any]] = {
     "one network": {"inference": "mse"},
     "ensemble": {"inference": "ensemble"},
 }
-"""{column: settings}. Of the priors that `--tune-chain` tries, 3 has the lowest NLL on random images."""
+"""{column: settings}. Of the priors that `--protocol calibrated` tries, 3 has the lowest NLL on random images."""
 
 
 def judged_by(config: Config, inference: str) -> Config:

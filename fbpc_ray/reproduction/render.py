@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.tables import markdown_table
+from fbpc_ray.evaluation import protocols
 from fbpc_ray.reporting.charts.comparison import Curve, bars, curves
 from fbpc_ray.reporting.charts.scatter import scatter
 from fbpc_ray.reproduction.paper import PAPER, Value
@@ -241,11 +242,14 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
         values = sorted({flat[flag] for flat in settings if flag != "steps" or flat["method"] != "random"})
         return " or ".join(map(str, values)) or "-"
 
+    names = sorted({name for config in configs if (name := protocols.name_of(config.evaluation))})
+    protocol = f" (protocol {' or '.join(names)})" if names else ""
     data = " or ".join(sorted({flat["data"].rstrip("/").split("/")[-1] for flat in settings}))
     size = (
         f"width {values_of('width')}, {values_of('expert_count')} experts of {values_of('expert_epochs')} epochs, "
         f"{values_of('steps')} steps, "
-        f"real batches of {values_of('real_batch_size')}, chains of {values_of('chain_epochs')} epochs; data {data}"
+        f"real batches of {values_of('real_batch_size')}, chains of {values_of('chain_epochs')} epochs{protocol}; "
+        f"data {data}"
     )
     kind = (
         "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"

@@ -19,7 +19,8 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
 from fbpc_ray.distillation.loop import Row
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation import diagnostics, results
+from fbpc_ray.evaluation import diagnostics, protocols, results
+from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution.session import Log
@@ -72,11 +73,19 @@ def provenance_tags(provenance: Provenance) -> dict[str, str]:
     return {"commit": provenance.commit, "device": provenance.device, **versions}
 
 
-def description_tag(config: Config, data: str, scores: Sequence[ChainScore]) -> dict[str, str]:
-    """Return the tag that MLflow shows as a run's description: method and data, and the table of scores."""
-    d = config.distillation
-    text = f"{d.method} on {data}, {d.ipc} a class; mean +- standard deviation over chains"
-    return {"mlflow.note.content": f"{text}:\n\n{results.table(scores, markdown_table)}"}
+def description_tag(
+    config: Config, data: str, scores: Sequence[ChainScore], calibrated: Calibrated | None = None
+) -> dict[str, str]:
+    """Return the tag that MLflow shows as a run's description: method and data, and the tables of scores; and the tag
+    of the protocol."""
+    d, protocol = config.distillation, protocols.name_of(config.evaluation)
+    spread = "mean +- standard deviation over chains" + (f", protocol {protocol}" if protocol else "")
+    text = f"{d.method} on {data}, {d.ipc} a class; {spread}:\n\n{results.table(scores, markdown_table)}"
+    if calibrated:
+        text += f"\n\nprotocol calibrated ({calibrated.flags}, chosen on the validation split):\n\n"
+        text += results.table(calibrated.result.scores, markdown_table)
+    names = [name for name in (protocol, protocols.CALIBRATED if calibrated else "") if name]
+    return {"mlflow.note.content": text, **({"protocol": "; ".join(names)} if names else {})}
 
 
 LEADING = ("accuracy", "nll", "ece")
@@ -135,6 +144,12 @@ def score_metrics(
     leading = {f"{prefix}/{name}": means[name] for name in LEADING if name in means}
     others = results.metrics(scores, split) | diagnostics.metrics(mixing, prefix)
     return {**leading, **{f"debug/{name}": value for name, value in others.items()}}
+
+
+def calibrated_metrics(scores: Sequence[ChainScore], method: str, split: str) -> dict[str, float]:
+    """Return the coreset's means under the protocol `calibrated`, as test/calibrated_accuracy and so on."""
+    means, prefix = results.mean_scores(results.select(scores, method)), "test" if split == "test" else "val"
+    return {f"{prefix}/{protocols.CALIBRATED}_{name}": means[name] for name in LEADING if name in means}
 
 
 @contextmanager

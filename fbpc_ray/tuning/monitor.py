@@ -92,7 +92,8 @@ class SweepMonitor:
             trial.write_end(place(config.output.out), "lost", lost)
         elif now.status not in ("finished", "failed"):
             step = now.last.step if now.last else 0
-            trial.write_end(place(config.output.out), "stopped", f"at step {step} of {num_steps(config)}")
+            reason = f"at step {step} of {num_steps(config)}: {self._sweep.plan.settings.metric} worse than the median"
+            trial.write_end(place(config.output.out), "stopped", reason)
         now = self.outcomes[number] = trial.read_outcome(config, number)
         log(f"trial {number} {now.status}{f': {now.reason}' if now.reason else ''} ({self.count_statuses()})")
         self._advance()

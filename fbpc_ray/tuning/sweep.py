@@ -3,6 +3,7 @@
 import io
 import json as json_format
 import shlex
+import sys
 import uuid
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -36,7 +37,7 @@ from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
-from fbpc_ray.evaluation import results
+from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import (
     check_memory,
@@ -90,7 +91,8 @@ def tune(
     files.write_output(json, result)
     log(f"\n{(folder / 'trials.md').read_text()}")
     log(f"best:    trial {result['best']['trial']}, {trial.describe_flags(result['best']['flags'])}")
-    log(f"\n{results.table(results.from_json(result['test']['coresets']))}\n")
+    test = result["test"]
+    log(f"{calibration.tables(protocols.of_result(test), results.from_json(test['coresets']))}\n")
     log(f"preset:  fbpc distill --preset {shlex.quote(str(folder / 'best.json'))}")
     log(f"run:     {sweep.task.configs[result['best']['trial']].output.out}")
     log(f"result:  {path}")
@@ -207,6 +209,8 @@ def _check(base: Config, settings: Sweep) -> None:
 
 def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
     """Draw the flags of each trial. Raises UserError."""
+    if "ray" not in sys.modules:
+        log("loading Ray Tune ...")
     try:
         from fbpc_ray.tuning import search_space
     except ImportError as error:

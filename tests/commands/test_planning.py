@@ -9,10 +9,10 @@ from PIL import Image
 from support.runs import distil, flags, refused
 
 from fbpc_ray import api
-from fbpc_ray.commands import main
+from fbpc_ray.commands import experts, main, planning
 from fbpc_ray.commands.parsing import start_of
 from fbpc_ray.core import sizes
-from fbpc_ray.core.config import read_config
+from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.sizes import Seconds
@@ -249,3 +249,24 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
     text = capsys.readouterr().out
     assert re.search(r"^chains +\S.* 8 chains of 30 epochs", text, re.M)
     assert "to train" not in text
+
+
+def test_experts_are_those_of_a_distillation_of_as_many_images(images, capsys, monkeypatch):
+    """A limit of time that width 128 meets with one image a class, and not with nine."""
+    facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)
+    wide = [sizes.estimate(facts._replace(ipc=ipc), sizes.LADDER[-2], "cpu").total for ipc in (1, 9)]
+    monkeypatch.setitem(sizes.LEVELS, "laptop", sizes.LEVELS["laptop"]._replace(seconds=sum(wide) / 2))
+    trained: list[Config] = []
+    monkeypatch.setattr(planning, "describe", lambda session, **parts: trained.append(session.config))
+    words = ("--data", f"folder:{images}", "--backend", "serial")
+    for ipc in ("1", "9"):
+        chosen = printed(capsys, *words, "--ipc", ipc)
+        main.main(["experts", *words, "--ipc", ipc, "--dry-run"])
+        assert f"these are the experts of `fbpc distill --ipc {ipc}`" in capsys.readouterr().out
+        flat = trained[-1].flat()
+        assert {name: flat[name] for name in experts.SHOWN} == {
+            name: tuple(chosen[name]) if name == "architectures" else chosen[name] for name in experts.SHOWN
+        }
+    main.main(["experts", *words, "--dry-run"])
+    assert trained[2] == trained[0]
+    assert trained[0].networks.width > trained[1].networks.width

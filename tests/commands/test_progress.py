@@ -114,7 +114,7 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         board.close_bar()
 
     text = seen(act)
-    assert "trial 1 stopped: at step 1 of 4" in text
+    assert "trial 1 stopped: at step 1 of 4: nll worse than the median" in text
     counts = [int(count) for each in bars(text, "sweep") for count in re.findall(r"(\d+)/8 \[", each)]
     assert sorted(counts) == counts
     assert counts[-1] == 7  # 3 of trial 0, all 4 of trial 1

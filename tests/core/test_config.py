@@ -350,3 +350,12 @@ def test_a_stored_configuration_that_no_run_can_use_names_the_file_and_the_flag(
 
 def test_whole_numbers_serve_where_a_float_is_due():
     assert from_json('{"alpha": 100}', "x").distillation.alpha == 100.0
+
+
+def test_chains_of_a_file_of_earlier_code_start_as_they_did():
+    """At the network's own initialisation, whatever the default of --chain-init is today."""
+    flat = Config().updated(chain_init=0.5).flat()
+    assert from_json(json.dumps(flat), "config.json").evaluation.chain_init == 0.5
+    del flat["chain_init"]
+    assert from_json(json.dumps(flat), "config.json").evaluation.chain_init == 0.0
+    assert from_json("{}", "preset.json") == Config()

@@ -89,6 +89,8 @@ def test_rows_with_old_columns_are_read(tmp_path):
         ),
         ("distill", "--again --out x", "--resume auto --out x"),
         ("evaluate", "runs/map --eval-seeds 2", "runs/map --num-chains 2"),
+        ("evaluate", "runs/map --tune-chain", "runs/map --protocol calibrated"),
+        ("evaluate", "runs/map --no-tune-chain", "runs/map --protocol paper"),
         ("reproduce", "table1 --eval-seeds 2", "table1 --num-chains 2"),
         (
             "tune",

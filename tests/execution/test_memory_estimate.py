@@ -82,6 +82,9 @@ def test_experts_and_evaluations():
     assert chain["passes of a chain"] == PASS_BYTES * 500 * 64
     assert chain["posterior samples"] == 4 * 100 * 1000
     assert needs("evaluation", chain_full_batch=200)["passes of a chain"] == PASS_BYTES * 500 * 200
+    assert chain["copies of the pseudocoreset"] == 4 * 200 * 3072
+    three = needs("evaluation", replace(PROBLEM, chains=3), chain_epochs=1000, chain_every=10)
+    assert three["posterior samples"] == 3 * 4 * 100 * 1000 and three["copies of a network"] == 3 * 7 * 4 * 1000
     closed = needs("evaluation", inference="last-layer")
     assert closed["kernels of the last layer"] == 3 * 8 * 400**2
     assert needs("evaluation", inference="ensemble", ensemble_size=9)["networks of the ensemble"] == 4 * 9 * 1000
@@ -136,6 +139,30 @@ def test_on_other_machines_only_the_drivers_part_counts(digits, monkeypatch):
         memory_estimate.check(config.updated(address="local"), specs, ["distillation"], images=10**5, coreset=10)
     with pytest.raises(UserError, match="--draws-per-step 10000"):
         memory_estimate.check(config.updated(draws_per_step=10**4), specs, ["distillation"], images=10**5, coreset=100)
+
+
+def test_chains_that_run_at_the_same_time_are_counted(digits, monkeypatch):
+    """Two cores, two chains; in one process they run one after the other."""
+    monkeypatch.setattr(memory_estimate.os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = Config().updated(device="cpu", backend="ray", width=64)
+    specs, asked = network_specs(config, digits), list[float]()
+    monkeypatch.setattr(memory, "require", lambda count, *words: asked.append(count))
+    for changed, chains in ((config, 1), (config, 6), (config.updated(backend="serial"), 6)):
+        memory_estimate.check(changed, specs, ["evaluation"], coreset=10, chains=chains)
+    one, two, serial = asked[1::2]
+    assert two == pytest.approx(2 * one) and serial == one
+
+
+def test_a_finished_coreset_is_named_where_no_flag_helps(digits, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 2e9)
+    config = Config().updated(device="cpu", backend="serial", inference="last-layer", width=8, chain_full_batch=1)
+    with pytest.raises(UserError) as caught:
+        memory_estimate.check(
+            config, network_specs(config, digits), ["evaluation"], coreset=50_000, source="big.npz"
+        )  # fmt: skip
+    assert str(caught.value).startswith("big.npz: 50,000 images: kernels of the last layer need about 240 GB of memory")
+    assert str(caught.value).endswith("lower the number of its images")
 
 
 def test_the_command_refuses_at_once(capsys, monkeypatch, tmp_path):

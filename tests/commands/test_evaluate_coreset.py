@@ -1,0 +1,153 @@
+"""`fbpc evaluate --coreset`: networks and image size are those of the coreset's file, and flags win."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fbpc_ray.commands import main
+from fbpc_ray.core import memory
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset, coreset_reader
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.execution.session import coreset_settings
+
+COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "coresets").glob("*.safetensors"))
+SHORT = ["--inference", "last-layer", "--net-steps", "2", "--num-chains", "1", "--backend", "serial", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory) -> str:
+    """Two random images of each class of CIFAR-10 in each split, as --data takes them."""
+    path, classes = tmp_path_factory.mktemp("data") / "cifar.npz", coreset.load(COMMITTED[0]).classes
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    labels = np.array(classes)[np.arange(20) % 10]
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return f"npz:{path}"
+
+
+def evaluated(source: Path, data: str, out: Path, *words: str) -> dict:
+    main.main(["evaluate", "--coreset", str(source), "--data", data, *SHORT, "--json", str(out), *words])
+    return json.loads(out.read_text())
+
+
+def written(folder: Path, settings: dict, side: int = 8) -> Path:
+    """A coreset of two classes whose file has `settings`."""
+    images = torch.randn(2, 3, side, side, generator=generator(0, "coreset"))
+    made = Coreset(images, torch.tensor([0, 1]), (0.5,) * 3, (0.25,) * 3, ("ant", "bee"))
+    coreset.save(made, folder / "own.safetensors", {"settings": json.dumps(settings)})
+    return folder / "own.safetensors"
+
+
+@pytest.fixture
+def pets(tmp_path) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+    labels = np.array(["ant", "bee"])[np.arange(8) % 2]
+    np.savez(tmp_path / "pets.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return f"npz:{tmp_path / 'pets.npz'}"
+
+
+# ---- what the file says
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_coreset_brings_its_network(path, cifar, tmp_path, capsys):
+    result = evaluated(path, cifar, tmp_path / "r.json")
+    assert (result["width"], result["architectures"]) == (32, ["convnet-in"])
+    line = "as the coreset was distilled: --architectures convnet-in --width 32 --depth 0 --augment dsa"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_flag_wins(cifar, tmp_path, capsys):
+    result = evaluated(COMMITTED[0], cifar, tmp_path / "r.json", "--width", "8", "--architectures=convnet-ln")
+    assert (result["width"], result["architectures"]) == (8, ["convnet-ln"])
+    assert "as the coreset was distilled: --depth 0 --augment dsa\n" in capsys.readouterr().out
+
+
+def test_images_are_resized_as_they_were_for_the_coreset(pets, tmp_path, capsys):
+    config = Config().updated(width=8, image_size=8, resize="stretch", chain_eta=0.02, chain_augment=False)
+    stored = coreset_settings(config)
+    assert (stored["image_size"], stored["resize"], stored["chain_eta"]) == (8, "stretch", 0.02)
+    result = evaluated(written(tmp_path, stored), pets, tmp_path / "r.json")
+    assert result["width"] == 8
+    assert "--image-size 8 --resize stretch --chain-eta 0.02 --no-chain-augment" in capsys.readouterr().out
+
+
+def test_without_settings_nothing_is_taken_and_the_size_is_proposed(pets, tmp_path, capsys):
+    source = written(tmp_path, {})
+    with pytest.raises(SystemExit):
+        evaluated(source, pets, tmp_path / "r.json", "--width", "8")
+    outcome = capsys.readouterr()
+    assert "as the coreset was distilled" not in outcome.out
+    assert "give its data set with --data, or add --image-size 8" in outcome.err
+    assert evaluated(source, pets, tmp_path / "r.json", "--width", "8", "--image-size", "8")["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"architectures": ["os:system"]}, "distilled on os:system, but a file alone imports no code: name a network"),
+        ({"width": "wide"}, "--width: must be of type int, got 'wide'"),
+        ({"width": 10**6}, "--width: must be at most 8,192, got 1000000"),
+        ({"architectures": 3}, "--architectures: must be of type tuple, got 3"),
+    ],
+)
+def test_settings_of_a_stranger_are_checked_and_run_no_code(settings, reason, pets, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluated(written(tmp_path, settings), pets, tmp_path / "r.json", "--image-size", "8")
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert reason in line
+
+
+def test_a_network_of_ones_own_is_named_by_the_user(pets, tmp_path):
+    source = written(tmp_path, {"architectures": ["os:system"], "width": 8, "image_size": 8})
+    result = evaluated(source, pets, tmp_path / "r.json", "--architectures", "convnet-none")
+    assert (result["architectures"], result["width"]) == (["convnet-none"], 8)
+
+
+@pytest.mark.parametrize("kind", ["hf", "safetensors", "pt", "png", "npz"])
+def test_every_export_keeps_the_settings(kind, finished_run, tmp_path, capsys):
+    main.main(["export", str(finished_run), "--format", kind, "--out", str(tmp_path / "it")])
+    (path,) = tmp_path.iterdir()
+    stored = coreset_reader.settings_of(RunDirectory(finished_run).coreset_path)
+    assert stored["width"] == 8 and stored == coreset_reader.settings_of(finished_run)
+    assert coreset_reader.settings_of(path) == stored
+    inside = {"hf": "data/train-00000-of-00001.parquet", "pt": "images_best.pt"}.get(kind)
+    assert not inside or coreset_reader.settings_of(path / inside) == stored
+
+
+def test_a_file_that_cannot_be_read_has_no_settings(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    assert coreset_reader.settings_of(tmp_path / "x.npz") == coreset_reader.settings_of(tmp_path / "none") == {}
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--width", "8192"), "--width 8192: copies of a network need about "),
+        (("--inference", "sghmc", "--chain-epochs", "1000000000", "--chain-every", "1"), "--chain-epochs 1000000000: "),
+    ],
+)
+def test_chains_that_cannot_fit_are_refused_at_the_start(words, reason, cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda: 1e9)
+    with pytest.raises(SystemExit) as caught:
+        evaluated(COMMITTED[0], cifar, tmp_path / "r.json", *words)
+    assert caught.value.code == 2
+    outcome = capsys.readouterr()
+    assert [line.startswith(f"error: {reason}") for line in outcome.err.splitlines()].count(True) == 1
+    assert "evaluating on" not in outcome.out
+
+
+def test_a_file_above_the_memory_is_not_read(cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda: 1000.0)
+    with pytest.raises(SystemExit):
+        evaluated(COMMITTED[0], cifar, tmp_path / "r.json")
+    assert f"error: {COMMITTED[0]}: a coreset of 0.1 GB does not fit into memory" in capsys.readouterr().err
