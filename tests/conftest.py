@@ -66,3 +66,20 @@ def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     distil(*flags(small, backend="serial", steps=12, out=str(folder)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of one's own, and a run on digits."""
+    from support.docs import fill_desk  # costs the other tests nothing
+
+    return fill_desk(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Files go to the current folder, and nothing is asked of the network."""
+    monkeypatch.delenv("FBPC_HOME", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))

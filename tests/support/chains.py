@@ -1,10 +1,16 @@
-"""An evaluation of one coreset called x."""
+"""An evaluation of one coreset called x, and what the tests of chains share."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.evaluation.chains import CoresetArrays, EvaluationContext, evaluation_context
+
+Pair = tuple[Tensor, Tensor]
+SETTINGS = Evaluation(chain_epochs=30, chain_every=10, chain_d=0.01, chain_weight_decay=0.05, chain_init=0.0)
+"""Settings of a short chain."""
 
 
 def context_of(
@@ -13,3 +19,11 @@ def context_of(
 ) -> EvaluationContext:  # fmt: skip
     """Collect what the chains on the coreset (images, labels) share, with DSA."""
     return evaluation_context(dataset, split, settings, "dsa", {"x": CoresetArrays(images, labels)}, ood, compiled)
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def arrays(two_per_class: Pair) -> tuple[np.ndarray, np.ndarray]:
+    return two_per_class[0].numpy(), two_per_class[1].numpy()

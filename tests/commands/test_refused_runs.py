@@ -1,0 +1,135 @@
+"""Runs that are refused: bad input, folders that hold another run, files that are damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import distil, flags, refused
+
+from fbpc_ray.commands import distill, main
+from fbpc_ray.core.config import to_json
+from fbpc_ray.distillation.run_directory import RunDirectory
+
+
+def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
+    """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
+    folder, open_session = tmp_path / "run", distill.open_sized_session
+    words = flags(small, backend="serial", method="random", out=str(folder))
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        main.main(["distill", *words])
+        before.update({path: path.stat().st_ino for path in folder.rglob("*")})
+        return open_session(*arguments)
+
+    before: dict[Path, int] = {}
+    monkeypatch.setattr(distill, "open_sized_session", slow)
+    with pytest.raises(SystemExit):
+        main.main(["distill", *words])
+    assert capsys.readouterr().err.endswith(
+        f"error: {folder} is not empty: pass --resume to go on with it, or another --out\n"
+    )
+    assert before == {path: path.stat().st_ino for path in folder.rglob("*")}
+    assert RunDirectory(folder).result_path in before
+
+
+def test_a_folder_that_is_removed_as_one_looks_into_it_is_free(tmp_path, monkeypatch):
+    """By another run, which came to no good end and leaves no empty folder behind."""
+    look = Path.iterdir
+
+    def late(path):
+        path.rmdir()
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    RunDirectory(tmp_path).refuse_if_taken()
+    assert not tmp_path.exists()
+
+
+SERIAL = ("--backend", "serial", "--no-tracking")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--data", "digit"], "did you mean digits"),
+        (["--architectures", "convnet-im"], "did you mean convnet-in"),
+        (["--preset", "cifar10-ipc2"], "did you mean cifar10-ipc1"),
+        (["--architectures", "convnet-in", "convnet-in"], "name each network once"),
+        (["--ipc", "500"], "ipc is 500"),
+        (["--ipc", "0"], "--ipc: must be 1 or more"),
+        (["--start-epoch", "99"], "raise --expert-epochs"),
+        (["--alpha", "-1"], "--alpha"),
+        (["--data", "parquet:/nowhere"], "/nowhere"),
+        (["--data", "npz:/nowhere.npz"], "/nowhere.npz"),
+        (["--resume"], "--out DIR"),
+        (["--resume", "--out", "/nowhere"], "/nowhere holds no run"),
+        (["--width", "6", "--architectures", "convnet-gn"], "make --width a multiple of 4"),
+        (["--depth", "5"], "lower --depth"),
+        pytest.param(
+            ["--device", "cuda"],
+            "use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    out = [] if "--out" in words or "--resume" in words else ["--out", str(tmp_path / "out")]
+    assert said in refused(capsys, *SERIAL, *words, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(capsys, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    assert "not empty" in refused(capsys, *SERIAL, "--out", str(tmp_path))
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_resume_with_another_configuration_names_the_flags(finished_run, capsys):
+    said = refused(capsys, "--out", str(finished_run), "--resume", "--alpha", "3", "--seed", "5")
+    assert "--alpha was 10.0, now 3.0" in said
+    assert "--seed was 0, now 5" in said
+
+
+def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_path):
+    words = [
+        "experts",
+        "--backend",
+        "serial",
+        "--architectures",
+        "convnet-in",
+        "--width",
+        "8",
+        "--expert-count",
+        "1",
+        "--expert-epochs",
+        "1",
+    ]
+    for rate, said in (("0.05", "training 1"), ("0.5", "training 1"), ("0.05", "1 of 1 trajectories are there")):
+        main.main([*words, "--expert-lr", rate, "--experts", str(tmp_path)])
+        assert said in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*.arrow"))) == 2
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path):
+    folder = tmp_path / "damaged"
+    distil(*flags(small, backend="serial", steps=2, out=str(folder)))
+    path = RunDirectory(folder).state_path
+    broken = path.read_bytes()[:-100]
+    path.write_bytes(broken)
+    assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "4")
+    assert path.read_bytes() == broken
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"uri": "sqlite:///mlflow.db"}'])
+def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
+    folder = tmp_path / "tracked"
+    folder.mkdir()
+    (folder / "mlflow.json").write_text(text)
+    (folder / "config.json").write_text(to_json(small.updated(out=str(folder), backend="serial", tracking=True)))
+    said = refused(capsys, "--out", str(folder), "--resume", "--tracking")
+    assert f"{folder}/mlflow.json is damaged" in said
+    assert "delete it, and the run is logged as a new one" in said
+    assert (folder / "mlflow.json").read_text() == text

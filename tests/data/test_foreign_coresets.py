@@ -1,0 +1,145 @@
+"""Coresets that others made are read; a bad file is one line and runs no code."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.exports import NAMES, write_export
+from support.traps import Trap
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset_formats, coreset_reader
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import normalise
+
+
+def test_a_file_of_unknown_content_and_suffix_is_refused(colour_data, tmp_path):
+    for content in (b"", b"text", b"PK\x03\x04", b"{}"):
+        (tmp_path / "mine").write_bytes(content)
+        with pytest.raises(UserError, match="coreset"):
+            coreset_reader.load(tmp_path / "mine", colour_data)
+
+
+def theirs(kind: str, folder: Path, pixels: torch.Tensor, normal: torch.Tensor, labels: torch.Tensor) -> Path:
+    """The same coreset as others write it."""
+    archive, file = folder / "it.npz", folder / "it.pt"
+    unit = pixels.double() / 255
+    if kind == "mtt":
+        torch.save(torch.nn.Parameter(normal), folder / "images_1000.pt")
+        torch.save(labels.int(), folder / "labels_1000.pt")
+        return folder / "images_1000.pt"
+    if kind == "dc":
+        torch.save({"data": [[normal + 1, labels], [normal, labels]], "accs_all_exps": {"ConvNet": [0.5]}}, file)
+        return file
+    if kind == "tuple":
+        torch.save((normal, labels), file)
+        return file
+    if kind == "safetensors":
+        save_file({"images": normal, "labels": labels}, folder / "it.safetensors", {"format": "pt"})
+        return folder / "it.safetensors"
+    if kind == "npz bytes":
+        np.savez(archive, images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        return archive
+    if kind == "npz unit":
+        np.savez(archive, images=unit.numpy(), labels=labels.numpy().astype(np.uint8))
+        return archive
+    write_export(Coreset(normal, labels, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), NAMES), "png", folder / "png")
+    (folder / "png" / coreset_formats.SIDECAR).unlink()
+    for at, name in zip(sorted(f for f in (folder / "png").iterdir() if f.is_dir()), ("cat", "b", "c"), strict=True):
+        at.rename(at.with_name(name))
+    return folder / "png"
+
+
+@pytest.mark.parametrize("kind", ["mtt", "dc", "tuple", "safetensors", "npz bytes", "npz unit", "folders"])
+def test_what_others_made_is_read(colour_data, kind, tmp_path):
+    """Tensors taken as they are, bytes normalised as the data set is, and a line that says what was assumed."""
+    colour_data = colour_data._replace(classes=("cat", "b", "c"))
+    pixels = torch.randint(0, 256, (3, 3, 5, 4), generator=generator(0, "pixels")).to(torch.uint8)
+    normal, labels = normalise(pixels, colour_data.mean, colour_data.std), torch.arange(3)
+    outcome = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour_data)
+    assert torch.equal(outcome.coreset.images, normal)
+    assert outcome.coreset.labels.tolist() == [0, 1, 2]
+    assert outcome.coreset[2:6] == (colour_data.mean, colour_data.std, ("cat", "b", "c"), None)
+    assert len(outcome.notes) == (0 if kind in ("npz bytes", "folders") else 1)
+    if kind == "npz unit":
+        assert "0..1" in outcome.notes[0]
+        as_told = coreset_reader.load(tmp_path / "it.npz", colour_data, "normalised").coreset.images
+        assert torch.equal(as_told, (pixels.double() / 255).float())
+    elif outcome.notes:
+        assert "normalised with mean [0.5, 0.4, 0.3]" in outcome.notes[0]
+        with pytest.raises(UserError, match="--pixels unit"):
+            coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour_data, "unit")
+
+
+def bytes_of(write) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def pair(images: object, labels: object) -> bytes:
+    return bytes_of(lambda file: torch.save((images, labels), file))
+
+
+def arrays(**named: np.ndarray) -> bytes:
+    return bytes_of(lambda file: np.savez(file, allow_pickle=True, **named))
+
+
+GOOD, LABELS = torch.zeros(3, 3, 5, 4) - 1, torch.arange(3)
+
+BAD = {
+    "trap.pt": (lambda trap: pair(GOOD, trap), "nothing in it was run"),
+    "trap.npz": (lambda trap: arrays(images=np.array([trap], object), labels=LABELS.numpy()), "nothing in it was run"),
+    "cut.pt": (lambda trap: pair(GOOD, LABELS)[:-200], "nothing in it was run"),
+    "cut.npz": (lambda trap: arrays(images=GOOD.numpy(), labels=LABELS.numpy())[:-100], "nothing in it was run"),
+    "empty.parquet": (lambda trap: b"", "nothing in it was run"),
+    "text.safetensors": (lambda trap: b"hello", "nothing in it was run"),
+    "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "nothing in it was run"),
+    "alone.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_X.pt"),
+    "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_1.pt: coreset not found"),
+    "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "must be class numbers"),
+    "soft.pt": (lambda trap: pair(GOOD, torch.zeros(3, 2)), "soft labels are"),
+    "four.pt": (lambda trap: pair(GOOD, LABELS + 1), "labels from 1 to 3, but 3 classes"),
+    "fewer.pt": (lambda trap: pair(GOOD, LABELS[:2]), "expected int64"),
+    "nan.pt": (lambda trap: pair(GOOD / 0, LABELS), "not finite"),
+    "none.pt": (lambda trap: pair(GOOD[:0], LABELS[:0]), "is not a coreset"),
+    "large.pt": (lambda trap: pair(torch.zeros(3, 3, 8, 8) - 1, LABELS), "--data"),
+    "sparse.pt": (lambda trap: pair(GOOD.to_sparse(), LABELS), "plain tensor"),
+    "integers.pt": (lambda trap: pair(GOOD.long(), LABELS), "uint8 or floats"),
+    "names.npz": (lambda trap: arrays(x=GOOD.numpy()), "no array images"),
+    "it.txt": (lambda trap: b"hello", ".safetensors, .npz, .pt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_and_runs_nothing(colour_data, name, tmp_path):
+    content, reason = BAD[name]
+    (tmp_path / name).write_bytes(content(Trap(tmp_path / "sprung")))
+    with pytest.raises(UserError, match=reason) as caught:
+        coreset_reader.load(tmp_path / name, colour_data)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_bad_folder_is_one_line(original, colour_data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    folders = write_export(original, "png", tmp_path / "png")
+    damaged = write_export(original, "pt", tmp_path / "pt")
+    (damaged / coreset_formats.SIDECAR).write_text('{"mean": 3}')
+    nothing = write_export(original, "hf", tmp_path / "hf")
+    (nothing / coreset_formats.SHARD).write_bytes(b"PAR1")
+    (folders / coreset_formats.SIDECAR).unlink()
+    for folder, reason in (
+        (tmp_path / "missing", "coreset not found"), (tmp_path / "empty", "no class folders"),
+        (folders, "is not a class of mine"), (damaged, "coreset.json is damaged"), (nothing, "is not a coreset"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=reason) as caught:
+            coreset_reader.load(folder, colour_data)
+        assert "\n" not in str(caught.value)
+    other = write_export(original._replace(classes=("a", "b", "c")), "npz", tmp_path / "it.npz")
+    with pytest.raises(UserError, match="other classes than mine"):
+        coreset_reader.load(other, colour_data)

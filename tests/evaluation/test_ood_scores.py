@@ -1,0 +1,90 @@
+"""Images of another data set: the scores of a chain on them, and which images are refused."""
+
+import numpy as np
+import pytest
+import torch
+from support.chains import SETTINGS, Pair, arrays, context_of
+
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.datasets import Split, tensors
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    ood_split,
+    posterior_samples,
+    predictive,
+    quantities,
+    run_chain,
+    values,
+)
+from fbpc_ray.inference.metrics import batch_nll
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc
+from fbpc_ray.models.passes import Passes
+
+
+def noise(digits, shape=(1, 8, 8), count=70):
+    """A data set whose test images are noise; of digits' sort but for their shape."""
+    images = torch.randint(256, (count, *shape), generator=generator(4), dtype=torch.uint8).numpy()
+    return digits._replace(name="noise", test=Split(images, np.arange(count)))
+
+
+def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, digits):
+    """By hand from the samples: the lineage's NLL in the order of the split, and how entropy and mutual information
+    rank noise above digits. The scores are those without strange images."""
+    strange = ood_split(digits, noise(digits))
+    judged = context_of(digits, "test", SETTINGS, *arrays(two_per_class), strange)
+    chain = Chain("x", network.spec, 0)
+    outcome = values(run_chain(judged, chain, "cpu"))
+    assert tuple(outcome) == quantities(judged)
+
+    samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", 0)
+    inside, outside = (
+        predictive(
+            Passes(network), samples, two_per_class[0], DeviceDataset(*tensors(split, "cpu"), digits.mean, digits.std)
+        )
+        for split in (digits.test, strange)
+    )
+    assert len(inside.uncertainty.entropy) == len(digits.test.labels)
+    assert len(outside.uncertainty.entropy) == 70
+    for name in Uncertainty._fields:
+        expected = auroc(getattr(inside.uncertainty, name), getattr(outside.uncertainty, name))
+        assert outcome[f"ood_auroc_{name}"] == expected
+        assert expected != 0.5
+    assert outcome["batch_nll"] == batch_nll(inside.losses, 128)
+    assert outcome["mean_sample_nll"] == inside.losses.mean().item()
+    assert outcome["nll"] < outcome["batch_nll"] < outcome["mean_sample_nll"]
+
+    without = judged._replace(ood=None)
+    alone = values(run_chain(without, chain, "cpu"))
+    assert tuple(alone) == quantities(without) == tuple(outcome)[:-2]
+    assert alone == {name: outcome[name] for name in alone}
+
+
+def test_strange_images_are_fitted_or_refused(digits):
+    """Grey ones are repeated for networks that see three channels; other sizes are resized where that is asked for, to
+    the mean of four pixels at half the size; colour where the networks see grey, and other sizes, are refused."""
+    same_kind = ood_split(digits, noise(digits))
+    assert np.array_equal(same_kind.images, noise(digits).test.images)
+    assert same_kind.labels.tolist() == [0] * 70
+    colour = digits._replace(train=Split(np.zeros((2, 3, 8, 8), np.uint8), np.arange(2)), name="colour")
+    fitted = ood_split(colour, noise(digits)).images
+    assert fitted.shape == (70, 3, 8, 8)
+    assert fitted.flags.c_contiguous
+    assert all(np.array_equal(fitted[:, c], noise(digits).test.images[:, 0]) for c in range(3))
+    with pytest.raises(UserError, match=r"noise has images of 3 channels, digits of 1: choose"):
+        ood_split(digits, noise(digits, (3, 8, 8)))
+    with pytest.raises(UserError, match=r"noise has images of 16x16, digits of 8x8: .*--ood-resize"):
+        ood_split(digits, noise(digits, (1, 16, 16)))
+    flat = noise(digits, (1, 16, 16))
+    flat.test.images[:] = np.arange(70)[:, None, None, None]
+    halved = ood_split(digits, flat, resize=True).images
+    assert halved.shape == (70, 1, 8, 8)
+    assert np.array_equal(halved[:, 0, 3, 3], np.arange(70))
+    stripes = noise(digits, (1, 32, 32))
+    stripes.test.images[:] = np.tile([0, 255, 255, 0], 8)
+    quartered = ood_split(digits, stripes, resize=True).images
+    assert abs(quartered[..., 1:-1].astype(int) - 128).max() < 20, "stripes that the size can't show are grey"
+    ramp = noise(digits, (1, 16, 16))
+    ramp.test.images[:] = 8 * np.arange(16)
+    assert ood_split(digits, ramp, resize=True).images[0, 0, 0, 1:-1].tolist() == [16 * i + 4 for i in range(1, 7)]
