@@ -30,11 +30,11 @@ demo: setup
 	$(BIN)/python jobs/distill_multi.py $(ARGS)
 
 # Two tiers of tests, each test in one of them: the quick one, and what is slow or starts a Ray cluster. loadfile: the
-# tests of a file share fixtures, so one worker runs them all.
+# tests of a file share fixtures, so one worker runs them all; the files come in the order of tests/support/tiers.py.
 QUICK := "not slow and not ray and not gpu"
 REST := "(slow or ray) and not gpu"
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m $(QUICK) $(COVERAGE) $(ARGS)

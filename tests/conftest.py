@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.runs import SMALL, distil, flags, train_experts
-from support.tiers import cpu_seconds, exceeded_limit
+from support.tiers import cpu_seconds, exceeded_limit, longest_files_first
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.presets import preset
@@ -24,6 +24,12 @@ from fbpc_ray.execution.serial import Serial
 for _name in ("FBPC_HOME", "FBPC_CACHE_GB", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # a user's own are not for tests
     os.environ.pop(_name, None)
 atexit.register(shutil.rmtree, os.environ["FBPC_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests that are left after -m and -k, so that parallel workers end at about the same time."""
+    items[:] = longest_files_first(items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,9 +3,11 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from support.tiers import REST, call_limit, cpu_seconds, exceeded_limit
+from support.tiers import REST, SECONDS, call_limit, cpu_seconds, exceeded_limit, longest_files_first
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
@@ -45,3 +47,21 @@ def test_both_tiers_together_hold_each_test_once():
         tiers = [bool(eval(expression, {}, markers)) for expression in (quick, rest)]
         assert sum(tiers) == (not markers["gpu"]), markers
         assert tiers[0] == (not any(chosen)), markers
+
+
+def test_files_whose_slow_tests_take_longest_come_first():
+    """Then those with most tests, as a slow file of which only quick tests are left. The order within a file stays."""
+
+    def item(name: str, number: int, marker: str = "") -> Any:
+        return SimpleNamespace(path=Path(name), name=number, get_closest_marker=lambda name: name == marker)
+
+    short, long = sorted(["test_jobs.py", "test_kills.py"], key=SECONDS.__getitem__)
+    items = [
+        item("test_a.py", 0), item("test_b.py", 1), item("test_b.py", 2), item(short, 3, "ray"), item(long, 4, "slow"),
+        item(long, 5), item("test_ui.py", 6),
+    ]  # fmt: skip
+    assert [each.name for each in longest_files_first(items)] == [4, 5, 3, 1, 2, 0, 6]
+
+
+def test_files_with_known_seconds_exist():
+    assert set(SECONDS) <= {path.name for path in Path(__file__).parent.rglob("test_*.py")}

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.runs import assert_same, run_on
+from support.runs import SMALL_VBPC, run_on
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -31,16 +31,10 @@ from fbpc_ray.execution.serial import Serial, gradient_of
 from fbpc_ray.inference.adam import AdamState, adam_start
 from fbpc_ray.models.functional import Network, flatten, unflatten
 
-SMALL = {
-    "method": "vbpc", "architectures": ("convnet-in", "convnet-bn"), "width": 8, "steps": 7, "real_batch_size": 32,
-    "checkpoint_every": 3, "pool_size": 2, "pool_steps": 3, "image_lr": 0.05, "label_lr": 0.1, "ridge": 0.05,
-    "prior_precision": 2.0, "kl_weight": 3.0, "threads": 1, "tracking": False,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def config():
-    return preset("digits").updated(**SMALL)
+    return preset("digits").updated(**SMALL_VBPC)
 
 
 def worker_of(config, digits):
@@ -246,29 +240,3 @@ def test_the_loss_falls(config, digits, tmp_path):
     _, rows = run_on(Serial("cpu", Interruption()), config, digits, tmp_path)
     losses = [row["loss"] for row in rows]
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"method": "frepo", "draws_per_step": 2}], ids=["vbpc", "frepo, two draws"])
-def test_serial_is_ray_is_resumed(config, digits, tmp_path, changes):
-    """Two architectures on a cluster of two CPUs, from step 1 and from the checkpoint of step 3 of a serial run."""
-    from fbpc_ray.core.config import Workers
-    from fbpc_ray.execution.ray.ray_backend import RayBackend
-
-    config = config.updated(**changes)
-    serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
-    run_on(Serial("cpu", Interruption()), config.updated(steps=3), digits, tmp_path / "part")
-    opened = session.open_session(config, lambda line: None, digits)
-    restored = RunDirectory(tmp_path / "part").restore(opened.labels, digits.image_shape)
-    assert restored is not None
-    backend = RayBackend(
-        Workers(address="local", device="cpu"), Interruption(), lambda line: None,
-        num_cpus=2, include_dashboard=False, object_store_memory=200_000_000,
-    )  # fmt: skip
-    try:
-        assert_same(run_on(backend, config, digits, tmp_path / "ray"), serial)
-        resumed = run_on(backend, config, digits, tmp_path / "resumed", state=restored[0])
-        assert torch.equal(resumed[0], serial[0])
-    finally:
-        backend.close()

@@ -163,18 +163,9 @@ def steps_of(folder: Path) -> int:
         return int(file.metadata()["step"])
 
 
-def test_bad_input_is_told_by_the_exit_code_of_the_driver(client, small, tmp_path):
-    words = flags(small, backend="ray", alpha=-1.0, out=str(tmp_path / "bad"))
-    job = submit(client, ["jobs/distill_multi.py", *words])
-    info = ended(client, job)
-    assert (info.status, info.driver_exit_code) == ("FAILED", 2)
-    assert client.get_job_logs(job).strip().splitlines()[-1].startswith("error: --alpha: must be above 0, got -1.0")
-    assert not (tmp_path / "bad").exists()
-
-
-def test_what_changes_while_a_job_is_packed_does_not_travel(client, tmp_path):
+def test_what_changes_while_a_job_is_packed_does_not_travel_and_its_bad_input_is_its_exit_code(client, small, tmp_path):
     """`.rayignore` in a copy of the tree: a log, experts and a database that come and grow meanwhile neither travel nor
-    fail it, and the package is there uninstalled."""
+    fail it, and the package is there uninstalled. The job then refuses a flag."""
     tree, stop = tmp_path / "tree", threading.Event()
     for name in ("fbpc_ray", "jobs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -190,48 +181,66 @@ def test_what_changes_while_a_job_is_packed_does_not_travel(client, tmp_path):
 
     thread = threading.Thread(target=grow)
     thread.start()
-    code = "import json, os, fbpc_ray; print('FOUND', json.dumps([sorted(os.listdir()), fbpc_ray.__file__]))"
+    words = flags(small, backend="ray", alpha=-1.0, out=str(tmp_path / "bad"))
+    code = (
+        "import json, os, runpy, sys, fbpc_ray; print('FOUND', json.dumps([sorted(os.listdir()), fbpc_ray.__file__]));"
+        "sys.argv[0] = 'jobs/distill_multi.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     try:
-        job = submit(client, ["-c", code], folder=tree)
+        job = submit(client, ["-c", code, *words], folder=tree)
         info = ended(client, job)
     finally:
         stop.set()
         thread.join()
     logs = client.get_job_logs(job)
-    assert info.driver_exit_code == 0, info.message + logs
+    assert (info.status, info.driver_exit_code) == ("FAILED", 2), info.message + logs
+    assert logs.strip().splitlines()[-1].startswith("error: --alpha: must be above 0, got -1.0")
+    assert not (tmp_path / "bad").exists()
     (line,) = [line for line in logs.splitlines() if line.startswith("FOUND ")]
     names, package = json.loads(line.removeprefix("FOUND "))
     assert set(names) - {".rayignore"} == {"fbpc_ray", "jobs"}
     assert "working_dir_files" in package
 
 
-@pytest.mark.parametrize("token", ["another-token", None], ids=["wrong", "none"])
-def test_without_the_right_token_it_is_one_line(head, client, small, tmp_path, token):
+def test_with_another_token_it_is_one_line(head, client, small, tmp_path):
     """At once, and not the minute of Ray's own attempts."""
-    environment = {**ENVIRONMENT, "HOME": str(tmp_path)}  # no token of the user's
-    if token:
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    said = joined(head.gcs, small, tmp_path, environment)
-    assert said.startswith("error: the Ray cluster refuses our token (it is another, or none)")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another-token"}
+    (line,) = refusals([head.gcs], small, tmp_path, {**ENVIRONMENT, "HOME": str(tmp_path), **token})
+    assert line.startswith("error: the Ray cluster refuses our token (it is another, or none)")
 
 
-def test_a_cluster_that_is_not_there_is_one_line(small, tmp_path):
+def test_without_a_cluster_and_without_a_token_it_is_one_line_each(head, client, small, tmp_path):
+    """One process tries both in turn; it has no token of the user's."""
     port = free_port()
-    said = joined(f"127.0.0.1:{port}", small, tmp_path, ENVIRONMENT)
-    assert said.startswith(f"error: no Ray cluster answers at 127.0.0.1:{port} within 10 s: check --address")
+    absent, refused = refusals([f"127.0.0.1:{port}", head.gcs], small, tmp_path, {**ENVIRONMENT, "HOME": str(tmp_path)})
+    assert absent.startswith(f"error: no Ray cluster answers at 127.0.0.1:{port} within 10 s: check --address")
+    assert refused.startswith("error: the Ray cluster refuses our token (it is another, or none)")
 
 
-def joined(address: str, config: Config, folder: Path, environment: dict[str, str]) -> str:
-    """All that a run says that may not join the cluster at `address`."""
-    words = flags(config, backend="ray", address=address, out=str(folder / "refused"))
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs/distill_multi.py", *words], env={**environment, "PYTHONPATH": str(ROOT)},
+TRIES = """
+import json, sys
+from fbpc_ray.commands.main import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(["distill", *words])
+    except SystemExit as end:
+        assert end.code == 2, end.code
+    else:
+        raise AssertionError("it joined")
+"""
+"""What jobs/distill_multi.py does, once for each list of words."""
+
+
+def refusals(addresses: list[str], config: Config, folder: Path, environment: dict[str, str]) -> list[str]:
+    """Return all that one process prints to stderr whose runs may not join the clusters: a line for each."""
+    runs = [flags(config, backend="ray", address=address, out=str(folder / "refused")) for address in addresses]
+    outcome = subprocess.run(
+        [sys.executable, "-c", TRIES, json.dumps(runs)], env={**environment, "PYTHONPATH": str(ROOT)},
         text=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert outcome.returncode == 0, outcome.stderr
     assert not (folder / "refused").exists()
-    return done.stderr
+    return outcome.stderr.strip().splitlines()
 
 
 def test_the_head_of_readme_listens_on_loopback_alone(head, client):

@@ -8,16 +8,18 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
 
 import numpy as np
 import pytest
 import torch
 from support.chains import context_of
-from support.processes import all_cpus_free, gradient_workers, kill, processes_naming, soon
-from support.runs import assert_same, distil, flags, images_of, run_on, start, train_experts, wait_for
+from support.processes import all_cpus_free, descendants, gradient_workers, kill, listening, processes_naming, soon
+from support.runs import SMALL_VBPC, assert_same, distil, flags, images_of, run_on, start, train_experts, wait_for
 
 from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.presets import preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -72,6 +74,20 @@ def test_ray_gives_the_bits_of_serial_with_warm_starts_and_several_draws(cluster
     assert [(row["step"], row["architecture"], row["draw"]) for row in serial[1][:6]] == [
         (1, name, draw) for name in ("convnet-in", "convnet-bn") for draw in range(3)
     ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "frepo", "draws_per_step": 2}], ids=["vbpc", "frepo, two draws"])
+def test_serial_is_ray_is_resumed(cluster, digits, tmp_path, changes):
+    """Networks of a pool on two workers, from step 1 and from the checkpoint of step 3 of a serial run."""
+    config = preset("digits").updated(**{**SMALL_VBPC, **changes})
+    serial = run_on(Serial("cpu", Interruption()), config, digits, tmp_path / "serial")
+    run_on(Serial("cpu", Interruption()), config.updated(steps=3), digits, tmp_path / "part")
+    opened = session.open_session(config, lambda line: None, digits)
+    restored = RunDirectory(tmp_path / "part").restore(opened.labels, digits.image_shape)
+    assert restored is not None
+    assert_same(run_on(cluster, config, digits, tmp_path / "ray"), serial)
+    resumed = run_on(cluster, config, digits, tmp_path / "resumed", state=restored[0])
+    assert torch.equal(resumed[0], serial[0])
 
 
 def test_a_map_holds_its_shared_object_once_and_frees_it(cluster, monkeypatch):
@@ -199,15 +215,31 @@ def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path)
     assert time.monotonic() - began < cluster.settings.placement_timeout / 3
 
 
+def listening_addresses(driver: int) -> list[tuple[str, IPv4Address | IPv6Address]]:
+    """Return (title of a process, address on which it listens) of a driver and all processes below it."""
+    titles = {driver: "driver", **descendants(driver)}
+    return [(titles[pid], ip) for pid, ip, _ in listening(titles)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_dies_on_ray_resumes_to_the_same_bits(finished_run, small, tmp_path, number):
-    """kill -9 of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; nothing of the
-    cluster is left; resumed without Ray. SIGTERM: test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one and
-    test_a_cluster_started_here_listens_on_loopback_alone."""
+    """kill -9 of a driver with its own cluster, and Ctrl-C, which reaches the whole process group; resumed without Ray.
+
+    Nothing of the cluster is left. Before Ctrl-C the driver, Ray's processes and the workers listen on loopback alone,
+    by the kernel's own list of sockets. SIGTERM: test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one.
+    """
     folder, ray = tmp_path / "died", tempfile.mkdtemp(prefix="fr", dir="/tmp")
-    words = flags(small, backend="ray", address="local", steps=12, out=str(folder), checkpoint_every=2)
+    address = "local" if number == signal.SIGKILL else ""  # empty, and no cluster about: the same
+    words = flags(small, backend="ray", address=address, steps=12, out=str(folder), checkpoint_every=2)
     process = start("distill", *words, RAY_TMPDIR=ray)
     wait_for(RunDirectory(folder).state_path, process)
+    if number == signal.SIGINT:
+        os.kill(process.pid, signal.SIGSTOP)  # the run does not end meanwhile
+        addresses = listening_addresses(process.pid)
+        os.kill(process.pid, signal.SIGCONT)
+        for part in ("driver", "gcs_server", "raylet", "ray::Worker"):
+            assert any(part in title for title, _ in addresses), f"{part} listens nowhere: is this still how Ray works?"
+        assert not [(title, str(ip)) for title, ip in addresses if not ip.is_loopback]
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output = process.communicate(timeout=300)[0]
     if number != signal.SIGKILL:

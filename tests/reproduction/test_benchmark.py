@@ -83,7 +83,7 @@ def test_memory_of_a_step_is_the_peak_of_its_process(tmp_path):
     report = tmp_path / "memory.json"
     words = [
         "--image-size", "16", "--classes", "2", "--per-class", "4", "--ipc", "3", "--width", "4", "--memory-budget",
-        "2GB", "--map-max-steps", "2", "--posterior-steps", "2", "--no-compiled", "--json", str(report),
+        "2GB", "--map-max-steps", "2", "--no-compiled", "--json", str(report),
     ]  # fmt: skip
     done = run("benchmark_memory.py", *words)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,8 @@ def test_cost_is_drawn_against_what_the_cases_differ_in(tmp_path, monkeypatch):
 def test_ray_is_timed_beside_serial_and_gives_its_bits(tmp_path):
     """That the ways agree to the bit is checked by the program itself."""
     report = tmp_path / "found.json"
-    done = run("scaling.py", "--width", "8", "--steps", "1", "--repeats", "1", "--json", str(report))
+    words = ("--width", "8", "--steps", "1", "--repeats", "1", "--json", str(report))
+    done = run("scaling.py", *words)
     assert done.returncode == 0, done.stderr
     output = json.loads(report.read_text())
     seconds = {way: each["median"] for way, each in output["seconds_a_step"].items()}

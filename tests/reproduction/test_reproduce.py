@@ -133,8 +133,10 @@ def test_ray_makes_the_same_rows(out):
     )
     assert done.returncode == 0, done.stderr
     kept = ("row", "column", "accuracy", "nll", "ece", "brier")
-    both = [sorted([row[name] for name in kept] for row in rows_of(at, "table10")) for at in (out, elsewhere)]
-    assert both[0] == both[1]
+    serial, on_ray = (
+        [[row[name] for name in kept] for row in rows_of(folder, "table10")] for folder in (out, elsewhere)
+    )
+    assert sorted(serial) == sorted(on_ray) != []
 
 
 def paper_request(scale="paper", **overrides):

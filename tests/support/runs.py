@@ -28,6 +28,12 @@ SMALL = {
     "tracking": False, "threads": 1, "trajectory_cache_gb": 0.0,
 }  # fmt: skip
 """Settings with which a run on digits takes seconds and leaves nothing out."""
+SMALL_VBPC = {
+    "method": "vbpc", "architectures": ("convnet-in", "convnet-bn"), "width": 8, "steps": 7, "real_batch_size": 32,
+    "checkpoint_every": 3, "pool_size": 2, "pool_steps": 3, "image_lr": 0.05, "label_lr": 0.1, "ridge": 0.05,
+    "prior_precision": 2.0, "kl_weight": 3.0, "threads": 1, "tracking": False,
+}  # fmt: skip
+"""The same for a method that learns soft labels by a pool of networks."""
 
 
 def train_experts(config: Config, dataset: Dataset, workers: TaskRunner) -> list[ExpertStore]:

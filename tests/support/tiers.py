@@ -2,7 +2,10 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import pytest
 
 CALL_LIMIT = 10.0
 """Seconds of CPU that the call of a quick test may take."""
@@ -10,6 +13,14 @@ COVERAGE_COST = 3.0
 """How many times longer a call may take while coverage counts its lines."""
 REST = ("slow", "ray", "gpu")
 """A test with one of these markers is not in the quick tier."""
+SECONDS = {
+    "test_machine_faults.py": 240, "test_kills.py": 190, "test_reproduce.py": 180, "test_ray_backend.py": 170,
+    "test_sweeps_on_ray.py": 145, "test_jobs.py": 140, "test_benchmark.py": 140, "test_ui.py": 120, "test_docs.py": 100,
+    "test_faults.py": 90, "test_chains.py": 70, "test_passes.py": 65, "test_stored_runs.py": 65, "test_database.py": 60,
+    "test_interrupted_runs.py": 55, "test_tracking_servers.py": 55, "test_examples.py": 55, "test_custom.py": 50,
+    "test_expert_writers.py": 50, "test_model_export.py": 45, "test_legacy.py": 40,
+}  # fmt: skip
+"""File -> about how many seconds its tests of the rest take on one core, where that is more than 30."""
 
 
 def cpu_seconds() -> float:
@@ -38,3 +49,20 @@ def exceeded_limit(seconds: float, markers: Collection[str]) -> str | None:
         f"took {seconds:.1f} s of CPU, and a test of the quick tier at most {limit:.0f} s; "
         "make it smaller, or mark it slow (tests with that marker run by make test-full)"
     )
+
+
+def longest_files_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Order tests by file: those that take longest first, then those with most tests.
+
+    A worker of pytest-xdist takes the next file whenever it runs out of tests: a long one that begins last would leave
+    the other workers idle. Order within a file stays as it is.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def cost(path: Path) -> tuple[int, int]:
+        in_rest = any(item.get_closest_marker(name) for item in files[path] for name in REST)
+        return SECONDS.get(path.name, 0) if in_rest else 0, len(files[path])
+
+    return [item for path in sorted(files, key=cost, reverse=True) for item in files[path]]

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
+import tempfile
 
 import pytest
 import safetensors
 import torch
-from support.processes import soon
+from support.processes import processes_naming, soon
 from support.remote_files import ATTEMPTS, names
 from support.runs import distil, flags, images_of, start
 from support.stores import BUCKET
@@ -42,11 +44,15 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     settings, folder = local
     out = s3 / "run"
     words = flags(settings, experts=str(s3 / "experts"), out=str(out), backend="ray", device="cpu", address="local")
-    process = start("distill", *words, **os.environ)
+    ray = tempfile.mkdtemp(prefix="fr", dir="/tmp")
+    process = start("distill", *words, **os.environ, RAY_TMPDIR=ray)
     assert soon(lambda: process.poll() is not None or RunDirectory(out).state_path.exists())
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
+    left = [] if soon(lambda: not processes_naming(ray)) else processes_naming(ray)
+    shutil.rmtree(ray, ignore_errors=True)
     assert process.returncode == 143, output
+    assert not left, "processes of the cluster"
     assert f"fbpc distill --out {out} --resume --experts {s3 / 'experts'}" in output
     assert not RunDirectory(out).result_path.exists()
 
