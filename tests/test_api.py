@@ -58,35 +58,35 @@ def run(small, tmp_path_factory) -> RunDirectory[Path]:
 
 
 @pytest.fixture(scope="module")
-def made(run) -> coreset.Coreset:
+def pseudocoreset(run) -> coreset.Coreset:
     return coreset.load(run.coreset_path)
 
 
 @pytest.fixture(scope="module")
-def samples(made) -> api.Ensemble:
+def samples(pseudocoreset) -> api.Ensemble:
     """Of a network with BatchNorm, chain 1 of the run's two."""
-    return api.posterior(made, "convnet-bn", seed=1, **CHAIN)
+    return api.posterior(pseudocoreset, "convnet-bn", seed=1, **CHAIN)
 
 
 # ---- the command line's bits
 
 
-def test_a_coreset_is_the_command_lines_to_the_bit(run, made, small, digits):
+def test_a_coreset_is_the_command_lines_to_the_bit(run, pseudocoreset, small, digits):
     """And so it is from a Dataset, and from arrays that hold the same; `random` is the run's random coreset."""
     steps: list[int] = []
     same = settings_of(small, steps=2)
     result = api.distill("digits", **same, log=silent, on_step=lambda values, step: steps.append(step))
     assert steps == [1, 2]
-    assert torch.equal(result.images, made.images)
-    assert torch.equal(result.labels, made.labels)
-    assert result[2:6] == made[2:6]
-    assert result.facts == {name: text for name, text in made.facts.items() if name != "commit"}
+    assert torch.equal(result.images, pseudocoreset.images)
+    assert torch.equal(result.labels, pseudocoreset.labels)
+    assert result[2:6] == pseudocoreset[2:6]
+    assert result.facts == {name: text for name, text in pseudocoreset.facts.items() if name != "commit"}
     mine = api.dataset(digits.train, digits.test, classes=digits.classes, name="digits")
     assert mine.fingerprint == digits.fingerprint
-    assert torch.equal(api.distill(mine, **same, log=silent).images, made.images)
+    assert torch.equal(api.distill(mine, **same, log=silent).images, pseudocoreset.images)
     start = api.distill("digits", method="random", seed=small.distillation.seed)
     assert torch.equal(start.images, coreset.load(run.random_path).images)
-    assert not torch.equal(start.images, made.images)
+    assert not torch.equal(start.images, pseudocoreset.images)
 
 
 def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeypatch):
@@ -107,7 +107,7 @@ def test_the_settings_are_those_of_the_command_line_where_none_are_given(monkeyp
         assert seen.pop() == config.updated(architectures=api.validation.canonical(config).networks.architectures)
 
 
-def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
+def test_the_backend_is_that_which_is_asked_for(pseudocoreset, small, monkeypatch):
     """By `open_backend`, as in every command, with the backend and the address of the call; that Ray's backend gives
     the bits of the serial one is shown in tests/execution/test_ray_backend.py."""
     opened = []
@@ -120,7 +120,7 @@ def test_the_backend_is_that_which_is_asked_for(made, small, monkeypatch):
     monkeypatch.setattr(api, "open_backend", backend)
     result = api.distill("digits", **{**settings_of(small, steps=2), "backend": "ray", "address": "local"}, log=silent)
     assert opened == [("ray", "local")]
-    assert torch.equal(result.images, made.images)
+    assert torch.equal(result.images, pseudocoreset.images)
 
 
 class _Stopped(Exception): ...
@@ -144,59 +144,61 @@ def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
     torch.testing.assert_close(one.entropy, result.entropy[3:4], rtol=1e-4, atol=1e-6)
 
 
-def test_more_chains_are_more_samples_of_one_average(made, samples, digits):
+def test_more_chains_are_more_samples_of_one_average(pseudocoreset, samples, digits):
     """Chains 1 and 2: the mean of both chains' probabilities, and what they disagree about is more than within one."""
-    both = api.posterior(made, "convnet-bn", seed=1, num_chains=2, **CHAIN)
-    other = api.posterior(made, "convnet-bn", seed=2, **CHAIN)
+    both = api.posterior(pseudocoreset, "convnet-bn", seed=1, num_chains=2, **CHAIN)
+    other = api.posterior(pseudocoreset, "convnet-bn", seed=2, **CHAIN)
     images = digits.test.images[:50]
-    one, two, all_ = (each.predict(images) for each in (samples, other, both))
+    one, two, all_ = (ensemble.predict(images) for ensemble in (samples, other, both))
     torch.testing.assert_close(all_.probabilities, (one.probabilities + two.probabilities) / 2)
     assert (all_.entropy >= (one.entropy + two.entropy) / 2 - 1e-9).all()
     assert all_.mutual_information.mean() > (one.mutual_information.mean() + two.mutual_information.mean()) / 2
     assert repr(both) == "<4 posterior samples of convnet-bn, 10 classes>"
     earlier: Any = {"chains": 2}  # the argument's earlier name
     assert torch.equal(
-        api.posterior(made, "convnet-bn", seed=1, **earlier, **CHAIN).predict(images).entropy, all_.entropy
+        api.posterior(pseudocoreset, "convnet-bn", seed=1, **earlier, **CHAIN).predict(images).entropy, all_.entropy
     )
 
 
-def test_what_is_not_given_is_as_the_coreset_was_distilled(made, samples, digits):
+def test_what_is_not_given_is_as_the_coreset_was_distilled(pseudocoreset, samples, digits):
     """Network, width and length of the chains, of the metadata; what is given wins."""
-    result = api.posterior(made)
+    result = api.posterior(pseudocoreset)
     assert (result.spec.architecture, result.spec.width, result.spec.depth) == ("convnet-in", 8, 2)
     assert len(result.samples) == 2  # 20 epochs, one every 10
-    same, images = api.posterior(made, "convnet-bn", seed=1), digits.test.images[:20]
+    same, images = api.posterior(pseudocoreset, "convnet-bn", seed=1), digits.test.images[:20]
     assert torch.equal(same.predict(images).probabilities, samples.predict(images).probabilities)
-    assert api.posterior(made, "convnet-ln", width=4, chain_every=20).spec[:1] == ("convnet-ln",)
+    assert api.posterior(pseudocoreset, "convnet-ln", width=4, chain_every=20).spec[:1] == ("convnet-ln",)
     with pytest.raises(UserError, match=r"^preset: file mine\.json not found"):
-        api.posterior(made, preset="mine.json")
-    bare = made._replace(facts={})
+        api.posterior(pseudocoreset, preset="mine.json")
+    bare = pseudocoreset._replace(facts={})
     assert api.posterior(bare, chain_epochs=1, chain_every=1).spec.width == 128
-    theirs = made._replace(facts={"settings": json.dumps({"architectures": ["os:system"], "width": 8})})
+    hostile = pseudocoreset._replace(facts={"settings": json.dumps({"architectures": ["os:system"], "width": 8})})
     with pytest.raises(UserError, match="distilled on os:system, but a file alone imports no code"):
-        api.posterior(theirs)
-    assert api.posterior(theirs, "convnet", chain_epochs=1, chain_every=1).spec.width == 8
+        api.posterior(hostile)
+    assert api.posterior(hostile, "convnet", chain_epochs=1, chain_every=1).spec.width == 8
 
 
-def test_an_evaluation_takes_the_networks_of_the_coreset(run, made, digits):
+def test_an_evaluation_takes_the_networks_of_the_coreset(run, pseudocoreset, digits):
     """And so gives the scores of the run, to the bit."""
     expected = json.loads(run.result_path.read_text())["coresets"]["fbpc"]
-    assert api.evaluate(made, digits, num_chains=2, log=silent) == expected
+    assert api.evaluate(pseudocoreset, digits, num_chains=2, log=silent) == expected
 
 
-def test_coresets_and_predictions_draw_themselves(made, samples, digits):
+def test_coresets_and_predictions_draw_themselves(pseudocoreset, samples, digits):
     """As pictures; in a notebook the coreset's is beside its description."""
-    picture = made.plot("ten digits")
-    assert picture.size[0] > 300 and made.plot().size[1] < picture.size[1]
-    page = made._repr_html_()
+    picture = pseudocoreset.plot("ten digits")
+    assert picture.size[0] > 300 and pseudocoreset.plot().size[1] < picture.size[1]
+    page = pseudocoreset._repr_html_()
     assert "Coreset of 10 images of 1 x 8 x 8" in page
     png = base64.b64decode(page.split("base64,")[1].split('"')[0])
-    assert Image.open(io.BytesIO(png)).size == made.plot().size
+    assert Image.open(io.BytesIO(png)).size == pseudocoreset.plot().size
     prediction = samples.predict(digits.test.images[:50])
     assert prediction.plot().size != prediction.plot(digits.test.labels[:50]).size
     with pytest.raises(UserError, match=r"got \d labels for"):
         prediction.plot(digits.test.labels[:3])
-    two = made._replace(images=made.images.repeat(1, 2, 1, 1), mean=made.mean * 2, std=made.std * 2)
+    two = pseudocoreset._replace(
+        images=pseudocoreset.images.repeat(1, 2, 1, 1), mean=pseudocoreset.mean * 2, std=pseudocoreset.std * 2
+    )
     with pytest.raises(UserError, match="images of 2 channels cannot be drawn"):
         two.plot()
     assert "<img" not in two._repr_html_() and "Coreset of 10" in two._repr_html_()
@@ -244,8 +246,8 @@ def pairs(digits: Dataset, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["tensors", "grey arrays", "channels last", "floats", "TensorDataset", "pictures"])
 def test_own_data_in_any_form_are_the_same_data(digits, kind):
-    given = pairs(digits, kind)
-    result = api.dataset(given, pairs(digits, "tensors"), classes=digits.classes, log=silent)
+    source = pairs(digits, kind)
+    result = api.dataset(source, pairs(digits, "tensors"), classes=digits.classes, log=silent)
     assert result.train.images.dtype == np.uint8
     assert np.array_equal(result.train.images, digits.train.images[:60])
     assert np.array_equal(result.train.labels, digits.train.labels[:60])
@@ -254,12 +256,12 @@ def test_own_data_in_any_form_are_the_same_data(digits, kind):
 
 
 def test_own_data_without_a_test_split_hold_one_out_and_say_so(digits):
-    said: list[str] = []
-    result = api.dataset(pairs(digits, "tensors"), validation=0.25, log=said.append)
+    lines: list[str] = []
+    result = api.dataset(pairs(digits, "tensors"), validation=0.25, log=lines.append)
     assert len(result.train.labels) + len(result.validation.labels) + len(result.test.labels) == 60
     assert 8 <= len(result.test.labels) <= 15
     assert len(result.validation.labels)
-    assert "serve as test" in said[0]
+    assert "serve as test" in lines[0]
     assert result.classes == tuple("0123456789")
 
 
@@ -272,15 +274,15 @@ def test_channels_of_a_tensor_come_first_whatever_their_number(digits):
 # ---- own networks
 
 
-def test_an_own_network_is_a_function_wherever_it_is_defined(made, digits):
+def test_an_own_network_is_a_function_wherever_it_is_defined(pseudocoreset, digits):
     """Of a module by its import path, as --architectures takes it; of a function inside one by this process alone."""
 
     def inner(shape, classes):
         return build(shape, classes)
 
-    by_name = api.posterior(made, f"{__name__}:build", chain_epochs=4, chain_every=2)
-    by_function = api.posterior(made, build, chain_epochs=4, chain_every=2)
-    local = api.posterior(made, inner, chain_epochs=4, chain_every=2)
+    by_name = api.posterior(pseudocoreset, f"{__name__}:build", chain_epochs=4, chain_every=2)
+    by_function = api.posterior(pseudocoreset, build, chain_epochs=4, chain_every=2)
+    local = api.posterior(pseudocoreset, inner, chain_epochs=4, chain_every=2)
     assert by_function.spec == by_name.spec
     assert local.spec.architecture.endswith("<locals>.inner")
     images = digits.test.images[:20]
@@ -302,19 +304,19 @@ def test_a_network_of_ones_own_is_distilled(digits, tmp_path):
 # ---- files
 
 
-def test_samples_and_coresets_are_read_back_to_the_bit(made, samples, digits, tmp_path):
+def test_samples_and_coresets_are_read_back_to_the_bit(pseudocoreset, samples, digits, tmp_path):
     api.save(samples, tmp_path / "samples.safetensors")
-    api.save(made, tmp_path / "coreset.safetensors")
+    api.save(pseudocoreset, tmp_path / "coreset.safetensors")
     back = api.load_posterior(tmp_path / "samples.safetensors")
     images = digits.test.images[:20]
     assert torch.equal(back.predict(images).probabilities, samples.predict(images).probabilities)
     assert (back.spec, back.mean, back.std, back.classes) == (samples.spec, samples.mean, samples.std, samples.classes)
-    assert torch.equal(api.load_coreset(str(tmp_path / "coreset.safetensors")).images, made.images)
+    assert torch.equal(api.load_coreset(str(tmp_path / "coreset.safetensors")).images, pseudocoreset.images)
 
 
-def test_a_file_of_samples_alone_imports_no_network(made, tmp_path, monkeypatch):
+def test_a_file_of_samples_alone_imports_no_network(pseudocoreset, tmp_path, monkeypatch):
     path = tmp_path / "samples.safetensors"
-    api.save(api.posterior(made, build, chain_epochs=2, chain_every=1), path)
+    api.save(api.posterior(pseudocoreset, build, chain_epochs=2, chain_every=1), path)
     with pytest.raises(UserError, match="imports no code"):
         api.load_posterior(path)
     assert len(api.load_posterior(path, build).samples) == 2
@@ -324,11 +326,16 @@ def test_a_file_of_samples_alone_imports_no_network(made, tmp_path, monkeypatch)
         api.load_posterior(path, f"{__name__}:build")
 
 
-def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
+def test_a_damaged_file_of_samples_is_one_line(pseudocoreset, samples, tmp_path):
     path = tmp_path / "samples.safetensors"
     api.save(samples, path)
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"hello", safetensors.torch.save({"a": torch.zeros(1)})):
+    file_content = path.read_bytes()
+    for content in (
+        b"",
+        file_content[: len(file_content) // 2],
+        b"hello",
+        safetensors.torch.save({"a": torch.zeros(1)}),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match="holds no posterior samples") as caught:
             api.load_posterior(path)
@@ -342,42 +349,45 @@ def test_a_damaged_file_of_samples_is_one_line(made, samples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
-        (lambda data, made: api.dataset(3), "is a int"),
-        (lambda data, made: api.dataset((data.train.images, data.train.labels[:5])), "they must agree"),
-        (lambda data, made: api.dataset((data.train.images / 3.0, data.train.labels)), "outside 0..1"),
-        (lambda data, made: api.dataset([(1, 2, 3)] * 4), "must be an .image, int label. pair"),
-        (lambda data, made: api.dataset("digits", (1, 2)), "brings its test images"),
-        (lambda data, made: api.distill(data, step=3), "did you mean steps"),
-        (lambda data, made: api.distill(data, out="x"), "no setting 'out'"),
-        (lambda data, made: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),
-        (lambda data, made: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
-        (lambda data, made: api.distill(data, nn.Linear(2, 2)), "a function of"),
-        (lambda data, made: api.distill(data, []), "name a network"),
-        (lambda data, made: api.posterior(made, "convnt"), "did you mean"),
-        (lambda data, made: api.posterior(made, width=0), "^width: must be 1 or more, got 0"),
-        (lambda data, made: api.evaluate(made, data, width=-1), "^width: must be 1 or more"),
-        (lambda data, made: api.distill(data, val_every=5), "no setting 'val_every'"),
-        (lambda data, made: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
-        (lambda data, made: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
-        (lambda data, made: api.posterior(made, steps=3), "no setting 'steps'"),
-        (lambda data, made: api.posterior(made, chain_eta=1e6, **CHAIN), "diverged"),
-        (lambda data, made: api.posterior(made._replace(labels=made.labels[:2]), **CHAIN), "not a coreset"),
+        (lambda data, pseudocoreset: api.dataset(3), "is a int"),
+        (lambda data, pseudocoreset: api.dataset((data.train.images, data.train.labels[:5])), "they must agree"),
+        (lambda data, pseudocoreset: api.dataset((data.train.images / 3.0, data.train.labels)), "outside 0..1"),
+        (lambda data, pseudocoreset: api.dataset([(1, 2, 3)] * 4), "must be an .image, int label. pair"),
+        (lambda data, pseudocoreset: api.dataset("digits", (1, 2)), "brings its test images"),
+        (lambda data, pseudocoreset: api.distill(data, step=3), "did you mean steps"),
+        (lambda data, pseudocoreset: api.distill(data, out="x"), "no setting 'out'"),
+        (lambda data, pseudocoreset: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),
+        (lambda data, pseudocoreset: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
+        (lambda data, pseudocoreset: api.distill(data, nn.Linear(2, 2)), "a function of"),
+        (lambda data, pseudocoreset: api.distill(data, []), "name a network"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, "convnt"), "did you mean"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, width=0), "^width: must be 1 or more, got 0"),
+        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, width=-1), "^width: must be 1 or more"),
+        (lambda data, pseudocoreset: api.distill(data, val_every=5), "no setting 'val_every'"),
+        (lambda data, pseudocoreset: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
+        (lambda data, pseudocoreset: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, steps=3), "no setting 'steps'"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, chain_eta=1e6, **CHAIN), "diverged"),
+        (
+            lambda data, pseudocoreset: api.posterior(pseudocoreset._replace(labels=pseudocoreset.labels[:2]), **CHAIN),
+            "not a coreset",
+        ),
     ],
 )
-def test_what_is_wrong_is_one_line(digits, made, call, said):
-    with pytest.raises(UserError, match=said) as caught:
-        call(digits, made)
+def test_what_is_wrong_is_one_line(digits, pseudocoreset, call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call(digits, pseudocoreset)
     assert "\n" not in str(caught.value)
 
 
 def test_images_that_cannot_be_predicted_are_refused(samples, digits):
-    for images, said in (
+    for images, message in (
         (torch.zeros(2, 3, 8, 8), r"takes \(n, c, h, w\)"), (torch.zeros(0, 1, 8, 8), "takes"),
         (torch.randn(5, 1, 8, 8), "before any normalisation"), (torch.zeros(2, 1, 8, 8).long(), "uint8"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             samples.predict(images)
     with pytest.raises(UserError, match=r"got \d labels for"):
         samples.predict(digits.test.images[:3]).scores(torch.zeros(2).long())
@@ -394,14 +404,14 @@ print(*{"ray", "mlflow", "matplotlib"} & set(sys.modules))
 
 def test_there_is_progress_in_a_notebook():
     """Neither Ray nor MLflow nor matplotlib is imported for it. (test_examples.py: a log has no progress in it.)"""
-    done = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "\n"
-    assert "sample:   0%" in done.stderr
+    process = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "\n"
+    assert "sample:   0%" in process.stderr
 
 
 def test_a_preset_file_imports_no_code(tmp_path):
     (tmp_path / "theirs.json").write_text('{"architectures": ["os:system"]}')
-    made = api.Coreset(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), (0.5,), (0.5,), ("ant", "bee"))
+    pseudocoreset = api.Coreset(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), (0.5,), (0.5,), ("ant", "bee"))
     with pytest.raises(UserError, match="a file alone imports no code"):
-        api.posterior(made, preset=str(tmp_path / "theirs.json"))
+        api.posterior(pseudocoreset, preset=str(tmp_path / "theirs.json"))

@@ -17,11 +17,11 @@ import torch
 from support.docs import (
     PAGES,
     ROOT,
-    called,
     commands,
+    failures_of,
     fences,
     run,
-    tried,
+    run_here,
     words_of,
 )
 from support.runs import train_experts
@@ -47,18 +47,18 @@ SMALLER = {
 
 
 @contextlib.contextmanager
-def at(desk: Path, place: Path, told: list[str]) -> Iterator[None]:
-    """A copy of the desk, with the runs that the commands `told` take for given; what they register is undone."""
+def at(desk: Path, place: Path, lines: list[str]) -> Iterator[None]:
+    """A copy of the desk, with the runs that the commands `lines` expect; what they register is undone."""
     shutil.copytree(desk / "my-images", place / "my-images")
-    made = {word for each in told for word, flag in zip(words_of(each)[1:], words_of(each), strict=False)
-            if flag == "--out" and "distill" in each and "--resume" not in each}  # fmt: skip
+    outputs = {word for entry in lines for word, flag in zip(words_of(entry)[1:], words_of(entry), strict=False)
+            if flag == "--out" and "distill" in entry and "--resume" not in entry}  # fmt: skip
     for name in ("first", "second", "mine", "other"):
-        if f"runs/{name}" not in made:
+        if f"runs/{name}" not in outputs:
             shutil.copytree(desk / "runs" / "first", place / "runs" / name)
     shutil.copytree(desk / "experts", place / "experts")
     shutil.copytree(ROOT / "benchmarks" / "coresets", place / "benchmarks" / "coresets")
     registers: list[dict[str, Any]] = [worker.METHODS, readers.NAMED, registry.ARCHITECTURES]
-    before, modules, paths = [dict(each) for each in registers], set(sys.modules), list(sys.path)
+    before, modules, paths = [dict(entry) for entry in registers], set(sys.modules), list(sys.path)
     try:
         with contextlib.chdir(place):
             yield
@@ -74,47 +74,51 @@ def at(desk: Path, place: Path, told: list[str]) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_says_can_be_done(page, desk, tmp_path):
+def test_the_commands_and_the_python_of_a_page_run(page, desk, tmp_path):
     """Its commands and its Python, in order. Python that begins with `# NAME.py` is that file."""
     blocks = fences((ROOT / page).read_text())
-    told = [each for language, text in blocks if language == "sh" for each in commands(text)]
+    lines = [entry for language, text in blocks if language == "sh" for entry in commands(text)]
     names: dict[str, Any] = {"__name__": "page"}
     broken = []
-    with at(desk, tmp_path, told):
+    with at(desk, tmp_path, lines):
         for language, text in blocks:
             if language == "sh":
                 for command in commands(text):
-                    broken += tried(command, lambda command=command: run(command))
+                    broken += failures_of(command, lambda command=command: run(command))
             elif language == "python" and (outcome := re.match(r"# (\w+\.py)\n", text)):
                 Path(outcome[1]).write_text(text)
             elif language == "python":
-                for given, small in SMALLER.items():
-                    text = text.replace(given, small)
-                broken += tried(text, lambda text=text: exec(compile(text, page, "exec"), names))
+                for setting, small in SMALLER.items():
+                    text = text.replace(setting, small)
+                broken += failures_of(text, lambda text=text: exec(compile(text, page, "exec"), names))
     assert not broken, "\n\n".join(broken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *help.PAGES])
-def test_the_examples_of_help_can_be_done(command, desk, tmp_path):
-    told = [example for example, _ in (help.PAGES[command].examples if command else help.FIRST)]
-    with at(desk, tmp_path, told):
+def test_the_examples_of_help_run(command, desk, tmp_path):
+    lines = [example for example, _ in (help.PAGES[command].examples if command else help.FIRST)]
+    with at(desk, tmp_path, lines):
         if command == "evaluate --coreset":
-            called(["export", "runs/first", "--format", "hf", "--out", "my-coreset"])
-        broken = [line for each in told for line in tried(each, lambda each=each: run(each))]
+            run_here(["export", "runs/first", "--format", "hf", "--out", "my-coreset"])
+        broken = [
+            line
+            for line_of_help in lines
+            for line in failures_of(line_of_help, lambda line_of_help=line_of_help: run(line_of_help))
+        ]
     assert not broken, "\n\n".join(broken)
 
 
 def test_what_is_made_smaller_is_in_readme():
     text = (ROOT / "README.md").read_text()
-    assert all(given in text for given in SMALLER)
+    assert all(setting in text for setting in SMALLER)
 
 
 def test_a_command_that_nobody_knows_is_an_error():
     """The lists above can fail: an unknown program, command or flag, and a file that isn't there."""
     for command in ("fbcp distill", "fbpc destil", "fbpc distill --stepps 3 --dry-run", "python jobs/tune_.py",
                     "python jobs/chaos.py --stepps 3", "ray start --heed", "make tset"):  # fmt: skip
-        assert tried(command, lambda command=command: run(command)), command
+        assert failures_of(command, lambda command=command: run(command)), command
 
 
 def test_the_method_of_extending_learns(small, digits, tmp_path):

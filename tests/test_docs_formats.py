@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from support.docs import (
     ROOT,
-    called,
+    run_here,
 )
 
 from fbpc_ray.core import config
@@ -24,7 +24,7 @@ from fbpc_ray.tuning import sweep
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def tabled(section: str) -> list[str]:
+def first_columns(section: str) -> list[str]:
     """The names in the first columns of the tables below a heading of docs/formats.md."""
     (text,) = re.findall(
         rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", (ROOT / "docs/formats.md").read_text(), re.M | re.S
@@ -33,7 +33,7 @@ def tabled(section: str) -> list[str]:
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
-def told_in(section: str, row: str) -> list[str]:
+def second_column(section: str, row: str) -> list[str]:
     """The names in the second column of one row there."""
     (text,) = re.findall(
         rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", (ROOT / "docs/formats.md").read_text(), re.M | re.S
@@ -43,7 +43,7 @@ def told_in(section: str, row: str) -> list[str]:
 
 
 def test_formats_names_what_was_renamed():
-    assert set(tabled("Names of earlier code")) - {"--again"} >= set(config.RENAMED)
+    assert set(first_columns("Names of earlier code")) - {"--again"} >= set(config.RENAMED)
     text = (ROOT / "docs/formats.md").read_text().partition("## Names of earlier code")[2]
     assert all(f"| `{old}`" in text and f"| `{new}`" in text for old, new in config.RENAMED.items())
 
@@ -51,43 +51,45 @@ def test_formats_names_what_was_renamed():
 def test_formats_says_what_a_run_leaves(desk):
     run = desk / "runs" / "first"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert set(tabled("A run")) <= files
-    extra = {name for name in files - set(tabled("A run")) if not name.endswith(".png") and name != "mlflow.json"}
+    assert set(first_columns("A run")) <= files
+    extra = {
+        name for name in files - set(first_columns("A run")) if not name.endswith(".png") and name != "mlflow.json"
+    }
     assert not extra, "docs/formats.md does not name them"
     for name in ("coreset", "random"):
         with safe_open(run / "coreset" / f"{name}.safetensors", "pt") as file:
-            assert {*file.keys()} | {*file.metadata()} == set(tabled("coreset.safetensors"))
+            assert {*file.keys()} | {*file.metadata()} == set(first_columns("coreset.safetensors"))
     with safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
-        assert {*file.keys()} == set(tabled("state.safetensors"))
+        assert {*file.keys()} == set(first_columns("state.safetensors"))
         assert {*file.metadata()} == {"step", "checksum"}
-    assert pq.read_schema(run / "metrics.parquet").names == tabled("metrics.parquet")
+    assert pq.read_schema(run / "metrics.parquet").names == first_columns("metrics.parquet")
     result = json.loads((run / "result.json").read_text())
     scores = next(iter(next(iter(result["coresets"].values())).values()))
-    assert sorted([*result, *scores]) == sorted(tabled("result.json"))
+    assert sorted([*result, *scores]) == sorted(first_columns("result.json"))
 
 
 def test_formats_says_what_experts_and_tables_are_made_of(desk):
     (folder,) = (desk / "experts" / "digits").glob("convnet-in-*")
     store = json.loads((folder / "store.json").read_text())
-    assert {*store["recipe"], "precision"} == {*Recipe._fields} == set(told_in("Experts", "store.json"))
-    assert {*json.loads((folder / "00000.json").read_text())} == set(told_in("Experts", "00000.json"))
-    assert tabled("rows.parquet of a reproduction") == SCHEMA.names
+    assert {*store["recipe"], "precision"} == {*Recipe._fields} == set(second_column("Experts", "store.json"))
+    assert {*json.loads((folder / "00000.json").read_text())} == set(second_column("Experts", "00000.json"))
+    assert first_columns("rows.parquet of a reproduction") == SCHEMA.names
 
 
 def test_formats_says_what_exports_are_made_of(desk, tmp_path):
-    assert set(tabled("Exports")) - {"--format"} == set(coreset_formats.FORMATS)
+    assert set(first_columns("Exports")) - {"--format"} == set(coreset_formats.FORMATS)
     for kind in coreset_formats.FORMATS:
         out = tmp_path / f"as-{kind}{coreset_formats.SINGLE.get(kind, '')}"
         with contextlib.chdir(desk):
-            called(["export", "runs/first", "--format", kind, "--out", str(out)])
-        named = set(told_in("Exports", kind))
+            run_here(["export", "runs/first", "--format", kind, "--out", str(out)])
+        names = set(second_column("Exports", kind))
         if kind == "npz":
             with np.load(out) as archive:
-                assert set(archive.files) == named
+                assert set(archive.files) == names
         elif kind != "safetensors":
             files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
             general = {re.sub(r"^\d+-[\w-]+/\d+\.png$", "LABEL-NAME/INDEX.png", name) for name in files}
-            assert general == named
+            assert general == names
             assert {*json.loads((out / "coreset.json").read_text())} == {"mean", "std", "classes", "made_by"}
         if kind == "hf":
             assert set(pq.read_schema(out / coreset_formats.SHARD).names) == {"pixels", "label", "image"}
@@ -98,4 +100,4 @@ def test_formats_says_what_a_sweep_leaves(tmp_path):
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
     outcome = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
     sweep._write_plan(outcome)
-    assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(tabled("A sweep"))
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(first_columns("A sweep"))

@@ -57,12 +57,14 @@ def test_files_of_this_repository_that_are_named_exist(page):
 
 def flags_of(kind: type) -> set[str]:
     hints, outcome = get_type_hints(kind), set()
-    for each in fields(kind):
-        nested = [t for t in (hints[each.name], *get_args(hints[each.name])) if isinstance(t, type) and is_dataclass(t)]
+    for field in fields(kind):
+        nested = [
+            t for t in (hints[field.name], *get_args(hints[field.name])) if isinstance(t, type) and is_dataclass(t)
+        ]
         if nested:
             outcome |= flags_of(nested[0])
         else:
-            name = each.name.replace("_", "-")
+            name = field.name.replace("_", "-")
             outcome |= {f"--{name}", f"--no-{name}"}
     return outcome
 
@@ -75,11 +77,11 @@ FOREIGN = {
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_flags_that_the_text_names_exist(page):
-    kinds = [each for each in vars(main).values() if isinstance(each, type) and each.__name__.endswith("Arguments")]
+    kinds = [kind for kind in vars(main).values() if isinstance(kind, type) and kind.__name__.endswith("Arguments")]
     known = FOREIGN.union(*map(flags_of, kinds))
-    named = {flag for code in re.findall(r"`([^`]+)`", prose((ROOT / page).read_text()))
+    flags = {flag for code in re.findall(r"`([^`]+)`", prose((ROOT / page).read_text()))
              for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}  # fmt: skip
-    assert named <= known
+    assert flags <= known
 
 
 def test_help_has_a_page_with_examples_for_every_command():
@@ -96,8 +98,8 @@ def test_help_is_whole_sentences_with_examples_first(command, capsys, monkeypatc
     text = capsys.readouterr().out
     assert text.index("For example") < text.index("-h, --help")
     assert help.PAGES[command].examples[0][0] in text
-    joined = " ".join(re.sub("[│|]", " ", text).split())
+    flat_text = " ".join(re.sub("[│|]", " ", text).split())
     if command == "distill":
-        assert "a JSON file, such as the best.json of a sweep; other flags change it." in joined
+        assert "a JSON file, such as the best.json of a sweep; other flags change it." in flat_text
         assert "config.data" not in text
         assert re.search(r"best\.json of a +sweep", re.sub(r"[│|]\s+[│|]", " ", text))  # no break amid the sentence

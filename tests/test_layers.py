@@ -106,24 +106,24 @@ def test_every_module_is_in_a_room():
 
 def test_imports_go_down():
     """No import between rooms goes up, not even inside a function."""
-    for who, whom, _ in inner():
-        assert room(whom) <= room(who), f"{who} imports {whom}, which is above it"
+    for importer, imported, _ in inner():
+        assert room(imported) <= room(importer), f"{importer} imports {imported}, which is above it"
 
 
 def test_the_mathematics_sees_types_alone():
     """inference/ imports core.types and itself."""
-    for who, whom, _ in inner():
-        if who.startswith("inference."):
-            assert whom == "core.types" or whom.startswith("inference."), f"{who} imports {whom}"
+    for importer, imported, _ in inner():
+        if importer.startswith("inference."):
+            assert imported == "core.types" or imported.startswith("inference."), f"{importer} imports {imported}"
 
 
 def test_heavy_modules_are_imported_lazily_from_other_rooms():
     """What needs ray, mlflow or matplotlib is named inside a function, or from a room above its own: the core runs
     without them."""
     heavy = tuple(place.rstrip(".") for places in ONLY.values() for place in places)
-    for who, whom, lazy in inner():
-        if whom.startswith(heavy) and who.split(".")[0] != whom.split(".")[0]:
-            assert lazy or room(who) > room(whom), f"{who} imports {whom}"
+    for importer, imported, lazy in inner():
+        if imported.startswith(heavy) and importer.split(".")[0] != imported.split(".")[0]:
+            assert lazy or room(importer) > room(imported), f"{importer} imports {imported}"
 
 
 @pytest.mark.parametrize("library", ONLY)
@@ -148,7 +148,10 @@ def test_the_mathematics_stands_on_torch_alone():
 
 def test_there_is_no_import_cycle():
     """Modules whose imports at module level are all taken away, again and again, until none is left."""
-    graph = {module: {whom for who, whom, lazy in inner() if who == module and not lazy} for module in modules()}
+    graph = {
+        module: {imported for importer, imported, lazy in inner() if importer == module and not lazy}
+        for module in modules()
+    }
     while graph:
         free = {module for module, needs in graph.items() if not needs & graph.keys() - {module}}
         assert free, f"cycle among {sorted(graph)}"

@@ -137,13 +137,13 @@ def test_a_sweep_goes_on_from_its_files(legacy, capsys):
 def test_an_export_holds_the_coreset(name, legacy):
     """All but png hold the very images; png their pixels, rounded to 8 bits and cut to 0..1."""
     digits = datasets.load("digits")
-    exported = coreset_reader.load(Path("exports", name), digits).coreset
+    export = coreset_reader.load(Path("exports", name), digits).coreset
     run = api.load_coreset("run/coreset/coreset.safetensors")
-    assert torch.equal(exported.labels, run.labels)
+    assert torch.equal(export.labels, run.labels)
     if name != "png":
-        assert torch.equal(exported.images, run.images)
+        assert torch.equal(export.images, run.images)
         return
-    pixels, earlier = ((each.images * digits.std[0] + digits.mean[0]).clamp(0, 1) for each in (exported, run))
+    pixels, earlier = ((source.images * digits.std[0] + digits.mean[0]).clamp(0, 1) for source in (export, run))
     assert (pixels - earlier).abs().max() < 0.51 / 255
 
 

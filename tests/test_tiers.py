@@ -60,7 +60,7 @@ def test_files_whose_slow_tests_take_longest_come_first():
         item("test_a.py", 0), item("test_b.py", 1), item("test_b.py", 2), item(short, 3, "ray"), item(long, 4, "slow"),
         item(long, 5), item("test_ui.py", 6),
     ]  # fmt: skip
-    assert [each.name for each in longest_files_first(items)] == [4, 5, 3, 1, 2, 0, 6]
+    assert [item_in_order.name for item_in_order in longest_files_first(items)] == [4, 5, 3, 1, 2, 0, 6]
 
 
 def test_files_with_known_seconds_exist():

@@ -204,8 +204,8 @@ def test_the_validation_split_is_scored_before_and_after_the_steps(small, tmp_pa
     assert [(row["step"], row["val_nll"] is not None) for row in rows if row["architecture"] == "convnet-in"] == [
         (0, True), (1, False), (2, True)
     ]  # fmt: skip
-    said = re.findall(r"^step (\d): validation NLL \S+, accuracy (\S+) %$", capsys.readouterr().out, re.M)
-    assert [step for step, _ in said] == ["0", "2"] and said[1][1] == f"{50 * sum(last):.1f}"
+    lines = re.findall(r"^step (\d): validation NLL \S+, accuracy (\S+) %$", capsys.readouterr().out, re.M)
+    assert [step for step, _ in lines] == ["0", "2"] and lines[1][1] == f"{50 * sum(last):.1f}"
 
 
 def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
@@ -235,14 +235,14 @@ def test_the_core_runs_where_ray_and_mlflow_are_not_installed(finished_run, smal
         "import sys; sys.modules.update(dict.fromkeys(['ray', 'mlflow', 'torch._dynamo'], None));"
         "from fbpc_ray.commands.main import main; main(sys.argv[1:]); sys.exit('sklearn' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "no MLflow" in done.stdout
+    process = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "no MLflow" in process.stdout
     assert torch.equal(images_of(folder), images_of(finished_run))
     words = flags(small, backend="ray", out=str(tmp_path / "other"))
-    done = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--backend serial" in done.stderr
+    process = subprocess.run([sys.executable, "-c", code, "distill", *words], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "--backend serial" in process.stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -252,9 +252,11 @@ def test_help_takes_less_than_a_second():
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "fbpc_ray", "distill", "--help"], capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, "-m", "fbpc_ray", "distill", "--help"], capture_output=True, text=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "lambda_x" in done.stdout
+        assert "lambda_x" in process.stdout
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert any(seconds() < 1.0 for _ in range(3))

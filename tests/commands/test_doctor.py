@@ -26,12 +26,12 @@ def module(folder: Path, name: str, code: str) -> None:
 
 def run(*words: str, **environment: str) -> tuple[int, dict[str, str], str]:
     """(exit status, {the word after the state, without colon: its line}, all that was printed) of the command."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
-    lines = {line.split()[1].strip(":,"): line for line in done.stdout.splitlines() if line[:6].strip() in STATES}
-    return done.returncode, lines, done.stdout + done.stderr
+    lines = {line.split()[1].strip(":,"): line for line in process.stdout.splitlines() if line[:6].strip() in STATES}
+    return process.returncode, lines, process.stdout + process.stderr
 
 
 STATES = ("ok", "note", "fix")
@@ -78,8 +78,14 @@ def test_lowest_versions_are_those_of_the_project(monkeypatch):
     """Read beside the code, and where that isn't, from what was installed; each important library has one."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     bounds = doctor.requirements()
-    assert bounds["torch"] == next(each for each in wanted if each.startswith("torch>")).partition(">=")[2]
-    assert bounds["ray"] == next(each for each in wanted if each.startswith("ray[")).partition(">=")[2]
+    assert (
+        bounds["torch"]
+        == next(requirement for requirement in wanted if requirement.startswith("torch>")).partition(">=")[2]
+    )
+    assert (
+        bounds["ray"]
+        == next(requirement for requirement in wanted if requirement.startswith("ray[")).partition(">=")[2]
+    )
     assert {library.name for library in doctor.LIBRARIES} == set(bounds)
     monkeypatch.setattr(doctor, "__file__", "/nowhere/fbpc_ray/commands/doctor.py")
     assert set(doctor.requirements()) == set(bounds), "not the extras of who develops it"
@@ -106,9 +112,9 @@ def test_a_library_that_hangs_is_broken_or_the_machine_is_busy():
     assert line.state == "note" and "no answer" in line.message and "--deep" in line.fix
 
 
-def test_without_deep_all_is_said_within_a_time(monkeypatch):
+def test_without_deep_every_library_is_reported_within_a_time(monkeypatch):
     """Whatever hangs: Ray and the compiler are not tried, and the libraries have one time together."""
-    hanging = [each._replace(code="import time; time.sleep(60)") for each in doctor.LIBRARIES]
+    hanging = [entry._replace(code="import time; time.sleep(60)") for entry in doctor.LIBRARIES]
     monkeypatch.setattr(doctor, "LIBRARIES", hanging)
     monkeypatch.setattr(doctor, "CUDA", hanging[0].code)
     monkeypatch.setattr(doctor, "SECONDS", 1.0)
@@ -129,7 +135,7 @@ def test_the_time_for_all_is_within_15_seconds():
 
 
 @pytest.mark.parametrize(
-    ("built", "devices", "error", "here", "state", "said"),
+    ("built", "devices", "error", "here", "state", "message"),
     [
         (None, [], "", False, "note", "use the CPU"),
         (None, [], "", True, "note", "built without"),
@@ -140,9 +146,9 @@ def test_the_time_for_all_is_within_15_seconds():
         ("13.0", ["K80, 12 GB"], "no kernel image", True, "fix", "no kernel image"),
     ],
 )
-def test_what_torch_makes_of_gpus(built, devices, error, here, state, said):
+def test_what_torch_makes_of_gpus(built, devices, error, here, state, message):
     line = cuda_finding({"built": built, "torch": "2.14.1", "devices": devices, "error": error}, here)
-    assert line.state == state and said in str(line)
+    assert line.state == state and message in str(line)
 
 
 def compiler() -> Finding:

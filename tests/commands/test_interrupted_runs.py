@@ -85,8 +85,8 @@ def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
     process = start("distill", *words)
     try:
         wait_for(RunDirectory(folder).state_path, process)
-        said = refused(capsys, "--out", str(folder), "--resume")
-        assert f"another process uses {folder}: wait until it ends, or give another --out" in said
+        message = refused(capsys, "--out", str(folder), "--resume")
+        assert f"another process uses {folder}: wait until it ends, or give another --out" in message
         process.kill()
         assert process.wait() == -signal.SIGKILL
         state = safetensors.torch.load_file(RunDirectory(folder).state_path)
@@ -95,20 +95,22 @@ def test_two_processes_do_not_share_a_run(small, tmp_path, capsys):
         process.kill()
         process.communicate()
     with safetensors.safe_open(RunDirectory(folder).state_path, "pt") as file:
-        done = int(file.metadata()["step"])
-    distil("--out", str(folder), "--resume", "--steps", str(done + 1))
+        steps = int(file.metadata()["step"])
+    distil("--out", str(folder), "--resume", "--steps", str(steps + 1))
     result = RunDirectory(folder).read_result()
     assert result is not None
-    assert result["steps"] == done + 1
+    assert result["steps"] == steps + 1
     assert not (folder / ".lock").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_checkpoint(capsys, small, tmp_path):
     """A learning rate of 1e30 sends the pixels to infinity in a few steps; what was saved before is finite."""
     folder = tmp_path / "exploded"
-    said = refused(capsys, *flags(small, backend="serial", steps=12, alpha=1e30, checkpoint_every=1, out=str(folder)))
-    assert "non-finite" in said
-    assert "--alpha" in said
+    message = refused(
+        capsys, *flags(small, backend="serial", steps=12, alpha=1e30, checkpoint_every=1, out=str(folder))
+    )
+    assert "non-finite" in message
+    assert "--alpha" in message
     state = safetensors.torch.load_file(RunDirectory(folder).state_path)
     assert torch.isfinite(state["images"]).all()
 
@@ -122,12 +124,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished_run, small, tmp_path):
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
         "from fbpc_ray.commands.main import main; main(sys.argv[1:])"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "distill", *words], env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "--resume" in done.stderr
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert "--resume" in process.stderr
     assert not list(folder.rglob("*.tmp"))
     distil("--out", str(folder), "--resume")
     assert torch.equal(images_of(folder), images_of(finished_run))

@@ -43,10 +43,10 @@ def test_words_that_do_not_parse_are_one_line(words, message, columns, capsys, m
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as error:
         main.main(words.split())
-    said = capsys.readouterr()
-    assert (error.value.code, said.out) == (2, "")
-    assert said.err.startswith(f"error: {message}")
-    assert len(said.err.splitlines()) == 1
+    output = capsys.readouterr()
+    assert (error.value.code, output.out) == (2, "")
+    assert output.err.startswith(f"error: {message}")
+    assert len(output.err.splitlines()) == 1
 
 
 def test_an_error_that_we_have_no_words_for_is_one_line_too():

@@ -105,8 +105,8 @@ def test_the_python_api_chooses_the_same(images, tmp_path, capsys):
     distil("--data", f"folder:{images}", "--out", str(tmp_path / "run"), *TINY)
     settings = read_config(tmp_path / "run").flat()
     lines = []
-    given = {name: settings[name] for name in ("width", "expert_count", "expert_epochs", "steps", "posterior_steps")}
-    coreset = api.distill(f"folder:{images}", log=lines.append, threads=1, **given)
+    values = {name: settings[name] for name in ("width", "expert_count", "expert_epochs", "steps", "posterior_steps")}
+    coreset = api.distill(f"folder:{images}", log=lines.append, threads=1, **values)
     assert (coreset.images == api.load_coreset(tmp_path / "run" / "coreset" / "coreset.safetensors").images).all()
     assert any("sizes for 18 training images" in line for line in lines)
 

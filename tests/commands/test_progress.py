@@ -29,14 +29,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], st
     """What somebody at a terminal sees of a call, on both streams."""
 
     def watch(doing: Callable[[], object]) -> str:
-        ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (40, 110))
+        reader_end, terminal_end = pty.openpty()
+        termios.tcsetwinsize(terminal_end, (40, 110))
         parts: list[bytes] = []
 
         def read() -> None:
             while True:
                 try:
-                    data = os.read(ours, 65536)
+                    data = os.read(reader_end, 65536)
                 except OSError:  # Linux's way to say that the other end is closed
                     return
                 if not data:
@@ -45,25 +45,25 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], st
 
         reader = threading.Thread(target=read)
         reader.start()
-        with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:  # noqa: PTH123  a number
+        with open(terminal_end, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:  # noqa: PTH123  a number
             patch.setattr("sys.stdout", terminal)
             patch.setattr("sys.stderr", terminal)
             doing()
         reader.join(300)
-        os.close(ours)
+        os.close(reader_end)
         return b"".join(parts).decode()
 
     return watch
 
 
 def bars(text: str, what: str) -> list[str]:
-    return [each for each in re.split(r"[\r\n]", text) if re.match(rf"{what}: .*%\|", each)]
+    return [line for line in re.split(r"[\r\n]", text) if re.match(rf"{what}: .*%\|", line)]
 
 
 def assert_says_rate_and_time_left(found: list[str]) -> None:
     """1/4 [00:07<00:21, 7.20s/ trajectory]; until the first is done, 0/4 [00:00<?, ? trajectory/s]."""
     assert found
-    assert all(re.search(r"\d+/\d+ \[\d\d:\d\d<(\?|\d\d:\d\d), +(\?|[\d.]+)( \w+/s|s/ \w+)", each) for each in found)
+    assert all(re.search(r"\d+/\d+ \[\d\d:\d\d<(\?|\d\d:\d\d), +(\?|[\d.]+)( \w+/s|s/ \w+)", line) for line in found)
 
 
 def test_experts_distillation_and_evaluation_have_their_bars(small, tmp_path, seen):
@@ -115,19 +115,19 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
 
     text = seen(act)
     assert "trial 1 stopped: at step 1 of 4: nll worse than the median" in text
-    counts = [int(count) for each in bars(text, "sweep") for count in re.findall(r"(\d+)/8 \[", each)]
+    counts = [int(count) for line in bars(text, "sweep") for count in re.findall(r"(\d+)/8 \[", line)]
     assert sorted(counts) == counts
     assert counts[-1] == 7  # 3 of trial 0, all 4 of trial 1
 
 
 def test_where_there_is_no_terminal_lines_alone_are_written(small, tmp_path, monkeypatch):
-    said, aside = io.StringIO(), io.StringIO()
-    monkeypatch.setattr("sys.stdout", said)
+    output, aside = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stdout", output)
     monkeypatch.setattr("sys.stderr", aside)
     main.main(["distill", *flags(small, **QUICK, out=str(tmp_path / "run"))])
     assert aside.getvalue() == ""
-    assert "distilled: step 4" in said.getvalue()
-    assert not re.search(r"[\r\x1b]", said.getvalue())
+    assert "distilled: step 4" in output.getvalue()
+    assert not re.search(r"[\r\x1b]", output.getvalue())
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ RATE = r"\((\d+) %\)(, loss -?[\d.]+)?, [\d.e-]+ s/(\w+), \d+ s left"
 def counted(text: str, what: str, unit: str) -> list[str]:
     """The counts of the lines of a work, each of which must have rate and time left once a part is done."""
     lines = [line for line in text.splitlines() if line.startswith(f"{what}: {unit} ")]
-    begun = [line for line in lines if not line.endswith(" so far")]
-    assert all(re.fullmatch(rf"{what}: {unit} \d+/\d+ {RATE}", line) for line in begun), lines
+    counts = [line for line in lines if not line.endswith(" so far")]
+    assert all(re.fullmatch(rf"{what}: {unit} \d+/\d+ {RATE}", line) for line in counts), lines
     return list(dict.fromkeys(line.split()[2] for line in lines))
 
 

@@ -50,7 +50,7 @@ SERIAL = ("--backend", "serial", "--no-tracking")
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["--data", "digit"], "did you mean digits"),
         (["--architectures", "convnet-im"], "did you mean convnet-in"),
@@ -73,10 +73,10 @@ SERIAL = ("--backend", "serial", "--no-tracking")
         ),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch, words, said):
+def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch, words, message):
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     out = [] if "--out" in words or "--resume" in words else ["--out", str(tmp_path / "out")]
-    assert said in refused(capsys, *SERIAL, *words, *out)
+    assert message in refused(capsys, *SERIAL, *words, *out)
     assert not (tmp_path / "out").exists()
 
 
@@ -88,9 +88,9 @@ def test_a_folder_that_holds_something_is_not_overwritten(capsys, tmp_path):
 
 
 def test_resume_with_another_configuration_names_the_flags(finished_run, capsys):
-    said = refused(capsys, "--out", str(finished_run), "--resume", "--alpha", "3", "--seed", "5")
-    assert "--alpha was 10.0, now 3.0" in said
-    assert "--seed was 0, now 5" in said
+    message = refused(capsys, "--out", str(finished_run), "--resume", "--alpha", "3", "--seed", "5")
+    assert "--alpha was 10.0, now 3.0" in message
+    assert "--seed was 0, now 5" in message
 
 
 def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_path):
@@ -107,9 +107,9 @@ def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_p
         "--expert-epochs",
         "1",
     ]
-    for rate, said in (("0.05", "training 1"), ("0.5", "training 1"), ("0.05", "1 of 1 trajectories are there")):
+    for rate, message in (("0.05", "training 1"), ("0.5", "training 1"), ("0.05", "1 of 1 trajectories are there")):
         main.main([*words, "--expert-lr", rate, "--experts", str(tmp_path)])
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
     folder.mkdir()
     (folder / "mlflow.json").write_text(text)
     (folder / "config.json").write_text(to_json(small.updated(out=str(folder), backend="serial", tracking=True)))
-    said = refused(capsys, "--out", str(folder), "--resume", "--tracking")
-    assert f"{folder}/mlflow.json is damaged" in said
-    assert "delete it, and the run is logged as a new one" in said
+    message = refused(capsys, "--out", str(folder), "--resume", "--tracking")
+    assert f"{folder}/mlflow.json is damaged" in message
+    assert "delete it, and the run is logged as a new one" in message
     assert (folder / "mlflow.json").read_text() == text

@@ -66,7 +66,9 @@ def store(small, tmp_path_factory) -> Store:
         from mlflow import MlflowClient
 
         client = MlflowClient(uri)
-        experiment = next(each.experiment_id for each in client.search_experiments() if each.name == "methods")
+        experiment = next(
+            candidate.experiment_id for candidate in client.search_experiments() if candidate.name == "methods"
+        )
         runs = {str(run.info.run_name): run for run in client.search_runs([experiment])}
     return Store(home, uri, client, experiment, runs)
 
@@ -75,17 +77,17 @@ def store(small, tmp_path_factory) -> Store:
 def address(store) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """(process, address, line that it printed) of the very command that a run prints, but for the port."""
     command = f"exec {mlflow_uri.ui_command(store.uri)} --port {free_port()}"
-    process = started(command, MLFLOW_HOST="0.0.0.0")
+    process = start_command(command, MLFLOW_HOST="0.0.0.0")
     try:
         line = ready(process)
         result = re.match(r"MLflow: (http://127\.0\.0\.1:\d+)/", line)
         assert result, line
         yield process, result[1], line
     finally:
-        ended(process)
+        stop(process)
 
 
-def started(command: str, **environment: str) -> subprocess.Popen[str]:
+def start_command(command: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["sh", "-c", command], env={**ENVIRONMENT, **environment}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
@@ -99,7 +101,7 @@ def ready(process: subprocess.Popen[str]) -> str:
     return next((line for line in lines if "the server is starting" not in line), "it ended")
 
 
-def ended(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str]) -> None:
     for pid in (*descendants(process.pid), process.pid):
         kill(pid)
     process.communicate()
@@ -123,7 +125,7 @@ def test_runs_compare_at_once(store):
         pictures = {"before.png", "coreset.png", "over-time.png", "course.png", "reliability.png"}
         assert pictures | {"result.json", "config.json", "coreset.safetensors", "metrics.parquet"} <= files
         assert pictures <= {path.name for path in (store.home / name).iterdir()}
-        contexts = [tag.value for each in run.inputs.dataset_inputs for tag in each.tags]
+        contexts = [tag.value for dataset_input in run.inputs.dataset_inputs for tag in dataset_input.tags]
         assert sorted(contexts) == ["test", "train", "validation"]
     assert store.history(NAMES[0], "val/nll")[0] == store.history(NAMES[1], "val/nll")[0]  # the same real images
     assert {"debug/map_steps/convnet-in", "debug/seconds_map/convnet-in"} <= store.runs[NAMES[0]].data.metrics.keys()
@@ -136,8 +138,8 @@ def test_runs_compare_at_once(store):
 def _shape(store: Store) -> tuple[Any, tuple[int, int, int]]:
     from fbpc_ray.data import coreset
 
-    its = coreset.load(RunDirectory(store.home / NAMES[0]).coreset_path)
-    return its.labels, tuple(its.images.shape[1:])  # type: ignore[return-value]
+    pseudocoreset = coreset.load(RunDirectory(store.home / NAMES[0]).coreset_path)
+    return pseudocoreset.labels, tuple(pseudocoreset.images.shape[1:])  # type: ignore[return-value]
 
 
 def test_an_evaluation_stands_under_its_run(store):
@@ -234,8 +236,8 @@ def test_a_browser_compares_the_methods(store, address, tmp_path):
         page.down("document.body.innerText.includes('val/nll')")
         text = squeezed(page.text())
         for metric in ("val/nll", "val/accuracy"):
-            told = " ".join(f"{round(run.data.metrics[metric], 3):g}" for run in runs)
-            assert metric in text and told in text, f"{metric}: {told}"
+            numbers = " ".join(f"{round(run.data.metrics[metric], 3):g}" for run in runs)
+            assert metric in text and numbers in text, f"{metric}: {numbers}"
         page.picture(tmp_path / "compared.png")
 
     visit(tmp_path, look)
@@ -270,7 +272,7 @@ def test_a_browser_shows_the_trials_of_a_sweep_below_it(store, address, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_all_its_processes(store, number):
     """In the middle of its start, too, which takes some seconds."""
-    process = started(f"exec {mlflow_uri.ui_command(store.uri)} --port {free_port()}")
+    process = start_command(f"exec {mlflow_uri.ui_command(store.uri)} --port {free_port()}")
     try:
         assert soon(lambda: any("mlflow server" in title for title in descendants(process.pid).values()))
         below = descendants(process.pid)
@@ -279,13 +281,13 @@ def test_a_signal_ends_it_with_all_its_processes(store, number):
         assert process.returncode == 128 + number
         assert soon(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()])
     finally:
-        ended(process)
+        stop(process)
 
 
 def test_a_kill_leaves_no_server(store):
     """The port is free soon after SIGKILL."""
     port = free_port()
-    process = started(f"exec {mlflow_uri.ui_command(store.uri)} --port {port}")
+    process = start_command(f"exec {mlflow_uri.ui_command(store.uri)} --port {port}")
     try:
         assert "shows" in ready(process)
         below = descendants(process.pid)
@@ -294,16 +296,16 @@ def test_a_kill_leaves_no_server(store):
         assert soon(lambda: not [pid for pid in below if Path(f"/proc/{pid}").exists()], 60)
         assert ui._free(port)
     finally:
-        ended(process)
+        stop(process)
 
 
 def refused(capsys, *words: str) -> tuple[int | str | None, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main.main(["ui", *words])
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    return end.value.code, said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return end.value.code, message
 
 
 def test_a_free_port_stands_in_for_the_usual_one():
@@ -316,16 +318,16 @@ def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
     """No such store, a port that is taken or is none, a file that is no database, a server elsewhere."""
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    code, said = refused(capsys)
-    assert code == 2 and f"{tmp_path}/mlflow.db not found; log a run first" in said
-    _, said = refused(capsys, "--port", "70000", "--tracking-uri", store.uri)
-    assert "--port: must be at most 65,535, got 70000" in said
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    code, message = refused(capsys)
+    assert code == 2 and f"{tmp_path}/mlflow.db not found; log a run first" in message
+    _, message = refused(capsys, "--port", "70000", "--tracking-uri", store.uri)
+    assert "--port: must be at most 65,535, got 70000" in message
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
         assert f"--port: {port} is taken" in refused(capsys, "--port", port, "--tracking-uri", store.uri)[1]
     (tmp_path / "mlflow.db").write_text("this is no database, and never was one; " * 100)
-    code, said = refused(capsys)
-    assert code == 1 and "file is not a database" in said
+    code, message = refused(capsys)
+    assert code == 1 and "file is not a database" in message
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     main.main(["ui"])
     assert "http://127.0.0.1:9 is a server" in capsys.readouterr().out

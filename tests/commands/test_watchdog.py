@@ -87,16 +87,16 @@ def test_it_waits_as_long_as_the_server_lives_and_says_so_every_15_seconds(monke
 
 
 @pytest.mark.parametrize(
-    ("timeout", "ends", "said"),
+    ("timeout", "ends", "message"),
     [
         (20.0, 1e9, "--timeout: MLflow did not answer within 20 s: OSError: no room"),
         (0.0, 7.0, "can't show this store"),
     ],
 )
-def test_the_wait_ends_with_the_server_or_the_timeout(timeout, ends, said, monkeypatch: pytest.MonkeyPatch):
+def test_the_wait_ends_with_the_server_or_the_timeout(timeout, ends, message, monkeypatch: pytest.MonkeyPatch):
     server = Server(ends, monkeypatch)
     monkeypatch.setattr(ui, "_answers", lambda port: False)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         wait(server, timeout, [])
     assert server.now == pytest.approx(timeout or ends, abs=0.3)
 

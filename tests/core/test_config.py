@@ -330,7 +330,7 @@ def test_experts_must_have_an_epoch_to_start_from(changes, passes):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ('{"ipc": "ten"}', "--ipc: must be of type int, got 'ten'"),
         ('{"ipc": 1.5}', "--ipc: must be of type int, got 1.5"),
@@ -342,8 +342,8 @@ def test_experts_must_have_an_epoch_to_start_from(changes, passes):
         ("{", "must be one JSON object"),
     ],
 )
-def test_a_stored_configuration_that_no_run_can_use_names_the_file_and_the_flag(text, said):
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+def test_a_stored_configuration_that_no_run_can_use_names_the_file_and_the_flag(text, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         from_json(text, "runs/x/config.json")
     assert str(error.value).startswith("runs/x/config.json")
 

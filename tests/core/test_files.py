@@ -31,12 +31,12 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
             "import sys; from pathlib import Path; from fbpc_ray.core import files\n"
             "with files.exclusive_directory(Path(sys.argv[1])): print('in')"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-        assert "UserError: another process" in done.stderr
+        process = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+        assert "UserError: another process" in process.stderr
         assert (folder / files.LOCK).exists()  # those that were refused have not removed it
-    assert [each.name for each in folder.iterdir()] == ["kept"]
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    assert done.stdout == "in\n"
+    assert [entry.name for entry in folder.iterdir()] == ["kept"]
+    process = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert process.stdout == "in\n"
 
 
 def test_what_a_killed_process_left_keeps_nobody_out_and_an_empty_folder_goes(tmp_path):
@@ -127,7 +127,7 @@ def test_a_sweep_between_a_files_making_and_its_lock_costs_nothing(tmp_path):
         over.set()
         sweeper.join()
     assert (tmp_path / "whole").read_bytes() == b"x"
-    assert [each.name for each in tmp_path.iterdir()] == ["whole"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
 
 
 def test_an_object_store_keeps_nobody_out():

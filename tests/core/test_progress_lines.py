@@ -89,7 +89,7 @@ def test_within_a_minute_lines_wait_for_5_percent(clock):
     assert [when for when, _ in slow.lines] == [55, 110, 165, 220, 275, 330, 385]
 
 
-def test_before_the_first_unit_ends_the_seconds_are_said(clock):
+def test_before_the_first_unit_ends_the_seconds_are_shown(clock):
     clock.open("evaluate", 6, "chain")
     clock.wait(120)
     assert clock.lines == [
@@ -170,26 +170,26 @@ def test_the_thread_writes_while_the_work_reports_nothing(monkeypatch):
 
 
 def test_a_terminal_without_columns_is_none(monkeypatch):
-    ours, theirs = pty.openpty()
-    with open(theirs, "w") as terminal:  # noqa: PTH123  a number
+    reader_end, terminal_end = pty.openpty()
+    with open(terminal_end, "w") as terminal:  # noqa: PTH123  a number
         for size, expected in (((24, 80), True), ((0, 0), False), ((24, 0), False)):
-            termios.tcsetwinsize(theirs, size)
+            termios.tcsetwinsize(terminal_end, size)
             assert progress.is_terminal(terminal) is expected
             monkeypatch.setattr(sys, "stdout", terminal)
             monkeypatch.setattr(sys, "stderr", terminal)
             with progress.progress("distil", 2, "step", log=lambda line: None) as work:
                 assert (work._bar is not None) is expected
                 assert (work._watch is None) is expected
-    os.close(ours)
+    os.close(reader_end)
     assert not progress.is_terminal(io.StringIO())
     assert not progress.is_terminal(None)
 
 
 def test_lines_go_to_a_file_beside_a_bar_on_the_terminal(monkeypatch):
     """`fbpc distill > log` at a terminal: the bar is standard error's, the lines are the file's."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    with open(theirs, "w") as terminal:  # noqa: PTH123  a number
+    reader_end, terminal_end = pty.openpty()
+    termios.tcsetwinsize(terminal_end, (24, 80))
+    with open(terminal_end, "w") as terminal:  # noqa: PTH123  a number
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         with progress.progress("distil", 2, "step") as work:
@@ -198,4 +198,4 @@ def test_lines_go_to_a_file_beside_a_bar_on_the_terminal(monkeypatch):
         monkeypatch.setenv("TQDM_DISABLE", "1")
         with progress.progress("distil", 2, "step") as work:
             assert (work._bar, work._watch) == (None, None)
-    os.close(ours)
+    os.close(reader_end)

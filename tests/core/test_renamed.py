@@ -42,9 +42,9 @@ def test_both_spellings_give_one_configuration():
 
 def test_a_whole_configuration_without_chain_init_is_of_the_version_before_it():
     """Its chains began at the network's own initialisation; a preset of a few settings takes today's default."""
-    whole = {name: value for name, value in Config().flat().items() if name != "chain_init"}
-    assert from_json(json.dumps(whole), "config.json").evaluation.chain_init == 0
-    assert from_json(json.dumps(whole | {"chain_init": 0.2}), "config.json").evaluation.chain_init == 0.2
+    settings = {name: value for name, value in Config().flat().items() if name != "chain_init"}
+    assert from_json(json.dumps(settings), "config.json").evaluation.chain_init == 0
+    assert from_json(json.dumps(settings | {"chain_init": 0.2}), "config.json").evaluation.chain_init == 0.2
     assert from_json('{"chain_d": 0.01}', "preset.json").evaluation.chain_init == Config().evaluation.chain_init == 0.1
 
 

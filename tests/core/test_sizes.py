@@ -99,9 +99,9 @@ def test_experts_have_taken_enough_steps_at_the_start_epoch():
 
 
 def test_flags_win_and_the_others_fit_them():
-    given = {"width": 64, "expert_epochs": 4, "chain_epochs": 30, "steps": 7, "ipc": 1}
-    chosen = settings(MINE._replace(overrides=given))
-    assert not given.keys() & chosen.keys()
+    values = {"width": 64, "expert_epochs": 4, "chain_epochs": 30, "steps": 7, "ipc": 1}
+    chosen = settings(MINE._replace(overrides=values))
+    assert not values.keys() & chosen.keys()
     assert (chosen["start_epoch"], chosen["chain_every"], chosen["map_lr"]) == (2, 3, 0.001)
     assert settings(MINE._replace(overrides={"start_epoch": 30}))["expert_epochs"] == 31
     assert settings(MINE._replace(overrides={"chain_every": 800}))["chain_epochs"] == 800

@@ -86,8 +86,8 @@ def test_arrays_of_more_than_8_bits_are_refused(dtype, form):
 def test_labels_that_are_no_integers_are_refused(label):
     data = pairs(IMAGES, LABELS.tolist())
     data[5] = (IMAGES[5], label)
-    said = refusal(from_python, data)
-    assert "train[5] must be an (image, int label) pair" in said
+    message = refusal(from_python, data)
+    assert "train[5] must be an (image, int label) pair" in message
 
 
 @pytest.mark.parametrize("label", [2, np.int8(2), np.uint64(2), torch.tensor(2), torch.tensor([2]), np.array([2])])
@@ -139,8 +139,8 @@ def test_a_test_split_of_minus_ones_is_left_out_with_a_note():
 
 
 def test_names_of_classes_are_checked():
-    said = refusal(from_python, (IMAGES, LABELS), classes=["a", "b\x1b", "c"])
-    assert "control characters" in said and said.isprintable()
+    message = refusal(from_python, (IMAGES, LABELS), classes=["a", "b\x1b", "c"])
+    assert "control characters" in message and message.isprintable()
 
 
 # ---- npz
@@ -174,7 +174,7 @@ def test_images_of_few_levels_get_a_note(tmp_path, images, top):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"x_train": IMAGES, "y_train": LABELS + 1}, "labels run from 1 to 3; they must start at 0"),
         ({"x_train": IMAGES, "y_train": LABELS == 1}, "y_train is bool"),
@@ -188,8 +188,8 @@ def test_images_of_few_levels_get_a_note(tmp_path, images, top):
         ({"x_train": np.array([IMAGES[0], IMAGES[1][:3]], object), "y_train": [0, 1]}, "not a readable npz file"),
     ],
 )
-def test_arrays_that_are_refused(tmp_path, values, said):
-    assert said in refusal(from_npz, tmp_path, **values)
+def test_arrays_that_are_refused(tmp_path, values, message):
+    assert message in refusal(from_npz, tmp_path, **values)
 
 
 def test_arrays_that_are_not_read_are_named(tmp_path):
@@ -198,7 +198,7 @@ def test_arrays_that_are_not_read_are_named(tmp_path):
 
 
 def test_medmnist(tmp_path):
-    split = {f"{name}_{what}": values for name in ("train", "val", "test") for what, values in (
+    split = {f"{name}_{word}": values for name in ("train", "val", "test") for word, values in (
         ("images", IMAGES[..., 0]), ("labels", LABELS[:, None].astype(np.uint8)))}  # fmt: skip
     data = from_npz(tmp_path, **split)
     assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [12, 12, 12]
@@ -249,8 +249,8 @@ def test_names_from_python(form):
     assert from_python(split, (IMAGES, NAMES)).classes == ("ant", "cow", "zebra")
     data = from_python(split, (IMAGES, NAMES), classes=("zebra", "ant", "cow"))
     assert data.train.labels.tolist() == LABELS.tolist()
-    said = refusal(from_python, split, classes=("zebra", "ant"))
-    assert "label 'cow' is none of the classes (zebra, ant)" in said
+    message = refusal(from_python, split, classes=("zebra", "ant"))
+    assert "label 'cow' is none of the classes (zebra, ant)" in message
 
 
 @pytest.mark.parametrize("rows", [ONE_HOT, ONE_HOT.astype(bool), ONE_HOT.astype(np.uint8), torch.tensor(ONE_HOT)])

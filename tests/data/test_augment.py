@@ -21,7 +21,7 @@ def uniforms(count=5, seed=1):
     return torch.rand(count, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def whole(u: float, low: int, high: int) -> int:
+def unit_grid(u: float, low: int, high: int) -> int:
     """A uniform on [0, 1) cut into equal parts, one for each of low..high."""
     return low + math.floor(u * (high - low + 1))
 
@@ -43,7 +43,7 @@ def slow_crop(image, u):
     """Pixel (y, x) goes to (y + down, x + right) where that is inside; nothing else is set."""
     _, h, w = image.shape
     reach_h, reach_w = math.floor(h / 8 + 0.5), math.floor(w / 8 + 0.5)
-    down, right = whole(u[0], -reach_h, reach_h), whole(u[1], -reach_w, reach_w)
+    down, right = unit_grid(u[0], -reach_h, reach_h), unit_grid(u[1], -reach_w, reach_w)
     out = np.zeros_like(image)
     for y in range(h):
         for x in range(w):
@@ -61,7 +61,7 @@ def slow_cutout(image, u):
     out, near = image.copy(), []
     for size, uniform in ((h, u[0]), (w, u[1])):
         side = math.floor(size / 2 + 0.5)
-        centre = whole(uniform, 0, size) if side % 2 == 0 else whole(uniform, 0, size - 1) + 0.5
+        centre = unit_grid(uniform, 0, size) if side % 2 == 0 else unit_grid(uniform, 0, size - 1) + 0.5
         near.append([abs(pixel + 0.5 - centre) < side / 2 for pixel in range(size)])
     for y in range(h):
         for x in range(w):
@@ -304,9 +304,9 @@ def test_a_draw_depends_on_the_generator_alone():
 def test_siamese_the_same_draw_does_the_same_every_time(name):
     """Both terms of the loss see one augmentation: applying a draw twice gives the same bits, and changes no input."""
     drawn, images = Draw(name, uniforms()), images_of()
-    kept = images.clone()
+    originals = images.clone()
     assert torch.equal(apply(drawn, images), apply(drawn, images))
-    assert torch.equal(images, kept)
+    assert torch.equal(images, originals)
     assert torch.equal(drawn.uniform, uniforms())
 
 

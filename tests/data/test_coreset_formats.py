@@ -32,7 +32,7 @@ def test_a_file_without_a_known_suffix_is_read_by_its_content(original, colour_d
     assert torch.equal(outcome.coreset.images, original.images) and torch.equal(outcome.coreset.labels, original.labels)
 
 
-def evaluated(source: Path, config: Config, json_path: Path, *words: str) -> dict:
+def scores_of(source: Path, config: Config, json_path: Path, *words: str) -> dict:
     e, n = config.evaluation, config.networks
     main.main([
         "evaluate", "--coreset", str(source), "--data", "digits", "--backend", "serial", "--architectures",
@@ -53,7 +53,7 @@ def test_what_is_exported_scores_the_same_to_the_bit(exported_run, small, kind, 
             coreset_reader.load(source, _digits()).coreset, coreset.load(RunDirectory(exported_run).coreset_path)
         )
     before = json.loads(RunDirectory(exported_run).result_path.read_text())["coresets"]
-    after = evaluated(out, small, tmp_path / "result.json")
+    after = scores_of(out, small, tmp_path / "result.json")
     assert after["coresets"] == {"random": before["random"], "given": before["fbpc"]}
     assert before["random"] != before["fbpc"]
     assert (after["ipc"], after["images"], after["coreset"]) == (2, 20, str(out))
@@ -71,15 +71,15 @@ def test_every_format_is_read_under_the_path_that_export_prints(
     printed = Path(capsys.readouterr().out.splitlines()[0].removeprefix("export: "))
     assert printed.suffix == coreset_formats.SINGLE.get(kind, printed.suffix)
     assert printed.is_dir() is (kind not in coreset_formats.SINGLE)
-    whole, outcome = coreset.load(RunDirectory(exported_run).coreset_path), coreset_reader.load(printed, _digits())
+    expected, outcome = coreset.load(RunDirectory(exported_run).coreset_path), coreset_reader.load(printed, _digits())
     assert outcome.notes == ()
     if kind != "png":
-        assert same(outcome.coreset, whole)
+        assert same(outcome.coreset, expected)
         return
-    rounded = normalise(denormalise(whole.images, whole.mean, whole.std), whole.mean, whole.std)
-    assert same(outcome.coreset, whole._replace(images=rounded))
+    rounded = normalise(denormalise(expected.images, expected.mean, expected.std), expected.mean, expected.std)
+    assert same(outcome.coreset, expected._replace(images=rounded))
     if name == "it":  # the others are evaluated by the test above
-        assert evaluated(printed, small, tmp_path / "result.json")["images"] == 20
+        assert scores_of(printed, small, tmp_path / "result.json")["images"] == 20
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
     distil(*flags(small, backend="serial", method="random", validation=0.3, seed=3, out=str(folder)))
     main.main(["export", str(folder), "--format", "pt", "--out", str(out)])
     before = json.loads(RunDirectory(folder).result_path.read_text())["coresets"]["random"]
-    assert evaluated(out, small, tmp_path / "own.json")["coresets"]["given"] == before
+    assert scores_of(out, small, tmp_path / "own.json")["coresets"]["given"] == before
     (out / coreset_formats.SIDECAR).unlink()
-    assert evaluated(out, small, tmp_path / "other.json")["coresets"]["given"] != before
-    again = evaluated(out, small, tmp_path / "told.json", "--validation", "0.3")
+    assert scores_of(out, small, tmp_path / "other.json")["coresets"]["given"] != before
+    again = scores_of(out, small, tmp_path / "told.json", "--validation", "0.3")
     assert again["coresets"]["given"] == before
 
 

@@ -158,11 +158,11 @@ def test_a_damaged_header_is_one_clear_line(tmp_path):
     """Every byte of a .npy header, changed in two ways: the array is refused, or is the same."""
     data = coloured(tmp_path)
     folder = folder_for(data, tmp_path / "c", ("snow",))
-    whole = (folder / "snow.npy").read_bytes()
-    assert len(whole) == 128 + 30 * 8 * 8 * 3
+    content = (folder / "snow.npy").read_bytes()
+    assert len(content) == 128 + 30 * 8 * 8 * 3
     for place in range(128):
         for change in (1, 128):
-            (folder / "snow.npy").write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+            (folder / "snow.npy").write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
             try:
                 assert official(folder, data, ("snow",)).arrays["snow"].shape == (30, 8, 8, 3)
             except UserError as error:

@@ -130,7 +130,7 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
     images = write_cifar10(tmp_path / "there", monkeypatch)
     with tarfile.open(tmp_path / "there.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "there" / "cifar-10-batches-py", "cifar-10-batches-py")
-    content, asked, first_over = (tmp_path / "there.tar.gz").read_bytes(), [], threading.Event()
+    content, requests, first_over = (tmp_path / "there.tar.gz").read_bytes(), [], threading.Event()
     locked_temp_file, second = threading.Event(), threading.Event()
 
     class Slow(http.server.BaseHTTPRequestHandler):
@@ -139,9 +139,9 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
             self.end_headers()
             if "Method" in self.headers:  # torchvision's word for a look at where the file is
                 return
-            asked.append(len(asked))
+            requests.append(len(requests))
             half = len(content) // 2
-            if asked[-1] == 0:
+            if requests[-1] == 0:
                 self.wfile.write(content[:half])
                 locked_temp_file.set()
                 second.wait(1)
@@ -166,11 +166,11 @@ def test_two_downloads_at_once_do_not_spoil_each_other(tmp_path, monkeypatch):
         locked_temp_file.wait(60)
         other = pool.submit(load, "cifar10", root=tmp_path / "new", download=True)
         one.add_done_callback(lambda _: first_over.set())
-        for each in (one, other):
-            np.testing.assert_array_equal(each.result().test.images, images[5])
+        for download in (one, other):
+            np.testing.assert_array_equal(download.result().test.images, images[5])
     server.shutdown()
     server.server_close()
-    assert asked == [0]
+    assert requests == [0]
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch):
@@ -211,11 +211,11 @@ def test_validation_is_stratified_seeded_and_disjoint(tmp_path):
     well_formed(first)
     assert np.bincount(first.validation.labels).tolist() == [12, 6, 3]
     assert np.bincount(first.train.labels).tolist() == [28, 14, 7]
-    held, kept = rows(first.validation.images), rows(first.train.images)
-    assert not held & kept and held | kept == rows(channels_first(pixels(70)))
+    validation_rows, training_rows = rows(first.validation.images), rows(first.train.images)
+    assert not validation_rows & training_rows and validation_rows | training_rows == rows(channels_first(pixels(70)))
     np.testing.assert_array_equal(first.validation.images, again.validation.images)
     assert first.fingerprint == again.fingerprint
-    assert held != rows(other.validation.images) and first.fingerprint != other.fingerprint
+    assert validation_rows != rows(other.validation.images) and first.fingerprint != other.fingerprint
     of_image = {image.tobytes(): label for image, label in zip(channels_first(pixels(70)), labels, strict=True)}
     for split in (first.train, first.validation):
         assert [of_image[image.tobytes()] for image in split.images] == split.labels.tolist()

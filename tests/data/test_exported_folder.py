@@ -73,9 +73,9 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(exported
         assert word in text
     settings = read_config(exported_run).updated(data=f"folder:{tmp_path}/cats")
     facts = {"data": exports._short(settings.data.data)}
-    theirs = dataset_card.card(outcome, "pt", settings, facts, result)
-    assert "folder:cats" in theirs
-    for card in (text, theirs):
+    other_card = dataset_card.card(outcome, "pt", settings, facts, result)
+    assert "folder:cats" in other_card
+    for card in (text, other_card):
         assert str(tmp_path) not in card and str(exported_run) not in card and settings.experts.experts not in card
 
 

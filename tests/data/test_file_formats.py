@@ -101,9 +101,9 @@ def test_images_of_other_modes_become_rgb(tmp_path):
     palette.info["transparency"] = bytes(range(16))
     modes = [rgb, rgb.convert("L"), rgb.convert("LA"), rgb.convert("RGBA"), palette, rgb.convert("1")]
     blobs = []
-    for each in modes:
+    for mode in modes:
         buffer = io.BytesIO()
-        each.save(buffer, "PNG")
+        mode.save(buffer, "PNG")
         blobs.append(buffer.getvalue())
     for file in ("train", "test"):
         write_parquet(tmp_path / f"{file}.parquet", blobs, [0, 1] * 3)
@@ -156,11 +156,11 @@ def test_npz_layouts_give_the_same_images(layout, tmp_path):
         "floats": lambda x: (x / 255).astype(np.float32),
         "int64": lambda x: x.astype(np.int64),
     }
-    made = [change.get(layout, lambda x: x)(x) for x in (train, test)]
+    splits = [change.get(layout, lambda x: x)(x) for x in (train, test)]
     keys = ("x_train", "y_train", "x_test", "y_test")
     if layout == "medmnist":
         keys, labels = ("train_images", "train_labels", "test_images", "test_labels"), labels[:, None].astype(np.uint8)
-    name = write_npz(tmp_path / "a.npz", **dict(zip(keys, (made[0], labels, made[1], labels[:4]), strict=True)))
+    name = write_npz(tmp_path / "a.npz", **dict(zip(keys, (splits[0], labels, splits[1], labels[:4]), strict=True)))
     data = load(name)
     well_formed(data)
     np.testing.assert_array_equal(data.train.images, channels_first(train))

@@ -23,10 +23,10 @@ def test_jpeg_by_its_other_names(class_folders, suffix):
 def test_files_that_are_not_read_are_counted_by_suffix_and_class(class_folders):
     for name in ("a/1.heic", "a/2.HEIC", "b/1.heic", "b/1.avif", "b/nosuffix", "b/x.npy"):
         (class_folders / "train" / name).write_bytes(b"x")
-    said = notes(read(class_folders))
-    assert "left out 6 files" in said
+    lines = notes(read(class_folders))
+    assert "left out 6 files" in lines
     for text in ("3 .heic (a 2, b 1)", "1 .avif (b 1)", "1 without suffix (b 1)", "1 .npy (b 1)"):
-        assert text in said
+        assert text in lines
 
 
 def test_a_class_of_unread_files_alone_is_refused_with_their_suffix(class_folders):
@@ -150,12 +150,12 @@ def test_grey_images_of_16_bits_are_refused(class_folders):
 
 @pytest.mark.parametrize("compression", ["tiff_deflate", "tiff_lzw"])
 def test_what_libtiff_prints_of_a_damaged_file_stands_in_the_one_line(class_folders, capfd, compression):
-    whole = encode(picture(0, 7, (64, 64)), "TIFF", compression=compression)
-    damaged = bytes(byte ^ 0x55 if 300 <= at < 900 and at % 7 == 0 else byte for at, byte in enumerate(whole))
+    content = encode(picture(0, 7, (64, 64)), "TIFF", compression=compression)
+    damaged = bytes(byte ^ 0x55 if 300 <= at < 900 and at % 7 == 0 else byte for at, byte in enumerate(content))
     path = class_folders / "train" / "a" / "x.tif"
     path.write_bytes(damaged)
-    said = refusal(class_folders)
-    assert re.match(rf"{path}: not a readable image \(.+; \w.*\)", said), said
+    lines = refusal(class_folders)
+    assert re.match(rf"{path}: not a readable image \(.+; \w.*\)", lines), lines
     assert capfd.readouterr().err == ""
 
 

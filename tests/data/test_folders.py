@@ -36,7 +36,7 @@ def test_training_and_validation(tmp_path):
     assert "validation split serves as test" in notes(data)
 
 
-def test_dev_and_eval_are_taken_and_said(tmp_path):
+def test_dev_and_eval_are_taken_with_a_note(tmp_path):
     write_classes(tmp_path / "train")
     write_classes(tmp_path / "dev", count=2, first=50)
     write_classes(tmp_path / "eval", count=3, first=60)

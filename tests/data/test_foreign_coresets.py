@@ -24,7 +24,7 @@ def test_a_file_of_unknown_content_and_suffix_is_refused(colour_data, tmp_path):
             coreset_reader.load(tmp_path / "mine", colour_data)
 
 
-def theirs(kind: str, folder: Path, pixels: torch.Tensor, normal: torch.Tensor, labels: torch.Tensor) -> Path:
+def write_foreign(kind: str, folder: Path, pixels: torch.Tensor, normal: torch.Tensor, labels: torch.Tensor) -> Path:
     """The same coreset as others write it."""
     archive, file = folder / "it.npz", folder / "it.pt"
     unit = pixels.double() / 255
@@ -60,19 +60,19 @@ def test_what_others_made_is_read(colour_data, kind, tmp_path):
     colour_data = colour_data._replace(classes=("cat", "b", "c"))
     pixels = torch.randint(0, 256, (3, 3, 5, 4), generator=generator(0, "pixels")).to(torch.uint8)
     normal, labels = normalise(pixels, colour_data.mean, colour_data.std), torch.arange(3)
-    outcome = coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour_data)
+    outcome = coreset_reader.load(write_foreign(kind, tmp_path, pixels, normal, labels), colour_data)
     assert torch.equal(outcome.coreset.images, normal)
     assert outcome.coreset.labels.tolist() == [0, 1, 2]
     assert outcome.coreset[2:6] == (colour_data.mean, colour_data.std, ("cat", "b", "c"), None)
     assert len(outcome.notes) == (0 if kind in ("npz bytes", "folders") else 1)
     if kind == "npz unit":
         assert "0..1" in outcome.notes[0]
-        as_told = coreset_reader.load(tmp_path / "it.npz", colour_data, "normalised").coreset.images
-        assert torch.equal(as_told, (pixels.double() / 255).float())
+        normalised = coreset_reader.load(tmp_path / "it.npz", colour_data, "normalised").coreset.images
+        assert torch.equal(normalised, (pixels.double() / 255).float())
     elif outcome.notes:
         assert "normalised with mean [0.5, 0.4, 0.3]" in outcome.notes[0]
         with pytest.raises(UserError, match="--pixels unit"):
-            coreset_reader.load(theirs(kind, tmp_path, pixels, normal, labels), colour_data, "unit")
+            coreset_reader.load(write_foreign(kind, tmp_path, pixels, normal, labels), colour_data, "unit")
 
 
 def bytes_of(write) -> bytes:
@@ -85,8 +85,8 @@ def pair(images: object, labels: object) -> bytes:
     return bytes_of(lambda file: torch.save((images, labels), file))
 
 
-def arrays(**named: np.ndarray) -> bytes:
-    return bytes_of(lambda file: np.savez(file, allow_pickle=True, **named))
+def arrays(**items: np.ndarray) -> bytes:
+    return bytes_of(lambda file: np.savez(file, allow_pickle=True, **items))
 
 
 GOOD, LABELS = torch.zeros(3, 3, 5, 4) - 1, torch.arange(3)

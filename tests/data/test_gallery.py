@@ -15,8 +15,8 @@ TEXT = (ROOT / "docs" / "gallery.md").read_text()
 
 
 def test_the_gallery_is_whole():
-    named = set(re.findall(r"benchmarks/coresets/(\S+\.safetensors)", TEXT))
-    assert named == {path.name for path in FILES} and FILES
+    names = set(re.findall(r"benchmarks/coresets/(\S+\.safetensors)", TEXT))
+    assert names == {path.name for path in FILES} and FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

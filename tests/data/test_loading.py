@@ -91,8 +91,8 @@ def test_a_configuration_imports_no_network_unasked(run, network, sprung, capsys
     """A config.json that names an own network: one line that repeats the flag, and no import."""
     rewrite(run, architectures=["convnet-in", network], steps=3)
     RunDirectory(run).result_path.unlink()
-    said = refused(capsys, *(str(run) if word == "RUN" else word for word in command[1:]), command=command[0])
-    assert f"--architectures convnet-in {network}" in said
+    message = refused(capsys, *(str(run) if word == "RUN" else word for word in command[1:]), command=command[0])
+    assert f"--architectures convnet-in {network}" in message
     assert not sprung.exists()
     assert "theirnets" not in sys.modules
 
@@ -100,8 +100,8 @@ def test_a_configuration_imports_no_network_unasked(run, network, sprung, capsys
 @pytest.mark.parametrize("command", ["distill", "experts", "tune"])
 def test_a_preset_file_imports_no_network_unasked(network, sprung, tmp_path, capsys, command):
     (tmp_path / "best.json").write_text(json.dumps({"architectures": ["convnet-in", network]}))
-    said = refused(capsys, "--preset", "best.json", "--dry-run", "--backend", "serial", command=command)
-    assert f"--architectures convnet-in {network}" in said
+    message = refused(capsys, "--preset", "best.json", "--dry-run", "--backend", "serial", command=command)
+    assert f"--architectures convnet-in {network}" in message
     assert not sprung.exists()
 
 
@@ -333,13 +333,13 @@ def test_no_module_can_unpickle_or_evaluate():
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 assert not {name.split(".")[0] for name in names} & UNPICKLE, where
             elif isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in RUN, where
-                assert called not in ("pd.read_pickle", "np.fromfile"), where
-                if called == "torch.load":
+                function = ast.unparse(node.func)
+                assert function not in RUN, where
+                assert function not in ("pd.read_pickle", "np.fromfile"), where
+                if function == "torch.load":
                     assert path.name == "coreset_reader.py", where
                     assert "weights_only" in {word.arg for word in node.keywords}, where
-                if called.endswith(("import_module", "resolve_name")):
+                if function.endswith(("import_module", "resolve_name")):
                     assert path.name == "custom.py", where
                 for word in node.keywords:
                     assert word.arg != "allow_pickle" or ast.unparse(word.value) == "False", where

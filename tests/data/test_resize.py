@@ -126,7 +126,7 @@ def test_another_size_is_another_data_set_and_an_unused_one_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "all images must have one size: resize them, such as by --image-size 32"),
         ({"image_size": -1}, "--image-size -1: must be 0"),
@@ -135,11 +135,11 @@ def test_another_size_is_another_data_set_and_an_unused_one_is_none(tmp_path):
         ({"resize": "stretch"}, "--resize stretch needs a size: add --image-size 32"),
     ],
 )
-def test_refusals_are_one_line_with_the_fix(tmp_path, options, said):
+def test_refusals_are_one_line_with_the_fix(tmp_path, options, message):
     for write in (write_folder, write_parquet):
         with pytest.raises(UserError) as caught:
             load(write(tmp_path / write.__name__, mixed()), **options)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

@@ -73,7 +73,7 @@ def test_one_whole_set_is_read(tmp_path, names, inner):
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         ((f"train-00000-of-00003-{PRINTS[0]}", f"train-00001-of-00003-{PRINTS[1]}"), "holds 2 of 3 files like"),
         (("train-00000-of-00003", "train-00002-of-00003"), "holds 2 of 3 files like"),
@@ -90,9 +90,9 @@ def test_one_whole_set_is_read(tmp_path, names, inner):
         (("train (1)",), "no train split"),
     ],
 )
-def test_what_is_no_whole_set_is_refused_with_its_files(tmp_path, names, said):
+def test_what_is_no_whole_set_is_refused_with_its_files(tmp_path, names, message):
     write(tmp_path, *names, "test")
-    assert said in refusal(tmp_path) and f"{names[0]}.parquet" in refusal(tmp_path)
+    assert message in refusal(tmp_path) and f"{names[0]}.parquet" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def test_a_folder_of_save_to_disk_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"<html>404</html>", "not a readable parquet file"),
         (b"", "not a readable parquet file"),
     ],
 )
-def test_files_that_are_no_parquet(tmp_path, content, said):
+def test_files_that_are_no_parquet(tmp_path, content, message):
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(content)
-    assert said in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("at", [0.3, 0.5, 0.9])
@@ -225,7 +225,7 @@ def test_a_test_split_without_labels_leaves_the_validation_split_as_test(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "last", "said"),
+    ("kind", "last", "message"),
     [
         (pa.float64(), 1.0, "column label is double; it must hold integers from 0, names of"),
         (pa.int8(), None, "row 7: column label is null"),
@@ -234,10 +234,10 @@ def test_a_test_split_without_labels_leaves_the_validation_split_as_test(tmp_pat
         (pa.list_(pa.int8()), [1], "row 7: column label holds [1], not one-hot"),
     ],
 )
-def test_labels_that_are_no_integers(tmp_path, kind, last, said):
+def test_labels_that_are_no_integers(tmp_path, kind, last, message):
     data = [(image, [1 - label, label] if pa.types.is_list(kind) else label) for image, label in rows(4)]
     write_table(tmp_path / "train.parquet", [*data[:-1], (data[-1][0], last)], kind=kind)
-    assert said in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
@@ -281,7 +281,7 @@ def test_plural_names_of_columns_are_read(tmp_path, image, label):
 
 
 @pytest.mark.parametrize(
-    ("image", "said"),
+    ("image", "message"),
     [
         (pa.array([{"bytes": None, "path": f"/nowhere/{n}.png"} for n in range(4)],
                   pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "holds paths (/nowhere/0.png)"),
@@ -291,9 +291,9 @@ def test_plural_names_of_columns_are_read(tmp_path, image, label):
     ],
     ids=["paths", "arrays", "lists of bytes", "lists of images"],
 )  # fmt: skip
-def test_columns_that_hold_no_images(tmp_path, image, said):
+def test_columns_that_hold_no_images(tmp_path, image, message):
     pq.write_table(pa.table({"image": image, "label": [0, 1, 0, 1]}), tmp_path / "train.parquet")
-    assert said in refusal(tmp_path)
+    assert message in refusal(tmp_path)
 
 
 def test_another_size_is_refused_with_its_row(tmp_path):

@@ -128,7 +128,7 @@ def test_views_of_bpc_fkl_are_shared_by_its_draws(setting):
     assert torch.equal(compute(config, digits, real, state.images, labels, views=5, **changes).value, own)
     assert not torch.equal(result, own)
     more, as_many = ({**changes, "views": 7, "mc_samples": count} for count in (5, 7))
-    results = [compute(config, digits, real, state.images, labels, **each).value for each in (more, as_many)]
+    results = [compute(config, digits, real, state.images, labels, **candidate).value for candidate in (more, as_many)]
     assert torch.equal(*results)
 
 
@@ -276,7 +276,7 @@ def test_an_x_side_computed_ahead_changes_no_bit(setting, architecture, draw):
     alone = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0)
     helped = worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead)
     assert (helped[0] == alone[0]).all()
-    timeless = [{k: v for k, v in each[1].row().items() if "seconds" not in k} for each in (helped, alone)]
+    timeless = [{k: v for k, v in outcome[1].row().items() if "seconds" not in k} for outcome in (helped, alone)]
     assert timeless[0] == timeless[1]
     # Another x side would give another gradient: it is used, not computed again.
     assert (worker_of(config, digits, labels).gradient(unit, 3, images, 0.0, ahead * 1.1)[0] != alone[0]).any()
@@ -308,7 +308,7 @@ def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
         return drawn, problem.batch(3), METHODS["fbpc"](problem, 3, state.images, 0.0).value
 
     seeds, batches, values = zip(*(draw(number) for number in range(3)), strict=True)
-    assert len({seed for each in seeds for seed in each}) == 12
+    assert len({seed for number in seeds for seed in number}) == 12
     assert all(torch.equal(batch, batches[0]) for batch in batches)
     assert torch.equal(values[0], compute(config, digits, real, state.images, labels, batch_size=6).value)
     assert not torch.equal(values[0], values[1])

@@ -28,7 +28,7 @@ def trained(config, digits) -> tuple[list[str], list]:
     return lines, stores
 
 
-def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
+def test_a_line_gives_the_accuracy_of_an_expert(small, digits, tmp_path):
     """BatchNorm's own statistics and all, on 1,000 of 1,437 training images, evenly spread; 2 networks, 2 each."""
     lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=6, expert_batch_size=32), digits)
     assert lines[0] == "experts: 0 of 4 trajectories are there, training 4"
@@ -46,9 +46,9 @@ def test_it_is_said_what_an_expert_gets_right(small, digits, tmp_path):
             shares.append(right.mean())
         share = 100 * sum(shares) / 2
         assert share > 60  # they did learn
-        said = re.fullmatch(rf"experts of {spec.architecture}: (\d+) % of training images right .*", line)
-        assert said, line
-        assert int(said[1]) == pytest.approx(share, abs=0.51)
+        match = re.fullmatch(rf"experts of {spec.architecture}: (\d+) % of training images right .*", line)
+        assert match, line
+        assert int(match[1]) == pytest.approx(share, abs=0.51)
     again, _ = trained(small.updated(experts=str(tmp_path), expert_epochs=6, expert_batch_size=32), digits)
     assert again == ["experts: 4 of 4 trajectories are there"]
 
@@ -57,7 +57,7 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
     """Both found nothing; one of them is through before the other begins, and has the files open."""
     own = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
     specs = session.network_specs(own, digits)
-    stores, made = [session.expert_store(own, digits, spec) for spec in specs], []
+    stores, trainings = [session.expert_store(own, digits, spec) for spec in specs], []
 
     def files() -> dict:
         paths = Path(str(stores[0].folder)).iterdir()
@@ -66,15 +66,15 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
     class Overtaken(Serial):
         def map(self, function, shared, items):
             trained(own, digits)
-            made.append(files())
+            trainings.append(files())
             return super().map(function, shared, items)
 
     lines = []
     train_missing_experts(stores, specs, 2, digits, Overtaken("cpu", Interruption()), lines.append)
     assert lines[0] == "experts: 0 of 2 trajectories are there, training 2"
     assert re.fullmatch(r"experts of convnet-in: \d+ % of training images right .*", lines[-1])
-    assert len(made[0]) == 5
-    assert files() == made[0]
+    assert len(trainings[0]) == 5
+    assert files() == trainings[0]
 
 
 def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
@@ -89,7 +89,7 @@ def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     assert not short_training_note(recipe._replace(epochs=17), 1437)
 
 
-def test_hours_on_a_cpu_are_said_before_they_pass(small, digits, tmp_path, monkeypatch):
+def test_a_line_estimates_the_hours_on_a_cpu_before_they_pass(small, digits, tmp_path, monkeypatch):
     """A forward pass costs two operations for each of `count_macs`, a backward pass twice that; 3 epochs of 2
     experts of 2 networks at a rate at which they take 2.4 hours."""
     config = small.updated(experts=str(tmp_path), expert_epochs=3)
@@ -109,7 +109,7 @@ def test_what_methods_bring_is_logged_for_both_that_are_compared():
     assert len(one) < 15  # MLflow writes them above the images of a run
 
 
-def test_it_is_said_how_many_chains_judge():
+def test_a_line_counts_the_chains_of_an_evaluation():
     settings = preset("digits").updated(num_chains=3, chain_epochs=1000).evaluation
-    said = describe_evaluation({"random": 0, "fbpc": 1}, ["a"], "test", settings)
-    assert said == "evaluating on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"
+    lines = describe_evaluation({"random": 0, "fbpc": 1}, ["a"], "test", settings)
+    assert lines == "evaluating on the test split: 6 chains (2 coresets x 1 network x 3 seeds) of 1,000 epochs"

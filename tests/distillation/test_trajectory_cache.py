@@ -157,35 +157,35 @@ def test_the_real_images_of_the_k_steps_are_drawn_by_the_snapshots_name(context)
 
 def rows(values):
     """The block's rows, and how often they were asked for."""
-    asked = []
+    calls = []
 
     def make():
-        asked.append(1)
+        calls.append(1)
         return (torch.full((3,), float(value)) for value in values)
 
-    return make, asked
+    return make, calls
 
 
 def test_x_sides_are_made_once_and_read_back_to_the_bit(tmp_path):
-    make, asked = rows([0.1, 1 / 3])
-    kept = TrajectoryCache(tmp_path, 1e6)
-    first, again = kept.block("a", (2, 3), make), TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
+    make, calls = rows([0.1, 1 / 3])
+    store = TrajectoryCache(tmp_path, 1e6)
+    first, again = store.block("a", (2, 3), make), TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
     assert first is not None
     assert (first == np.array([[0.1] * 3, [1 / 3] * 3], np.float32)).all()
     assert again is not None
     assert (again == first).all()
-    assert len(asked) == 1
+    assert len(calls) == 1
     with pytest.raises(ValueError, match="read-only"):
         again[0] = 1
 
 
 def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
-    kept, (make, _) = TrajectoryCache(tmp_path, 500), rows([1, 2])
+    store, (make, _) = TrajectoryCache(tmp_path, 500), rows([1, 2])
     for name, age in (("a", 10), ("b", 20), ("c", 30)):
-        kept.block(name, (2, 3), make)
+        store.block(name, (2, 3), make)
         os.utime(tmp_path / f"{name}.npy", (age, age))
-    kept.block("a", (2, 3), make)  # used now
-    kept.block("d", (2, 3), make)
+    store.block("a", (2, 3), make)  # used now
+    store.block("d", (2, 3), make)
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {"a", "c", "d"}
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 500
@@ -195,11 +195,11 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_block_is_made_again(content, tmp_path):
     (tmp_path / "a.npy").write_bytes(content)
-    make, asked = rows([5, 6])
+    make, calls = rows([5, 6])
     result = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), make)
     assert result is not None
     assert result[1, 0] == 6
-    assert asked
+    assert calls
 
 
 def test_each_flipped_byte_and_a_file_without_a_checksum_are_made_again(tmp_path, monkeypatch):
@@ -246,9 +246,9 @@ def test_several_workers_that_want_the_same_block_all_get_it(tmp_path):
         items[place] = TrajectoryCache(tmp_path, 1e6).block("a", (2, 3), rows([7, 8])[0])
 
     threads = [threading.Thread(target=want, args=(place,)) for place in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert all(each is not None and (each[:, 0] == [7, 8]).all() for each in items)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(block is not None and (block[:, 0] == [7, 8]).all() for block in items)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]

@@ -104,7 +104,10 @@ def test_units_are_the_draws_of_each_architecture_in_turn():
 def combined(*values: float | None, architectures: int, draws: int = 1) -> list[tuple[float, float]]:
     """(gradient, that of the inner learning rate: ten times as large) of each architecture that is left."""
     gradients = [None if v is None else Gradient(torch.full((1, 1, 1, 1), v), STATS, 10 * v) for v in values]
-    return [(each.value.item(), each.inner_lr) for each in combine(gradient_tasks(architectures, draws), gradients)]
+    return [
+        (gradient.value.item(), gradient.inner_lr)
+        for gradient in combine(gradient_tasks(architectures, draws), gradients)
+    ]
 
 
 def test_draws_are_averaged_and_architectures_kept_apart():

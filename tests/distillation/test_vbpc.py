@@ -133,9 +133,9 @@ def test_networks_are_begun_anew_after_their_uses_one_after_the_other(config):
     settings = config.updated(pool_size=4, pool_steps=100).distillation
     fresh, trained = {"w": torch.zeros(2)}, AdamState(torch.ones(2), torch.full((2,), 2.0), torch.full((2,), 3.0), 7)
     assert [network_pool.load(None, fresh, slot, settings).uses for slot in range(4)] == [0, 25, 50, 75]
-    kept = network_pool.load(network_pool.dump(network_pool.Member(trained, 99)).numpy(), fresh, 1, settings)
-    assert [part.tolist() for part in kept.adam[:3]] == [[1, 1], [2, 2], [3, 3]]
-    assert (kept.adam.steps, kept.uses) == (7, 99)
+    loaded_pool = network_pool.load(network_pool.dump(network_pool.Member(trained, 99)).numpy(), fresh, 1, settings)
+    assert [part.tolist() for part in loaded_pool.adam[:3]] == [[1, 1], [2, 2], [3, 3]]
+    assert (loaded_pool.adam.steps, loaded_pool.uses) == (7, 99)
     anew = network_pool.load(network_pool.dump(network_pool.Member(trained, 100)).numpy(), fresh, 1, settings)
     assert (anew.adam.value.tolist(), anew.adam.steps, anew.uses) == ([0, 0], 0, 0)
 
@@ -214,7 +214,7 @@ def test_a_run_learns_without_experts_and_resumes_to_the_bit(config, digits, tmp
     checkpoint is read from its file."""
     backend = Serial("cpu", Interruption())
     config = config.updated(experts=str(tmp_path / "experts"))
-    whole = run_on(backend, config, digits, tmp_path / "whole")
+    undisturbed = run_on(backend, config, digits, tmp_path / "whole")
     run_on(backend, config.updated(steps=4), digits, tmp_path / "part")
     opened = session.open_session(config, lambda line: None, digits)
     restored = RunDirectory(tmp_path / "part").restore(opened.labels, digits.image_shape)
@@ -223,7 +223,7 @@ def test_a_run_learns_without_experts_and_resumes_to_the_bit(config, digits, tmp
     assert {name.split("/")[0] for name in state.solutions} == {"0", "1"}
     rows = [{k: v for k, v in row.items() if k != "seconds_step" and v is not None} for row in rows]
     rest = run_on(backend, config, digits, tmp_path / "rest", state=state, rows=rows)
-    assert torch.equal(rest[0], whole[0])
+    assert torch.equal(rest[0], undisturbed[0])
     ends = [RunDirectory(tmp_path / name).restore(opened.labels, digits.image_shape) for name in ("whole", "rest")]
     one, other = (end[0] for end in ends if end is not None)
     assert one.soft_labels is not None

@@ -25,12 +25,12 @@ def test_slots_are_taken_in_turn_and_begun_anew_one_after_the_other():
 
 def test_a_solve_begins_at_what_its_slot_holds():
     value = torch.arange(3.0)
-    held = with_solutions({}, [("0/0/1", value), ("0/0/0", None)])
-    assert held.keys() == {"0/0/1"}
-    assert start_of(held, 0, 0, 3, 2, 100) is value
-    assert start_of(held, 0, 0, 5, 2, 4) is None  # used up
-    assert start_of(held, 0, 0, 2, 2, 100) is None  # nothing there
-    assert start_of(held, 1, 0, 3, 2, 100) is None  # another architecture's
+    solutions = with_solutions({}, [("0/0/1", value), ("0/0/0", None)])
+    assert solutions.keys() == {"0/0/1"}
+    assert start_of(solutions, 0, 0, 3, 2, 100) is value
+    assert start_of(solutions, 0, 0, 5, 2, 4) is None  # used up
+    assert start_of(solutions, 0, 0, 2, 2, 100) is None  # nothing there
+    assert start_of(solutions, 1, 0, 3, 2, 100) is None  # another architecture's
 
 
 def test_only_with_the_pool_are_solutions_kept(small):
@@ -59,7 +59,7 @@ def worker(small, digits):
     return worker, state.images.numpy()
 
 
-def test_the_solve_begins_where_it_is_told(worker):
+def test_the_solve_begins_at_the_solution_it_gets(worker):
     """At its own solution hardly a step is left, and the solution is the start; at the prior's draw, all as before."""
     worker, images = worker
     value, stats, _, solution, *_ = worker.gradient(GradientTask(0, 0), 3, images, 0.0)
@@ -69,10 +69,10 @@ def test_the_solve_begins_where_it_is_told(worker):
     assert again.map_steps or (moved == solution).all()
     assert np.linalg.norm(moved - solution) < 0.1 * np.linalg.norm(solution)
     prior = worker.passes[0].network.init(worker._context(GradientTask(0, 0)).rng(3, "prior"))
-    vector = torch.cat([each.flatten() for each in prior.values()]).numpy()
-    told = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=vector)
-    assert (told[0] == value).all()
-    assert told[1].map_steps == stats.map_steps
+    vector = torch.cat([value_of_prior.flatten() for value_of_prior in prior.values()]).numpy()
+    result = worker.gradient(GradientTask(0, 0), 3, images, 0.0, start=vector)
+    assert (result[0] == value).all()
+    assert result[1].map_steps == stats.map_steps
 
 
 def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small, digits, tmp_path):
@@ -80,8 +80,8 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     in the middle, and through a checkpoint's file."""
     config = small.updated(map_init="warm", warm_pool_size=2, warm_pool_uses=4, steps=12, checkpoint_every=5)
     backend = Serial("cpu", Interruption())
-    whole = run_on(backend, config, digits, tmp_path / "whole")
-    steps = {row["step"]: row["map_steps"] for row in whole[1] if row["architecture"] == "convnet-in"}
+    undisturbed = run_on(backend, config, digits, tmp_path / "whole")
+    steps = {row["step"]: row["map_steps"] for row in undisturbed[1] if row["architecture"] == "convnet-in"}
     fresh = {1, 2, 6, 9}
     assert max(count for step, count in steps.items() if step not in fresh) < min(steps[step] for step in fresh)
     run_on(backend, config.updated(steps=5), digits, tmp_path / "part")
@@ -92,9 +92,9 @@ def test_a_run_with_the_pool_takes_fewer_map_steps_and_resumes_to_the_bit(small,
     state, rows = restored
     assert state.solutions.keys() == {f"{architecture}/0/{slot}" for architecture in (0, 1) for slot in (0, 1)}
     rows = [{k: v for k, v in row.items() if k != "seconds_step"} for row in rows]
-    assert_same(run_on(backend, config, digits, tmp_path / "rest", state=state, rows=rows), whole)
+    assert_same(run_on(backend, config, digits, tmp_path / "rest", state=state, rows=rows), undisturbed)
     other = run_on(backend, config.updated(map_init="prior"), digits, tmp_path / "fresh")
-    assert not torch.equal(other[0], whole[0])
+    assert not torch.equal(other[0], undisturbed[0])
 
 
 def test_results_that_know_no_pool_keep_their_keys(small):

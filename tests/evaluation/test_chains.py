@@ -81,18 +81,18 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, two_per_
     """Scores, and what each image gets: BatchNorm too, its statistics coming from the coreset and not from the test
     images that share a batch. 90 images, shuffled and sorted by class."""
     samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", 0)
-    images, labels = (each[:90] for each in tensors(digits.test, "cpu"))
-    whole = predictive(
+    images, labels = (tensor[:90] for tensor in tensors(digits.test, "cpu"))
+    full = predictive(
         Passes(network), samples, two_per_class[0], DeviceDataset(images, labels, digits.mean, digits.std)
     )
     monkeypatch.setattr(chains, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
         outcome = predictive(Passes(network), samples, two_per_class[0], moved)
-        assert scores(outcome.stats) == pytest.approx(scores(whole.stats), rel=1e-5)
-        torch.testing.assert_close(outcome.losses, whole.losses[:, order], rtol=1e-4, atol=1e-5)
+        assert scores(outcome.stats) == pytest.approx(scores(full.stats), rel=1e-5)
+        torch.testing.assert_close(outcome.losses, full.losses[:, order], rtol=1e-4, atol=1e-5)
         for name in Uncertainty._fields:
-            expected = getattr(whole.uncertainty, name)[order]
+            expected = getattr(full.uncertainty, name)[order]
             torch.testing.assert_close(getattr(outcome.uncertainty, name), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_batches_of_large_images_have_as_many_pixels_as_500_of_32x32(shape, expe
 def test_each_batch_is_normalised_once(digits, monkeypatch):
     """Scores, losses and uncertainties share one log-softmax in float64, with the values of each by itself."""
     logits = torch.randn(3, 40, 10, generator=generator(0, "logits"))
-    images, labels = (each[:40] for each in tensors(digits.test, "cpu"))
+    images, labels = (tensor[:40] for tensor in tensors(digits.test, "cpu"))
     calls: list[torch.Tensor] = []
 
     def counted(values: torch.Tensor) -> torch.Tensor:

@@ -41,8 +41,8 @@ def coreset(digits):
 
 
 def context(digits, coreset, settings=SETTINGS, soft_labels=None):
-    made = context_of(digits, "test", settings, coreset.images.numpy(), coreset.labels.numpy())
-    return made._replace(coresets={"x": CoresetArrays(*made.coresets["x"][:2], soft_labels)})
+    chain_context = context_of(digits, "test", settings, coreset.images.numpy(), coreset.labels.numpy())
+    return chain_context._replace(coresets={"x": CoresetArrays(*chain_context.coresets["x"][:2], soft_labels)})
 
 
 def scored(result):
@@ -72,16 +72,16 @@ def test_the_closed_form_is_dense_regression_on_the_trained_features(digits, cor
     expected = (mean / (1 + torch.pi / 8 * variance).sqrt()).softmax(1)
     logits = closed_form(network, params, data, SETTINGS)
     torch.testing.assert_close(probabilities(logits(images)), expected, rtol=1e-4, atol=1e-6)
-    whole = score(logits, real).stats
-    assert scored(run_networks(shared, chain, "cpu")) == scores(whole)
-    assert scores(whole).accuracy > 0.4
+    full = score(logits, real).stats
+    assert scored(run_networks(shared, chain, "cpu")) == scores(full)
+    assert scores(full).accuracy > 0.4
 
 
 def test_no_number_depends_on_the_batches_of_the_test_set(digits, coreset, monkeypatch):
     shared, chain = context(digits, coreset), Chain("x", spec_of(digits, "convnet-bn"), 0)
-    whole = scored(run_networks(shared, chain, "cpu"))
+    full = scored(run_networks(shared, chain, "cpu"))
     monkeypatch.setattr(chains, "TEST_BATCH", 70)
-    assert scored(run_networks(shared, chain, "cpu")) == pytest.approx(whole, rel=1e-5)
+    assert scored(run_networks(shared, chain, "cpu")) == pytest.approx(full, rel=1e-5)
 
 
 def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, coreset):
@@ -191,8 +191,8 @@ def test_chains_sample_by_the_cross_entropy_of_soft_labels(digits, coreset):
     network = Network(spec)
 
     def sample(soft_labels):
-        made = context(digits, coreset, settings, soft_labels)
-        return sample_chain(made, Chain("x", spec, 0), Passes(network), "cpu")[1][0]["head.weight"]
+        chain_context = context(digits, coreset, settings, soft_labels)
+        return sample_chain(chain_context, Chain("x", spec, 0), Passes(network), "cpu")[1][0]["head.weight"]
 
     hard = sample(None)
     torch.testing.assert_close(sample(certain), hard, rtol=1e-5, atol=1e-7)
@@ -210,6 +210,6 @@ def test_chains_sample_by_the_cross_entropy_of_soft_labels(digits, coreset):
 
 def test_soft_labels_are_the_targets_of_networks(digits, coreset):
     soft = torch.randn(20, 10, generator=generator(5))
-    made = context(digits, coreset, SETTINGS, soft.numpy())
-    data = targets_of(made, Chain("x", spec_of(digits), 0), "cpu")
+    chain_context = context(digits, coreset, SETTINGS, soft.numpy())
+    data = targets_of(chain_context, Chain("x", spec_of(digits), 0), "cpu")
     assert torch.equal(data.targets, torch.cat([soft, soft]))

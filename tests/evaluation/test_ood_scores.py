@@ -33,10 +33,10 @@ def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, dig
     """By hand from the samples: the lineage's NLL in the order of the split, and how entropy and mutual information
     rank noise above digits. The scores are those without strange images."""
     strange = ood_split(digits, noise(digits))
-    judged = context_of(digits, "test", SETTINGS, *arrays(two_per_class), strange)
+    context = context_of(digits, "test", SETTINGS, *arrays(two_per_class), strange)
     chain = Chain("x", network.spec, 0)
-    outcome = values(run_chain(judged, chain, "cpu"))
-    assert tuple(outcome) == quantities(judged)
+    outcome = values(run_chain(context, chain, "cpu"))
+    assert tuple(outcome) == quantities(context)
 
     samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", 0)
     inside, outside = (
@@ -55,7 +55,7 @@ def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, dig
     assert outcome["mean_sample_nll"] == inside.losses.mean().item()
     assert outcome["nll"] < outcome["batch_nll"] < outcome["mean_sample_nll"]
 
-    without = judged._replace(ood=None)
+    without = context._replace(ood=None)
     alone = values(run_chain(without, chain, "cpu"))
     assert tuple(alone) == quantities(without) == tuple(outcome)[:-2]
     assert alone == {name: outcome[name] for name in alone}

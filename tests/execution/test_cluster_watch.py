@@ -77,7 +77,7 @@ def family() -> tuple[subprocess.Popen[str], int]:
 
 def node_of(*processes: subprocess.Popen) -> SimpleNamespace:
     """Ray's record of the processes that it started."""
-    return SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=each) for each in processes]})
+    return SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=pid) for pid in processes]})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -114,14 +114,14 @@ if {ending == "dismissed"}:
 print("ready", flush=True)
 time.sleep(60)
 """
-    started = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
+    driver_process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
     try:
-        assert started.stdout
-        with started.stdout as output:
+        assert driver_process.stdout
+        with driver_process.stdout as output:
             assert output.readline() == "ready\n"
-        kill(started.pid)
+        kill(driver_process.pid)
         assert soon(lambda: process.poll() is not None, 4) == (ending == "killed")
     finally:
-        for each in (process, started):
-            each.kill()
-            each.wait()
+        for child in (process, driver_process):
+            child.kill()
+            child.wait()

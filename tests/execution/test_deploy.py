@@ -107,9 +107,9 @@ def test_every_node_asks_for_the_token_and_the_dashboard_stays_on_the_head():
 
 def test_what_rayignore_leaves_out_is_not_copied_to_the_nodes_either():
     ignored = {line.strip("/") for line in (ROOT / ".rayignore").read_text().splitlines() if line[:1] not in ("", "#")}
-    kept = {line.strip("/") for line in described("cluster.yaml")["rsync_exclude"]}
-    assert kept <= ignored
-    assert {".git", ".venv", "experts", "data", "outputs", "mlflow.db*"} <= kept
+    patterns = {line.strip("/") for line in described("cluster.yaml")["rsync_exclude"]}
+    assert patterns <= ignored
+    assert {".git", ".venv", "experts", "data", "outputs", "mlflow.db*"} <= patterns
 
 
 RAYJOB = {

@@ -40,16 +40,16 @@ def cluster():
 
     folder, before = tempfile.mkdtemp(prefix="fr", dir="/tmp"), os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder
-    made = Cluster(
+    local_cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE,
         },
     )  # fmt: skip
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield made
+    ray.init(address=local_cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield local_cluster
     ray.shutdown()
-    made.shutdown()
+    local_cluster.shutdown()
     os.environ.pop("RAY_TMPDIR") if before is None else os.environ.update(RAY_TMPDIR=before)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -66,10 +66,10 @@ def add(cluster):
         return added[-1]
 
     yield node
-    for each in added:
-        if each in cluster.worker_nodes:
-            kill(raylet(each), signal.SIGCONT)
-            cluster.remove_node(each, allow_graceful=False)
+    for added_node in added:
+        if added_node in cluster.worker_nodes:
+            kill(raylet(added_node), signal.SIGCONT)
+            cluster.remove_node(added_node, allow_graceful=False)
     assert soon(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
 
 
@@ -105,12 +105,12 @@ def at(step: int, act, backend, took_effect=lambda: True):
     run, whose steps may take no time at all, goes on past the next one only when that has had its effect."""
     timer = threading.Timer(0.02, act)
 
-    def on_step(values, done):
-        if done == step - 1:
+    def on_step(values, number):
+        if number == step - 1:
             await_all(backend)
-        if done == step:
+        if number == step:
             timer.start()
-        if done == step + 1:
+        if number == step + 1:
             timer.join()
             assert soon(took_effect)
 
@@ -173,9 +173,9 @@ def test_a_full_object_store_spills_and_costs_no_bit(cluster, add, config, digit
     import ray
 
     add(2)
-    held = [ray.put(np.full(STORE // 10, index, np.uint8)) for index in range(14)]
+    references = [ray.put(np.full(STORE // 10, index, np.uint8)) for index in range(14)]
     backend, _ = backend_on(cluster)
     assert_same(run_on(backend, config, digits, tmp_path), expected)
-    assert all(int(ray.get(one)[0]) == index for index, one in enumerate(held))
-    del held
+    assert all(int(ray.get(one)[0]) == index for index, one in enumerate(references))
+    del references
     assert_nothing_is_held(cluster)

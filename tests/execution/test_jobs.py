@@ -86,7 +86,7 @@ def submit(client, words: list[str], environment: dict[str, str] | None = None, 
     )
 
 
-def ended(client, job: str, seconds: float = 300):
+def wait_for_end(client, job: str, seconds: float = 300):
     """What is known of a job that has ended."""
     end = time.monotonic() + seconds
     while not client.get_job_status(job).is_terminal():
@@ -96,7 +96,7 @@ def ended(client, job: str, seconds: float = 300):
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
+def undisturbed_run(small, tmp_path_factory):
     """A serial run of 60 steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("jobs") / "whole"
     distil(*flags(small, backend="serial", steps=60, out=str(folder)))
@@ -120,7 +120,9 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
     return [(run.info.status, str(run.info.artifact_uri)) for run in result]
 
 
-def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head, client, whole, small, tmp_path):
+def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(
+    head, client, undisturbed_run, small, tmp_path
+):
     """`ray job stop` amid the run leaves a checkpoint, where no periodic one is due before the end, and a run in MLflow
     that reads KILLED, both outside of the job's temporary folder; the very same command then ends it, in the same
     MLflow run."""
@@ -131,7 +133,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head,
     assert soon(lambda: amid_a_step(head) or client.get_job_status(job).is_terminal()), client.get_job_logs(job)
     assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
     client.stop_job(job)
-    assert ended(client, job).status == "STOPPED"
+    assert wait_for_end(client, job).status == "STOPPED"
     logs = client.get_job_logs(job)
     assert f"fbpc distill --out {folder} --resume" in logs
     assert "Traceback" not in logs
@@ -141,11 +143,11 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bits(head,
     assert [status for status, _ in mlflow_runs(database)] == ["KILLED"]
 
     job = submit(client, words, home)
-    info = ended(client, job)
+    info = wait_for_end(client, job)
     logs = client.get_job_logs(job)
     assert (info.status, info.driver_exit_code) == ("SUCCEEDED", 0), logs
     assert "resumed at step" in logs
-    assert torch.equal(images_of(folder), images_of(whole))
+    assert torch.equal(images_of(folder), images_of(undisturbed_run))
     ((status, artifacts),) = mlflow_runs(database)
     assert status == "FINISHED"
     assert Path(artifacts.removeprefix("file://")).is_relative_to(database.parent)
@@ -188,7 +190,7 @@ def test_what_changes_while_a_job_is_packed_does_not_travel_and_its_bad_input_is
     )
     try:
         job = submit(client, ["-c", code, *words], folder=tree)
-        info = ended(client, job)
+        info = wait_for_end(client, job)
     finally:
         stop.set()
         thread.join()

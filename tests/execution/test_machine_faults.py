@@ -29,7 +29,7 @@ def config(small):
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
+def undisturbed_run(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("machine") / "whole"
     distil(*flags(config, backend="serial", out=str(folder)))
     return folder
@@ -53,16 +53,16 @@ class Driver:
                 env={**ENVIRONMENT, **environment}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def said(self, text: str) -> bool:
+    def has_printed(self, text: str) -> bool:
         return text in self.output.read_text()
 
     def wait_for_a_checkpoint(self) -> None:
         assert soon(lambda: self.run.state_path.exists() or self.process.poll() is not None)
         assert self.process.poll() is None, self.output.read_text()
 
-    def ends_with_the_bits_of(self, whole: Path) -> None:
+    def ends_with_the_bits_of(self, undisturbed_run: Path) -> None:
         assert self.process.wait(300) == 0, self.output.read_text()
-        assert torch.equal(images_of(self.run.folder), images_of(whole))
+        assert torch.equal(images_of(self.run.folder), images_of(undisturbed_run))
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -94,7 +94,7 @@ while time.monotonic() < end:
 """A process that takes what is left, and what others give back meanwhile."""
 
 
-def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_folder):
+def test_workers_killed_for_memory_are_replaced(config, undisturbed_run, tmp_path, ray_folder):
     """Ray's memory monitor kills our workers as another process takes what is left; it ends, and so does the run.
 
     The driver is stopped until a worker is gone: else it may be at its chains by then, whose tasks Ray itself repeats.
@@ -120,9 +120,9 @@ def test_workers_killed_for_memory_are_replaced(config, whole, tmp_path, ray_fol
         assert soon(lambda: not all(map(alive, workers))), driver.output.read_text()
         stop(hog)
         kill(driver.process.pid, signal.SIGCONT)
-        driver.ends_with_the_bits_of(whole)
-        assert driver.said("was lost"), driver.output.read_text()
-        assert driver.said("memory"), driver.output.read_text()  # the line says why
+        driver.ends_with_the_bits_of(undisturbed_run)
+        assert driver.has_printed("was lost"), driver.output.read_text()
+        assert driver.has_printed("memory"), driver.output.read_text()  # the line says why
     finally:
         for process in (driver.process, hog):
             if process:
@@ -149,7 +149,7 @@ def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, tmp_path, ray_fol
             kill(pid)
 
 
-def test_the_soak_holds_what_it_says(tmp_path):
+def test_a_short_soak_passes_its_own_checks(tmp_path):
     """jobs/chaos.py, short: workers and nodes are hit, and the coreset is that of an undisturbed run."""
     report, job = tmp_path / "chaos.json", Path(__file__).parents[2] / "jobs" / "chaos.py"
     with (tmp_path / "output.txt").open("w") as output:
@@ -179,10 +179,10 @@ def test_a_store_and_a_disk_without_room_are_one_line(config, tmp_path, ray_fold
         "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats",
         f"--temp-dir={ray_folder}", "--object-store-memory=80000000", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
-    started = []
+    processes = []
     try:
         with (tmp_path / "ray.txt").open("w") as output:
-            started.append(
+            processes.append(
                 subprocess.Popen(
                     head, env={**ENVIRONMENT, **disk}, start_new_session=True, stdout=output, stderr=output
                 )
@@ -190,13 +190,13 @@ def test_a_store_and_a_disk_without_room_are_one_line(config, tmp_path, ray_fold
         assert soon(lambda: "Node status" in status(head[0], address))  # it answers
         experts = str(tmp_path / "experts")
         driver = Driver(tmp_path, flags(config, address=address, data=f"npz:{tmp_path}/large.npz", experts=experts))
-        started.append(driver.process)
+        processes.append(driver.process)
         assert driver.process.wait(300) == 1, driver.output.read_text()
-        assert driver.said("error: Ray's object store is full"), driver.output.read_text()
-        assert not driver.said("Traceback")
+        assert driver.has_printed("error: Ray's object store is full"), driver.output.read_text()
+        assert not driver.has_printed("Traceback")
         assert not list((tmp_path / "experts").rglob("*.arrow"))
     finally:
-        for process in reversed(started):
+        for process in reversed(processes):
             stop(process)
 
 
@@ -238,7 +238,7 @@ def network():
     ip("netns", "del", name)  # takes the link with it
 
 
-def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder, network):
+def test_a_node_that_is_cut_off_costs_no_bit(config, undisturbed_run, tmp_path, ray_folder, network):
     """A head, a node beside it and one on "another machine"; the link to that one goes down amid the run."""
     name, here, there, link = network
     program, port = str(Path(sys.executable).with_name("ray")), free_port()
@@ -252,41 +252,43 @@ def test_a_node_that_is_cut_off_costs_no_bit(config, whole, tmp_path, ray_folder
         f"--system-config={notice}", f"--temp-dir={ray_folder}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
     joins = ["start", f"--address={here}:{port}", "--num-cpus=1"]
-    started: list[subprocess.Popen] = []
+    processes: list[subprocess.Popen] = []
 
     def start(*command: str) -> None:
-        with (tmp_path / f"node-{len(started)}.txt").open("w") as said:
-            started.append(subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=said, stderr=said))
+        with (tmp_path / f"node-{len(processes)}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
+            )
 
     try:
         start(program, *head, *common)
         assert soon(lambda: "Node status" in status(program, f"{here}:{port}"))  # it answers
         start(program, *joins, f"--node-ip-address={here}", *common)
         assert soon(lambda: "/1.0 CPU" in status(program, f"{here}:{port}"))
-        joined = False
+        has_joined = False
         for _ in range(3):  # in a namespace without a route Ray's node now and then finds its head too late, and ends
             far = ("ip", "netns", "exec", name, program, *joins, f"--node-ip-address={there}", *common)
             start(*far)
-            if joined := soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 60):
+            if has_joined := soon(lambda: "/2.0 CPU" in status(program, f"{here}:{port}"), 60):
                 break
-            stop(started.pop())
-        if not joined:
-            said = (tmp_path / f"node-{len(started)}.txt").read_text().strip().splitlines()
-            pytest.skip(f"Ray's node did not join from the namespace: {(said or ['it said nothing'])[-1]}")
+            stop(processes.pop())
+        if not has_joined:
+            output = (tmp_path / f"node-{len(processes)}.txt").read_text().strip().splitlines()
+            pytest.skip(f"Ray's node did not join from the namespace: {(output or ['it printed nothing'])[-1]}")
         driver = Driver(tmp_path, flags(config, address=f"{here}:{port}"))
-        started.append(driver.process)
+        processes.append(driver.process)
         driver.wait_for_a_checkpoint()
-        near = gradient_workers(started[1].pid)
+        near = gradient_workers(processes[1].pid)
         for pid in near:
             kill(pid, signal.SIGSTOP)  # or it might end the run before the other stands
-        assert soon(lambda: any(title != "ray::Worker.__init__" for title in titles(started[2])))
+        assert soon(lambda: any(title != "ray::Worker.__init__" for title in titles(processes[2])))
         for pid in near:
             kill(pid, signal.SIGCONT)
-        assert soon(lambda: "ray::Worker.gradient" in titles(started[2]) or driver.process.poll() is not None)
+        assert soon(lambda: "ray::Worker.gradient" in titles(processes[2]) or driver.process.poll() is not None)
         ip("link", "set", link, "down")
-        assert soon(lambda: driver.said("was lost") or driver.process.poll() is not None)
-        driver.ends_with_the_bits_of(whole)
-        assert driver.said("was lost"), driver.output.read_text()
+        assert soon(lambda: driver.has_printed("was lost") or driver.process.poll() is not None)
+        driver.ends_with_the_bits_of(undisturbed_run)
+        assert driver.has_printed("was lost"), driver.output.read_text()
     finally:
-        for process in reversed(started):
+        for process in reversed(processes):
             stop(process)

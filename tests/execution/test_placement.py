@@ -14,7 +14,7 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
 
 
 @pytest.mark.parametrize(
-    "workers, nodes, changes, each, fit",
+    "workers, nodes, changes, share, fit",
     [
         (1, LAPTOP, {}, Resources(1, 0), 2),
         (4, LAPTOP, {}, Resources(1, 0), 2),  # four architectures take turns on two CPUs
@@ -42,13 +42,13 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
         (2, [Node(2, 0)], {"gpu": True}, Resources(1, 1), 0),  # a cluster that starts from no GPU
     ],
 )
-def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, each, fit):
+def test_what_a_worker_takes_and_how_many_fit(workers, nodes, changes, share, fit):
     result = need(workers, nodes, **changes)
-    assert result == each
+    assert result == share
     assert capacity(nodes, result) == fit
 
 
-def test_what_does_not_fit_is_said_with_need_and_have():
+def test_what_does_not_fit_is_refused_with_need_and_capacity():
     assert capacity(LAPTOP, Resources(4, 0)) == 0
     assert infeasible_message(LAPTOP, Resources(4, 0)) == (
         "one worker needs 4 CPU on one node, the nodes of the Ray cluster have 2 CPU and 0 GPU: "

@@ -204,7 +204,7 @@ def test_a_gpu_that_no_node_has_is_refused(cluster):
     assert soon(all_cpus_free)
 
 
-def test_what_cannot_be_placed_is_said_at_once(cluster, small, digits, tmp_path):
+def test_what_cannot_be_placed_is_refused_at_once(cluster, small, digits, tmp_path):
     began, before = time.monotonic(), cluster.settings
     cluster.settings = replace(before, cpus_per_actor=4.0)
     try:

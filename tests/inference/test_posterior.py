@@ -54,11 +54,11 @@ def test_trajectory_starts_after_the_first_step_and_uses_each_batch_once():
 
 def test_trajectory_leaves_its_start_alone_and_yields_values_that_stay():
     params, before = linear_params(), linear_params()
-    kept = [
+    copies = [
         (s, {n: v.clone() for n, v in s.items()})
         for s in islice(sgd_trajectory(loss_and_grad(linear), params, repeat(some_batch()), 0.5), 4)
     ]
-    for sample, copy in kept:
+    for sample, copy in copies:
         assert all(torch.equal(sample[name], copy[name]) and not sample[name].requires_grad for name in sample)
     assert all(torch.equal(params[name], before[name]) for name in params)
 

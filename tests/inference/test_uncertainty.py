@@ -58,10 +58,10 @@ def test_float32_logits_are_reckoned_in_float64():
 def test_parts_put_together_are_the_whole():
     logits = some_logits()
     first, second = logits.split([13, 27], dim=1)
-    whole, parts = uncertainty(logits), uncertainty(first) + uncertainty(second)
+    total, parts = uncertainty(logits), uncertainty(first) + uncertainty(second)
     assert isinstance(parts, Uncertainty)
     for name in Uncertainty._fields:
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+        torch.testing.assert_close(getattr(parts, name), getattr(total, name))
 
 
 @pytest.mark.parametrize("levels", [3, 1000])

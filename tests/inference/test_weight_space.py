@@ -223,15 +223,15 @@ class TestUnrolled:
         """W against central differences in every pixel and in the learning rate, through six unrolled steps."""
         images = problem[2].clone().requires_grad_()
         rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-        found = torch.autograd.grad(self.loss(problem, images, rate), (images, rate))
+        gradients = torch.autograd.grad(self.loss(problem, images, rate), (images, rate))
         h = 1e-5
         for index in range(images.numel()):
             step = torch.zeros_like(images).flatten().index_fill(0, torch.tensor(index), h).view_as(images)
             up, down = (self.loss(problem, problem[2] + sign * step, rate).item() for sign in (1, -1))
-            assert found[0].flatten()[index].item() == pytest.approx((up - down) / (2 * h), rel=1e-6, abs=1e-9)
+            assert gradients[0].flatten()[index].item() == pytest.approx((up - down) / (2 * h), rel=1e-6, abs=1e-9)
         up, down = (self.loss(problem, problem[2], rate.detach() + sign * h).item() for sign in (1, -1))
-        assert found[1].item() == pytest.approx((up - down) / (2 * h), rel=1e-6)
-        assert found[0].abs().max() > 1e-3 < found[1].abs()
+        assert gradients[1].item() == pytest.approx((up - down) / (2 * h), rel=1e-6)
+        assert gradients[0].abs().max() > 1e-3 < gradients[1].abs()
 
     def test_the_gradient_by_soft_labels_is_that_of_finite_differences(self, problem):
         """W against central differences in the logits of six soft labels."""

@@ -260,12 +260,12 @@ def test_a_users_own_network_runs_on_ray_to_the_bits_of_serial(nets):
     words = flags(config, backend="ray", address="local", out=str(nets / "ray"), experts=str(nets / "one"))
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, str(job), *words], cwd=nets, env=environment, capture_output=True, text=True, timeout=400
         )
     finally:
         shutil.rmtree(ray, ignore_errors=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     main.main(["distill", *flags(config, backend="serial", out=str(nets / "serial"), experts=str(nets / "other"))])
     one, other = (json.loads((nets / name / "result.json").read_text()) for name in ("ray", "serial"))
     assert list(one["coresets"]["fbpc"]) == one["architectures"] == ["nets:batchnorm2d"]

@@ -166,15 +166,15 @@ def test_calls_leave_no_state_behind():
     params, images = random_params(net), images_of()
     statistics = net.statistics(params, [images])
     prediction, logits = net.predict(params, statistics, images), net.forward(params, images)
-    kept = {name: value.clone() for name, value in statistics.items()}
+    copies = {name: value.clone() for name, value in statistics.items()}
     net.statistics(random_params(net, seed=9), [3 * images_of(4, seed=8) + 1])
     net.forward(random_params(net, seed=9), 5 * images)
-    assert all(torch.equal(statistics[name], kept[name]) for name in kept)
+    assert all(torch.equal(statistics[name], copies[name]) for name in copies)
     assert torch.equal(net.predict(params, statistics, images), prediction)
     assert torch.equal(net.forward(params, images), logits)
     again = net.statistics(params, [images])
     fresh = other.statistics(params, [images])
-    assert all(torch.equal(again[name], kept[name]) and torch.equal(fresh[name], kept[name]) for name in kept)
+    assert all(torch.equal(again[name], copies[name]) and torch.equal(fresh[name], copies[name]) for name in copies)
 
 
 def test_statistics_that_fail_leave_predict_as_it_was():
@@ -203,12 +203,12 @@ def test_inputs_are_left_alone_and_predictions_carry_no_gradient(name):
     """Pure functions: no argument changes in place, and only `forward` is part of a graph."""
     net = network(name)
     params, images = random_params(net), images_for(net)
-    kept, kept_images = {n: v.clone() for n, v in params.items()}, images.clone()
+    copies, kept_images = {n: v.clone() for n, v in params.items()}, images.clone()
     leaves = {n: v.requires_grad_() for n, v in params.items()}
     statistics = net.statistics(leaves, [images])
     assert not net.predict(leaves, statistics, images.clone().requires_grad_()).requires_grad
     net.forward(leaves, images)
-    assert all(torch.equal(params[n], kept[n]) for n in kept)
+    assert all(torch.equal(params[n], copies[n]) for n in copies)
     assert torch.equal(images, kept_images)
     assert not any(value.requires_grad for value in statistics.values())
 
@@ -222,8 +222,8 @@ def test_gradient_flows_to_images_and_to_every_parameter(norm):
     leaves = [images, *params.values()]
     result = torch.autograd.grad((net.forward(params, images) * weights).sum(), leaves)
     expected = torch.autograd.grad((by_hand(params, images, norm) * weights).sum(), leaves)
-    for got, want in zip(result, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
+    for actual, want in zip(result, expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-7, atol=1e-7)
     assert result[0].abs().max() > 1e-3
 
 
@@ -269,12 +269,12 @@ def test_init_is_the_module_of_the_same_generator_and_owns_its_memory():
     params, module = net.init(source(4)), net.module(source(4))
     assert list(params) == [name for name, _ in module.named_parameters()]
     assert all(torch.equal(params[name], value) for name, value in module.named_parameters())
-    kept = {name: value.clone() for name, value in params.items()}
+    copies = {name: value.clone() for name, value in params.items()}
     with torch.no_grad():
         for value in net.init(source(5)).values():
             value.fill_(7)
     again = net.init(source(4))
-    assert all(torch.equal(again[name], kept[name]) and torch.equal(params[name], kept[name]) for name in kept)
+    assert all(torch.equal(again[name], copies[name]) and torch.equal(params[name], copies[name]) for name in copies)
 
 
 def test_making_a_network_leaves_the_global_generator_alone():

@@ -108,13 +108,13 @@ def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
         "net = network('convnet-bn'); fast = Passes(net, Path(sys.argv[3]))\n"
         "fast.loss_and_grad(net.init(generator(0, 'params')), batch(SIZE)); print('done')"
     )
-    said = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parents[1]), str(folder)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert said.stdout.strip() == "done", said.stderr
+    assert process.stdout.strip() == "done", process.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pt2")} == files
     wider = Network(specify("convnet-bn", (1, 8, 8), 10, 12, 0))
     Passes(wider, folder).logits(wider.init(generator(0, "params")), some.images)
@@ -170,8 +170,8 @@ def test_multiplications_by_hand():
 def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     """By what they compute: a hundred thousand steps are, four of them aren't. What can't be compiled is said."""
     lines: list[str] = []
-    why = ""
-    monkeypatch.setattr(compiling, "compile_failure", lambda folder: why)
+    reason = ""
+    monkeypatch.setattr(compiling, "compile_failure", lambda folder: reason)
     small = small.updated(device="cpu")
     specs = session.network_specs(small, digits)
     assert not session.compiles_passes(small, digits, specs, lines.append)
@@ -181,7 +181,7 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     assert not session.compiles_passes(large.updated(compiled="off"), digits, specs, lines.append)
     assert not session.compiles_passes(large.updated(device="cuda"), digits, specs, lines.append)
     assert not lines
-    why = "no g++"
+    reason = "no g++"
     assert not session.compiles_passes(large, digits, specs, lines.append)
     assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
 

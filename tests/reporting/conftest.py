@@ -17,7 +17,7 @@ def ended_runs(small, tmp_path_factory) -> dict[str, Path]:
         "fbpc": {}, "bpc": with_method(small, "bpc-fkl", 1).updated(steps=2, syn_steps=3, start_epoch=1).flat(),
         "random": {"method": "random", "ipc": 2},
     }  # fmt: skip
-    for name, its in changes.items():
-        words = flags(small, **its | {"backend": "serial", "device": "cpu", "out": str(root / name)})
+    for name, settings in changes.items():
+        words = flags(small, **settings | {"backend": "serial", "device": "cpu", "out": str(root / name)})
         main.main(["distill", *words])
     return {name: root / name for name in changes}

@@ -63,13 +63,15 @@ def assert_readable(figure):
 
 def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
     """Bars stand in their bins as high as its accuracy, dots at its mean confidence, counts below; ECE as `scores`."""
-    its = stats(0.3) + stats(6.0)  # too modest where it is unsure, too sure where it is sure: gaps of both signs
-    assert abs((its.bin_correct - its.bin_confidence).sum()) < 0.5 * (its.bin_correct - its.bin_confidence).abs().sum()
-    reliability.reliability_diagram({"fbpc": its}, tmp_path / "r.png")
+    sums = stats(0.3) + stats(6.0)  # too modest where it is unsure, too sure where it is sure: gaps of both signs
+    assert (
+        abs((sums.bin_correct - sums.bin_confidence).sum()) < 0.5 * (sums.bin_correct - sums.bin_confidence).abs().sum()
+    )
+    reliability.reliability_diagram({"fbpc": sums}, tmp_path / "r.png")
     upper, lower = drawn[0].axes
-    full = (its.bin_count > 0).nonzero().flatten()
+    full = (sums.bin_count > 0).nonzero().flatten()
     bars = [patch for patch in upper.patches if patch.get_width()]
-    accuracy, confidence = its.bin_correct / its.bin_count, its.bin_confidence / its.bin_count
+    accuracy, confidence = sums.bin_correct / sums.bin_count, sums.bin_confidence / sums.bin_count
     assert [bar.get_x() for bar in bars] == pytest.approx((full / BINS).tolist())
     assert [bar.get_width() for bar in bars] == pytest.approx([1 / BINS] * len(full))
     assert [bar.get_height() for bar in bars] == pytest.approx(accuracy[full].tolist())
@@ -78,21 +80,23 @@ def test_bars_gaps_and_counts_are_the_bins(drawn, tmp_path):
         assert low[0] == high[0] == pytest.approx(confidence[bin_number].item())
         ends = sorted([accuracy[bin_number].item(), confidence[bin_number].item()])
         assert [low[1], high[1]] == pytest.approx(ends)
-    assert [bar.get_height() for bar in lower.patches] == its.bin_count[full].tolist()
-    result = scores(its)
+    assert [bar.get_height() for bar in lower.patches] == sums.bin_count[full].tolist()
+    result = scores(sums)
     assert upper.get_title() == f"fbpc\nECE {100 * result.ece:.1f} %, accuracy {100 * result.accuracy:.1f} %"
     assert lower.get_xlabel() == "confidence (n = 800 images)"
 
 
 def test_images_that_several_chains_scored_count_once(drawn, tmp_path):
     """The title's scores are those of all chains together; the bars below are the mean over the chains."""
-    its = stats(0.3, n=400) + stats(6.0, n=400)
-    reliability.reliability_diagram({"fbpc": its}, tmp_path / "r.png", images=400)
+    sums = stats(0.3, n=400) + stats(6.0, n=400)
+    reliability.reliability_diagram({"fbpc": sums}, tmp_path / "r.png", images=400)
     upper, lower = drawn[0].axes
-    full = (its.bin_count > 0).nonzero().flatten()
+    full = (sums.bin_count > 0).nonzero().flatten()
     assert lower.get_xlabel() == "confidence (n = 400 images, mean of 2 chains)"
-    assert [bar.get_height() for bar in lower.patches] == (its.bin_count[full] / 2).tolist()
-    assert upper.get_title() == f"fbpc\nECE {100 * scores(its).ece:.1f} %, accuracy {100 * scores(its).accuracy:.1f} %"
+    assert [bar.get_height() for bar in lower.patches] == (sums.bin_count[full] / 2).tolist()
+    assert (
+        upper.get_title() == f"fbpc\nECE {100 * scores(sums).ece:.1f} %, accuracy {100 * scores(sums).accuracy:.1f} %"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -232,7 +236,9 @@ def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
     for axes in drawn[0].axes:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10", "50"]
         ours = [container.lines[0] for container in axes.containers]
-        assert [line.get_xydata().tolist() for line in ours] == [[[x, y] for x, y, _ in each.points] for each in curves]
+        assert [line.get_xydata().tolist() for line in ours] == [
+            [[x, y] for x, y, _ in curve.points] for curve in curves
+        ]
         assert len({(line.get_color(), line.get_marker()) for line in ours}) == lines
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert len(legend) == lines + 1 and legend[-1] == "the paper's"

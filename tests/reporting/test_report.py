@@ -75,11 +75,11 @@ def test_the_page_holds_every_value_and_needs_nothing_else(ended_runs, tmp_path,
 def test_the_command_makes_the_configuration_again(config):
     """As a shell and the command line read it; but for what changes no result."""
     script = f"fbpc() {{ printf '%s\\0' \"$@\"; }}; {run_usage.wrap_command(run_usage.command(config))}"
-    said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
-    first, *words = said.split("\0")[:-1]
+    output = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
+    first, *words = output.split("\0")[:-1]
     assert first == "distill"
-    parsed = distill_arguments(words)
-    again, before = parsed.config.flat(), config.flat()
+    arguments = distill_arguments(words)
+    again, before = arguments.config.flat(), config.flat()
     assert {name: value for name, value in again.items() if name not in run_usage.PLACES} == {
         name: value for name, value in before.items() if name not in run_usage.PLACES
     }
@@ -90,10 +90,10 @@ def test_the_code_of_the_page_loads_the_coreset(ended_runs, tmp_path):
     code = next(code for code in outcome.codes if "safe_open" in code)
     names: dict = {}
     exec(code, names)
-    its = coreset.load(RunDirectory(ended_runs["fbpc"]).coreset_path)
-    assert torch.equal(names["images"], its.images) and torch.equal(names["labels"], its.labels)
-    assert (tuple(names["mean"]), tuple(names["classes"])) == (its.mean, its.classes)
-    assert str(tuple(its.images.shape)) in code
+    pseudocoreset = coreset.load(RunDirectory(ended_runs["fbpc"]).coreset_path)
+    assert torch.equal(names["images"], pseudocoreset.images) and torch.equal(names["labels"], pseudocoreset.labels)
+    assert (tuple(names["mean"]), tuple(names["classes"])) == (pseudocoreset.mean, pseudocoreset.classes)
+    assert str(tuple(pseudocoreset.images.shape)) in code
 
 
 def test_several_runs_stand_beside_each_other(ended_runs, tmp_path):
@@ -141,8 +141,10 @@ def test_what_files_say_is_text(ended_runs, tmp_path):
     result |= {"data": HOSTILE, "commit": HOSTILE, "device": f"\x1b[31m{HOSTILE}", "map_endings": {HOSTILE: HOSTILE}}
     result["versions"] = {HOSTILE: HOSTILE}
     result["coresets"] = {
-        HOSTILE if name == "fbpc" else name: {HOSTILE if each == "convnet-in" else each: s for each, s in its.items()}
-        for name, its in result["coresets"].items()
+        HOSTILE if name == "fbpc" else name: {
+            HOSTILE if each == "convnet-in" else each: s for each, s in scores.items()
+        }
+        for name, scores in result["coresets"].items()
     }
     (folder / "result.json").write_text(json.dumps(result))
     config = read_config(folder).flat() | {"experts": f"{HOSTILE}\n```\n# heading", "data": f"npz:{HOSTILE}"}

@@ -19,13 +19,13 @@ def refused(capsys, *words: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main.main(["report", *words])
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert end.value.code == 2
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    return said
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return message
 
 
-def test_a_chain_that_diverged_is_said(ended_runs, tmp_path):
+def test_a_diverged_chain_is_shown(ended_runs, tmp_path):
     """With its seed; the mean is of the others."""
     folder = shutil.copytree(ended_runs["fbpc"], tmp_path / "run")
     result = inputs.read_checked_json(folder / "result.json")
@@ -55,9 +55,9 @@ def test_the_scores_of_fewer_steps_are_not_those_of_the_coreset(ended_runs, smal
         main.main(["distill", *words, "--resume"])
     with pytest.raises(UserError, match=r"has not ended \(its result is of step 4, its coreset of step 5\).* --resume"):
         report.report([str(folder)], str(tmp_path / "r.html"), print)
-    for name, judged in ((folder, False), (ended_runs["fbpc"], True)):
-        main.main(["export", str(name), "--format", "hf", "--out", str(tmp_path / f"{judged}")])
-        assert ("accuracy %" in (tmp_path / f"{judged}" / "README.md").read_text()) == judged
+    for name, has_scores in ((folder, False), (ended_runs["fbpc"], True)):
+        main.main(["export", str(name), "--format", "hf", "--out", str(tmp_path / f"{has_scores}")])
+        assert ("accuracy %" in (tmp_path / f"{has_scores}" / "README.md").read_text()) == has_scores
     main.main(["distill", *words, "--resume"])
     report.report([str(folder)], str(tmp_path / "r.html"), print)
 
@@ -66,7 +66,7 @@ def test_later_evaluations_are_there(ended_runs, tmp_path):
     """With their AUROC and pictures."""
     folder = shutil.copytree(ended_runs["fbpc"], tmp_path / "run")
     result = inputs.read_checked_json(folder / "result.json")
-    for s in (s for each in result["coresets"].values() for s in each.values()):
+    for s in (s for scores in result["coresets"].values() for s in scores.values()):
         s["ood_auroc_entropy"] = [0.25, 0.75]
     (folder / "evaluations").mkdir()
     (folder / "evaluations" / "001-test-x.json").write_text(json.dumps(result | {"ood": "strange"}))
@@ -93,8 +93,8 @@ def test_what_is_no_ended_run_is_one_line(ended_runs, tmp_path, capsys):
             (folder / name).write_bytes(content)
         return refused(capsys, str(ended_runs["random"]), str(folder), *out)
 
-    said = broken("result.json", None)
-    assert "has not ended" in said and "--resume" in said
+    message = broken("result.json", None)
+    assert "has not ended" in message and "--resume" in message
     assert "is a sweep" in broken("sweep.json", b"{}")
     trial = shutil.copytree(ended_runs["fbpc"], tmp_path / "trial")
     (trial / "trial.json").write_text("{}")
@@ -140,9 +140,9 @@ def test_a_run_in_an_object_store(ended_runs, tmp_path, monkeypatch):
                 (away / str(path.relative_to(ended_runs["fbpc"]))).write_bytes(path.read_bytes())
         here = report_page(tmp_path, str(away))
         main.main(["report", str(away), "--out", f"s3://{BUCKET}/pages/it.html"])
-        written = storage.place(f"s3://{BUCKET}/pages/it.html").read_text()
+        page_in_store = storage.place(f"s3://{BUCKET}/pages/it.html").read_text()
         assert storage.place(f"s3://{BUCKET}/pages/it-files/run-steps-1.png").is_file()
     near = report_page(tmp_path, ended_runs["fbpc"])
     assert all(table in here.tables for table in near.tables) and "evaluations/001-test.json" in here.text
-    assert len(here.of("img")) == len(near.of("img")) + 1 == written.count("<img")
+    assert len(here.of("img")) == len(near.of("img")) + 1 == page_in_store.count("<img")
     assert f"place('{away}/coreset" in here.codes[1]

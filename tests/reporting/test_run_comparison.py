@@ -26,8 +26,8 @@ def run(label: str, accuracies: list[float | None], networks=("a",), result: dic
         for network in networks for seed, value in enumerate(values)
     ]  # fmt: skip
     images = Coreset(torch.zeros(2, 1, 2, 2), torch.arange(2), (0.5,), (0.2,), ("x", "y"), facts={"fingerprint": "f"})
-    told = {"data": "digits", "split": "test", "images_scored": 360, "steps": 9} | (result or {})
-    return EndedRun(label, RunDirectory(Path(f"runs/{label}")), config, told, scores, images, [], [], [])
+    facts = {"data": "digits", "split": "test", "images_scored": 360, "steps": 9} | (result or {})
+    return EndedRun(label, RunDirectory(Path(f"runs/{label}")), config, facts, scores, images, [], [], [])
 
 
 def test_the_better_run_is_named_with_its_distance():

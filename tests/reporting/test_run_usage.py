@@ -15,13 +15,15 @@ from fbpc_ray.reporting.document import Code
 @pytest.mark.parametrize("soft", [None, torch.randn(2, 2)])
 def test_the_code_loads_the_coreset(soft, tmp_path):
     path = tmp_path / "it.safetensors"
-    made = Coreset(torch.randn(2, 1, 3, 3), torch.arange(2), (0.5,), (0.2,), ("a", "b"), soft)
-    coreset.save(made, path)
-    run = SimpleNamespace(coreset=made, label="", name="vbpc", run=SimpleNamespace(coreset_path=path, folder=tmp_path))
+    soft_coreset = Coreset(torch.randn(2, 1, 3, 3), torch.arange(2), (0.5,), (0.2,), ("a", "b"), soft)
+    coreset.save(soft_coreset, path)
+    run = SimpleNamespace(
+        coreset=soft_coreset, label="", name="vbpc", run=SimpleNamespace(coreset_path=path, folder=tmp_path)
+    )
     block = next(block for block in run_usage.how_to_use(cast(Any, [run])) if isinstance(block, Code))
     names: dict[str, Any] = {}
     exec(block.text, names)
-    assert torch.equal(names["images"], made.images)
+    assert torch.equal(names["images"], soft_coreset.images)
     assert names["classes"] == ["a", "b"]
     if soft is None:
         assert "soft" not in block.text
@@ -30,4 +32,4 @@ def test_the_code_loads_the_coreset(soft, tmp_path):
         assert "(2, 2) float32 logits" in block.text
     remote = run_usage.REMOTE.format(path=str(path), shape="", count=2)
     exec(remote, names)
-    assert torch.equal(names["labels"], made.labels)
+    assert torch.equal(names["labels"], soft_coreset.labels)

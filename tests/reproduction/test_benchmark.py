@@ -32,14 +32,14 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
         "import runpy, sys; sys.modules['ray'] = sys.modules['mlflow'] = None;"
         f"sys.argv[0] = {str(JOBS / 'benchmark.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     output = json.loads(report.read_text())
     (case,) = output["cases"]
     assert (case["networks"], case["width"], case["m"]) == (["convnet-in", "convnet-bn"], 16, 10)
     assert case["map_steps"] > case["map_steps_pool"]  # it begins at a solution of images that have hardly moved
     assert set(case["seconds"]) == set(ways)
-    assert all(len(each["all"]) == 1 and min(each["all"]) > 0 for each in case["seconds"].values())
+    assert all(len(times["all"]) == 1 and min(times["all"]) > 0 for times in case["seconds"].values())
     assert case["ratios"]["ours / floor"]["all"][0] == pytest.approx(
         case["seconds"]["ours"]["all"][0] / case["seconds"]["floor"]["all"][0]
     )
@@ -51,7 +51,7 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
     assert (first["steps"], first["compiled"]) == (1, False)
     assert first["reference / ours"] == pytest.approx(first["seconds"]["reference"] / first["seconds"]["ours"])
     assert str(tmp_path) not in report.read_text()  # no path of a machine
-    assert "ours / floor" in done.stdout
+    assert "ours / floor" in process.stdout
     rows = report.with_suffix(".md").read_text().splitlines()
     assert sum(row.startswith("| convnet-in + convnet-bn, width 16, ipc 1 |") for row in rows) == 2
 
@@ -60,10 +60,10 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
 def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
     report = tmp_path / "passes.json"
     words = ("--widths", "8", "--images", "10", "--repeats", "2", "--no-compiled", "--json", str(report))
-    done = run("benchmark_passes.py", *words)
-    if "has no bfloat16 instructions" in done.stderr:
+    process = run("benchmark_passes.py", *words)
+    if "has no bfloat16 instructions" in process.stderr:
         pytest.skip("this CPU has no bfloat16 instructions")
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     output = json.loads(report.read_text())
     assert [row["name"] for row in output["rows"]] == [
         "pass of 10: fp32 / bf16", "expert batch: fp32 / bf16", "prediction, batches: 500 / 50",
@@ -134,32 +134,32 @@ def test_ray_is_timed_beside_serial_and_gives_its_bits(tmp_path):
     """That the ways agree to the bit is checked by the program itself."""
     report = tmp_path / "found.json"
     words = ("--width", "8", "--steps", "1", "--repeats", "1", "--json", str(report))
-    done = run("scaling.py", *words)
-    assert done.returncode == 0, done.stderr
+    process = run("scaling.py", *words)
+    assert process.returncode == 0, process.stderr
     output = json.loads(report.read_text())
-    seconds = {way: each["median"] for way, each in output["seconds_a_step"].items()}
+    seconds = {way: times["median"] for way, times in output["seconds_a_step"].items()}
     assert set(seconds) == {"serial", "one worker", "two workers"}
     assert output["overhead"]["median"] == pytest.approx(seconds["one worker"] / seconds["serial"] - 1)
     assert output["scaling"]["median"] == pytest.approx(seconds["one worker"] / seconds["two workers"])
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["--ways", "theirs"], "unknown way 'theirs': choose from reference, ours, ours, cold, floor, bpc-fkl"),
         (["--data", "parquet:nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line(words, said):
-    done = run("benchmark.py", "--data", "digits", "--widths", "8", "--ipcs", "1", *words)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line(words, message):
+    process = run("benchmark.py", "--data", "digits", "--widths", "8", "--ipcs", "1", *words)
+    assert process.returncode == 2
+    assert message in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_said():
-    done = run("benchmark.py", "--device", "cuda")
-    assert (done.returncode, done.stderr.strip()) == (
+def test_a_missing_gpu_is_one_line():
+    process = run("benchmark.py", "--device", "cuda")
+    assert (process.returncode, process.stderr.strip()) == (
         2, "error: --device cuda, but torch finds no CUDA device here: use --device cpu",
     )  # fmt: skip

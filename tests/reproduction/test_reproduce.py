@@ -79,11 +79,11 @@ def test_each_table_is_made_from_scratch(table, out, capsys):
         assert json.loads(row["config"])["width"] == 8
         for quantity in shape.quantities:
             assert math.isfinite(row[quantity]), (table, row["row"], row["column"], quantity)
-    made = {(row["row"], row["column"]) for row in rows}
+    cells = {(row["row"], row["column"]) for row in rows}
     for key in PAPER.get(table, {}):
         if not any(part.endswith("ipc 50") for part in key):  # the small scale has 1 and 10
-            assert key in made
-    for name, column in made:
+            assert key in cells
+    for name, column in cells:
         assert f"| {name} |" in text
         assert f"| {column or '-'} |" in text
     for name, digits in {"table1": "35.45 ± 0.31", "table3": "degradation %", "table7": "2.56"}.items():
@@ -128,13 +128,13 @@ def test_ray_makes_the_same_rows(out):
     main.main(["reproduce", *words("table10", out)])
     elsewhere = out.parent / "elsewhere"
     command = [word if word != "serial" else "ray" for word in words("table10", elsewhere, "--address", "local")]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "fbpc_ray", "reproduce", *command], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
-    kept = ("row", "column", "accuracy", "nll", "ece", "brier")
+    assert process.returncode == 0, process.stderr
+    columns = ("row", "column", "accuracy", "nll", "ece", "brier")
     serial, on_ray = (
-        [[row[name] for name in kept] for row in rows_of(folder, "table10")] for folder in (out, elsewhere)
+        [[row[name] for name in columns] for row in rows_of(folder, "table10")] for folder in (out, elsewhere)
     )
     assert sorted(serial) == sorted(on_ray) != []
 
@@ -275,7 +275,7 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    "more, message",
     [
         (["table4"], "unknown table 'table4'"),
         (["table1", "--only", "nothing"], "no such cell.*Random/ipc 1"),
@@ -288,14 +288,14 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
         (["table3", "--corruptions", "/nowhere", "--cifar10", "digits"], "nowhere"),
     ],
 )
-def test_bad_input_is_one_line(more, said, tmp_path, capsys):
+def test_bad_input_is_one_line(more, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main.main(["reproduce", *more, "--out", str(tmp_path / "out"), "--backend", "serial"])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error
-    assert re.search(said, error)
+    assert re.search(message, error)
     assert not (tmp_path / "out").exists()
 
 
@@ -308,7 +308,7 @@ def test_a_table_is_a_run_in_mlflow(out, tmp_path, monkeypatch):
     command = [word for word in words("table10", out) if word != "--no-tracking"]
     main.main(["reproduce", *command])
     client = mlflow.MlflowClient(uri)
-    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "table10-small"
     assert run.data.tags["table"] == "table10"

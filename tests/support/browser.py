@@ -46,10 +46,10 @@ class Page:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         end = time.monotonic() + SECONDS
         while True:
-            found = self._next(end)
-            if found.get("id") == self._count:
-                assert "error" not in found, f"{method}: {found['error']}"
-                return found["result"]
+            answer = self._next(end)
+            if answer.get("id") == self._count:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return answer["result"]
 
     def _next(self, end: float) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -63,9 +63,9 @@ class Page:
 
     def ask(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def open(self, address: str) -> None:
         """Load a page from scratch, as a new tab does; `until` waits for what it shows."""
@@ -76,13 +76,13 @@ class Page:
         """What a reader sees."""
         return self.ask("document.body ? document.body.innerText : ''")
 
-    def until(self, script: str, what: str = "") -> Any:
+    def until(self, script: str, label: str = "") -> Any:
         """The value of an expression as soon as it is true."""
         end = time.monotonic() + SECONDS
-        while not (found := self.ask(script)):
-            assert time.monotonic() < end, f"never: {what or script}; the page shows {self.text()[:3000]}"
+        while not (value := self.ask(script)):
+            assert time.monotonic() < end, f"never: {label or script}; the page shows {self.text()[:3000]}"
             time.sleep(0.2)
-        return found
+        return value
 
     def reads(self, *words: str) -> str:
         """The text of the page as soon as it holds all of `words`."""
@@ -110,18 +110,18 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
-def visit(folder: Path, what: Callable[[Page], Found]) -> Found:
-    """`what` in a new Chromium; again where that ended without a word, which it sometimes does on a busy machine."""
-    said = ""
+def visit(folder: Path, look: Callable[[Page], Found]) -> Found:
+    """Look at pages in a new Chromium; again where it ended without a word, as on a busy machine it may."""
+    log = ""
     for attempt in range(3):
-        its = folder / f"chromium-{attempt}"
-        its.mkdir(parents=True)
+        profile = folder / f"chromium-{attempt}"
+        profile.mkdir(parents=True)
         try:
-            with opened(its) as page:
-                return what(page)
+            with opened(profile) as page:
+                return look(page)
         except (Gone, BrokenPipeError):
-            said = (its / "chromium.log").read_text(errors="replace")[-1000:]
-    raise AssertionError(f"Chromium ended three times: {said}")
+            log = (profile / "chromium.log").read_text(errors="replace")[-1000:]
+    raise AssertionError(f"Chromium ended three times: {log}")
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ def levels(pixels: np.ndarray) -> np.ndarray:
     return np.floor(np.clip(pixels, 0, 1) * 255 + 1e-3).astype(np.uint8)
 
 
-def agree(found: np.ndarray, expected: np.ndarray, share: float = 2e-3) -> None:
+def agree(actual: np.ndarray, expected: np.ndarray, share: float = 2e-3) -> None:
     """Equal but for a few single levels, where float32 and float64 fall on two sides of a whole one."""
-    assert found.shape == expected.shape
-    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert actual.shape == expected.shape
+    difference = np.abs(actual.astype(int) - expected.astype(int))
     assert difference.max() <= 1 and np.mean(difference > 0) <= share, (difference.max(), np.mean(difference > 0))

@@ -93,7 +93,7 @@ def words_of(command: str) -> list[str]:
     return words
 
 
-def settled(command: str) -> tuple[list[str], str]:
+def resolve(command: str) -> tuple[list[str], str]:
     """The words of a command, and how it is run."""
     words = words_of(command)
     for pattern, how, _ in EXCEPTIONS:
@@ -108,7 +108,7 @@ def settled(command: str) -> tuple[list[str], str]:
 
 def run(command: str) -> None:
     """Run a command of a page, or as much of it as there can be here."""
-    words, how = settled(command)
+    words, how = resolve(command)
     if how == "none":
         return
     if (best := "sweeps/first/best.json") in words:  # of a sweep that was no more than a dry run here
@@ -118,30 +118,30 @@ def run(command: str) -> None:
         (name,) = re.findall(r'main\(\["(\w+)"', (ROOT / words[1]).read_text())
         run(shlex.join(["fbpc", name, *words[2:]]))
     elif how == "make":
-        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
-        assert not done.returncode, done.stderr
+        process = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert not process.returncode, process.stderr
     elif how == "named files":
         assert all((ROOT / word).is_file() for word in words if re.search(r"\.(py|yaml)$", word))
     elif how == "ray":
-        parsed_by_ray(words[1:])
+        parse_as_ray(words[1:])
     elif how == "parse" and words[0] == "python":
-        assert parsed_by_job(words)
+        assert parse_as_job(words)
     elif how == "parse":
-        assert parsed(words[1], words[2:])
+        assert parse_command(words[1], words[2:])
     else:
-        called([*words[1:], *shlex.split(how)])
+        run_here([*words[1:], *shlex.split(how)])
 
 
-def called(words: list[str]) -> None:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+def run_here(words: list[str]) -> None:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             main.main(words)
         except SystemExit as end:
-            assert not end.code, f"status {end.code}: {said.getvalue()}"
+            assert not end.code, f"status {end.code}: {output.getvalue()}"
 
 
-def parsed(command: str, words: list[str]) -> Any:
+def parse_command(command: str, words: list[str]) -> Any:
     if command not in main.COMMANDS:
         raise AssertionError(f"no command {command}")
     kind = KINDS[command]["--coreset" in words]
@@ -151,7 +151,7 @@ def parsed(command: str, words: list[str]) -> Any:
         raise AssertionError(str(error)) from None
 
 
-def parsed_by_job(words: list[str]) -> Any:
+def parse_as_job(words: list[str]) -> Any:
     """By the `Arguments` of a program in jobs/."""
     path = ROOT / words[1]
     spec = importlib.util.spec_from_file_location(f"job_{path.stem}", path)
@@ -167,7 +167,7 @@ def parsed_by_job(words: list[str]) -> Any:
         del sys.modules[spec.name]
 
 
-def parsed_by_ray(words: list[str]) -> None:
+def parse_as_ray(words: list[str]) -> None:
     from ray.scripts.scripts import cli as ray
 
     ours: list[str] = []
@@ -181,17 +181,17 @@ def parsed_by_ray(words: list[str]) -> None:
         assert not name.endswith(".yaml") or (ROOT / name).is_file()
     if ours:
         (name,) = re.findall(r'main\(\["(\w+)"', (ROOT / ours[1]).read_text())
-        assert parsed(name, ours[2:])
+        assert parse_command(name, ours[2:])
 
 
-def tried(what: str, doing: Callable[[], object]) -> list[str]:
+def failures_of(label: str, doing: Callable[[], object]) -> list[str]:
     """Why it can't be done, if it can't."""
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             doing()
     except BaseException as error:  # noqa: BLE001  whatever a page breaks with
-        return [f"{what}\n{type(error).__name__}: {error}"]
+        return [f"{label}\n{type(error).__name__}: {error}"]
     return []
 
 
@@ -206,5 +206,5 @@ def fill_desk(folder: Path) -> Path:
                 pixels[:, :, label] += 100
                 Image.fromarray(pixels).save(folder / "my-images" / split / name / f"{number}.png")
     with contextlib.chdir(folder):
-        called(["distill", "--out", "runs/first", *shlex.split(SMALL), "--architectures", "convnet-in", "convnet-bn"])
+        run_here(["distill", "--out", "runs/first", *shlex.split(SMALL), "--architectures", "convnet-in", "convnet-bn"])
     return folder

@@ -105,10 +105,10 @@ def damage(data: bytes, source: random.Random) -> bytes:
 
 def fuzz(reader: Reader, count: int, seed: int = 0) -> Counts:
     """Damage the file of `reader` `count` times, and put it back."""
-    whole, counts = reader.path.read_bytes(), Counts()
+    content, counts = reader.path.read_bytes(), Counts()
     expected, start = plain(reader.read()), peak()
     for number in range(count):
-        damaged = damage(whole, random.Random(f"{seed}/{reader.name}/{number}"))
+        damaged = damage(content, random.Random(f"{seed}/{reader.name}/{number}"))
         reader.path.write_bytes(damaged)
         forget()
         began, fault = time.perf_counter(), ""
@@ -137,7 +137,7 @@ def fuzz(reader: Reader, count: int, seed: int = 0) -> Counts:
         counts.tried += 1
         if fault and len(counts.examples) < 5:
             counts.examples.append(f"{number}: {fault}")
-    reader.path.write_bytes(whole)
+    reader.path.write_bytes(content)
     forget()
     return counts
 

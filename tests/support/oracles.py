@@ -85,8 +85,8 @@ def quartic_draws(count: int, source: torch.Generator) -> Tensor:
         x = torch.randn(count, generator=source, dtype=torch.float64)
         u = torch.rand(count, generator=source, dtype=torch.float64)
         v = (1 + x / math.sqrt(9 * a)) ** 3
-        kept = (v > 0) & (u.log() < 0.5 * x * x + a - a * v + a * v.clamp(min=1e-300).log())
-        draws.append(a * v[kept])
+        accepted = (v > 0) & (u.log() < 0.5 * x * x + a - a * v + a * v.clamp(min=1e-300).log())
+        draws.append(a * v[accepted])
     u = torch.rand(count, generator=source, dtype=torch.float64)
     sign = torch.randint(2, (count,), generator=source) * 2 - 1
     return sign * (4 * torch.cat(draws)[:count] * u**4) ** 0.25

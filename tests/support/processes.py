@@ -46,14 +46,14 @@ def listening(pids: Iterable[int]) -> list[tuple[int, ipaddress.IPv4Address | ip
                 )
                 result = ipaddress.ip_address(raw)
                 sockets[f"socket:[{words[9]}]"] = getattr(result, "ipv4_mapped", None) or result, int(port, 16)
-    held = []
+    items = []
     for pid in pids:
         with contextlib.suppress(OSError):
             for link in Path("/proc", str(pid), "fd").iterdir():
                 with contextlib.suppress(OSError):
                     if (name := str(link.readlink())) in sockets:
-                        held.append((pid, *sockets[name]))
-    return held
+                        items.append((pid, *sockets[name]))
+    return items
 
 
 def gradient_workers(root: int | None = None) -> list[int]:
@@ -93,10 +93,10 @@ def raised_at_once(work: Callable[[], object], count: int) -> list[Exception]:
             items.append(error)
 
     threads = [threading.Thread(target=one) for _ in range(count)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return items
 
 

@@ -64,9 +64,9 @@ def gradient(
 
     module_u, source = fresh(), rng("map")
     optimiser = torch.optim.Adam(module_u.parameters(), lr=s.map_lr)
-    for taken in count():
+    for number in count():
         value = loss(module_u, dsa.apply(dsa.draw(len(labels), source), images), labels)
-        if value.item() <= s.gamma or taken == s.map_max_steps:
+        if value.item() <= s.gamma or number == s.map_max_steps:
             break
         optimiser.zero_grad()
         value.backward()

@@ -16,4 +16,4 @@ def use(monkeypatch, scheme: str, port: int) -> None:
 
 
 def names(where: Remote) -> list[str]:
-    return sorted(each.name for each in where.iterdir())
+    return sorted(entry.name for entry in where.iterdir())

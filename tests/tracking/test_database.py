@@ -26,7 +26,7 @@ OLDER = "c48cb773bb87"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database without a run, as `open_store` creates it."""
     path = tmp_path_factory.mktemp("whole") / "mlflow.db"
     open_store(sqlite_uri(path), path)
@@ -34,11 +34,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def path(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(new_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it. Databases that a test creates are copies, too: MLflow takes seconds."""
-    monkeypatch.setattr(mlflow_client, "_create_database", lambda file: shutil.copy(whole, file))
+    monkeypatch.setattr(mlflow_client, "_create_database", lambda file: shutil.copy(new_database, file))
     monkeypatch.setattr(database.inspect_quiet, "__defaults__", (0.0,))
-    return Path(shutil.copy(whole, tmp_path))
+    return Path(shutil.copy(new_database, tmp_path))
 
 
 def sql(path: Path, *statements: str) -> None:
@@ -114,7 +114,7 @@ def test_the_state_of_a_file_and_what_is_done_about_it(path: Path, case: str):
     client = open_store(sqlite_uri(path), path, lambda _, line: lines.append(line))
     assert client.get_experiment_by_name("Default") is not None
     assert database.inspect(path).kind == "whole"
-    aside = [each for each in path.parent.iterdir() if each.name.startswith(f"mlflow.db.{kind}")]
+    aside = [entry for entry in path.parent.iterdir() if entry.name.startswith(f"mlflow.db.{kind}")]
     if kind in ("whole", "missing"):
         assert lines == aside == []
     else:
@@ -217,7 +217,7 @@ def test_a_creation_killed_at_any_moment_ends_no_tracking(create, tmp_path: Path
         path, size = folder / "mlflow.db", draw.randrange(1, 700_000)
         child = multiprocessing.get_context("fork").Process(target=create, args=(path,))
         child.start()
-        while child.is_alive() and sum(_size(each) for each in folder.glob("*mlflow.db*")) < size:
+        while child.is_alive() and sum(_size(entry) for entry in folder.glob("*mlflow.db*")) < size:
             time.sleep(0.001)
         os.kill(int(child.pid or 0), signal.SIGKILL)
         child.join()

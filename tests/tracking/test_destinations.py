@@ -84,10 +84,10 @@ def test_the_file_of_the_store_holds_no_password_and_is_private(user):
     assert run_reference.of_store(run, uri) == (uri, "7", "", True)
     run_logging.update_reference(run, Tracked(uri, "7"))
     assert "hidden" not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
-    written = path.read_bytes()
-    path.write_bytes(written[:-9])
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
     run_logging.update_reference(run, Tracked(uri, "7"))
-    assert path.read_bytes() == written
+    assert path.read_bytes() == content
 
 
 @pytest.mark.slow
@@ -98,9 +98,9 @@ def test_a_strangers_run_gets_no_request(finished, user, capsys):
         (finished.folder / "mlflow.json").write_text(json.dumps({"uri": address, "run_id": "0" * 32}))
         edit(finished.config_path, experts="s3://stranger/experts", tracking=True)
         main.main(["evaluate", str(finished.folder), *CHAIN, "--save-model", str(user / "model")])
-        said = capsys.readouterr().out
-        assert f"the model goes to sqlite:///{user}/mlflow.db, as your settings say" in said
-        assert "MLflow: models:/" in said and "theirs" not in said
+        message = capsys.readouterr().out
+        assert f"the model goes to sqlite:///{user}/mlflow.db, as your settings say" in message
+        assert "MLflow: models:/" in message and "theirs" not in message
         main.main(["report", str(finished.folder), "--out", str(user / "report.html")])
         main.main(["export", str(finished.folder), "--format", "hf", "--out", str(user / "hf")])
         assert "an object store" not in refused(capsys, "--out", str(finished.folder), "--resume")
@@ -113,7 +113,7 @@ def test_a_strangers_run_gets_no_request(finished, user, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"experts": "s3://stranger/experts"},
@@ -124,18 +124,18 @@ def test_a_strangers_run_gets_no_request(finished, user, capsys):
     ],
 )
 @pytest.mark.parametrize("command", ["distill", "tune", "experts"])
-def test_a_stored_destination_must_be_repeated(finished_run, tmp_path, capsys, changes, said, command):
+def test_a_stored_destination_must_be_repeated(finished_run, tmp_path, capsys, changes, message, command):
     shutil.copytree(finished_run, tmp_path / "run")
     edit(tmp_path / "run" / "config.json", **changes)
     words = ["--preset", str(tmp_path / "run" / "config.json")] if command == "experts" else ["--resume"]
     words += [] if command == "experts" else ["--out", str(tmp_path / "run")]
-    assert said in refused(capsys, *words, command=command)
+    assert message in refused(capsys, *words, command=command)
 
 
 def test_a_preset_file_chooses_no_store_for_the_output(tmp_path, capsys):
     (tmp_path / "preset.json").write_text(json.dumps({"out": "s3://stranger/run"}))
-    said = refused(capsys, "--preset", str(tmp_path / "preset.json"))
-    assert "--out s3://stranger/run, but a file alone opens no object store" in said
+    message = refused(capsys, "--preset", str(tmp_path / "preset.json"))
+    assert "--out s3://stranger/run, but a file alone opens no object store" in message
 
 
 def test_a_resume_downloads_only_where_the_command_line_says_so(finished_run, tmp_path):
@@ -169,14 +169,14 @@ def test_the_trials_of_a_stored_sweep_name_no_destination(small):
     from fbpc_ray.tuning import sweep
     from fbpc_ray.tuning.monitor import Plan
 
-    for flags_of_trial, said in (
+    for flags_of_trial, message in (
         ({"address": "203.0.113.9:6379"}, "trial 0 sets --address"),
         ({"out": "/etc"}, "trial 0 sets --out"),
         ({"experts": "s3://k:s3cret@stranger"}, r"--experts s3://\*\*\*@stranger, but a file alone opens no object"),
         ({"architectures": ["evil:net"]}, "imports no code"),
     ):
         plan = Plan("s", "1", Sweep(), [flags_of_trial])
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             sweep._refuse_untrusted(plan, small, Path("/sweep"))
     sweep._refuse_untrusted(Plan("s", "1", Sweep(), [{"alpha": 3.0, "experts": "/mine"}]), small, Path("/sweep"))
 

@@ -55,7 +55,7 @@ def run(home, small) -> RunDirectory[Path]:
     return RunDirectory(home / "run")
 
 
-def evaluated(run: RunDirectory, *words: str) -> dict:
+def scores_of(run: RunDirectory, *words: str) -> dict:
     main.main(["evaluate", str(run.folder), *CHAIN, "--json", "result.json", *words])
     return json.loads(Path("result.json").read_text())["coresets"]["random"]
 
@@ -82,22 +82,22 @@ def assert_scored(frame, split, expected: dict, at: int = 0) -> None:
 @pytest.mark.slow
 def test_the_model_predicts_what_was_scored_and_lies_in_the_run(run, digits, capsys):
     """Of the two chains it is the first; the same model is an output of the MLflow run."""
-    expected = evaluated(run, "--save-model", "model")["convnet-bn"]
-    said = capsys.readouterr().out
+    expected = scores_of(run, "--save-model", "model")["convnet-bn"]
+    message = capsys.readouterr().out
     assert expected["nll"][0] != expected["nll"][1]
     folder = Path("model").absolute()
     model = loaded(str(folder))
     frame = model.predict(digits.test.images)
     assert_scored(frame, digits.test, expected)
     assert frame["class"].to_list() == [digits.classes[np.argmax(p)] for p in frame["probabilities"]]
-    told = model.metadata.metadata
-    assert told is not None
+    metadata = model.metadata.metadata
+    assert metadata is not None
     assert model.input_example is not None
-    assert (told["architecture"], told["classes"], told["seed"]) == ("convnet-bn", list(digits.classes), 0)
-    assert told["scores"]["nll"] == expected["nll"][0]
+    assert (metadata["architecture"], metadata["classes"], metadata["seed"]) == ("convnet-bn", list(digits.classes), 0)
+    assert metadata["scores"]["nll"] == expected["nll"][0]
     assert np.array_equal(model.input_example, digits.test.images[:2])
     assert not list(folder.rglob("*.pkl")) + list(folder.rglob("__pycache__"))
-    address = said.split("MLflow: ")[-1].strip()
+    address = message.split("MLflow: ")[-1].strip()
     assert address.startswith("models:/")
     remembered = json.loads((run.folder / "mlflow.json").read_text())
     with warnings.catch_warnings(action="ignore"):
@@ -110,7 +110,7 @@ def test_the_model_predicts_what_was_scored_and_lies_in_the_run(run, digits, cap
     assert os.environ.get("MLFLOW_TRACKING_URI") == STORE
     assert again.equals(frame)
     assert outputs is not None
-    assert [f"models:/{each.model_id}" for each in outputs.model_outputs] == [address]
+    assert [f"models:/{column.model_id}" for column in outputs.model_outputs] == [address]
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_trained_networks_predict_what_was_scored(run, digits, capsys, inference
     """With BatchNorm, whose statistics are of the coreset with its mirror images; the file is read back to the bit."""
     folder = Path(f"model-{inference}").absolute()
     words = ["--inference", inference, "--net-steps", "20", "--ensemble-size", "2", "--save-model", str(folder)]
-    expected = evaluated(run, *words)["convnet-bn"]
+    expected = scores_of(run, *words)["convnet-bn"]
     model = loaded(str(folder))
     frame = model.predict(digits.test.images)
     assert_scored(frame, digits.test, expected)
@@ -171,7 +171,7 @@ def group_lives(number: int) -> bool:
     return True
 
 
-def asked(address: str, inputs: object) -> dict:
+def ask(address: str, inputs: object) -> dict:
     body = json.dumps({"inputs": inputs}).encode()
     request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:
@@ -183,20 +183,20 @@ def test_a_model_of_ones_own_network_is_served_by_the_printed_command(run, digit
     """In a folder where the network's module is not: the model brings it. Bad images are refused with the reason."""
     import pandas as pd
 
-    expected = evaluated(run, "--architectures", "servednets:build", "--save-model", "own model")["servednets:build"]
+    expected = scores_of(run, "--architectures", "servednets:build", "--save-model", "own model")["servednets:build"]
     command = capsys.readouterr().out.split("which this serves: ")[1].splitlines()[0]
     with serving(command, tmp_path) as address:
-        frame = pd.DataFrame(asked(address, digits.test.images.tolist())["predictions"])
+        frame = pd.DataFrame(ask(address, digits.test.images.tolist())["predictions"])
         assert_scored(frame, digits.test, expected)
         with pytest.raises(urllib.error.HTTPError) as caught:
-            asked(address, np.zeros((2, 1, 3, 3), int).tolist())
+            ask(address, np.zeros((2, 1, 3, 3), int).tolist())
         assert caught.value.code == 400
         assert "(-1, 1, 8, 8)" in caught.value.read().decode()
 
 
-def test_what_cannot_be_saved_is_said_before_anything_runs(run, home, capsys):
+def test_what_cannot_be_saved_is_refused_before_anything_runs(run, home, capsys):
     (home / "taken").mkdir(exist_ok=True)
-    for words, said in (
+    for words, message in (
         (["--save-model", "taken"], "exists already"),
         (["--save-model", "s3://bucket/it"], "must be a local folder"),
         (["--save-model", "new", "--architectures", "convnet-bn", "convnet-in"], "--architectures"),
@@ -204,7 +204,7 @@ def test_what_cannot_be_saved_is_said_before_anything_runs(run, home, capsys):
         with pytest.raises(SystemExit) as caught:
             main.main(["evaluate", str(run.folder), *CHAIN, *words])
         assert caught.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (home / "new").exists()
     with pytest.raises(SystemExit) as caught:
         main.main(["evaluate", str(run.folder), *CHAIN, "--save-model", "new", "--chain-eta", "1e6"])
@@ -218,8 +218,8 @@ def test_from_python_with_a_network_of_this_process_it_is_refused(tmp_path):
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
 
     images = torch.randn(2, 1, 8, 8, generator=generator(0, "images"))
-    made = api.Coreset(images, torch.arange(2), (0.0,), (1.0,), ("a", "b"))
-    samples = api.posterior(made, inner, chain_epochs=2, chain_every=1)
+    pseudocoreset = api.Coreset(images, torch.arange(2), (0.0,), (1.0,), ("a", "b"))
+    samples = api.posterior(pseudocoreset, inner, chain_epochs=2, chain_every=1)
     with pytest.raises(api.UserError, match="put it into a module"):
         api.save_model(samples, tmp_path / "model", np.zeros((1, 1, 8, 8), np.uint8))
     assert not (tmp_path / "model").exists()

@@ -140,11 +140,11 @@ def test_lost_run_and_deleted_experiment_are_replaced(store: str):
     client.delete_run(first.run_id)
     client.delete_experiment(first.experiment_id)
     lines: list[str] = []
-    for gone in (first.run_id, "0" * 32):
-        second = MlflowTracker(store, "lost", run_name="r", run_id=gone, log=lines.append)
+    for run_id in (first.run_id, "0" * 32):
+        second = MlflowTracker(store, "lost", run_name="r", run_id=run_id, log=lines.append)
         second.log_metrics({"a": 1.0}, 0)
         second.finish("FINISHED")
-        assert second.run_id not in (None, gone)
+        assert second.run_id not in (None, run_id)
         assert second.pending == 0
         assert history(client, str(second.run_id), "a") == [(0, 1.0)]
     assert len(lines) == 3  # two lost runs, one experiment

@@ -16,11 +16,11 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_bit_is_refused_or_changes_nothing(name, readers):
     reader = readers[name]
-    whole, expected = reader.path.read_bytes(), plain(reader.read())
+    content, expected = reader.path.read_bytes(), plain(reader.read())
     refused = 0
-    positions = range(0, len(whole), max(1, len(whole) // 300))
+    positions = range(0, len(content), max(1, len(content) // 300))
     for at in positions:
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[at] ^= 1 << at % 8
         reader.path.write_bytes(damaged)
         forget()
@@ -30,16 +30,16 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(name, readers):
             assert reader.path.name in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > len(positions) / 2
-    reader.path.write_bytes(whole)
+    reader.path.write_bytes(content)
 
 
 def test_files_without_a_checksum_are_read(readers):
     """Those of earlier releases."""
     for name in NAMES[:4]:
         reader = readers[name]
-        whole, expected = reader.path.read_text(), plain(reader.read())
-        first, checksum, *rest = whole.splitlines(keepends=True)
+        content, expected = reader.path.read_text(), plain(reader.read())
+        first, checksum, *rest = content.splitlines(keepends=True)
         assert checksum.startswith('  "checksum": "crc32:')
         reader.path.write_text("".join([first, *rest]))
         assert plain(reader.read()) == expected
-        reader.path.write_text(whole)
+        reader.path.write_text(content)

@@ -30,8 +30,8 @@ def test_the_same_seed_draws_the_same_trials_and_another_seed_others():
     space = {"alpha": tune.loguniform(1, 100), "batch_size": tune.choice([5, 10]), "gamma": 0.25}
     one = drawn(space, 6, seed=3)
     assert one == drawn(space, 6, seed=3) != drawn(space, 6, seed=4)
-    assert all(1 <= each["alpha"] <= 100 and each["gamma"] == 0.25 for each in one)
-    assert len({each["alpha"] for each in one}) == 6
+    assert all(1 <= trial["alpha"] <= 100 and trial["gamma"] == 0.25 for trial in one)
+    assert len({trial["alpha"] for trial in one}) == 6
     assert json.loads(json.dumps(one)) == one  # plain values, and the file holds what is run
 
 
@@ -42,10 +42,10 @@ def test_a_grid_is_crossed_with_the_draws_and_functions_see_the_other_values():
 
     space = {"lambda_u": lambda own: own["lambda_x"] / 5, "lambda_x": tune.uniform(0.1, 1)}
     result = drawn(with_grid(space, sweep.parse_grid(["start-epoch=1,5", "augment=dsa,none"])), samples=2)
-    assert Counter((each["start_epoch"], each["augment"]) for each in result) == Counter(
+    assert Counter((trial["start_epoch"], trial["augment"]) for trial in result) == Counter(
         {(1, "dsa"): 2, (1, "none"): 2, (5, "dsa"): 2, (5, "none"): 2}
     )
-    assert all(each["lambda_u"] == pytest.approx(each["lambda_x"] / 5, rel=1e-3) for each in result)
+    assert all(trial["lambda_u"] == pytest.approx(trial["lambda_x"] / 5, rel=1e-3) for trial in result)
     assert list(result[0]) == ["lambda_u", "lambda_x", "start_epoch", "augment"]
 
 
@@ -114,9 +114,9 @@ def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, cap
     path.write_text(to_preset(base))
     assert preset(str(path)) == base.updated(out="", data_root="data")
     main.main(["distill", "--preset", str(path), "--steps", "9", "--print-config"])
-    said = capsys.readouterr().out
-    assert '"alpha": 3.25' in said
-    assert '"steps": 9' in said
+    output = capsys.readouterr().out
+    assert '"alpha": 3.25' in output
+    assert '"steps": 9' in output
     path.write_text('{"alpha": 3, "alhpa": 4}')
     with pytest.raises(UserError, match=r"best.json: unknown setting 'alhpa': did you mean alpha"):
         preset(str(path))

@@ -70,7 +70,7 @@ class Session(NamedTuple):
     """What one of the processes left."""
 
     code: int
-    said: str
+    output: str
     finished: dict[int, int]
     """{trial that was over: when its file was written, ns}."""
     status: dict[str, str]
@@ -78,7 +78,7 @@ class Session(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
+def sweep_sessions(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
     """(home, folder, sessions) of a sweep on a cluster of its own, which has room for two of the three trials at a
     time, or for one, so that they end one after the other. Its driver is killed with SIGKILL once a trial is
     over and another is under way, goes on, is asked to end by SIGTERM as soon as a trial is under way, goes on, loses
@@ -112,12 +112,14 @@ def swept(small, tmp_path_factory) -> tuple[Path, Path, list[Session]]:
         else:
             trials = [pid for pid, title in descendants(process.pid).items() if title.startswith(OURS[0])]
             assert kill(trials[0])
-        said = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=300)[0]
         if number is not None:
-            gone = soon(lambda below=below: not any(map(alive, below)))
-            assert gone, f"left behind: {[title for pid, title in below.items() if alive(pid)]}"
-        written = {each: trial_files(folder)[each].stat().st_mtime_ns for each in over(folder)}
-        sessions.append(Session(process.returncode, said, written, statuses(home)))
+            all_ended = soon(lambda below=below: not any(map(alive, below)))
+            assert all_ended, f"left behind: {[title for pid, title in below.items() if alive(pid)]}"
+        time_written = {
+            number_of_trial: trial_files(folder)[number_of_trial].stat().st_mtime_ns for number_of_trial in over(folder)
+        }
+        sessions.append(Session(process.returncode, output, time_written, statuses(home)))
     return home, folder, sessions
 
 
@@ -137,18 +139,18 @@ def statuses(home: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_sweep_goes_on_after_kills_and_repeats_nothing(swept):
-    _, folder, sessions = swept
-    assert [each.code for each in sessions] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0], sessions[1].said
-    assert f"resume with: fbpc tune --out {folder} --resume" in sessions[1].said
-    assert re.search(r"trial \d was lost \(.*\); it is started again", sessions[2].said), sessions[2].said
+def test_a_sweep_goes_on_after_kills_and_repeats_nothing(sweep_sessions):
+    _, folder, sessions = sweep_sessions
+    assert [session.code for session in sessions] == [-signal.SIGKILL, 128 + signal.SIGTERM, 0], sessions[1].output
+    assert f"resume with: fbpc tune --out {folder} --resume" in sessions[1].output
+    assert re.search(r"trial \d was lost \(.*\); it is started again", sessions[2].output), sessions[2].output
     assert steps_of_looks(folder) == {0: [2, 4, 6, 8, 10, 12], 1: [], 2: [2, 4, 6, 8, 10, 12]}
     assert sessions[0].finished
     for before in sessions[:2]:
-        for number, written in before.finished.items():
-            assert sessions[2].finished[number] == written  # nobody touched what was over
+        for number, time_written in before.finished.items():
+            assert sessions[2].finished[number] == time_written  # nobody touched what was over
     starts = {number: json.loads(path.read_text())["starts"] for number, path in trial_files(folder).items()}
-    assert any(len(each) > 1 and each[-1] > 0 for each in starts.values())  # one went on in the middle
+    assert any(len(steps) > 1 and steps[-1] > 0 for steps in starts.values())  # one went on in the middle
     for number in (0, 2):
         rows = pq.read_table(folder / f"trials/{number:05d}/metrics.parquet").to_pylist()
         assert Counter(row["step"] for row in rows) == dict.fromkeys(range(1, STEPS + 1), 2)
@@ -156,8 +158,8 @@ def test_a_sweep_goes_on_after_kills_and_repeats_nothing(swept):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
-    _, folder, _ = swept
+def test_a_failed_trial_ends_nothing_and_the_best_is_named(sweep_sessions, capsys):
+    _, folder, _ = sweep_sessions
     rows = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["ended"] for row in rows] == ["finished", "failed", "finished"]
     assert "lower --alpha" in rows[1]["why"]
@@ -176,10 +178,10 @@ def test_a_failed_trial_ends_nothing_and_the_best_is_named(swept, capsys):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
+def test_mlflow_has_one_run_a_trial_and_none_left_running(sweep_sessions):
     from fbpc_ray.tracking.tracker import MlflowClient
 
-    home, _, sessions = swept
+    home, _, sessions = sweep_sessions
     assert "RUNNING" in sessions[0].status.values()  # SIGKILL leaves no time; what follows mends it
     assert set(sessions[1].status.values()) <= {"FINISHED", "FAILED", "KILLED"}
     assert sessions[2].status == {"parent": "FINISHED", "0": "FINISHED", "1": "FAILED", "2": "FINISHED"}
@@ -201,7 +203,7 @@ def test_mlflow_has_one_run_a_trial_and_none_left_running(swept):
     values = [point.value for point in sorted(best, key=lambda point: point.step)]
     assert values == sorted(values, reverse=True)
     assert client.get_metric_history(parent.info.run_id, "trials/failed")[-1].value == 1
-    page = re.search(r"compare: (\S+)", sessions[2].said)
+    page = re.search(r"compare: (\S+)", sessions[2].output)
     assert page
     compared = json.loads(unquote(page[1].split("runs=")[1].split("&")[0]))
     assert set(compared) == {run.info.run_id for name, run in by_name.items() if name != "1"}

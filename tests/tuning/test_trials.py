@@ -37,8 +37,8 @@ def test_the_best_is_the_finished_trial_whose_last_look_is_best():
         outcome(3, "failed"),
         outcome(4, "finished", (2.0, 0.1), (1.0, 0.6)),
     ]
-    assert [each.number for each in sweep.rank(result, "nll")] == [2, 4, 0]
-    assert [each.number for each in sweep.rank(result, "accuracy")] == [0, 2, 4]
+    assert [trial.number for trial in sweep.rank(result, "nll")] == [2, 4, 0]
+    assert [trial.number for trial in sweep.rank(result, "accuracy")] == [0, 2, 4]
     assert sweep.rank(result[1:2], "nll") == []
 
 
@@ -82,10 +82,10 @@ def test_losses_are_summed_over_architectures_and_averaged_over_draws():
 def task_of(small, digits, folder, *own, **settings):
     """Trials on the experts of the session, as `tuning` would give them out."""
     base = small.updated(steps=4, val_every=2, validation=0.1)
-    made = Sweep(**settings)
-    configs = [sweep.trial_config(base, each, made, folder, number) for number, each in enumerate(own)]
+    settings_of_sweep = Sweep(**settings)
+    configs = [sweep.trial_config(base, each, settings_of_sweep, folder, number) for number, each in enumerate(own)]
     held = digits._replace(validation=digits.test)  # as many images as the experts' data set leaves
-    return Task(configs, sweep.without_test_split(held), made)
+    return Task(configs, sweep.without_test_split(held), settings_of_sweep)
 
 
 def one_trial(task, number=0, until=None):
@@ -177,7 +177,7 @@ def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
 
     task = task_of(small, digits, tmp_path, *[{}] * 4)
     past = [outcome(n, "finished", (float(n), 0.5)) for n in range(3)]
-    past = [each._replace(record=Record([0], [each.record.validations[0]._replace(step=2)])) for each in past]
+    past = [report._replace(record=Record([0], [report.record.validations[0]._replace(step=2)])) for report in past]
     trial = SimpleNamespace(trial_id="x", config={"number": 3})
     for known, nll, decision in ((past, 0.9, "CONTINUE"), (past, 1.1, "STOP"), ([], 1.1, "CONTINUE")):
         asha = on_ray._scheduler(task, [*known, outcome(3, "open")])

@@ -71,7 +71,7 @@ def test_an_object_comes_back_and_is_replaced(folder, monkeypatch):
     assert (one.is_file(), one.is_dir(), folder.is_dir(), folder.exists()) == (True, False, True, True)
     two.with_suffix(".txt").write_bytes(b"")
     assert names(folder) == ["one.txt"]
-    assert [each.name for each in folder.glob("*.txt")] == ["one.txt"]
+    assert [entry.name for entry in folder.glob("*.txt")] == ["one.txt"]
     one.unlink()
     one.unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError):
@@ -95,11 +95,11 @@ def test_an_upload_that_is_cut_leaves_the_old_object(folder, servers, monkeypatc
     old, new = folder / "old", folder / "new"
     old.write_bytes(b"o" * 1000)
     cut = {"s3": (b"partNumber=2", 1_000_000), "gs": (b"content-range: bytes 10485760", 10_000)}
-    for each in (old, new):
+    for target in (old, new):
         wire.cut_at = cut[folder.scheme]
         wire.cuts = 0
-        line = refusal(each.write_bytes, b"n" * 30_000_000)
-        assert line.startswith(f"{each} cannot be written ("), line
+        line = refusal(target.write_bytes, b"n" * 30_000_000)
+        assert line.startswith(f"{target} cannot be written ("), line
         assert "what was there before is whole, and --resume goes on" in line
         assert wire.cuts >= 1
         wire.cut_at = None
@@ -137,13 +137,13 @@ def test_ctrl_c_in_an_upload_leaves_no_part_of_an_object(s3, wire):
 def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     """And a file alone is evaluated where it lies; a folder there is one line."""
     run, source = RunDirectory(folder / "run"), torch.Generator().manual_seed(0)
-    made = coreset.Coreset(
+    pseudocoreset = coreset.Coreset(
         torch.randn(10, 1, 8, 8, generator=source), torch.arange(10), (0.5,), (0.25,), tuple("0123456789")
     )
     run.write_config(Config())
-    coreset.save(made, run.coreset_path, {"method": "fbpc"})
+    coreset.save(pseudocoreset, run.coreset_path, {"method": "fbpc"})
     main.main(["export", str(run.folder), "--format", "safetensors", "--out", str(tmp_path / "it.safetensors")])
-    assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, made.images)
+    assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, pseudocoreset.images)
     evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--num-chains", "1",
                 "--chain-epochs", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
     main.main([*evaluate, str(run.coreset_path)])

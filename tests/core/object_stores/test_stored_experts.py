@@ -144,7 +144,7 @@ def test_a_damaged_copy_is_replaced(s3, damage):
         assert same(store.read(0, epoch), snapshot(0, epoch))
 
 
-def test_a_damaged_object_is_said(s3):
+def test_a_damaged_object_is_reported_in_one_line(s3):
     ExpertStore(s3, RECIPE).write(0, trajectory(0))
     shutil.rmtree(cache.folder())
     data = bytearray((s3 / "00000.arrow").read_bytes())
@@ -185,7 +185,7 @@ def test_the_cache_keeps_its_limit_and_what_was_used_last(s3, monkeypatch):
     fetch(b)
     fetch(a)
     fetch(c)
-    assert there() == {f"{each[2]}.arrow" for each in (a, c)}, "b was used longest ago"
+    assert there() == {f"{object_path[2]}.arrow" for object_path in (a, c)}, "b was used longest ago"
     monkeypatch.setenv("FBPC_CACHE_GB", "0.002")
     with pytest.raises(UserError, match=r"an expert of 0\.003 GB doesn't fit in the 0\.002 GB of .*FBPC_CACHE"):
         fetch(b)
@@ -222,7 +222,7 @@ print([each.name for each in cache.folder().iterdir() if not each.name.startswit
 """
 
 
-def test_a_full_disk_is_said(s3, tmp_path):
+def test_a_full_disk_is_reported_in_one_line(s3, tmp_path):
     """A disk of 2 MB, and a cache that may hold more."""
     arguments = stored(s3, "object")
     mounted = tmp_path / "cache"
@@ -235,9 +235,9 @@ def test_a_full_disk_is_said(s3, tmp_path):
     )  # fmt: skip
     if "unshare" in result.stderr or "mount" in result.stderr:
         pytest.skip(f"no file system may be mounted here: {result.stderr.strip()}")
-    said, left = result.stdout.splitlines()
-    assert said == (
+    message, files = result.stdout.splitlines()
+    assert message == (
         f"the disk of {mounted} is full (0.003 GB more for experts): free some space, or set FBPC_CACHE to a folder on "
         "another disk, then run the same command again 1"
     )
-    assert left == "[]"
+    assert files == "[]"

@@ -59,11 +59,15 @@ def test_a_run_in_a_store_stopped_and_resumed_equals_the_local_one(local, s3, tm
     monkeypatch.setenv("FBPC_HOME", str(tmp_path / "home"))
     distil("--out", str(out), "--resume", "--experts", str(s3 / "experts"), "--backend", "serial", "--tracking")
     assert torch.equal(remote_images(out), images_of(folder))
-    mine, its = (json.loads(RunDirectory(each).result_path.read_text())["coresets"] for each in (out, folder))
-    assert mine == its
-    assert names(out) == sorted([*(each.name for each in folder.iterdir() if each.is_file()), "mlflow.json"])
-    kept = {path.name for path in (tmp_path / "home" / "mlartifacts").rglob("*.*")}
-    assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= kept
+    remote, local_scores = (
+        json.loads(RunDirectory(place_of_run).result_path.read_text())["coresets"] for place_of_run in (out, folder)
+    )
+    assert remote == local_scores
+    assert names(out) == sorted(
+        [*(place_of_run.name for place_of_run in folder.iterdir() if place_of_run.is_file()), "mlflow.json"]
+    )
+    artifacts = {path.name for path in (tmp_path / "home" / "mlartifacts").rglob("*.*")}
+    assert {"coreset.safetensors", "coreset.png", "result.json", "metrics.parquet"} <= artifacts
     assert "resumed at step" in capsys.readouterr().out
     distil("--out", str(out), "--resume", "--experts", str(s3 / "experts"))
     assert "this run is complete" in capsys.readouterr().out
