@@ -135,7 +135,7 @@ def test_errors_print_names_escaped(capsys):
     with pytest.raises(SystemExit):
         main.run(fail, [])
     assert capsys.readouterr().err == "error: bad\\n\\x1b[31mname\\x7f\\x9b\\u2028caf\\udce9 日本: fix it\n"
-    assert escape_controls("a\tb\nc\x1b", kept="\n\t") == "a\tb\nc\\x1b"
+    assert escape_controls("a\tb\nc\x1b", exempt="\n\t") == "a\tb\nc\\x1b"
 
 
 def test_an_ascii_terminal_gets_escapes(monkeypatch):
