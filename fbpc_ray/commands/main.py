@@ -105,6 +105,8 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str], watched
             raise
         where = f" ({error.filename})" if error.filename else ""
         _exit(f"{os.strerror(error.errno)}{where}: {FIXES[error.errno].format(again=_again(words))}", 1)
+    finally:
+        progress.log_to_stderr(False)
 
 
 def _again(words: Sequence[str]) -> str:

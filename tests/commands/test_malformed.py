@@ -138,6 +138,12 @@ def test_errors_print_names_escaped(capsys):
     assert escape_controls("a\tb\nc\x1b", exempt="\n\t") == "a\tb\nc\\x1b"
 
 
+def test_a_command_that_logs_to_stderr_leaves_standard_output_to_the_next(capsys):
+    main.run(lambda words: progress.log_to_stderr(True), [])
+    progress.log("next")
+    assert capsys.readouterr().out == "next\n"
+
+
 def test_an_ascii_terminal_gets_escapes(monkeypatch):
     streams = [io.TextIOWrapper(io.BytesIO(), "ascii", newline="") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])

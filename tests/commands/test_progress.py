@@ -137,7 +137,7 @@ def every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_SHARE", 0.0)
 
 
-RATE = r"\((\d+) %\)(, loss -?[\d.]+)?, [\d.e-]+ s/(\w+), \d+ s left"
+RATE = r"\((\d+) %\)(, loss -?[\d.]+)?, [\d.e-]+ s/(\w+), (\d+ s|under a second) left"
 
 
 def counted(text: str, what: str, unit: str) -> list[str]:

@@ -141,7 +141,7 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "validation one": (lambda at: "digits", {"validation": 1.0}, r"0 <= validation < 1, got 1\.0"),
     "validation negative": (lambda at: "digits", {"validation": -0.1}, r"validation must .*, got -0\.1"),
     "validation nan": (lambda at: "digits", {"validation": float("nan")}, r"validation must .*, got nan"),
-    "validation of no image": (lambda at: "digits", {"validation": 0.001}, r"0.001 of each class .* larger share"),
+    "validation of no image": (lambda at: "digits", {"validation": 0.001}, r"0.001 of each train class .* larger"),
     "unknown constants": (lambda at: "digits", {"normalisation": "cifar"}, r"unknown normalisation 'cifar'; did you"),
     "other channels": (
         lambda at: "digits",

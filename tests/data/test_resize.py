@@ -156,7 +156,7 @@ def test_python_data_of_several_sizes_name_the_argument():
 
 
 def test_a_run_keeps_the_size_and_what_it_exports_is_scored_with_the_same_flag(small, tmp_path, capsys):
-    """`fbpc distill --image-size 8` on ten sizes, `fbpc evaluate RUN` without the flag, `--coreset` with it."""
+    """`fbpc distill --image-size 8` on ten sizes; `fbpc evaluate`, RUN and --coreset, with and without the flag."""
     data, out = write_folder(tmp_path / "images", mixed(20)), tmp_path / "run"
     chosen = {"architectures": ("convnet-in",), "num_chains": 1, "chain_epochs": 2, "chain_every": 1}
     words = flags(small, data=data, image_size=8, method="random", backend="serial", out=str(out), **chosen)
@@ -169,7 +169,8 @@ def test_a_run_keeps_the_size_and_what_it_exports_is_scored_with_the_same_flag(s
     main.main(["export", str(out), "--format", "npz", "--out", str(tmp_path / "mine")])
     words = ["--coreset", str(tmp_path / "mine.npz"), "--data", data, "--backend", "serial", "--width", "8",
              "--num-chains", "1", "--chain-epochs", "2", "--chain-every", "1", "--threads", "1"]  # fmt: skip
-    main.main(["evaluate", *words, "--image-size", "8", "--json", str(tmp_path / "coreset.json")])
-    scored = json.loads((tmp_path / "coreset.json").read_text())["coresets"]["given"]
-    assert scored == scores["run/result.json"]["random"]
-    assert "--image-size" in refused(capsys, *words, command="evaluate")
+    for size in (["--image-size", "8"], []):  # the file says 8
+        main.main(["evaluate", *words, *size, "--json", str(tmp_path / "coreset.json")])
+        scored = json.loads((tmp_path / "coreset.json").read_text())["coresets"]["given"]
+        assert scored == scores["run/result.json"]["random"]
+    assert "--image-size" in refused(capsys, *words, "--image-size", "16", command="evaluate")

@@ -55,7 +55,7 @@ def test_what_names_no_row_is_refused(files, digits):
     [
         (["table1", "--coreset-row", "a=set.npz"], "table1 has no such rows"),
         (["grid", "--coreset-row", "VBPC=set.npz"], "the grid has a row of this name"),
-        (["grid", "--coreset-row", "a=/nowhere.npz"], "there is no coreset"),
+        (["grid", "--coreset-row", "a=/nowhere.npz"], "/nowhere.npz: coreset not found"),
     ],
 )
 def test_bad_rows_are_one_line(words, line, files, tmp_path, capsys):

@@ -329,5 +329,5 @@ def test_a_row_of_another_program_is_named(tmp_path, capsys):
     (folder / "strange.parquet").write_text("no parquet")
     with pytest.raises(SystemExit):
         main.main(["reproduce", "table1", "--cifar10", "digits", "--out", str(tmp_path / "out"), "--backend", "serial"])
-    assert re.search(r"strange.parquet can't be read .*: delete it", capsys.readouterr().err)
+    assert re.search(r"strange.parquet cannot be read .*: delete it", capsys.readouterr().err)
     assert list(Path(folder).iterdir())

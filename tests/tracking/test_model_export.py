@@ -220,6 +220,6 @@ def test_from_python_with_a_network_of_this_process_it_is_refused(tmp_path):
     images = torch.randn(2, 1, 8, 8, generator=generator(0, "images"))
     pseudocoreset = api.Coreset(images, torch.arange(2), (0.0,), (1.0,), ("a", "b"))
     samples = api.posterior(pseudocoreset, inner, chain_epochs=2, chain_every=1)
-    with pytest.raises(api.UserError, match="put it into a module"):
+    with pytest.raises(api.UserError, match="move it to a module"):
         api.save_model(samples, tmp_path / "model", np.zeros((1, 1, 8, 8), np.uint8))
     assert not (tmp_path / "model").exists()
