@@ -4,8 +4,6 @@ import shlex
 import statistics
 import time
 from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from torch import from_numpy
@@ -17,7 +15,7 @@ from fbpc_ray.core.config import Config, Sweep, read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.phases import Phases
 from fbpc_ray.core.progress import log, progress, resume_hint
-from fbpc_ray.core.provenance import capture, home
+from fbpc_ray.core.provenance import capture, new_output
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import place
@@ -104,9 +102,7 @@ def _open_run(config: Config, resume: bool) -> tuple[RunDirectory, Config]:
         check_resume(stored, config)
         return run, config
     d = config.distillation
-    data = Path(config.data.data.split(":")[-1]).name
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{d.method}-{data}-ipc{d.ipc}"
-    run = RunDirectory(place(out) if out else home() / "outputs" / name)
+    run = RunDirectory(place(out) if out else new_output(d.method, config.data.data, d.ipc))
     run.refuse_if_taken()
     return run, config.updated(threads=cpu_threads(config), out=str(run.folder))
 

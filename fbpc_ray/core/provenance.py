@@ -1,9 +1,11 @@
-"""Record versions, commit and device of a result, and choose the default folder of files."""
+"""Record versions, commit and device of a result, and choose the default folders of files."""
 
 import os
 import platform
 import subprocess
+from datetime import datetime
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,18 @@ def home() -> Path:
     if chosen := os.environ.get("FBPC_HOME"):
         return local_folder(chosen, "FBPC_HOME").absolute()
     return Path.home() / "fbpc-ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+
+
+def new_output(what: str, data: str, ipc: int) -> Path:
+    """Return the folder of a run that names none: outputs/TIME-WHAT-DATA-ipcN, ending in -2, -3 ... if that exists.
+
+    Args:
+        what: method or command.
+        data: as --data names it.
+    """
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{what}-{Path(data.split(':')[-1]).name}-ipc{ipc}"
+    folders = (home() / "outputs" / f"{name}{suffix}" for suffix in chain([""], (f"-{n}" for n in count(2))))
+    return next(folder for folder in folders if not folder.exists())
 
 
 class Provenance(NamedTuple):

@@ -7,8 +7,6 @@ import sys
 import uuid
 from collections import Counter
 from dataclasses import asdict, fields, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +29,7 @@ from fbpc_ray.core.config import (
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import to_preset
 from fbpc_ray.core.progress import log, resume_hint
-from fbpc_ray.core.provenance import Provenance, capture, home
+from fbpc_ray.core.provenance import Provenance, capture, home, new_output
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import Place, place
@@ -129,9 +127,7 @@ def _run_sweep(sweep: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
 
 def _folder(base: Config, resume: bool) -> Place:
     out = base.output.out
-    data = Path(base.data.data.split(":")[-1]).name
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-tune-{data}-ipc{base.distillation.ipc}"
-    run = RunDirectory(place(out) if out else home() / "outputs" / name)
+    run = RunDirectory(place(out) if out else new_output("tune", base.data.data, base.distillation.ipc))
     if not resume:
         run.refuse_if_taken()
     return run.folder

@@ -1,0 +1,33 @@
+"""Folders of runs that name none."""
+
+import re
+
+from fbpc_ray.core.provenance import new_output
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    monkeypatch.setattr("fbpc_ray.core.provenance.datetime", _Clock)
+    folders = []
+    for _ in range(3):
+        folders.append(new_output("fbpc", "folder:data/my-images", 10))
+        folders[-1].mkdir(parents=True)
+    assert [folder.name for folder in folders] == [
+        f"20261129-164223-fbpc-my-images-ipc10{end}" for end in ("", "-2", "-3")
+    ]
+    assert folders[0].parent == tmp_path / "outputs"
+
+
+def test_the_folder_is_named_by_the_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    assert re.fullmatch(r"\d{8}-\d{6}-tune-digits-ipc1", new_output("tune", "digits", 1).name)
+
+
+class _Clock:
+    """Stands still."""
+
+    @staticmethod
+    def now():
+        from datetime import datetime
+
+        return datetime(2026, 11, 29, 16, 42, 23)
