@@ -1,11 +1,11 @@
 """The pool on a fake cluster and a fake clock: workers that die, hang, come late or never."""
 
 import pytest
-from ray.exceptions import ObjectStoreFullError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import LocalRayletDiedError, ObjectStoreFullError, RayActorError, RayTaskError, WorkerCrashedError
 from support.fake_ray import NEVER, FakeCluster, job
 
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.execution.ray import worker_pool
+from fbpc_ray.execution.ray import connection, worker_pool
 from fbpc_ray.execution.ray.worker_pool import LOG_AFTER
 
 
@@ -33,14 +33,17 @@ def test_a_worker_that_has_had_the_affinity_gets_the_job():
     assert first.job is None
 
 
-def test_a_killed_worker_is_replaced_and_its_job_is_lost():
+@pytest.mark.parametrize(
+    ("error", "reason"), [(RayActorError(), "actor"), (LocalRayletDiedError(), "local raylet died")]
+)
+def test_a_killed_worker_is_replaced_and_its_job_is_lost(error, reason):
     cluster = FakeCluster()
     cluster.await_ready(2)
     dead = cluster.pool.workers[0]
-    cluster.pool.assign(dead, job("a", RayActorError(), seconds=3.0))
+    cluster.pool.assign(dead, job("a", error, seconds=3.0))
     (result,) = cluster.results()
     assert (result.key, result.value, result.seconds) == ("a", None, 3.0)
-    assert "actor" in result.lost
+    assert reason in result.lost
     assert dead.actor.killed
     assert dead not in cluster.pool.workers
     assert len(cluster.pool.workers) == 2  # at once, not at the next check of the capacity
@@ -178,3 +181,16 @@ def test_all_results_that_are_there_are_taken_at_once(monkeypatch):
     assert calls[2:] == [(1, 0.5)]
     monkeypatch.setattr(worker_pool.ray, "wait", lambda references, num_returns, timeout: ([], references))
     assert worker_pool.RayRuntime().wait(["a", "b"], 0.5) == []
+
+
+@pytest.mark.parametrize("error", [LocalRayletDiedError(), WorkerCrashedError()])
+def test_a_task_that_ray_lost_is_one_line(monkeypatch, error):
+    """A chain's task, whose answer comes between the death of the node manager and the watch's look at it."""
+
+    def lost(reference):
+        raise error
+
+    monkeypatch.setattr("ray.get", lost)
+    with pytest.raises(UserError, match=r"^Ray lost a task \(.*\): run the same command with --resume$") as caught:
+        connection.get("reference")
+    assert caught.value.code == 1

@@ -10,7 +10,7 @@ from typing import Any, cast
 import ray
 from ray._private import ray_constants, services
 from ray.exceptions import AuthenticationError as RayAuthenticationError
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import set_environment
@@ -137,8 +137,10 @@ def put(value: Any) -> Any:
 
 
 def get(reference: Any) -> Any:
-    """Get the value of `reference`. Raises a worker's UserError or OSError as itself."""
+    """Get the value of a task. Raises a worker's UserError or OSError as itself, and UserError if Ray lost the task."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
         raise_cause(error)
+    except RayError as error:
+        raise UserError(f"Ray lost a task ({first_line(error)}): run the same command with --resume", code=1) from error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import ray
 from ray.exceptions import (
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
     ObjectStoreFullError,
@@ -24,7 +25,7 @@ from ray.exceptions import (
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray.waiting import Wait
 
-WORKER_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+WORKER_LOST = (RayActorError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, WorkerCrashedError)
 STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
 CAPACITY_INTERVAL = 2.0
 """Seconds between checks of the cluster's capacity."""
