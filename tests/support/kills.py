@@ -171,9 +171,16 @@ def hit_ray(process: subprocess.Popen[bytes], draw: random.Random) -> list[str]:
     if process.returncode not in (0, 1):
         raise AssertionError(f"{names} were killed, and the driver ended with {process.returncode}")
     if not soon(lambda: not any(map(alive, titles)), 60):
-        left = [titles[pid] for pid in titles if alive(pid)]
+        left = [_program(titles[pid]) for pid in titles if alive(pid)]
         raise AssertionError(f"{names} were killed, and processes are left: {left}")
     return names
+
+
+def _program(title: str) -> str:
+    """Return the program of a command line, without this machine's paths, which would stand in the report."""
+    words = title.split()
+    script = next((word for word in words if word.endswith(".py")), words[0])
+    return "/".join(script.split("/")[-2:])
 
 
 def attempts(
