@@ -11,7 +11,8 @@ The NLL is taken once per example and once as the lineage computes it (metrics.b
 
 --grid lists the values of each knob (d, eta, prior, init, dsa, noise, friction); the first one is the base. A number
 followed by m is multiplied by m = ipc x classes: eta=0.0009m is the step size of the lineage, prior=0.0005m a weight
-decay of 0.0005 on the mean loss (without m, one Gaussian prior for every ipc). init is own or the std of N(0, s^2).
+decay of 0.0005 on the mean loss (without m, one Gaussian prior for every ipc). init is own or the
+std of N(0, s^2); eta=auto is the default of `fbpc evaluate`.
 
     --grid d=0.01,0,1e-3 eta=0.03,0.0009m prior=0.05,3 init=own,0.1 dsa=on,off --search one-at-a-time
 

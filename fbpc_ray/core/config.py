@@ -257,13 +257,7 @@ def from_json(text: str | bytes, source: str) -> Config:
         values = inputs.without_checksum(values)
     except ValueError as error:
         raise UserError(f"{source}: {error}; restore it, or delete its line of the checksum if you edited it") from None
-    if values.keys() >= CHAIN:
-        values = {"chain_init": 0.0} | values
     try:
         return Config().updated(**values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-CHAIN = {"chain_d", "chain_eta", "chain_noise", "chain_weight_decay"}
-"""A file with all of these and no chain_init is of the version before chain_init: its chains began as with 0."""

@@ -221,8 +221,9 @@ class Evaluation:
     """Epochs of a chain [paper: 1000]."""
     chain_every: int = 100
     """Epochs between two posterior samples [paper: 100]."""
-    chain_eta: float = 0.03
-    """eta: step size [paper: 0.03]."""
+    chain_eta: float = 0.0
+    """eta: step size; 0 means 0.0009 m [lineage], at least 0.009 and at most 0.03 [paper: 0.03]: a coreset of ten
+    images needs the smaller one in a wide network [calibrated]."""
     chain_friction: float = 0.1
     """alpha of Eq. 27: friction [paper: 0.1]."""
     chain_d: float = 1e-5
@@ -232,9 +233,9 @@ class Evaluation:
     chain_weight_decay: float = 0.005
     """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior
     [calibrated: jobs/calibrate_sghmc.py]."""
-    chain_init: float = 0.1
+    chain_init: float = 0.0
     """Standard deviation of N(0, s^2), from which every parameter of a chain starts [lineage: 0.1]; 0: the network's
-    own initialisation."""
+    own initialisation [calibrated]."""
     chain_augment: bool = True
     """Use --augment in the chains too."""
     chain_batch_size: int = 256

@@ -41,6 +41,9 @@ KNOBS = {
 }  # fmt: skip
 """Knob of --grid -> setting of a chain."""
 
+_ZERO = {"init": "own", "eta": "auto"}
+"""Knob -> how --grid writes 0: the network's own initialisation; the default for m images."""
+
 Setting = dict[str, str]
 """Knob -> value as --grid has it."""
 
@@ -73,7 +76,7 @@ def value_of(knob: str, text: str, m: int) -> float | bool | str:
         return text
     if knob == "dsa" and text in ("on", "off"):
         return text == "on"
-    if knob == "init" and text == "own":
+    if _ZERO.get(knob) == text:
         return 0.0
     if knob not in ("noise", "dsa"):
         try:
@@ -89,7 +92,7 @@ def value_of(knob: str, text: str, m: int) -> float | bool | str:
 
 _EXPECTED = {
     "noise": "consistent, gradient or literal", "dsa": "on or off", "init": "own or a standard deviation",
-    "eta": "a number above 0, with or without m", "friction": "from 0 to below 1",
+    "eta": "auto or a number above 0, with or without m", "friction": "from 0 to below 1",
 }  # fmt: skip
 
 
@@ -103,8 +106,8 @@ def _text(knob: str, value: Any) -> str:
     """Invert `value_of`."""
     if knob == "dsa":
         return "on" if value else "off"
-    if knob == "init" and not value:
-        return "own"
+    if knob in _ZERO and not value:
+        return _ZERO[knob]
     return value if isinstance(value, str) else f"{value:g}"
 
 

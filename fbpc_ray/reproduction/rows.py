@@ -53,6 +53,7 @@ _OF_LABELS = {"label_lr", "lr_decay"}
 _OF_NETWORKS = {
     "inference", "net_steps", "net_lr", "net_label_scale", "net_mirror", "net_ridge", "net_precision", "ensemble_size",
 }  # fmt: skip
+_OF_CHAINS = {name for name in (f.name for f in fields(Evaluation)) if name.startswith("chain_")}
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures", "precision"}
 
@@ -76,6 +77,7 @@ def _settings(config: Config) -> dict[str, Any]:
         (_OF_LABELS, flat["method"] in network_pool.METHODS or flat["learn_labels"]),
         ({"learn_labels", "label_confidence"}, flat["learn_labels"]),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
+        (_OF_CHAINS, flat["inference"] == "sghmc"),
         ({"chain_init"}, flat["chain_init"] != 0),
         ({"label_column"}, flat["label_column"] != ""),
         ({"image_column"}, flat["image_column"] != ""),

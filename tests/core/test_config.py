@@ -13,6 +13,7 @@ from fbpc_ray.core.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, with_method
 from fbpc_ray.distillation.worker import METHODS
+from fbpc_ray.evaluation.chains import default_step_size
 from fbpc_ray.execution.validation import check
 
 PAPER = Path(__file__).parents[3] / "shared" / "paper" / "fbpc.txt"
@@ -76,10 +77,11 @@ def test_defaults_are_the_papers_constants():
         "expert_count": 100, "expert_epochs": 50, "expert_lr": 0.01, "expert_batch_size": 256, "width": 128,
         "augment": "dsa", "map_lr": 0.001, "map_max_steps": 2000, "posterior_steps": 30, "real_batch_size": 256,
         "mc_samples": 30, "momentum": 0.5, "start_rule": "from", "method": "fbpc", "chain_epochs": 1000,
-        "chain_every": 100, "chain_eta": 0.03, "chain_friction": 0.1, "chain_full_batch": 500,
+        "chain_every": 100, "chain_friction": 0.1, "chain_full_batch": 500,
         "chain_batch_size": 256, "chain_augment": True,
     }  # fmt: skip
     assert {name: flat[name] for name in paper} == paper
+    assert [default_step_size(m) for m in (1, 10, 20, 100, 5000)] == pytest.approx([0.009, 0.009, 0.018, 0.03, 0.03])
     assert flat["chain_noise"] in ("consistent", "gradient")  # "literal" explodes
 
 
@@ -239,11 +241,11 @@ COUNTS = (
     "chain_every", "chain_batch_size", "syn_steps", "draws_per_step", "gamma_window",
 )  # fmt: skip
 POSITIVE = (
-    "alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "chain_eta", "inner_lr", "placement_timeout",
+    "alpha", "gamma", "map_lr", "lambda_x", "lambda_u", "expert_lr", "inner_lr", "placement_timeout",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_init", "chain_weight_decay", "inner_alpha", "weight_noise",
-    "views", "alpha_decay", "image_average", "prefetch", "step_deadline", "skip_stragglers",
+    "cpus_per_actor", "gpus_per_actor", "chain_d", "chain_eta", "chain_init", "chain_weight_decay", "inner_alpha",
+    "weight_noise", "views", "alpha_decay", "image_average", "prefetch", "step_deadline", "skip_stragglers",
 )  # fmt: skip
 FRACTION = ("momentum", "chain_friction", "validation")
 
@@ -353,7 +355,7 @@ def test_whole_numbers_serve_where_a_float_is_due():
 
 
 def test_chains_of_a_file_of_earlier_code_start_as_they_did():
-    """At the network's own initialisation, whatever the default of --chain-init is today."""
+    """At the network's own initialisation, without --chain-init."""
     flat = Config().updated(chain_init=0.5).flat()
     assert from_json(json.dumps(flat), "config.json").evaluation.chain_init == 0.5
     del flat["chain_init"]

@@ -40,14 +40,6 @@ def test_both_spellings_give_one_configuration():
         Config().updated(map="sideways")
 
 
-def test_a_whole_configuration_without_chain_init_is_of_the_version_before_it():
-    """Its chains began at the network's own initialisation; a preset of a few settings takes today's default."""
-    settings = {name: value for name, value in Config().flat().items() if name != "chain_init"}
-    assert from_json(json.dumps(settings), "config.json").evaluation.chain_init == 0
-    assert from_json(json.dumps(settings | {"chain_init": 0.2}), "config.json").evaluation.chain_init == 0.2
-    assert from_json('{"chain_d": 0.01}', "preset.json").evaluation.chain_init == Config().evaluation.chain_init == 0.1
-
-
 @pytest.mark.parametrize(
     ("settings", "coreset", "cell"),
     [
@@ -60,7 +52,7 @@ def test_a_whole_configuration_without_chain_init_is_of_the_version_before_it():
 )
 def test_keys_of_results_are_those_of_the_code_before_the_rename(settings, coreset, cell):
     """Computed by commit d3ba60b. Else `fbpc reproduce` would make every stored coreset and row again."""
-    config = preset("digits").updated(chain_d=0.01, chain_weight_decay=0.05, chain_init=0.0, **settings)
+    config = preset("digits").updated(chain_eta=0.03, chain_d=0.01, chain_weight_decay=0.05, **settings)
     assert coreset_key(config) == coreset
     assert cell_key("table1", "FBPC", "ipc 1", "convnet-in", config) == cell
 

@@ -25,7 +25,7 @@ from fbpc_ray.models.passes import Passes
 
 SETTINGS = Evaluation(
     inference="last-layer", net_steps=20, net_lr=0.01, net_ridge=0.05, net_precision=2.0, ensemble_size=2,
-    chain_epochs=6, chain_every=3, chain_init=0.0, num_chains=2,
+    chain_epochs=6, chain_every=3, chain_eta=0.03, num_chains=2,
 )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def test_every_row_is_the_chain_that_it_names(job, out, digits):
     assert settings == {(ipc, prior, dsa) for ipc in (1, 10) for prior in ("0", "0.1") for dsa in ("on", "off")}
     assert {(row["ipc"], row["chain_epochs"], row["chain_every"]) for row in rows} == {(1, 20, 2), (10, 10, 1)}
     assert {(row["d"], row["eta"], row["init"], row["lineage_batch"]) for row in rows} == {
-        ("1e-05", "0.03", "0.1", 128)
+        ("1e-05", "auto", "own", 128)
     }
     assert all(row["torch"] and row["device"] and row["commit"] for row in rows)
 
@@ -108,19 +108,19 @@ def settings(*grid: str, search: str = "product") -> list[str]:
 
 def test_the_grid_is_a_product_or_one_at_a_time():
     """The first value of a knob is the base; equal values are one; names leave out defaults."""
-    grid = ("d=0.00001,0,1e-5", "eta=3e-2,9e-4m", "init=0.1,own")
+    grid = ("d=0.00001,0,1e-5", "eta=auto,9e-4m", "init=own,1e-1")
     assert settings(*grid) == [
-        "default", "init=own", "eta=0.0009m", "eta=0.0009m init=own",
-        "d=0", "d=0 init=own", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=own",
+        "default", "init=0.1", "eta=0.0009m", "eta=0.0009m init=0.1",
+        "d=0", "d=0 init=0.1", "d=0 eta=0.0009m", "d=0 eta=0.0009m init=0.1",
     ]  # fmt: skip
-    assert settings(*grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=own"]
+    assert settings(*grid, search="one-at-a-time") == ["default", "d=0", "eta=0.0009m", "init=0.1"]
 
 
 def test_a_value_followed_by_m_grows_with_the_coreset():
     """The lineage's step size is eps^2 m with eps .03: .009, .09 and .45 at ipc 1, 10 and 50."""
     assert [value_of("eta", "0.0009m", m) for m in (10, 100, 500)] == pytest.approx([0.009, 0.09, 0.45])
     assert value_of("prior", "0.05", 100) == 0.05
-    assert value_of("init", "own", 10) == 0.0
+    assert value_of("init", "own", 10) == value_of("eta", "auto", 10) == 0.0
     assert value_of("dsa", "off", 10) is False
     assert value_of("noise", "gradient", 10) == "gradient"
 
@@ -158,7 +158,7 @@ def test_the_folder_of_the_data_is_not_written(job, digits, tmp_path):
 
 
 def row(ipc: int = 1, coreset: int = 0, **changes: Any) -> dict[str, Any]:
-    setting = {"d": "1e-05", "eta": "0.03", "prior": "0.005", "init": "0.1", "dsa": "on", "noise": "consistent"}
+    setting = {"d": "1e-05", "eta": "auto", "prior": "0.005", "init": "own", "dsa": "on", "noise": "consistent"}
     numbers = {"accuracy": 0.163, "nll": 4.66, "batch_nll": 4.66, "mean_sample_nll": 5.0, "ece": 0.2}
     return {"ipc": ipc, "coreset": coreset, **setting, "friction": "0.1", **numbers, "seconds": 1.0, **changes}
 
@@ -207,7 +207,7 @@ def test_the_images_are_drawn_by_class_and_keep_their_order(job, digits):
         ("coresets", "0", "--coresets is 0"),
         ("architectures", "convnet-in convnet-bn", "one network"),
         ("test_images", "-1", "0 or more"),
-        ("grid", "eta=0", "--grid eta=0: expected a number above 0"),
+        ("grid", "eta=0", "--grid eta=0: expected auto or a number above 0"),
         ("grid", "prior=-1", "--grid prior=-1: expected a number of 0 or more"),
         ("grid", "noise=loud", "consistent, gradient or literal"),
         ("grid", "temperature=1", "--grid temperature=1: "),

@@ -6,7 +6,7 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 
-EARLIER = {"chain_d": 0.01, "chain_weight_decay": 0.05, "chain_init": 0.0}
+EARLIER = {"chain_d": 0.01, "chain_eta": 0.03, "chain_weight_decay": 0.05, "chain_init": 0.0}
 """Chains of the version before vbpc."""
 UNUSED = {"image_lr": 0.5, "lr_decay": 7, "pool_size": 3, "mirror": False, "net_steps": 3, "ensemble_size": 2}
 
@@ -37,4 +37,6 @@ def test_settings_that_are_used_change_the_keys():
     assert coreset_key(vbpc.updated(net_steps=3)) == coreset_key(vbpc)
     assert cell(vbpc.updated(net_steps=3)) != cell(vbpc)
     assert cell(Config().updated(inference="mse")) != cell(Config())
-    assert cell(Config().updated(chain_init=0.0)) != cell(Config())
+    assert cell(Config().updated(chain_init=0.1)) != cell(Config())
+    networks = Config().updated(inference="mse")
+    assert cell(networks.updated(chain_d=0.5, chain_init=0.1, chain_epochs=7)) == cell(networks)

@@ -9,7 +9,7 @@ from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.evaluation.chains import CoresetArrays, EvaluationContext, evaluation_context
 
 Pair = tuple[Tensor, Tensor]
-SETTINGS = Evaluation(chain_epochs=30, chain_every=10, chain_d=0.01, chain_weight_decay=0.05, chain_init=0.0)
+SETTINGS = Evaluation(chain_epochs=30, chain_every=10, chain_eta=0.03, chain_d=0.01, chain_weight_decay=0.05)
 """Settings of a short chain."""
 
 

@@ -50,7 +50,11 @@ EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc evaluate --coreset (images_best.pt|benchmarks/\S+) --data", "parse", "the data must be downloaded"),
     (r"fbpc evaluate .*--protocol calibrated", "parse", "needs a run with a validation split: test_calibration.py"),
     (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_stored_runs.py runs them on moto's"),
-    (r"fbpc reproduce .*--ood", "--dry-run --cifar10 digits --ood digits", "a dry run as RUN has it, of data that exist"),
+    (
+        r"fbpc reproduce .*--ood",
+        "--dry-run --cifar10 digits --ood digits",
+        "a dry run, of data that exist",
+    ),
     (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweeps_on_ray.py has one"),
     (r"fbpc doctor", "parse", "half a minute, and it judges this machine: test_doctor.py"),
     (r"fbpc ui", "parse", "it serves until it is stopped: tested in a browser"),
