@@ -1,15 +1,15 @@
 """When a cluster counts as dead, and that what it leaves behind ends: with a fake clock, and with real processes."""
 
+import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from support.processes import alive, kill, soon
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray.cluster_watch import PATIENCE, ClusterWatch, Liveness
-from fbpc_ray.execution.ray.reaper import Reaper
+from fbpc_ray.execution.ray.reaper import VARIABLE, Reaper
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -61,31 +61,28 @@ def test_a_process_that_disconnected_watches_nothing():
 
 
 PARENT = f"""
-import subprocess, time
+import subprocess, sys, time
+sys.stdin.readline()
 print(subprocess.Popen({SLEEP}).pid, flush=True)
 time.sleep(60)
 """
 
 
-def family() -> tuple[subprocess.Popen[str], int]:
-    """Start a process that has a child; return it and the child's pid."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout
-    with parent.stdout as output:
-        return parent, int(output.readline())
-
-
-def node_of(*processes: subprocess.Popen) -> SimpleNamespace:
-    """Ray's record of the processes that it started."""
-    return SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=pid) for pid in processes]})
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_reap_ends_processes_and_their_children():
-    parent, child = family()
+def test_reap_ends_marked_processes_and_those_that_they_start_later():
+    """Also a grandchild whose parent is gone, as an agent of a killed node manager; no other process."""
+    reaper = Reaper()
+    with reaper.marking():
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     other = subprocess.Popen(SLEEP)
+    child = 0
     try:
-        reaper = Reaper(node_of(parent))
+        assert VARIABLE not in os.environ
+        output, _ = parent.stdout, print(file=parent.stdin, flush=True)
+        assert output
+        child = int(output.readline())
         kill(parent.pid)
         parent.wait()
         assert alive(child)
@@ -93,35 +90,38 @@ def test_reap_ends_processes_and_their_children():
         assert soon(lambda: not alive(child), 10)
         assert alive(other.pid)
         reaper.dismiss()
+        assert alive(other.pid)
     finally:
-        other.kill()
-        other.wait()
-        kill(child)
+        for process in (parent, other):
+            process.kill()
+            process.communicate()
+        if child:
+            kill(child)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("ending", ["killed", "dismissed"])
 def test_a_killed_driver_takes_its_cluster_along(ending):
-    process = subprocess.Popen(SLEEP)
     driver = f"""
-import time
-from types import SimpleNamespace
+import subprocess, time
 from fbpc_ray.execution.ray.reaper import Reaper
-info = SimpleNamespace(process=SimpleNamespace(pid={process.pid}))
-reaper = Reaper(SimpleNamespace(all_processes={{"raylet": [info]}}))
+reaper = Reaper()
+with reaper.marking():
+    process = subprocess.Popen({SLEEP})
 if {ending == "dismissed"}:
     reaper.dismiss()
-print("ready", flush=True)
+print(process.pid, flush=True)
 time.sleep(60)
 """
-    driver_process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
+    child = 0
     try:
-        assert driver_process.stdout
-        with driver_process.stdout as output:
-            assert output.readline() == "ready\n"
-        kill(driver_process.pid)
-        assert soon(lambda: process.poll() is not None, 4) == (ending == "killed")
+        assert process.stdout
+        child = int(process.stdout.readline())
+        kill(process.pid)
+        assert soon(lambda: not alive(child), 4) == (ending == "killed")
     finally:
-        for child in (process, driver_process):
-            child.kill()
-            child.wait()
+        process.kill()
+        process.communicate()
+        if child:
+            kill(child)

@@ -113,10 +113,10 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def watch(is_own: bool) -> ClusterWatch:
-    """Watch the cluster that this process is connected to; `is_own` says whether this process started it."""
-    if is_own:
-        return ClusterWatch(Liveness(dead_process, lambda: True), Reaper(worker._global_node))
+def watch(reaper: Reaper | None) -> ClusterWatch:
+    """Watch the cluster that this process is connected to; `reaper` is given for one that this process started."""
+    if reaper:
+        return ClusterWatch(Liveness(dead_process, lambda: True), reaper)
     address = ray.get_runtime_context().gcs_address  # not in the thread: it starts a cluster where there is none
     return ClusterWatch(Liveness(dead_process, lambda: head_answers(address)))
 

@@ -16,11 +16,12 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import set_environment
 from fbpc_ray.execution.ray.placement import Node
 from fbpc_ray.execution.ray.probe import probe, refused
+from fbpc_ray.execution.ray.reaper import Reaper
 from fbpc_ray.execution.ray.worker_pool import STORE_FULL, first_line, raise_cause
 
 
-def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> bool:
-    """Join the cluster at `address`, or start one on loopback; return whether this process started it.
+def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> Reaper | None:
+    """Join the cluster at `address`, or start one on loopback; return the Reaper of a cluster that is started here.
 
     Raises UserError.
     """
@@ -31,28 +32,34 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
         # Ray's annotation forbids None, its documentation doesn't
         resolved = services.canonicalize_bootstrap_address(cast(Any, address or None), options.get("_temp_dir"))
     if resolved is None:
-        _start(options)
+        reaper = _start(options)
         if (host := ray.nodes()[0]["NodeManagerAddress"]) != "127.0.0.1":
             exposed = f"Ray {ray.__version__} listens on {host}, which other machines may reach"
             log(f"warning: {exposed}: use --backend serial")
-        return True
+        return reaper
     if "://" not in requested:
         probe(resolved)
     with _as_user_error(requested), loopback():
         ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
-    return False
+    return None
 
 
-def _start(options: dict[str, Any]) -> None:
+def _start(options: dict[str, Any]) -> Reaper:
     """Start a cluster of this process, on loopback. Raises UserError."""
     options = {"include_dashboard": False, **options}
+    reaper = Reaper()
     try:
-        with on_loopback():
+        with on_loopback(), reaper.marking():
             ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **options)
         make_private(Path.home() / ".ray" / "auth_token")
-    except RayAuthenticationError as error:
-        raise refused(first_line(error)) from error
-    except Exception as error:
+        return reaper
+    except BaseException as error:
+        reaper.reap()
+        reaper.dismiss()
+        if isinstance(error, RayAuthenticationError):
+            raise refused(first_line(error)) from error
+        if not isinstance(error, Exception):
+            raise
         raise UserError(
             f"Ray did not start on this machine ({first_line(error)}): run the same command again, or with "
             "--backend serial",

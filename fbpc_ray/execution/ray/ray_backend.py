@@ -54,9 +54,10 @@ class RayBackend:
         self.settings, self.interruption, self.log = settings, interruption, log
         self.workers: GradientWorkers | None = None
         self.owns_connection = not ray.is_initialized()
-        self.owns_cluster = self.owns_connection and connect(settings.address, init_options, log)
+        reaper = connect(settings.address, init_options, log) if self.owns_connection else None
+        self.owns_cluster = reaper is not None
         """Whether this process started the cluster: a missing worker is then starting, not waiting for resources."""
-        self.watch = watch(is_own=self.owns_cluster)
+        self.watch = watch(reaper)
         gpus = sum(node.gpus for node in nodes())
         wants_gpu = settings.device == "cuda"
         if wants_gpu and not gpus and not settings.autoscale:
