@@ -51,9 +51,11 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         run_logging.deliver_result(config, run, result, log)
         files.write_output(json, result)
         return
-    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log)
+    start = config.updated(download=False) if dry_run else config
+    sized = open_sized_session(start, sizes, log, planned=dry_run)
+    session = sized.session
     if dry_run:
-        planning.describe(session, run=run.folder)
+        planning.describe(session, run=run.folder, limit=sized.limit, measured=sized.measured)
         return
     for note in advice.notes(session):
         log(note)
@@ -82,7 +84,7 @@ def print_config(config: Config, sizes: SizeRequest | None) -> None:
     if sizes is None:
         validation.check(config)
     else:
-        config = open_sized_session(config.updated(download=False), sizes, log).config
+        config = open_sized_session(config.updated(download=False), sizes, log).session.config
     print(configuration.to_json(config), end="")
 
 

@@ -22,15 +22,16 @@ def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: s
     config = validation.canonical(config)
     if sizes is None:
         validation.check(config.updated(start_epoch=0, start_rule="from"))
-    session = open_sized_session(config.updated(download=False) if dry_run else config, sizes, log, SHOWN)
-    config = session.config
+    start = config.updated(download=False) if dry_run else config
+    sized = open_sized_session(start, sizes, log, SHOWN, planned=dry_run)
+    session, config = sized.session, sized.session.config
     if sizes is not None:
         ipc = config.distillation.ipc
         log(
             f"note: these are the experts of `fbpc distill --ipc {ipc}`; for another number of images a class add --ipc"
         )
     if dry_run:
-        planning.describe(session, parts=("experts",))
+        planning.describe(session, parts=("experts",), limit=sized.limit, measured=sized.measured)
         return
     with open_backend(config, Interruption(), log) as workers, resume_hint("the same command goes on"):
         session.train_experts(workers, log)

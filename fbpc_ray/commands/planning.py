@@ -9,7 +9,7 @@ from fbpc_ray.core.cache import folder as cache_folder
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log
-from fbpc_ray.core.sizes import Seconds, describe_device
+from fbpc_ray.core.sizes import describe_device
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
@@ -17,7 +17,7 @@ from fbpc_ray.distillation.worker import EXPERT_SIDES
 from fbpc_ray.execution import advice, memory_estimate, sizing
 from fbpc_ray.execution.memory_estimate import count_parameters
 from fbpc_ray.execution.session import Session, compiles_passes, phases_of, trajectory_cache_bytes
-from fbpc_ray.execution.timing import Timings, measure, snapshots_met
+from fbpc_ray.execution.timing import Measured, measure, snapshots_met
 
 PARTS = ("experts", "distillation", "chains")
 PARTS_OF_PHASES = {"experts": "experts", "distillation": "distillation", "evaluation": "chains"}
@@ -31,12 +31,17 @@ FILES = (
 )
 
 
-def describe(session: Session, parts: Sequence[str] = PARTS, run: Place | None = None) -> None:
+def describe(
+    session: Session, parts: Sequence[str] = PARTS, run: Place | None = None, limit: float = 0.0,
+    measured: Measured | None = None,
+) -> None:  # fmt: skip
     """Print what a command would do: data, networks, seconds, disk, memory, notes, files.
 
     Args:
         parts: those of `PARTS` that the command has.
         run: the run directory; None for a command that makes none.
+        limit: seconds that the sizes fit by the formula; 0: nothing to compare with.
+        measured: the probe that chose the sizes; None: time the machine now.
 
     Raises UserError for an --ipc that a class can't fill, after the plan.
     """
@@ -45,9 +50,10 @@ def describe(session: Session, parts: Sequence[str] = PARTS, run: Place | None =
     _describe_networks(session)
     if problem is None:
         device, cores = sizing.local_device(session.config), sizing.local_cores()
-        log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
-        timings, seconds = measure(session, device, cores)
-        _describe_time(session, timings, seconds, parts, device)
+        if measured is None:
+            log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
+            measured = measure(session, device, cores)
+        _describe_time(session, measured, parts, device, limit)
         log(f"memory   {_memory(session, parts, device, cores)}")
     if "experts" in parts and (session.stores or run):
         log(f"disk     {_disk(session, parts)}")
@@ -97,10 +103,8 @@ def _describe_networks(session: Session) -> None:
         log(f"{'network' if not number else '':<9}{spec.architecture}: {count:,} parameters{width}{depth}")
 
 
-def _describe_time(
-    session: Session, timings: list[Timings], seconds: Seconds, parts: Sequence[str], device: str
-) -> None:
-    c = session.config
+def _describe_time(session: Session, measured: Measured, parts: Sequence[str], device: str, limit: float) -> None:
+    c, (timings, seconds) = session.config, measured
     work = {
         "experts": _experts(session),
         "distillation": f"{session.num_steps:,} steps",
@@ -111,9 +115,15 @@ def _describe_time(
         solves = f"{len(timings)} MAP solve{'s' if len(timings) > 1 else ''}"
         work["distillation"] += f", each with {solves} of about {map_steps:.0f} Adam steps at first"
     rows = [(part, describe_seconds(getattr(seconds, part)), work[part]) for part in PARTS if part in parts]
-    total = describe_seconds(sum(getattr(seconds, part) for part in parts))
-    rows.append(("total", total, "an estimate, right to a factor of two; Ray starts in 10 to 20 s more"))
+    total = sum(getattr(seconds, part) for part in parts)
+    ray = "; Ray starts in 10 to 20 s more" if c.workers.backend == "ray" else ""
+    rows.append(("total", describe_seconds(total), f"estimated from passes timed here, right to a factor of two{ray}"))
     log(text_table(("part", "time", "what"), rows))
+    if 0 < limit < total:
+        log(
+            f"above the {describe_seconds(limit)} that a formula chose the sizes for; `--time-budget {limit:.0f}s` "
+            "chooses them by the timing of this machine"
+        )
     if device == "cpu" and compiles_passes(c, session.dataset, session.specs):
         log("the run is long enough to compile its passes: a minute or two once, then up to twice as fast")
     if c.workers.address:

@@ -22,21 +22,25 @@ def describe(scores: Sequence[ChainScore], classes: int, test_images: int) -> st
         return ""
     distilled, random = means[names[0]], means["random"]
     ours, theirs = distilled["accuracy"], random["accuracy"]
+    nll = f"NLL {distilled['nll']:.2f} against {random['nll']:.2f}, lower is better"
     line = (
         f"{names[0]}: {100 * ours:.1f} % of {test_images:,} test images right; as many random real images: "
         f"{100 * theirs:.1f} %; guessing: {100 / classes:.1f} %"
     )
-    return f"{line}\n{_verdict(ours, theirs, test_images)}"
+    return f"{line}\n{_verdict(ours, theirs, test_images, nll)}"
 
 
-def _verdict(ours: float, theirs: float, test_images: int) -> str:
+def _verdict(ours: float, theirs: float, test_images: int, nll: str) -> str:
     points = 100 * (ours - theirs)
     error = 200 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / max(1, test_images))
     if abs(points) <= error:
-        return f"no clear difference: on so few test images up to {error:.0f} points may be chance"
+        return (
+            f"no clear difference in accuracy: on so few test images up to {error:.0f} points may be chance; {nll}\n"
+            "more test images tell more; a larger --ipc or --time-budget, or --method vbpc, may raise the accuracy"
+        )
     if points > 0:
-        return f"the distilled images are {points:.0f} points better than random ones"
-    return f"the distilled images are {-points:.0f} points WORSE than random ones: see {FAQ}"
+        return f"the distilled images are {points:.0f} points better than random ones; {nll}"
+    return f"the distilled images are {-points:.0f} points WORSE than random ones ({nll}): see {FAQ}"
 
 
 def next_steps(run: Place) -> str:

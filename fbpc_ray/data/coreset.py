@@ -90,6 +90,9 @@ def _describe(coreset: Coreset) -> list[str]:
         f"classes: {', '.join(coreset.classes)}",
     ]
     settings = settings_of(coreset)
+    if facts.get("method") == "random":
+        lines.append(f"real images, drawn at random{', from ' + facts['data'] if 'data' in facts else ''}")
+        settings, facts = {}, {}
     origin = [
         f"{label} {facts[name]}" for label, name in (("by", "method"), ("from", "data"), ("step", "step"))
         if name in facts

@@ -146,4 +146,5 @@ def describe(all_mixing: Sequence[Mixing]) -> str:
         for one in all_mixing
         if not one.mixed
     ]
-    return f"{NOT_MIXED}: {'; '.join(parts)}" if parts else ""
+    advice = "the +- shows how far their scores depend on where they began; longer chains (--chain-epochs) mix better"
+    return f"{NOT_MIXED}: {'; '.join(parts)}; {advice}" if parts else ""

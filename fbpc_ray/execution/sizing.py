@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection
+from typing import NamedTuple
 
 from fbpc_ray.core import presets, sizes
 from fbpc_ray.core.config import Config
@@ -14,46 +15,99 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import Session, load_data, open_session
-from fbpc_ray.execution.timing import measure
+from fbpc_ray.execution.timing import Measured, measure
+
+
+class Chosen(NamedTuple):
+    """The choice of a run's sizes."""
+
+    sizes: Sizes
+    level: Level
+    measured: Measured | None
+    """The probe of --time-budget, whose estimate `sizes` has; None: the formula's estimate."""
+
+    @property
+    def fits(self) -> bool:
+        return self.sizes.seconds.total <= self.level.seconds
+
+
+class SizedSession(NamedTuple):
+    """A session, and what the choice of its sizes leaves to a plan."""
+
+    session: Session
+    limit: float = 0.0
+    """Seconds that the sizes fit by the formula, which a probe may find too few; 0: nothing to compare with."""
+    measured: Measured | None = None
+    """The probe that chose the sizes."""
 
 
 def open_sized_session(
-    config: Config, request: SizeRequest | None, log: Log, shown: Collection[str] | None = None
-) -> Session:
+    config: Config,
+    request: SizeRequest | None,
+    log: Log,
+    shown: Collection[str] | None = None,
+    *,
+    planned: bool = False,
+) -> SizedSession:
     """Load the data set, choose the sizes that `request` asks for, and open a session. Raises UserError.
 
     Args:
         shown: settings that the table may have; None: all.
+        planned: whether a plan follows, which has the seconds; the table's heading then has none.
     """
     if request is None:
-        return open_session(config, log)
+        return SizedSession(open_session(config, log))
     dataset = load_data(config, log)
-    config = with_sizes(config, dataset, request, log, shown)
+    chosen = _choose(config, dataset, request, log)
+    _log_table(config, dataset, request, chosen, log, shown, planned)
+    config = config.updated(**chosen.sizes.settings())
     validation.check(config)
-    return open_session(config, log, dataset)
+    limit = chosen.level.seconds if chosen.measured is None and chosen.fits else 0.0
+    return SizedSession(open_session(config, log, dataset), limit, chosen.measured)
 
 
-def with_sizes(
-    config: Config, dataset: Dataset, request: SizeRequest | None, log: Log, shown: Collection[str] | None = None
-) -> Config:
+def with_sizes(config: Config, dataset: Dataset, request: SizeRequest | None, log: Log) -> Config:
     """Return `config` with the settings that `request` leaves to the choice; log their table."""
     if request is None:
         return config
-    name = request.preset or ("gpu" if local_device(config) == "cuda" else "laptop")
-    facts, level = facts_of(config, dataset, request), LEVELS[name]
-    if request.budget:
-        level = level._replace(seconds=request.budget, device=local_device(config))
-        log(f"timing this machine, to choose what takes {describe_seconds(request.budget)}")
-        chosen = _within_budget(config, dataset, facts, level)
-    else:
-        chosen = sizes.choose(facts, level)
-    if chosen.choices:
-        ipc, method = str(config.distillation.ipc), config.distillation.method
-        paper = presets.default(config.data.data, ipc, "paper", method).flat()
-        log(_heading(facts, level, "" if request.budget else name, chosen))
-        choices = {name: choice for name, choice in chosen.choices.items() if shown is None or name in shown}
-        log(sizes.describe(chosen._replace(choices=choices), paper) + "\n")
-    return config.updated(**chosen.settings())
+    chosen = _choose(config, dataset, request, log)
+    _log_table(config, dataset, request, chosen, log)
+    return config.updated(**chosen.sizes.settings())
+
+
+def _choose(config: Config, dataset: Dataset, request: SizeRequest, log: Log) -> Chosen:
+    """Choose by the formula, or for --time-budget by probes."""
+    facts, level = facts_of(config, dataset, request), LEVELS[_level_name(config, request)]
+    if not request.budget:
+        return Chosen(sizes.choose(facts, level), level, None)
+    level = level._replace(seconds=request.budget, device=local_device(config))
+    log(f"timing this machine, to choose what takes {describe_seconds(request.budget)}")
+    return _within_budget(config, dataset, facts, level)
+
+
+def _level_name(config: Config, request: SizeRequest) -> str:
+    return request.preset or ("gpu" if local_device(config) == "cuda" else "laptop")
+
+
+def _log_table(
+    config: Config,
+    dataset: Dataset,
+    request: SizeRequest,
+    chosen: Chosen,
+    log: Log,
+    shown: Collection[str] | None = None,
+    planned: bool = False,
+) -> None:
+    """Log the chosen settings beside the paper's, and why; nothing where flags name them all."""
+    choices = chosen.sizes.choices
+    if not choices:
+        return
+    ipc, method = str(config.distillation.ipc), config.distillation.method
+    paper = presets.default(config.data.data, ipc, "paper", method).flat()
+    source = "--time-budget" if request.budget else f"--preset {_level_name(config, request)}"
+    log(_heading(facts_of(config, dataset, request), chosen, source, planned=planned))
+    choices = {name: choice for name, choice in choices.items() if shown is None or name in shown}
+    log(sizes.describe(chosen.sizes._replace(choices=choices), paper) + "\n")
 
 
 def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
@@ -75,7 +129,7 @@ def local_device(config: Config) -> str:
     return Serial(config.workers.device, Interruption(())).device
 
 
-def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level) -> Sizes:
+def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level) -> Chosen:
     """Choose the largest rung that fits by a probe: go down the ladder from the one that the formula names."""
     ladder, slowness = sizes.rungs(facts), 1.0
     for rung in reversed(ladder):
@@ -90,29 +144,35 @@ def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level)
                 raise
             continue
         validation.check(session.config)
-        measured = measure(session, level.device, facts.cores)[1]
-        chosen = chosen._replace(seconds=measured)
-        if measured.total <= level.seconds or rung == ladder[0]:
-            return chosen
-        slowness = max(slowness, measured.total / max(estimated.total, 1e-3))
+        measured = measure(session, level.device, facts.cores)
+        seconds = measured.seconds
+        if seconds.total <= level.seconds or rung == ladder[0]:
+            return Chosen(chosen._replace(seconds=seconds), level, measured)
+        slowness = max(slowness, seconds.total / max(estimated.total, 1e-3))
     raise AssertionError("the smallest rung is always taken")
 
 
-def _heading(facts: Facts, level: Level, preset: str, chosen: Sizes) -> str:
+def _heading(facts: Facts, chosen: Chosen, source: str, *, planned: bool) -> str:
     """Describe in three lines what the sizes were chosen from, their time, and how to choose others."""
     height, width = facts.image_shape[1:]
-    device = sizes.describe_device(level.device, facts.cores)
-    source = f"--preset {preset}" if preset else "--time-budget"
-    limit, seconds = (describe_seconds(value) for value in (level.seconds, chosen.seconds.total))
-    time = f"the run takes about {seconds}; the limit is {limit}"
-    if chosen.seconds.total > level.seconds:
-        smaller = "--image-size 32, " if height > 64 else ""
-        time = (
-            f"the run takes about {seconds}, above the limit of {limit}, with the smallest sizes; for less time give "
-            f"{smaller}fewer images or a smaller --ipc"
-        )
+    device = sizes.describe_device(chosen.level.device, facts.cores)
     return (
         f"sizes for {facts.images:,} training images of {facts.classes:,} classes, {height}x{width}, on {device} "
-        f"({source}):\n{time}\n"
+        f"({source}):\n{_time(facts, chosen, planned)}\n"
         "a flag overrides its row; other sizes: --preset quick | laptop | gpu | paper, or --time-budget 20m"
     )
+
+
+def _time(facts: Facts, chosen: Chosen, planned: bool) -> str:
+    """Describe the limit, and the one estimate of the time with its origin; a plan has that estimate itself."""
+    limit, seconds = (describe_seconds(value) for value in (chosen.level.seconds, chosen.sizes.seconds.total))
+    origin = "timed on this machine" if chosen.measured else "by a formula; --dry-run times this machine"
+    if chosen.fits:
+        if planned:
+            return f"chosen for at most {limit}; the plan below has the time on this machine"
+        return f"the run takes about {seconds} ({origin}); the limit is {limit}"
+    smaller = "--image-size 32, " if facts.image_shape[1] > 64 else ""
+    advice = f"for less time give {smaller}fewer images or a smaller --ipc"
+    if planned:
+        return f"the smallest sizes, which are above the limit of {limit}; {advice}"
+    return f"the run takes about {seconds} ({origin}), above the limit of {limit}, with the smallest sizes; {advice}"

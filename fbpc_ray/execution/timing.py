@@ -44,6 +44,15 @@ class Timings(NamedTuple):
     """Of a test image by one posterior sample."""
 
 
+class Measured(NamedTuple):
+    """A probe of a run."""
+
+    timings: list[Timings]
+    """Of each network."""
+    seconds: Seconds
+    """The estimate that follows."""
+
+
 def time_network(session: Session, spec: Spec, device: str) -> Timings:
     """Time the passes of one network with the run's batches."""
     c, dataset = session.config, session.dataset
@@ -166,7 +175,7 @@ def _chain(session: Session, timing: Timings) -> float:
     return e.chain_epochs * timing.chain_epoch + samples * len(session.dataset.test.labels) * timing.prediction
 
 
-def measure(session: Session, device: str, cores: int) -> tuple[list[Timings], Seconds]:
+def measure(session: Session, device: str, cores: int) -> Measured:
     """Time the networks of a run and estimate its parts."""
     timings = [time_network(session, spec, device) for spec in session.specs]
-    return timings, estimate(session, timings, device, cores)
+    return Measured(timings, estimate(session, timings, device, cores))

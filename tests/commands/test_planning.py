@@ -13,11 +13,13 @@ from fbpc_ray.commands import experts, main, planning
 from fbpc_ray.commands.parsing import start_of
 from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config, read_config
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.execution import sizing
 from fbpc_ray.execution.session import load_data
+from fbpc_ray.execution.timing import Measured, Timings
 
 TINY = (
     "--backend", "serial", "--no-tracking", "--width", "8", "--expert-count", "1", "--expert-epochs", "2", "--steps",
@@ -127,8 +129,14 @@ def test_the_smallest_sizes_say_that_they_are_above_the_limit():
         sizes.Facts(9**6, 200, (3, 64, 64), 9**4),
         sizes.Facts(9, 2, (3, 8, 8), 2),
     ):
-        lines.append(sizing._heading(facts, level, "laptop", sizes.choose(facts, level)).splitlines()[1])
+        chosen = sizing.Chosen(sizes.choose(facts, level), level, None)
+        lines.append(sizing._heading(facts, chosen, "--preset laptop", planned=False).splitlines()[1])
+        planned = sizing._heading(facts, chosen, "--preset laptop", planned=True).splitlines()[1]
+        assert planned.startswith(
+            "chosen for at most 4 min; " if chosen.fits else "the smallest sizes, which are above"
+        )
     way_out = "with the smallest sizes; for less time give "
+    assert all("(by a formula; --dry-run times this machine)" in line for line in lines)
     assert lines[0].endswith(f", above the limit of 4 min, {way_out}--image-size 32, fewer images or a smaller --ipc")
     assert lines[1].endswith(f", above the limit of 4 min, {way_out}fewer images or a smaller --ipc")
     assert lines[2].endswith("; the limit is 4 min")
@@ -147,7 +155,7 @@ def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
             == (c.networks.width, c.distillation.steps, c.experts.expert_count)
         )  # fmt: skip
         timed.append(rung)
-        return [], Seconds(*(10 * part for part in sizes.estimate(facts, rung, "cpu")))
+        return Measured([], Seconds(*(10 * part for part in sizes.estimate(facts, rung, "cpu"))))
 
     monkeypatch.setattr(sizing, "measure", measure)
     facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)
@@ -160,6 +168,32 @@ def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
     assert values["steps"] == sizes.LADDER[0].steps
 
 
+def test_a_plan_has_one_estimate(images, capsys, monkeypatch):
+    """That of a probe: the one in the plan, or the one that chose the sizes, which is not made twice."""
+    probes = []
+
+    def measure(session, device, cores):
+        probes.append(session.config)
+        return Measured([Timings(1, 1, 100, 1, 1, 1)], Seconds(1000, 1000, 1000 + len(probes)))
+
+    monkeypatch.setattr(sizing, "measure", measure)
+    monkeypatch.setattr(planning, "measure", measure)
+    words = ("--data", f"folder:{images}", "--backend", "serial", "--compiled", "off", "--dry-run")
+    distil(*words)
+    text = capsys.readouterr().out
+    assert "chosen for at most 4 min; the plan below has the time on this machine" in text
+    assert "the run takes" not in text
+    assert re.search(r"^total +50 min  estimated from passes timed here, right to a factor of two$", text, re.M)
+    assert "above the 4 min that a formula chose the sizes for; `--time-budget 240s` chooses them by the timing" in text
+    assert len(probes) == 1
+    distil(*words, "--time-budget", "3009s")
+    text = capsys.readouterr().out
+    total = describe_seconds(3000 + len(probes))
+    assert re.search(f"^total +{total} ", text, re.M)
+    assert "the run takes" not in text and "above the" not in text
+    assert len(set(probes)) == len(probes)  # no rung is timed twice
+
+
 def test_a_rung_that_memory_cannot_hold_is_passed_over(images, monkeypatch):
     """Here every rung of a width above 16."""
     open_session = sizing.open_session
@@ -169,7 +203,7 @@ def test_a_rung_that_memory_cannot_hold_is_passed_over(images, monkeypatch):
             raise UserError("--width: too wide for this memory")
         return open_session(config, *more)
 
-    monkeypatch.setattr(sizing, "measure", lambda *arguments: ([], Seconds(1, 1, 1)))
+    monkeypatch.setattr(sizing, "measure", lambda *arguments: Measured([], Seconds(1, 1, 1)))
     monkeypatch.setattr(sizing, "open_session", refuse_wide)
     config, request = start_of(["--data", f"folder:{images}", "--time-budget", "1h"])
     config = config.updated(data=f"folder:{images}")
@@ -209,7 +243,7 @@ def test_a_plan_says_what_a_run_would_do(small, digits, tmp_path, capsys):
     assert re.search(r"^experts +\S.* 4 experts to train, 0 are in 2 folders$", text, re.M)
     assert re.search(r"^distillation +\S.* 4 steps, each with 2 MAP solves of about \d+ Adam steps", text, re.M)
     assert re.search(r"^chains +\S.* 8 chains of 20 epochs", text, re.M)
-    assert re.search(r"^total .*an estimate", text, re.M)
+    assert re.search(r"^total .* right to a factor of two; Ray starts in 10 to 20 s more$", text, re.M)
     assert re.search(r"^memory +about \S+ [GM]B: 3 processes", text, re.M)  # this one and two of Ray
     assert re.search(r"^disk +\d+ kB for experts; ", text, re.M)
     assert "note: each expert gets only 6 SGD steps" in text

@@ -86,6 +86,8 @@ def test_a_coreset_is_described_in_three_lines():
         'classes: cat, Hündin, a "b"',
         "distilled by fbpc, from digits, step 60, on a b, width 8",
     ]
+    random = facts | {"method": "random", "step": "0"}
+    assert repr(coreset()._replace(facts=random)).splitlines()[2:] == ["real images, drawn at random, from digits"]
     assert len(repr(coreset()).splitlines()) == 2
 
 
