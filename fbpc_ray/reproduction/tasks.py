@@ -13,17 +13,14 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
-from fbpc_ray.data.datasets import Dataset, tensors
-from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.chains import Chain, EvaluationContext, passes_of, predictive, sample_chain
+from fbpc_ray.evaluation.chains import Chain, CoresetArrays, EvaluationContext, Logits, on_device, score
+from fbpc_ray.evaluation.last_layer import PREDICTORS
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import open_session
 from fbpc_ray.inference.metrics import scores
-from fbpc_ray.models.functional import Network
-from fbpc_ray.models.passes import Passes
 from fbpc_ray.reproduction.cost import Cost, CpuClock, measure
 from fbpc_ray.reproduction.extras import Extras, score_chain
 
@@ -100,36 +97,30 @@ def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Find
     """Run a chain and return its rows; a chain that diverged returns one empty row."""
     if item.kind in ("scores", "grid"):
         return [score_chain(shared.context, item.chain, shared.extras, device)]
-    passes = passes_of(shared.context, item.chain, device)
-    images, samples = sample_chain(shared.context, item.chain, passes, device)
-    if not ensemble.finite(samples):
+    predictor = PREDICTORS[shared.context.settings.inference](shared.context, item.chain, device)
+    if predictor is None:
         return [{}]
     if item.kind == "logits":
-        labels = torch.tensor(shared.context.coresets[item.chain.coreset].labels, device=device)
-        return _logits(passes.network, samples, images, labels, shared.dataset)
-    return _corrupted(passes, samples, images, shared, item)
+        return _logits(predictor.logits, shared.context.coresets[item.chain.coreset], shared.dataset.classes, device)
+    return _corrupted(predictor.logits, shared, item, device)
 
 
-def _logits(network: Network, samples: list, images: torch.Tensor, labels: torch.Tensor, dataset: Dataset) -> list:
+def _logits(logits: Logits, arrays: CoresetArrays, classes: tuple[str, ...], device: str) -> list[Finding]:
     """Return mean logits at the coreset's first image of 'dog', or of the last class (Fig. 2b)."""
-    label = dataset.classes.index("dog") if "dog" in dataset.classes else len(dataset.classes) - 1
-    image = images[labels == label][:1]
-    logits = ensemble.logits_of(network.predict, samples, ensemble.statistics_of(network, samples, images), image)
-    means = logits[:, 0].double().mean(0).cpu()
-    return [{"column": name, "logit": float(value)} for name, value in zip(dataset.classes, means, strict=True)]
+    label = classes.index("dog") if "dog" in classes else len(classes) - 1
+    image = torch.tensor(arrays.images[arrays.labels == label][:1], device=device)
+    means = logits(image)[:, 0].double().mean(0).cpu()
+    return [{"column": name, "logit": float(value)} for name, value in zip(classes, means, strict=True)]
 
 
-def _corrupted(
-    passes: Passes, samples: list, images: torch.Tensor, shared: SharedContext, item: RowTask
-) -> list[Finding]:
+def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
     """Return the accuracy under each corruption, averaged over severities (Table 3).
 
     Degradation is 1 - accuracy / clean accuracy.
     """
 
     def accuracy(split: Any) -> float:
-        data = DeviceDataset(*tensors(split, passes.network.device), shared.dataset.mean, shared.dataset.std)
-        return scores(predictive(passes, samples, images, data).stats).accuracy
+        return scores(score(logits, on_device(split, shared.context, device)).stats).accuracy
 
     clean = accuracy(shared.context.split)
     accuracies = []

@@ -1,0 +1,90 @@
+"""Rows of Table 3 and Fig. 2b by every inference: the network's own predictions, for corrupted images and one image."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.chains import context_of
+
+from fbpc_ray.core.config import Evaluation
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.coreset import balanced
+from fbpc_ray.data.corrupted_splits import corrupted_test
+from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
+from fbpc_ray.data.datasets import Split, tensors
+from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.evaluation.chains import Chain, Predictor, on_device, score
+from fbpc_ray.evaluation.last_layer import PREDICTORS
+from fbpc_ray.inference.metrics import scores
+from fbpc_ray.models.functional import specify
+from fbpc_ray.reproduction.tasks import RowTask, SharedContext, run_row_task
+
+SETTINGS = Evaluation(
+    net_steps=10, net_lr=0.01, ensemble_size=2, chain_epochs=4, chain_every=2, chain_augment=False
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """20 test images of digits."""
+    return digits._replace(test=Split(digits.test.images[:20], digits.test.labels[:20]))
+
+
+class Case(NamedTuple):
+    shared: SharedContext
+    chain: Chain
+    predictor: Predictor
+
+
+@pytest.fixture(scope="module", params=["sghmc", "last-layer", "mse", "ensemble"])
+def case(request, few):
+    """Twenty real images as the coreset, judged by one inference."""
+    real = DeviceDataset(*tensors(few.train, "cpu"), few.mean, few.std)
+    images, labels = real.batch(balanced(real.labels, 2, few.classes, generator(0)))
+    settings = replace(SETTINGS, inference=request.param)
+    context = context_of(few, "test", settings, images.numpy(), labels.numpy())
+    chain = Chain("x", specify("convnet-bn", few.image_shape, 10, 8, 0), 1)
+    predictor = PREDICTORS[request.param](context, chain, "cpu")
+    assert predictor is not None
+    return Case(SharedContext(context, few), chain, predictor)
+
+
+def rows_of(case: Case, kind: str, cache: Path) -> list:
+    return run_row_task(case.shared, RowTask(case.chain, kind, None, cache), "cpu")
+
+
+def test_logits_are_those_of_the_inference(case, tmp_path):
+    """At the coreset's first image of the last class, averaged over networks; digits have no dog."""
+    arrays = case.shared.context.coresets["x"]
+    (first, *_) = (arrays.labels == 9).nonzero()[0]
+    expected = case.predictor.logits(torch.tensor(arrays.images[first : first + 1])).double().mean(0)[0]
+    rows = rows_of(case, "logits", tmp_path)
+    assert [row["column"] for row in rows] == list(case.shared.dataset.classes)
+    assert [row["logit"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_corrupted_accuracy_is_that_of_the_inference(case, tmp_path):
+    """Averaged over severities; the degradation is relative to the test images of the same inference."""
+    context, few = case.shared.context, case.shared.dataset
+    rows = {row["column"]: row for row in rows_of(case, "corruptions", tmp_path)}
+    assert set(rows) == {corruption.abbreviation for corruption in CORRUPTIONS.values()} | {"Avg."}
+
+    def accuracy(split: Split) -> float:
+        return scores(score(case.predictor.logits, on_device(split, context, "cpu")).stats).accuracy
+
+    splits = [
+        corrupted_test(few, "brightness", severity, source=None, seed=0, cache=tmp_path) for severity in SEVERITIES
+    ]
+    expected = sum(accuracy(split) for split in splits) / len(splits)
+    row = rows[CORRUPTIONS["brightness"].abbreviation]
+    assert row["accuracy"] == pytest.approx(expected)
+    assert row["degradation"] == pytest.approx(1 - expected / accuracy(few.test))
+
+
+def test_a_network_that_diverged_leaves_an_empty_row(case, tmp_path):
+    """A learning rate, or a step size, without measure."""
+    settings = replace(case.shared.context.settings, net_lr=1e38, chain_eta=1e30)
+    shared = case.shared._replace(context=case.shared.context._replace(settings=settings))
+    assert run_row_task(shared, RowTask(case.chain, "logits", None, tmp_path), "cpu") == [{}]
