@@ -54,7 +54,7 @@ RANGES: dict[str, Range] = {
     "gamma": POSITIVE, "map_lr": POSITIVE, "lambda_x": POSITIVE, "lambda_u": POSITIVE,
     "expert_lr": POSITIVE, "inner_lr": POSITIVE, "image_lr": POSITIVE, "pool_lr": POSITIVE,
     "net_lr": POSITIVE, "label_scale": POSITIVE, "ridge": POSITIVE, "prior_precision": POSITIVE, "net_ridge": POSITIVE,
-    "net_label_scale": POSITIVE, "net_precision": POSITIVE,
+    "net_label_scale": POSITIVE, "net_target_scale": POSITIVE, "net_precision": POSITIVE,
     "label_confidence": Range(0, 1, open_low=True, open_high=True),
     "label_lr": NOT_NEGATIVE, "lr_decay": OPTIONAL_COUNT, "kl_weight": NOT_NEGATIVE, "chain_d": NOT_NEGATIVE,
     "chain_eta": NOT_NEGATIVE, "chain_init": NOT_NEGATIVE, "chain_weight_decay": NOT_NEGATIVE,

@@ -207,6 +207,9 @@ class Evaluation:
     net_label_scale: float = 1.0
     """last-layer, mse, ensemble: factor s of the targets s x (one-hot - 1/classes) of a coreset without soft labels
     [tuned]."""
+    net_target_scale: float = 1.0
+    """last-layer, mse, ensemble: factor of all targets, soft labels too; above 1 the predictions are more confident, as
+    by a temperature below 1. Choose it on validation images."""
     net_mirror: bool = True
     """last-layer, mse, ensemble: add each image's mirror image to the coreset."""
     net_ridge: float = 0.01

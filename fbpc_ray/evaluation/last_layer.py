@@ -4,8 +4,8 @@
     mse          the softmax of that network's own outputs
     ensemble     the mean softmax of R such networks
 
-Targets are the soft labels of the coreset, or --net-label-scale times the centred one-hot labels. No augmentation but
-the mirror images.
+Targets are the soft labels of the coreset, or --net-label-scale times the centred one-hot labels; all of them times
+--net-target-scale. No augmentation but the mirror images.
 """
 
 import time
@@ -74,7 +74,8 @@ def _targets(arrays: CoresetArrays, classes: int, settings: Evaluation, device: 
         targets = one_hot_targets(torch.tensor(arrays.labels), classes, settings.net_label_scale)
     else:
         targets = torch.tensor(arrays.soft_labels)
-    data = Targets(torch.tensor(arrays.images, device=device), targets.to(device))
+    targets = settings.net_target_scale * targets.to(device)
+    data = Targets(torch.tensor(arrays.images, device=device), targets)
     return data.with_mirror_images() if settings.net_mirror else data
 
 

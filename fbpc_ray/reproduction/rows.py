@@ -78,6 +78,7 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"learn_labels", "label_confidence"}, flat["learn_labels"]),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
         (_OF_CHAINS, flat["inference"] == "sghmc"),
+        ({"net_target_scale"}, flat["inference"] != "sghmc" and flat["net_target_scale"] != 1),
         ({"chain_init"}, flat["chain_init"] != 0),
         ({"label_column"}, flat["label_column"] != ""),
         ({"image_column"}, flat["image_column"] != ""),

@@ -106,6 +106,21 @@ def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, corese
     assert not torch.equal(other["head.weight"], outcome["head.weight"])
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_target_scale_multiplies_all_targets_and_with_them_the_posterior_mean(digits, coreset, soft):
+    """Of the same network: the mean is linear in the targets, its variance does not depend on them."""
+    spec, soft_labels = spec_of(digits), torch.randn(20, 10, generator=generator(4)).numpy() if soft else None
+    chain, network = Chain("x", spec, 0), Network(spec)
+    one, double = (
+        targets_of(context(digits, coreset, replace(SETTINGS, net_target_scale=scale), soft_labels), chain, "cpu")
+        for scale in (1.0, 2.0)
+    )
+    assert torch.equal(double.targets, 2 * one.targets)
+    params, images = trained(network, one, SETTINGS, 0, 0), one.images[:5]
+    single, twice = (closed_form(network, params, data, SETTINGS)(images) for data in (one, double))
+    torch.testing.assert_close(twice, 2 * single, rtol=1e-4, atol=1e-5)
+
+
 def test_a_step_takes_a_random_batch_of_a_coreset_too_large_for_one(digits, coreset):
     """Of 41 images batches of 5, each a draw without replacement; of 40, all of them."""
     settings = replace(SETTINGS, chain_full_batch=40, chain_batch_size=5, net_steps=200)

@@ -8,7 +8,10 @@ from fbpc_ray.reproduction.rows import cell_key, coreset_key
 
 EARLIER = {"chain_d": 0.01, "chain_eta": 0.03, "chain_weight_decay": 0.05, "chain_init": 0.0}
 """Chains of the version before vbpc."""
-UNUSED = {"image_lr": 0.5, "lr_decay": 7, "pool_size": 3, "mirror": False, "net_steps": 3, "ensemble_size": 2}
+UNUSED = {
+    "image_lr": 0.5, "lr_decay": 7, "pool_size": 3, "mirror": False, "net_steps": 3, "ensemble_size": 2,
+    "net_target_scale": 2.0,
+}  # fmt: skip
 
 
 def cell(config: Config) -> str:
@@ -39,4 +42,5 @@ def test_settings_that_are_used_change_the_keys():
     assert cell(Config().updated(inference="mse")) != cell(Config())
     assert cell(Config().updated(chain_init=0.1)) != cell(Config())
     networks = Config().updated(inference="mse")
+    assert cell(networks.updated(net_target_scale=1.4)) != cell(networks)
     assert cell(networks.updated(chain_d=0.5, chain_init=0.1, chain_epochs=7)) == cell(networks)
