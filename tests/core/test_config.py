@@ -231,7 +231,9 @@ def test_vbpc_and_frepo_bring_their_own_settings():
     assert [(c.distillation.image_lr, c.distillation.label_scale) for c in (one, ten)] == [(0.1, 3.0), (0.03, 5.0)]
     assert {c.evaluation.inference for c in (one, ten)} == {"last-layer"}
     assert one.evaluation.net_label_scale == one.distillation.label_scale
-    assert with_method(preset("cifar10-ipc10"), "frepo", 10).distillation.ridge == 1e-6
+    frepo = with_method(preset("cifar10-ipc10"), "frepo", 10)
+    assert frepo.distillation.ridge == 1e-6
+    assert [c.evaluation.net_target_scale for c in (one, ten, frepo)] == [1.0, 1.4, 1.0]
 
 
 NAN, INF = float("nan"), float("inf")
