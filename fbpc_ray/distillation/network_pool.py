@@ -15,7 +15,7 @@ from fbpc_ray.core.config import Distillation
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Params
 from fbpc_ray.inference.adam import AdamState, adam_start
-from fbpc_ray.models.functional import flatten
+from fbpc_ray.inference.vectors import flatten
 
 METHODS = ("vbpc", "frepo")
 """Methods with a pool."""

@@ -32,7 +32,7 @@ from fbpc_ray.inference.metrics import (
     predictive_stats,
     scores,
 )
-from fbpc_ray.inference.sghmc import noise_variance, potential_gradient, sghmc
+from fbpc_ray.inference.sghmc import noise_variance, sghmc
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty_of
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
@@ -105,7 +105,7 @@ def sampling(
     name = passes.network.spec.architecture
     eta = settings.chain_eta or default_step_size(m)
     chain = sghmc(
-        potential_gradient(passes.loss_and_grad, settings.chain_weight_decay / m),
+        passes.loss_and_grad,
         initial_params(passes.network, settings.chain_init, generator(seed, "chain", name, "init")),
         _batches(
             images, labels, size, augment if settings.chain_augment else "none", generator(seed, "chain", name, "batch")
@@ -114,6 +114,7 @@ def sampling(
         alpha=settings.chain_friction,
         variance=noise_variance(settings.chain_noise, eta=eta, alpha=settings.chain_friction, d=settings.chain_d / m),
         source=generator(seed, "chain", name, "noise"),
+        weight_decay=settings.chain_weight_decay / m,
     )
     last = settings.chain_epochs * steps_per_epoch
     for step, params in enumerate(islice(chain, last), 1):

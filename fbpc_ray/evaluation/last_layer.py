@@ -36,8 +36,9 @@ from fbpc_ray.evaluation.chains import (
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.inference.adam import adam_start
 from fbpc_ray.inference.last_layer import LastLayer, one_hot_targets
+from fbpc_ray.inference.vectors import flatten, unflatten
 from fbpc_ray.models import last_layer
-from fbpc_ray.models.functional import Network, flatten, unflatten
+from fbpc_ray.models.functional import Network
 from fbpc_ray.models.last_layer import Targets
 from fbpc_ray.models.passes import Passes
 

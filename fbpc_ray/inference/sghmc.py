@@ -10,14 +10,13 @@ chains explode; so three readings are offered, by their variance: see `noise_var
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from fbpc_ray.core.types import Batch, LossAndGrad, Params
-
-Gradient = Callable[[Params, Batch], Params]
-"""(parameters, batch) -> the gradient of U(theta) by parameter."""
+from fbpc_ray.inference.vectors import flatten, unflatten
 
 NOISE_READINGS: dict[str, Callable[[float, float, float], float]] = {
     "consistent": lambda eta, alpha, d: 2 * alpha * eta * d,
@@ -35,18 +34,8 @@ def noise_variance(reading: str, *, eta: float, alpha: float, d: float) -> float
     return NOISE_READINGS[reading](eta, alpha, d)
 
 
-def potential_gradient(slope: LossAndGrad, weight_decay: float) -> Gradient:
-    """Return grad U(theta) of the module docstring, from the gradient of the mean cross-entropy."""
-
-    def of(params: Params, batch: Batch) -> Params:
-        _, gradients = slope(params, batch)
-        return {name: gradients[name] + weight_decay * value for name, value in params.items()}
-
-    return of
-
-
 def sghmc(
-    gradient: Gradient,
+    loss_and_grad: LossAndGrad,
     params: Params,
     batches: Iterable[Batch],
     *,
@@ -54,19 +43,31 @@ def sghmc(
     alpha: float,
     variance: float,
     source: torch.Generator,
+    weight_decay: float = 0.0,
 ) -> Iterator[Params]:
-    """Yield theta after each step of Eq. 27, one step a batch, from `params` at rest (v = 0); `gradient` is grad U.
+    """Yield theta after each step of Eq. 27, one step a batch, from `params` at rest (v = 0).
 
     `alpha` is the friction, `eta` the step size, `variance` that of the noise (`noise_variance`). What is yielded
-    carries no gradient and is not changed by later steps.
+    carries no gradient and is not changed by later steps. theta, v, gradient and noise are vectors (P,) of all
+    parameters: a step of a small network would cost more in calls than in arithmetic.
     """
-    velocity = {name: torch.zeros_like(value) for name, value in params.items()}
-    scale = math.sqrt(variance)
+    shapes = {name: value.shape for name, value in params.items()}
+    theta = flatten(params).detach()
+    v, scale = torch.zeros_like(theta), math.sqrt(variance)
+    params = unflatten(theta, shapes)
     for batch in batches:
-        gradients = gradient(params, batch)
+        _, gradients = loss_and_grad(params, batch)
         with torch.no_grad():
-            for name, v in velocity.items():
-                noise = torch.randn(v.shape, generator=source, dtype=v.dtype).to(v.device) if scale else 0.0
-                velocity[name] = (1 - alpha) * v - eta * gradients[name] + scale * noise
-            params = {name: (value + velocity[name]).detach() for name, value in params.items()}
+            gradient = flatten({name: gradients[name] for name in shapes}) + weight_decay * theta
+            v = (1 - alpha) * v - eta * gradient
+            if scale:
+                v = v + scale * _standard_normal(shapes, theta, source)
+            theta = theta + v
+            params = unflatten(theta, shapes)
         yield params
+
+
+def _standard_normal(shapes: Mapping[str, torch.Size], like: Tensor, source: torch.Generator) -> Tensor:
+    """Draw a vector (P,) on the CPU, parameter by parameter: one draw of all P would be another stream."""
+    draws = [torch.randn(shape.numel(), generator=source, dtype=like.dtype) for shape in shapes.values()]
+    return torch.cat(draws).to(like.device)

@@ -4,9 +4,8 @@ BatchNorm: distillation uses batch statistics throughout; a posterior sample tha
 re-estimated on the pseudocoreset, so that predictions don't depend on which test images share a batch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -142,15 +141,3 @@ def _with_averaged_statistics(module: nn.Module) -> nn.Module:
         if isinstance(layer, _BatchNorm):
             layer.momentum = None
     return module
-
-
-def flatten(params: Params) -> Tensor:
-    """Return parameters as one vector (P,)."""
-    return torch.cat([value.flatten() for value in params.values()])
-
-
-def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
-    """Invert `flatten`. Each tensor has its own memory: kernels may sum in another order at another alignment."""
-    ends = list(accumulate(shape.numel() for shape in shapes.values()))
-    parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
-    return {name: vector[a:b].clone().view(shape) for (name, shape), a, b in parts}

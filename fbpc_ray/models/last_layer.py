@@ -14,7 +14,8 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.adam import AdamState, adam_step
 from fbpc_ray.inference.last_layer import LastLayer, squared_loss
-from fbpc_ray.models.functional import Network, unflatten
+from fbpc_ray.inference.vectors import unflatten
+from fbpc_ray.models.functional import Network
 
 CHUNK = 64
 """Images of a forward pass, for a network without BatchNorm: on a CPU larger ones take twice as long an image."""

@@ -29,7 +29,8 @@ from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session, validation
 from fbpc_ray.execution.serial import Serial, gradient_of
 from fbpc_ray.inference.adam import AdamState, adam_start
-from fbpc_ray.models.functional import Network, flatten, unflatten
+from fbpc_ray.inference.vectors import flatten, unflatten
+from fbpc_ray.models.functional import Network
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import fbpc_ray.inference
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.inference.map_solve import SolveStats, map_solve
 from fbpc_ray.inference.posterior import empirical_variance, loss_and_grad, sgd_trajectory
-from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, potential_gradient, sghmc
+from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, sghmc
 from fbpc_ray.inference.solution import Solution, SolverStatus
 from fbpc_ray.inference.weight_space import unrolled_sgd
 
@@ -106,8 +106,8 @@ def sample(reading: str, weight_decay: float) -> Callable[[Problem], None]:
         variance = noise_variance(reading, eta=ETA, alpha=ALPHA, d=D)
         assert variance == pytest.approx(NOISE[reading])
         chain = sghmc(
-            potential_gradient(of_each_chain, weight_decay), start, repeat(batch), eta=ETA,
-            alpha=ALPHA, variance=variance, source=torch.Generator().manual_seed(1),
+            of_each_chain, start, repeat(batch), eta=ETA, alpha=ALPHA, variance=variance,
+            source=torch.Generator().manual_seed(1), weight_decay=weight_decay,
         )  # fmt: skip
         hessian = problem.hessian + weight_decay * torch.eye(len(problem.optimum), dtype=torch.float64)
         draws = torch.stack([problem.flat(params) for params in islice(chain, 300, 601, 150)])
@@ -119,10 +119,10 @@ def sample(reading: str, weight_decay: float) -> Callable[[Problem], None]:
 
 def descend(problem: Problem) -> None:
     """SGHMC without noise is at rest at z*."""
-    gradient = potential_gradient(loss_and_grad(problem.forward), 0.0)
     chain = sghmc(
-        gradient, problem.start, repeat(whole(problem)), eta=ETA, alpha=ALPHA, variance=0.0, source=torch.Generator()
-    )
+        loss_and_grad(problem.forward), problem.start, repeat(whole(problem)), eta=ETA, alpha=ALPHA, variance=0.0,
+        source=torch.Generator(),
+    )  # fmt: skip
     end = problem.flat(next(islice(chain, 1000, None)))
     torch.testing.assert_close(end, problem.optimum, rtol=0, atol=1e-9)
 

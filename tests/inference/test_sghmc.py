@@ -8,14 +8,14 @@ from support import oracles
 
 from fbpc_ray.core.types import Batch
 from fbpc_ray.inference.posterior import loss_and_grad
-from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, potential_gradient, sghmc
+from fbpc_ray.inference.sghmc import NOISE_READINGS, noise_variance, sghmc
 
 NOTHING = Batch(torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
 def quadratic(curvature):
-    """The gradient of curvature / 2 |w|^2."""
-    return lambda params, batch: {"w": curvature * params["w"]}
+    """curvature / 2 |w|^2, whose value nobody asks for, and its gradient."""
+    return lambda params, batch: (torch.zeros(()), {"w": curvature * params["w"]})
 
 
 def chain(curvature=1.0, width=1, steps=10, start=0.0, **settings):
@@ -71,7 +71,7 @@ def test_noise_comes_from_the_generator_and_is_fresh_each_step():
 
 
 def test_the_gradient_is_that_of_mean_cross_entropy_plus_half_the_decay_times_the_squared_norm():
-    """Of a hidden layer, in float64, by autograd through the oracle's U."""
+    """Of a hidden layer, in float64, by autograd through the oracle's U: the first step from rest is -eta grad U."""
     source = torch.Generator().manual_seed(0)
     params = {name: torch.randn(shape, generator=source).double() for name, shape in (("v", (3, 4)), ("w", (4, 5)))}
     batch = Batch(torch.randn(7, 3, generator=source).double(), torch.arange(7) % 5)
@@ -79,8 +79,36 @@ def test_the_gradient_is_that_of_mean_cross_entropy_plus_half_the_decay_times_th
     def forward(p, x):
         return (x @ p["v"]).tanh() @ p["w"]
 
-    gradient = potential_gradient(loss_and_grad(forward), 0.1)(params, batch)
+    steps = sghmc(
+        loss_and_grad(forward), params, repeat(batch), eta=0.5, alpha=0.1, variance=0.0, source=source, weight_decay=0.1
+    )
+    first = next(steps)
     expected = torch.func.grad(oracles.cross_entropy_potential(forward, 0.1))(params, batch)
-    assert gradient.keys() == expected.keys()
-    for name, value in gradient.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
+    assert first.keys() == expected.keys()
+    for name, value in first.items():
+        torch.testing.assert_close((params[name] - value) / 0.5, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_step_on_vectors_is_that_of_each_parameter_by_itself_to_the_bit():
+    """Eq. 27 as it is printed, one parameter after the other, each with noise of its own: 7 steps of float32."""
+    shapes = {"a": (33, 3), "b": (5,), "c": (2, 3, 4), "d": ()}
+    start = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for name, shape in shapes.items()}
+    eta, alpha, variance, decay = 0.03, 0.1, 2e-6, 0.005
+
+    def gradient(params, batch):
+        return torch.zeros(()), {name: (3 * value).sin() for name, value in reversed(params.items())}
+
+    steps = sghmc(
+        gradient, start, repeat(NOTHING), eta=eta, alpha=alpha, variance=variance, weight_decay=decay,
+        source=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    source, theta, v = torch.Generator().manual_seed(2), dict(start), {k: torch.zeros(s) for k, s in shapes.items()}
+    for sample in islice(steps, 7):
+        _, gradients = gradient(theta, NOTHING)
+        for name in shapes:
+            grad_u = gradients[name] + decay * theta[name]
+            noise = torch.randn(shapes[name], generator=source)
+            v[name] = (1 - alpha) * v[name] - eta * grad_u + variance**0.5 * noise
+            theta[name] = theta[name] + v[name]
+        assert list(sample) == list(shapes)
+        assert all(torch.equal(sample[name], theta[name]) for name in shapes)

@@ -23,7 +23,8 @@ from fbpc_ray.execution import session
 from fbpc_ray.execution.session import Session
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.posterior import loss_and_grad, posterior_at
-from fbpc_ray.models.functional import Network, flatten, specify
+from fbpc_ray.inference.vectors import flatten
+from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.models.passes import Passes
 
 COUNT = 11

@@ -21,8 +21,9 @@ from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session, validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import Session
+from fbpc_ray.inference.vectors import flatten
 from fbpc_ray.models import precision
-from fbpc_ray.models.functional import Network, flatten, specify
+from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.models.passes import Passes
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 

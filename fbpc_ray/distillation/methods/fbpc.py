@@ -25,7 +25,7 @@ from fbpc_ray.distillation.trajectory_cache import TrajectoryKey
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import posterior_at, sgd_trajectory, variances
-from fbpc_ray.models.functional import flatten, unflatten
+from fbpc_ray.inference.vectors import flatten, unflatten
 
 EXPERT_SIDE_FORMAT = 1
 """To be raised with every change of what the K steps of theta_x compute, or draw: what is on disk is then made anew."""

@@ -21,7 +21,7 @@ from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.common import Clock, Gradient, GradientContext, GradientStats
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.last_layer import LastLayer
-from fbpc_ray.models.functional import unflatten
+from fbpc_ray.inference.vectors import unflatten
 from fbpc_ray.models.last_layer import Targets, features_and_outputs, posterior, scaled, train_step
 
 Terms = tuple[Tensor, Tensor, dict[str, float]]
