@@ -149,20 +149,28 @@ def _make_room(size: int) -> None:
     root = folder()
     files = stat_existing(path for path in root.iterdir() if path.suffix in (".arrow", ".tmp"))
     used, free = sum(status.st_size for _, status in files), shutil.disk_usage(root).free
-    gigabytes = os.environ.get("FBPC_CACHE_GB")
-    try:
-        limit = float(gigabytes) * 1e9 if gigabytes else (free + used) / 2
-    except ValueError:
-        raise UserError(f"FBPC_CACHE_GB: must be a number, got {gigabytes!r}") from None
-    if size > limit:
+    most = limit(free + used)
+    if size > most:
         raise UserError(
-            f"an expert of {size / 1e9:.3g} GB doesn't fit in the {limit / 1e9:.3g} GB of {root}: raise FBPC_CACHE_GB, "
+            f"an expert of {size / 1e9:.3g} GB doesn't fit in the {most / 1e9:.3g} GB of {root}: raise FBPC_CACHE_GB, "
             "or set FBPC_CACHE to a folder on a larger disk",
             code=1,
         )
     drop_oldest(
-        [(path, status) for path, status in files if path.suffix == ".arrow"], max(used + size - limit, size - free)
+        [(path, status) for path, status in files if path.suffix == ".arrow"], max(used + size - most, size - free)
     )
+
+
+def limit(available: float) -> float:
+    """Return the bytes that a folder of the cache may hold: $FBPC_CACHE_GB, else half of `available`.
+
+    Raises UserError if the variable is not a number.
+    """
+    gigabytes = os.environ.get("FBPC_CACHE_GB")
+    try:
+        return float(gigabytes) * 1e9 if gigabytes else available / 2
+    except ValueError:
+        raise UserError(f"FBPC_CACHE_GB: must be a number, got {gigabytes!r}") from None
 
 
 def stat_existing(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.image_cache import cached
 from fbpc_ray.data.images import decode
 from fbpc_ray.data.labels import from_one_hot, number_names
 from fbpc_ray.data.raw import RawDataset, RawSplit, check_is_not_pointer, line
@@ -157,7 +158,11 @@ def _part(heads: list[_Head], labels: np.ndarray, resizing: Resizing) -> RawSpli
         return f"{heads[shard].file}, row {index - ends[shard] + heads[shard].rows}"
 
     origin = str(heads[0].file if len(heads) == 1 else heads[0].file.parent)
-    images, notes = decode((data for head in heads for data in _blobs(head)), ends[-1], place, origin, resizing)
+
+    def decoded() -> tuple[np.ndarray, tuple[str, ...]]:
+        return decode((data for head in heads for data in _blobs(head)), ends[-1], place, origin, resizing)
+
+    images, notes = cached(decoded, [head.file for head in heads], heads[0].image, ends[-1], origin, resizing)
     return RawSplit(images, labels, place, notes)
 
 

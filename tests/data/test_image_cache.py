@@ -1,0 +1,148 @@
+"""Decoded images on disk: the same data set as without them, whatever became of sources, files and disk."""
+
+import errno
+import os
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.image_files import write_parquet
+
+from fbpc_ray.data import datasets, image_cache, parquet
+
+COUNT = 6
+
+
+def bmp(level: int) -> bytes:
+    """One image of 4x4 pixels; all such files have one length."""
+    buffer = BytesIO()
+    Image.fromarray(np.full((4, 4, 3), level, np.uint8)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The cache's folder, for any number of images."""
+    monkeypatch.setattr(image_cache, "MIN_IMAGES", 1)
+    monkeypatch.setenv("FBPC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "images"
+
+
+def write(tmp_path, first=10):
+    """Write one file; a third of its images become the test split."""
+    write_parquet(
+        tmp_path / "mine" / "train.parquet", [bmp(first + 20 * i) for i in range(COUNT)], [0, 1] * (COUNT // 2),
+        compression="none", use_dictionary=False, write_statistics=False,
+    )  # fmt: skip
+    return f"parquet:{tmp_path / 'mine'}"
+
+
+def levels(dataset: datasets.Dataset) -> list[int]:
+    return sorted(int(image[0, 0, 0]) for part in (dataset.train, dataset.test) for image in part.images)
+
+
+def same(one: datasets.Dataset, other: datasets.Dataset) -> bool:
+    equal = all(
+        np.array_equal(getattr(one, name).images, getattr(other, name).images)
+        and np.array_equal(getattr(one, name).labels, getattr(other, name).labels)
+        for name in ("train", "validation", "test")
+    )
+    return equal and (one.fingerprint, one.notes, one.mean) == (other.fingerprint, other.notes, other.mean)
+
+
+def never(*_):
+    pytest.fail("decoded again")
+
+
+def test_the_second_start_decodes_nothing_and_has_the_same_data(tmp_path, folder, monkeypatch):
+    name = write(tmp_path)
+    with monkeypatch.context() as without:
+        without.setenv("FBPC_CACHE_GB", "0")
+        expected = datasets.load(name)
+    assert not list(folder.glob("*"))
+    assert levels(expected) == [10, 30, 50, 70, 90, 110]
+    first = datasets.load(name)
+    assert len(list(folder.iterdir())) == 1
+    monkeypatch.setattr(parquet, "decode", never)
+    second = datasets.load(name)
+    assert same(expected, first)
+    assert same(expected, second)
+    assert datasets.tensors(second.train, "cpu")[0].shape == (4, 3, 4, 4)
+
+
+def test_other_content_of_the_same_size_and_time_is_read(tmp_path):
+    name = write(tmp_path)
+    datasets.load(name)
+    file = tmp_path / "mine" / "train.parquet"
+    before = file.stat()
+    write(tmp_path, first=11)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert levels(datasets.load(name)) == [11, 31, 51, 71, 91, 111]
+
+
+def test_a_damaged_file_is_replaced(tmp_path, folder):
+    name = write(tmp_path)
+    expected = datasets.load(name)
+    (path,) = folder.iterdir()
+    data = path.read_bytes()
+    cuts = [data[:end] for end in (0, 5, 40, len(data) - 1)]
+    flips = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in (0, 9, 20, 60, 90, 120, len(data) - 1)]
+    for damaged in (*cuts, *flips, data + b"0"):
+        path.write_bytes(damaged)
+        assert same(datasets.load(name), expected)
+        assert path.read_bytes() == data
+
+
+def test_size_and_way_of_resizing_count(tmp_path, folder):
+    name = write(tmp_path)
+    assert datasets.load(name).image_shape == (3, 4, 4)
+    assert datasets.load(name, image_size=2).image_shape == (3, 2, 2)
+    assert datasets.load(name, image_size=2).image_shape == (3, 2, 2)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_file_fails_no_run(tmp_path, folder, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    name = write(tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert len(levels(datasets.load(name))) == COUNT
+    assert not list(folder.iterdir())
+
+
+def test_the_files_used_longest_ago_go_first(tmp_path, folder, monkeypatch):
+    name = write(tmp_path)
+    datasets.load(name)
+    (old,) = folder.iterdir()
+    os.utime(old, (1, 1))
+    monkeypatch.setenv("FBPC_CACHE_GB", str(1.5 * old.stat().st_size / 1e9))
+    write(tmp_path, first=11)
+    datasets.load(name)
+    (new,) = folder.iterdir()
+    assert new != old
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, folder):
+    name = write(tmp_path)
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    datasets.load(name)
+    assert not list(folder.iterdir())
+
+
+def test_nothing_is_kept_of_a_source_that_changes_while_it_is_decoded(tmp_path, folder, monkeypatch):
+    write(tmp_path)
+    file, decode = tmp_path / "mine" / "train.parquet", parquet.decode
+
+    def change(*arguments):
+        result = decode(*arguments)
+        file.write_bytes(file.read_bytes() + b"0")
+        return result
+
+    monkeypatch.setattr(parquet, "decode", change)
+    assert len(parquet.parquet(file).parts["train"].images) == COUNT
+    assert not folder.exists()
