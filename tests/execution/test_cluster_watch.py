@@ -1,6 +1,8 @@
 """When a cluster counts as dead, and that what it leaves behind ends: with a fake clock, and with real processes."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ from support.processes import alive, kill, soon
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray.cluster_watch import PATIENCE, ClusterWatch, Liveness
-from fbpc_ray.execution.ray.reaper import VARIABLE, Reaper
+from fbpc_ray.execution.ray.reaper import Reaper
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -60,68 +62,70 @@ def test_a_process_that_disconnected_watches_nothing():
     watch.close()
 
 
-PARENT = f"""
-import subprocess, sys, time
-sys.stdin.readline()
-print(subprocess.Popen({SLEEP}).pid, flush=True)
+CLUSTER = """
+import os, subprocess, sys, time
+session = f"{sys.argv[1]}/session_2026-11-29_{sys.argv[2]}/logs"
+os.makedirs(session)
+with open(f"{session}/agent.out", "w") as log:
+    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=log)
+print(agent.pid, flush=True)
 time.sleep(60)
 """
+"""A node manager whose agent has its log in the session of a driver, and nothing else that tells whose it is."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_reap_ends_marked_processes_and_those_that_they_start_later():
-    """Also a grandchild whose parent is gone, as an agent of a killed node manager; no other process."""
+def test_reap_ends_the_processes_of_the_session_and_no_other(tmp_path):
+    """Also one whose parent is gone, as an agent of a killed node manager; not who reads its log or has another's."""
     reaper = Reaper()
-    with reaper.marking():
-        parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    other = subprocess.Popen(SLEEP)
-    child = 0
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER, str(tmp_path), str(os.getpid())], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    agent, others = int(parent.stdout.readline()), []
     try:
-        assert VARIABLE not in os.environ
-        output, _ = parent.stdout, print(file=parent.stdin, flush=True)
-        assert output
-        child = int(output.readline())
+        log = next(tmp_path.glob("session_*/logs/agent.out"))
+        with log.open() as reading:
+            others.append(subprocess.Popen(SLEEP, stdin=reading))
+        elsewhere = tmp_path / f"session_2026-11-29_1{os.getpid()}"
+        elsewhere.mkdir()
+        with (elsewhere / "agent.out").open("w") as writing:
+            others.append(subprocess.Popen(SLEEP, stdout=writing))
         kill(parent.pid)
         parent.wait()
-        assert alive(child)
+        assert alive(agent)
         reaper.reap()
-        assert soon(lambda: not alive(child), 10)
-        assert alive(other.pid)
+        assert soon(lambda: not alive(agent), 10)
         reaper.dismiss()
-        assert alive(other.pid)
+        assert all(alive(other.pid) for other in others)
     finally:
-        for process in (parent, other):
+        for process in (parent, *others):
             process.kill()
             process.communicate()
-        if child:
-            kill(child)
+        kill(agent)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("ending", ["killed", "dismissed"])
-def test_a_killed_driver_takes_its_cluster_along(ending):
+def test_a_killed_driver_takes_its_cluster_along(ending, tmp_path):
     driver = f"""
-import subprocess, time
+import os, subprocess, sys, time
 from fbpc_ray.execution.ray.reaper import Reaper
 reaper = Reaper()
-with reaper.marking():
-    process = subprocess.Popen({SLEEP})
+cluster = subprocess.Popen([sys.executable, "-c", {CLUSTER!r}, {str(tmp_path)!r}, str(os.getpid())])
 if {ending == "dismissed"}:
     reaper.dismiss()
-print(process.pid, flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
-    child = 0
-    try:
-        assert process.stdout
-        child = int(process.stdout.readline())
-        kill(process.pid)
-        assert soon(lambda: not alive(child), 4) == (ending == "killed")
-    finally:
-        process.kill()
-        process.communicate()
-        if child:
-            kill(child)
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        try:
+            assert process.stdout
+            agent = int(process.stdout.readline())
+            kill(process.pid)
+            assert soon(lambda: not alive(agent), 4) == (ending == "killed")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -49,7 +49,7 @@ def _start(options: dict[str, Any]) -> Reaper:
     options = {"include_dashboard": False, **options}
     reaper = Reaper()
     try:
-        with on_loopback(), reaper.marking():
+        with on_loopback():
             ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **options)
         make_private(Path.home() / ".ray" / "auth_token")
         return reaper

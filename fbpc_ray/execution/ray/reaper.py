@@ -1,21 +1,21 @@
 """End the processes of a Ray cluster of ours that outlive it, or a killed driver.
 
 Ray's agents notice that their parent is gone, report it to the cluster's head, and wait forever for its answer if it is
-gone, too. Processes start and change their parent at any moment, so they are known by an environment variable that all
-of the cluster inherit. A small process, this file run as a script, waits for the driver's end and then kills them.
+gone, too. Processes start late, change their parent, and overwrite their environment with a title; but each writes to a
+log in the folder of the cluster's session, whose name ends with the driver's pid. A small process, this file run as a
+script, waits for the driver's end and then kills those that do.
 """
 
 import contextlib
 import os
-import secrets
+import re
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-VARIABLE = "FBPC_RAY_CLUSTER"
 AFTER_SECONDS = 2.0
 """From the driver's end until what is left is killed."""
 ROUNDS = 20
@@ -23,57 +23,40 @@ ROUNDS = 20
 
 
 class Reaper:
-    """Kills the processes that started within `marking`, and theirs. Works where there is /proc, on Linux."""
+    """Kills the processes of the cluster that this process starts. Works where there is /proc, on Linux."""
 
     def __init__(self):
         """Start the process that waits."""
-        self._mark = secrets.token_hex(16)
         self._waiting = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__], stdin=subprocess.PIPE, start_new_session=True, text=True
+            [sys.executable, "-I", "-S", __file__, str(os.getpid())], stdin=subprocess.PIPE, start_new_session=True
         )
-        self._write(self._mark)
-
-    @contextlib.contextmanager
-    def marking(self) -> Iterator[None]:
-        """Mark the processes that start in this block, by their environment."""
-        os.environ[VARIABLE] = self._mark
-        try:
-            yield
-        finally:
-            del os.environ[VARIABLE]
 
     def reap(self) -> None:
-        """Kill the marked processes."""
-        _kill(self._mark)
+        """Kill the processes of the cluster."""
+        _kill(os.getpid())
 
     def dismiss(self) -> None:
         """End the process that waits."""
         assert self._waiting.stdin
         if self._waiting.stdin.closed:
             return
-        self._write("done")
+        with contextlib.suppress(OSError):
+            self._waiting.stdin.write(b"done\n")
         with contextlib.suppress(OSError):
             self._waiting.stdin.close()
         self._waiting.wait()
 
-    def _write(self, line: str) -> None:
-        assert self._waiting.stdin
-        with contextlib.suppress(OSError):
-            self._waiting.stdin.write(line + "\n")
-            self._waiting.stdin.flush()
-
 
 def main() -> None:
-    """Read a mark from standard input; a second line dismisses, its end, the driver's, makes it kill."""
-    mark = sys.stdin.readline().strip()
-    if mark and not sys.stdin.readline():
+    """Wait on standard input: a line dismisses, its end, the driver's, makes it kill. Argument: the driver's pid."""
+    if not sys.stdin.readline():
         time.sleep(AFTER_SECONDS)
-        _kill(mark)
+        _kill(int(sys.argv[1]))
 
 
-def _kill(mark: str) -> None:
+def _kill(driver: int) -> None:
     for _ in range(ROUNDS):
-        pids = _marked(mark)
+        pids = _of_session(driver)
         for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -82,14 +65,15 @@ def _kill(mark: str) -> None:
         time.sleep(0.05)
 
 
-def _marked(mark: str) -> list[int]:
-    """Return the living processes of this user with the mark; a process that ended has no environment."""
-    entry, pids = f"{VARIABLE}={mark}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def _of_session(driver: int) -> list[int]:
+    """Return the processes that write to a file of the driver's Ray session; one that only reads it is the user's."""
+    session = re.compile(rf"/session_[^/]+_{driver}/")
+    pids = set()
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if entry in path.read_bytes().split(b"\0"):
-                pids.append(int(path.parent.name))
-    return pids
+            if session.search(str(path.readlink())) and path.lstat().st_mode & stat.S_IWUSR:
+                pids.add(int(path.parts[2]))
+    return sorted(pids - {driver})
 
 
 if __name__ == "__main__":
