@@ -5,6 +5,7 @@ from functools import reduce
 
 import numpy as np
 
+from fbpc_ray.core import cores
 from fbpc_ray.core.cache import folder as cache_folder
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
@@ -49,12 +50,12 @@ def describe(
     _describe_data(session)
     _describe_networks(session)
     if problem is None:
-        device, cores = sizing.local_device(session.config), sizing.local_cores()
+        device, num_cores = sizing.local_device(session.config), cores.available()
         if measured is None:
-            log(f"\ntiming a few passes on {describe_device(device, cores)} ...")
-            measured = measure(session, device, cores)
+            log(f"\ntiming a few passes on {describe_device(device, num_cores)} ...")
+            measured = measure(session, device, num_cores)
         _describe_time(session, measured, parts, device, limit)
-        log(f"memory   {_memory(session, parts, device, cores)}")
+        log(f"memory   {_memory(session, parts, device, num_cores)}")
     if "experts" in parts and (session.stores or run):
         log(f"disk     {_disk(session, parts)}")
     notes = advice.training_notes(session) + (advice.notes(session) if "distillation" in parts else [])
@@ -158,11 +159,11 @@ def describe_bytes(count: float) -> str:
     return f"{max(1.0, count / 1e3):.0f} kB"
 
 
-def _memory(session: Session, parts: Sequence[str], device: str, cores: int) -> str:
+def _memory(session: Session, parts: Sequence[str], device: str, num_cores: int) -> str:
     """Describe the memory of a run: processes, images, networks and their passes."""
     c, data = session.config, session.dataset
     images = sum(split.images.nbytes for split in (data.train, data.validation, data.test))
-    workers = cores if c.workers.backend == "ray" else 0
+    workers = num_cores if c.workers.backend == "ray" else 0
     networks = memory_estimate.estimate(
         c, session.specs, [phase for phase in phases_of(c) if PARTS_OF_PHASES[phase] in parts],
         images=len(data.train.labels), coreset=c.distillation.ipc * len(data.classes), at_once=max(1, workers),

@@ -258,8 +258,8 @@ class Workers:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda. auto uses CUDA if the worker has a GPU."""
     threads: int = 0
-    """CPU threads of a gradient; 0 means half the cores of this machine / architectures. It changes the last bits
-    of results."""
+    """CPU threads of a gradient; 0 means half the cores that this process may use / architectures. It changes the last
+    bits of results."""
     compiled: Literal["auto", "on", "off"] = "auto"
     """Compile the networks' passes for the CPU, cached in $FBPC_CACHE or the user's cache folder; auto: if the run is
     long enough to save more time than that takes. It changes the last bits of results."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fbpc_ray.core import memory
+from fbpc_ray.core import cores, memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation import network_pool
@@ -211,7 +211,7 @@ def check(
         return
     problem = _problem(config, specs, images, coreset)
     if problem.workers and config.workers.backend == "ray":
-        problem = replace(problem, chains=max(1, min(chains, os.cpu_count() or 1)))
+        problem = replace(problem, chains=max(1, min(chains, cores.available())))
     refuse_too_large(config, list(network_needs(config, problem)))  # before any is built
     if phases:
         problem = _with_activations(problem, specs)
@@ -254,7 +254,7 @@ def _problem(config: Config, specs: Sequence[Spec], images: int, coreset: int) -
     workers = 0 if elsewhere else 1
     if workers and x.backend == "ray":
         tasks = len(specs) * config.distillation.draws_per_step
-        workers = max(1, min(tasks, (os.cpu_count() or 1) // (x.threads or 1)))
+        workers = max(1, min(tasks, cores.available() // (x.threads or 1)))
     networks = [NetworkSize(count_parameters(spec)) for spec in specs]
     return Problem(images, coreset, c * h * w, specs[0].classes, networks, workers)
 

@@ -1,7 +1,6 @@
 """A session: a configuration with its data set, networks, expert stores and steps."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fbpc_ray.core import cores
 from fbpc_ray.core.config import Config, Evaluation, Networks, current_names
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
@@ -232,7 +232,7 @@ def cpu_threads(config: Config) -> int:
     With all cores, whatever else runs (Ray itself, a browser) makes OpenMP's threads wait for each other, and a step
     takes ten times as long.
     """
-    return config.workers.threads or max(1, (os.cpu_count() or 1) // 2 // len(config.networks.architectures))
+    return config.workers.threads or max(1, cores.available() // 2 // len(config.networks.architectures))
 
 
 RARELY = 4

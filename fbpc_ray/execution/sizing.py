@@ -1,10 +1,9 @@
 """Choose the sizes of a run once its data is known (core/sizes.py), and log them."""
 
-import os
 from collections.abc import Collection
 from typing import NamedTuple
 
-from fbpc_ray.core import presets, sizes
+from fbpc_ray.core import cores, presets, sizes
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
@@ -115,13 +114,8 @@ def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
     d, flat = config.distillation, config.flat()
     return Facts(
         len(dataset.train.labels), len(dataset.classes), dataset.image_shape, len(dataset.test.labels), d.ipc, d.method,
-        config.networks.architectures, local_cores(), {name: flat[name] for name in request.flags if name in flat},
+        config.networks.architectures, cores.available(), {name: flat[name] for name in request.flags if name in flat},
     )  # fmt: skip
-
-
-def local_cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_device(config: Config) -> str:

@@ -11,7 +11,7 @@ from support.runs import distil, flags, refused
 from fbpc_ray import api
 from fbpc_ray.commands import experts, main, planning
 from fbpc_ray.commands.parsing import start_of
-from fbpc_ray.core import sizes
+from fbpc_ray.core import cores, sizes
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
@@ -44,7 +44,7 @@ def images(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizing, "local_cores", lambda: 2)
+    monkeypatch.setattr(cores, "available", lambda: 2)
 
 
 def printed(capsys, *words) -> dict:
@@ -93,7 +93,7 @@ def test_a_run_keeps_its_sizes_when_it_is_resumed(images, tmp_path, capsys, monk
     stored = read_config(tmp_path / "run")
     chosen = (stored.experts.expert_batch_size, stored.distillation.batch_size, stored.evaluation.chain_every)
     assert chosen == (4, 2, 1)
-    monkeypatch.setattr(sizing, "local_cores", lambda: 64)
+    monkeypatch.setattr(cores, "available", lambda: 64)
     monkeypatch.setattr(sizes, "choose", None)
     capsys.readouterr()
     for more in (("--resume",), ("--resume", "auto"), ("--resume", "--preset", "laptop")):

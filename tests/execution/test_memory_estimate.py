@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fbpc_ray.commands import main
-from fbpc_ray.core import memory
+from fbpc_ray.core import cores, memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution import memory_estimate
@@ -143,7 +143,7 @@ def test_on_other_machines_only_the_drivers_part_counts(digits, monkeypatch):
 
 def test_chains_that_run_at_the_same_time_are_counted(digits, monkeypatch):
     """Two cores, two chains; in one process they run one after the other."""
-    monkeypatch.setattr(memory_estimate.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cores, "available", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = Config().updated(device="cpu", backend="ray", width=64)
     specs, asked = network_specs(config, digits), list[float]()

@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.utils import get_num_cpus
 from ray.exceptions import AuthenticationError as RayAuthenticationError
 from ray.exceptions import RayError, RayTaskError
 
+from fbpc_ray.core import cores
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import set_environment
 from fbpc_ray.execution.ray.placement import Node
@@ -47,6 +49,8 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
 def _start(options: dict[str, Any]) -> Reaper:
     """Start a cluster of this process, on loopback. Raises UserError."""
     options = {"include_dashboard": False, **options}
+    if cores.available() < (os.cpu_count() or 1):  # Ray counts the machine's, or those of a container
+        options.setdefault("num_cpus", min(cores.available(), int(get_num_cpus())))
     reaper = Reaper()
     try:
         with on_loopback():
