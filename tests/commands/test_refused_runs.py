@@ -16,11 +16,11 @@ def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(sma
     folder, open_session = tmp_path / "run", distill.open_sized_session
     words = flags(small, backend="serial", method="random", out=str(folder))
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         monkeypatch.undo()
         main.main(["distill", *words])
         before.update({path: path.stat().st_ino for path in folder.rglob("*")})
-        return open_session(*arguments)
+        return open_session(*arguments, **options)
 
     before: dict[Path, int] = {}
     monkeypatch.setattr(distill, "open_sized_session", slow)
