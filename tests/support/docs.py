@@ -46,7 +46,7 @@ RUN = {
 test_reproduce.py run real ones."""
 HERE = "--data digits --dry-run"
 EXCEPTIONS: list[tuple[str, str, str]] = [
-    (r"fbpc (distill|experts) .*--download", HERE, "the data must be downloaded: a dry run, of digits"),
+    (r"fbpc (distill|experts) .*(--download|parquet:PATH)", HERE, "the data must be downloaded: a dry run, of digits"),
     (r"fbpc evaluate --coreset (images_best.pt|benchmarks/\S+) --data", "parse", "the data must be downloaded"),
     (r"fbpc evaluate .*--protocol calibrated", "parse", "needs a run with a validation split: test_calibration.py"),
     (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_stored_runs.py runs them on moto's"),
