@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,3 +130,44 @@ time.sleep(60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+SAYS = """
+import os, subprocess, sys
+from fbpc_ray.execution.ray.reaper import Reaper
+session = f"{sys.argv[1]}/session_2026-11-29_{os.getpid()}"
+os.makedirs(session)
+with open(f"{session}/gcs_server.out", "w") as log:
+    subprocess.Popen(["sleep", "60"], executable=sys.argv[2], stdout=log)
+reaper = Reaper()
+reaper.explain(sys.argv[4])
+if sys.argv[3] == "dismissed":
+    reaper.dismiss()
+os._exit(1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "ending, message, said",
+    [
+        ("silent", "error: {name} ended", "error: raylet ended\n"),
+        ("silent", "error: seen", "error: seen\n"),
+        ("dismissed", "error: seen", ""),
+    ],
+)
+def test_where_ray_ends_the_driver_without_a_word_the_reaper_says_why(ending, message, said, tmp_path):
+    """The head still runs and the node manager does not, or the driver saw it; nothing is said twice."""
+    head = tmp_path / "gcs_server"
+    shutil.copy(shutil.which("sleep") or "", head)
+    words = [sys.executable, "-c", SAYS, str(tmp_path), str(head), ending, message]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr
+    try:
+        text = process.stderr.readline() if said else ""
+        assert (text, process.wait()) == (said, 1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.stderr.read() == ""
+        process.stderr.close()

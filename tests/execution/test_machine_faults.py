@@ -139,8 +139,9 @@ def test_a_dead_cluster_is_one_line_and_leaves_nothing(config, tmp_path, ray_fol
         processes = descendants(driver.process.pid)
         kill(next(pid for pid, title in processes.items() if f"/{name} " in title))
         assert driver.process.wait(30) == 1, driver.output.read_text()
+        assert soon(lambda: f"error: Ray's process {name} ended" in driver.output.read_text(), 10)
         text = driver.output.read_text()
-        assert f"error: Ray's process {name} ended" in text
+        assert text.count("error: ") == 1
         assert "Traceback" not in text
         assert soon(lambda: not any(map(alive, processes)), 10)
     finally:

@@ -22,6 +22,7 @@ PATIENCE = 30.0
 GRACE = 5.0
 """Seconds for the driver to come to `check`; a call that waits for a dead cluster keeps it from there."""
 FIX = "run the same command with --resume"
+DEAD = f"Ray's process {{name}} ended (killed, or out of memory): {FIX}"
 
 
 class Liveness:
@@ -43,7 +44,7 @@ class Liveness:
     def fault(self) -> str:
         """Return why the cluster is dead, or "" if it lives."""
         if name := self._dead_process():
-            return f"Ray's process {name} ended (killed, or out of memory): {FIX}"
+            return DEAD.format(name=name)
         if self._head_answers():
             self._answered = self._clock()
         seconds = self._clock() - self._answered
@@ -96,9 +97,12 @@ class ClusterWatch:
             if fault := self._liveness.fault():
                 self.message = fault
                 if self._reaper:
+                    self._reaper.explain(f"error: {fault}")
                     self._reaper.reap()  # at once: Ray's agents print the log of a dead raylet
                 if not self._raised.wait(GRACE):
                     print(f"error: {fault}", file=sys.stderr, flush=True)
+                    if self._reaper:
+                        self._reaper.dismiss()
                     os._exit(1)
                 return
 
@@ -116,6 +120,7 @@ def _end_process() -> None:
 def watch(reaper: Reaper | None) -> ClusterWatch:
     """Watch the cluster that this process is connected to; `reaper` is given for one that this process started."""
     if reaper:
+        reaper.explain(f"error: {DEAD}")
         return ClusterWatch(Liveness(dead_process, lambda: True), reaper)
     address = ray.get_runtime_context().gcs_address  # not in the thread: it starts a cluster where there is none
     return ClusterWatch(Liveness(dead_process, lambda: head_answers(address)))

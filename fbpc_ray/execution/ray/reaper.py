@@ -3,7 +3,8 @@
 Ray's agents notice that their parent is gone, report it to the cluster's head, and wait forever for its answer if it is
 gone, too. Processes start late, change their parent, and overwrite their environment with a title; but each writes to a
 log in the folder of the cluster's session, whose name ends with the driver's pid. A small process, this file run as a
-script, waits for the driver's end and then kills those that do.
+script, waits for the end of the driver and then kills those that do. It also says why the driver ended, where Ray did
+it: a call to a dead node manager ends a process without a word.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+DONE = "done"
+RAY = ("gcs_server", "raylet")
 AFTER_SECONDS = 2.0
 """From the driver's end until what is left is killed."""
 ROUNDS = 20
@@ -31,6 +34,13 @@ class Reaper:
             [sys.executable, "-I", "-S", __file__, str(os.getpid())], stdin=subprocess.PIPE, start_new_session=True
         )
 
+    def explain(self, message: str) -> None:
+        """Print `message` to standard error if the driver ends without `dismiss`.
+
+        With {name} in it: only if one of Ray's two processes has ended, with its name.
+        """
+        self._write(message)
+
     def reap(self) -> None:
         """Kill the processes of the cluster."""
         _kill(os.getpid())
@@ -40,18 +50,45 @@ class Reaper:
         assert self._waiting.stdin
         if self._waiting.stdin.closed:
             return
-        with contextlib.suppress(OSError):
-            self._waiting.stdin.write(b"done\n")
+        self._write(DONE)
         with contextlib.suppress(OSError):
             self._waiting.stdin.close()
         self._waiting.wait()
 
+    def _write(self, line: str) -> None:
+        assert self._waiting.stdin
+        with contextlib.suppress(OSError):
+            self._waiting.stdin.write(line.encode() + b"\n")
+            self._waiting.stdin.flush()
+
 
 def main() -> None:
-    """Wait on standard input: a line dismisses, its end, the driver's, makes it kill. Argument: the driver's pid."""
-    if not sys.stdin.readline():
-        time.sleep(AFTER_SECONDS)
-        _kill(int(sys.argv[1]))
+    """Wait on standard input for its end, the driver's, then kill. Argument: the driver's pid.
+
+    The line DONE dismisses; another one is the message of `explain`.
+    """
+    driver, message = int(sys.argv[1]), ""
+    for line in sys.stdin:
+        if line.strip() == DONE:
+            return
+        message = line.strip()
+    if "{name}" in message:
+        name = _dead_process(driver)
+        message = message.format(name=name) if name else ""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    time.sleep(AFTER_SECONDS)
+    _kill(driver)
+
+
+def _dead_process(driver: int) -> str:
+    """Return which of Ray's two processes ended while the other still runs; "" if it cannot be known."""
+    names = set()
+    for pid in _of_session(driver):
+        with contextlib.suppress(OSError):
+            names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    dead = set(RAY) - names
+    return dead.pop() if len(dead) == 1 else ""
 
 
 def _kill(driver: int) -> None:
