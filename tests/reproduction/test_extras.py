@@ -7,14 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.chains import context_of
+from support.chains import brief_context
 
-from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.coreset import balanced
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from fbpc_ray.data.datasets import Split, tensors
-from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.data.datasets import Split
 from fbpc_ray.evaluation.chains import Chain, on_device, run_chain, score, values
 from fbpc_ray.evaluation.last_layer import PREDICTORS, RUNNERS
 from fbpc_ray.inference.uncertainty import auroc
@@ -24,10 +21,6 @@ from fbpc_ray.reproduction.extras import Extras, extra_columns, extra_notes, sco
 from fbpc_ray.reproduction.render import summary
 from fbpc_ray.reproduction.rows import SCHEMA, Rows
 
-SETTINGS = Evaluation(
-    net_steps=10, net_lr=0.01, ensemble_size=2, chain_epochs=4, chain_every=2, chain_augment=False
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def few(digits):
@@ -35,17 +28,10 @@ def few(digits):
     return digits._replace(test=Split(digits.test.images[:60], digits.test.labels[:60]))
 
 
-def context(digits, inference: str):
-    real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
-    images, labels = real.batch(balanced(real.labels, 2, digits.classes, generator(0)))
-    settings = SETTINGS.__class__(**{**SETTINGS.__dict__, "inference": inference})
-    return context_of(digits, "test", settings, images.numpy(), labels.numpy())
-
-
 @pytest.mark.parametrize("inference", ["sghmc", "last-layer", "mse", "ensemble"])
 def test_a_column_is_judged_by_its_own_inference(few, inference):
     """The scores of `fbpc evaluate --inference`; of 60 other images the AUROC, and the accuracy on corrupted ones."""
-    shared, chain = context(few, inference), Chain("x", specify("convnet-in", few.image_shape, 10, 8, 0), 1)
+    shared, chain = brief_context(few, inference), Chain("x", specify("convnet-in", few.image_shape, 10, 8, 0), 1)
     noise = np.random.default_rng(0).integers(0, 256, (60, *few.image_shape), dtype=np.uint8)
     ood = Split(noise, np.zeros(60, np.int64))
     extras = Extras(ood, Split(few.test.images[::-1].copy(), few.test.labels[::-1].copy()))

@@ -6,24 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.chains import context_of
+from support.chains import brief_context
 
-from fbpc_ray.core.config import Evaluation
-from fbpc_ray.core.rng import generator
-from fbpc_ray.data.coreset import balanced
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
-from fbpc_ray.data.datasets import Split, tensors
-from fbpc_ray.data.loader import DeviceDataset
+from fbpc_ray.data.datasets import Split
 from fbpc_ray.evaluation.chains import Chain, Predictor, on_device, score
 from fbpc_ray.evaluation.last_layer import PREDICTORS
 from fbpc_ray.inference.metrics import scores
 from fbpc_ray.models.functional import specify
 from fbpc_ray.reproduction.tasks import RowTask, SharedContext, run_row_task
-
-SETTINGS = Evaluation(
-    net_steps=10, net_lr=0.01, ensemble_size=2, chain_epochs=4, chain_every=2, chain_augment=False
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +33,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=["sghmc", "last-layer", "mse", "ensemble"])
 def case(request, few):
     """Twenty real images as the coreset, judged by one inference."""
-    real = DeviceDataset(*tensors(few.train, "cpu"), few.mean, few.std)
-    images, labels = real.batch(balanced(real.labels, 2, few.classes, generator(0)))
-    settings = replace(SETTINGS, inference=request.param)
-    context = context_of(few, "test", settings, images.numpy(), labels.numpy())
+    context = brief_context(few, request.param)
     chain = Chain("x", specify("convnet-bn", few.image_shape, 10, 8, 0), 1)
     predictor = PREDICTORS[request.param](context, chain, "cpu")
     assert predictor is not None

@@ -5,12 +5,17 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
-from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data.coreset import balanced
+from fbpc_ray.data.datasets import Dataset, Split, tensors
+from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation.chains import CoresetArrays, EvaluationContext, evaluation_context
 
 Pair = tuple[Tensor, Tensor]
 SETTINGS = Evaluation(chain_epochs=30, chain_every=10, chain_eta=0.03, chain_d=0.01, chain_weight_decay=0.05)
 """Settings of a short chain."""
+BRIEF = Evaluation(net_steps=10, net_lr=0.01, ensemble_size=2, chain_epochs=4, chain_every=2, chain_augment=False)
+"""Settings under which every inference takes a moment."""
 
 
 def context_of(
@@ -19,6 +24,14 @@ def context_of(
 ) -> EvaluationContext:  # fmt: skip
     """Collect what the chains on the coreset (images, labels) share, with DSA."""
     return evaluation_context(dataset, split, settings, "dsa", {"x": CoresetArrays(images, labels)}, ood, compiled)
+
+
+def brief_context(dataset: Dataset, inference: str) -> EvaluationContext:
+    """Collect what an evaluation by `inference` on two real images a class shares, with the settings `BRIEF`."""
+    real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
+    images, labels = real.batch(balanced(real.labels, 2, dataset.classes, generator(0)))
+    settings = Evaluation(**{**BRIEF.__dict__, "inference": inference})
+    return context_of(dataset, "test", settings, images.numpy(), labels.numpy())
 
 
 def same(one, other):
