@@ -65,7 +65,7 @@ def test_a_process_that_disconnected_watches_nothing():
 
 CLUSTER = """
 import os, subprocess, sys, time
-session = f"{sys.argv[1]}/session_2026-11-29_{sys.argv[2]}/logs"
+session = f"{sys.argv[1]}/session_{time.strftime('%Y-%m-%d_%H-%M-%S_0')}_{sys.argv[2]}/logs"
 os.makedirs(session)
 with open(f"{session}/agent.out", "w") as log:
     agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=log)
@@ -77,7 +77,8 @@ time.sleep(60)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reap_ends_the_processes_of_the_session_and_no_other(tmp_path):
-    """Also one whose parent is gone, as an agent of a killed node manager; not who reads its log or has another's."""
+    """Also one whose parent is gone, as an agent of a killed node manager; not who reads its log, or is of another
+    process or of an earlier one with the same pid."""
     reaper = Reaper()
     parent = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, str(tmp_path), str(os.getpid())], stdout=subprocess.PIPE, text=True
@@ -88,10 +89,11 @@ def test_reap_ends_the_processes_of_the_session_and_no_other(tmp_path):
         log = next(tmp_path.glob("session_*/logs/agent.out"))
         with log.open() as reading:
             others.append(subprocess.Popen(SLEEP, stdin=reading))
-        elsewhere = tmp_path / f"session_2026-11-29_1{os.getpid()}"
-        elsewhere.mkdir()
-        with (elsewhere / "agent.out").open("w") as writing:
-            others.append(subprocess.Popen(SLEEP, stdout=writing))
+        for name in (f"9999-11-29_1{os.getpid()}", f"2026-11-28_23-59-59_0_{os.getpid()}"):
+            elsewhere = tmp_path / f"session_{name}"
+            elsewhere.mkdir()
+            with (elsewhere / "agent.out").open("w") as writing:
+                others.append(subprocess.Popen(SLEEP, stdout=writing))
         kill(parent.pid)
         parent.wait()
         assert alive(agent)
@@ -133,9 +135,9 @@ time.sleep(60)
 
 
 SAYS = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 from fbpc_ray.execution.ray.reaper import Reaper
-session = f"{sys.argv[1]}/session_2026-11-29_{os.getpid()}"
+session = f"{sys.argv[1]}/session_{time.strftime('%Y-%m-%d_%H-%M-%S_0')}_{os.getpid()}"
 os.makedirs(session)
 with open(f"{session}/gcs_server.out", "w") as log:
     subprocess.Popen(["sleep", "60"], executable=sys.argv[2], stdout=log)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 DONE = "done"
 RAY = ("gcs_server", "raylet")
+FORMAT = "%Y-%m-%d_%H-%M-%S"
+"""Of the time with which Ray's name of a session begins."""
 AFTER_SECONDS = 2.0
 """From the driver's end until what is left is killed."""
 ROUNDS = 20
@@ -30,9 +32,9 @@ class Reaper:
 
     def __init__(self):
         """Start the process that waits."""
-        self._waiting = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(os.getpid())], stdin=subprocess.PIPE, start_new_session=True
-        )
+        self._since = time.strftime(FORMAT)
+        words = [sys.executable, "-I", "-S", __file__, str(os.getpid()), self._since]
+        self._waiting = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
     def explain(self, message: str) -> None:
         """Print `message` to standard error if the driver ends without `dismiss`.
@@ -43,7 +45,7 @@ class Reaper:
 
     def reap(self) -> None:
         """Kill the processes of the cluster."""
-        _kill(os.getpid())
+        _kill(os.getpid(), self._since)
 
     def dismiss(self) -> None:
         """End the process that waits."""
@@ -63,37 +65,37 @@ class Reaper:
 
 
 def main() -> None:
-    """Wait on standard input for its end, the driver's, then kill. Argument: the driver's pid.
+    """Wait on standard input for its end, the driver's, then kill. Arguments: the driver's pid, and since when.
 
     The line DONE dismisses; another one is the message of `explain`.
     """
-    driver, message = int(sys.argv[1]), ""
+    driver, since, message = int(sys.argv[1]), sys.argv[2], ""
     for line in sys.stdin:
         if line.strip() == DONE:
             return
         message = line.strip()
     if "{name}" in message:
-        name = _dead_process(driver)
+        name = _dead_process(driver, since)
         message = message.format(name=name) if name else ""
     if message:
         print(message, file=sys.stderr, flush=True)
     time.sleep(AFTER_SECONDS)
-    _kill(driver)
+    _kill(driver, since)
 
 
-def _dead_process(driver: int) -> str:
+def _dead_process(driver: int, since: str) -> str:
     """Return which of Ray's two processes ended while the other still runs; "" if it cannot be known."""
     names = set()
-    for pid in _of_session(driver):
+    for pid in _of_session(driver, since):
         with contextlib.suppress(OSError):
             names.add(Path(f"/proc/{pid}/comm").read_text().strip())
     dead = set(RAY) - names
     return dead.pop() if len(dead) == 1 else ""
 
 
-def _kill(driver: int) -> None:
+def _kill(driver: int, since: str) -> None:
     for _ in range(ROUNDS):
-        pids = _of_session(driver)
+        pids = _of_session(driver, since)
         for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -102,13 +104,17 @@ def _kill(driver: int) -> None:
         time.sleep(0.05)
 
 
-def _of_session(driver: int) -> list[int]:
-    """Return the processes that write to a file of the driver's Ray session; one that only reads it is the user's."""
-    session = re.compile(rf"/session_[^/]+_{driver}/")
+def _of_session(driver: int, since: str) -> list[int]:
+    """Return the processes that write to a file of the driver's Ray session; one that only reads it is the user's.
+
+    A session that began before `since` is of an earlier process with the same pid.
+    """
+    session = re.compile(rf"/session_([^/]+)_{driver}/")
     pids = set()
     for path in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if session.search(str(path.readlink())) and path.lstat().st_mode & stat.S_IWUSR:
+            match = session.search(str(path.readlink()))
+            if match and match[1] >= since and path.lstat().st_mode & stat.S_IWUSR:
                 pids.add(int(path.parts[2]))
     return sorted(pids - {driver})
 
