@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import connection
@@ -48,3 +49,32 @@ def test_the_probe_speaks_for_itself(monkeypatch):
     with pytest.raises(UserError) as raised:
         connection.connect("10.0.0.1:6379", {}, print)
     assert str(raised.value) == "no Ray cluster answers at 10.0.0.1:6379 within 10 s"
+
+
+@pytest.mark.parametrize(
+    "error, raised, message",
+    [
+        (AuthenticationError("Bearer token is missing"), UserError, "the Ray cluster refuses our token (Bearer token"),
+        (Exception(TIMED_OUT), UserError, "Ray did not start on this machine ("),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_start_that_fails_or_is_interrupted_leaves_no_process(monkeypatch, error, raised, message):
+    """The reaper kills what Ray has started and ends, before the error goes on."""
+    calls = []
+
+    class FakeReaper:
+        def reap(self) -> None:
+            calls.append("reap")
+
+        def dismiss(self) -> None:
+            calls.append("dismiss")
+
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(connection, "Reaper", FakeReaper)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(raised) as caught:
+        connection.connect("local", {}, print)
+    assert calls == ["reap", "dismiss"] and str(caught.value).startswith(message)

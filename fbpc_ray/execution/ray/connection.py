@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
     set_environment()
     requested = address or os.environ.get("RAY_ADDRESS", "")
     loopback = on_loopback if requested.rpartition(":")[0] in ("127.0.0.1", "localhost") else nullcontext
-    with _as_user_error(requested), loopback():
+    with _join_errors(requested), loopback():
         # Ray's annotation forbids None, its documentation doesn't
         resolved = services.canonicalize_bootstrap_address(cast(Any, address or None), options.get("_temp_dir"))
     if resolved is None:
@@ -41,7 +41,7 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
         return reaper
     if "://" not in requested:
         probe(resolved)
-    with _as_user_error(requested), loopback():
+    with _join_errors(requested), loopback():
         ray.init(address=address or None, logging_level=logging.ERROR, log_to_driver=False, **options)
     return None
 
@@ -52,37 +52,41 @@ def _start(options: dict[str, Any]) -> Reaper:
     if cores.available() < (os.cpu_count() or 1):  # Ray counts the machine's, or those of a container
         options.setdefault("num_cpus", min(cores.available(), int(get_num_cpus())))
     reaper = Reaper()
-    try:
-        with on_loopback():
-            ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **options)
+    start_errors = _as_user_error(
+        "Ray did not start on this machine", "run the same command again, or with --backend serial", code=1
+    )
+    with _reap_on_failure(reaper), start_errors, on_loopback():
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **options)
         make_private(Path.home() / ".ray" / "auth_token")
-        return reaper
-    except BaseException as error:
-        reaper.reap()
-        reaper.dismiss()
-        if isinstance(error, RayAuthenticationError):
-            raise refused(first_line(error)) from error
-        if not isinstance(error, Exception):
-            raise
-        raise UserError(
-            f"Ray did not start on this machine ({first_line(error)}): run the same command again, or with "
-            "--backend serial",
-            code=1,
-        ) from error
+    return reaper
 
 
 @contextmanager
-def _as_user_error(requested: str) -> Iterator[None]:
-    """Raise what Ray raises while it joins a cluster as UserError."""
+def _reap_on_failure(reaper: Reaper) -> Iterator[None]:
+    """End the processes of a cluster whose start fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        reaper.reap()
+        reaper.dismiss()
+        raise
+
+
+def _join_errors(requested: str) -> AbstractContextManager[None]:
+    return _as_user_error(
+        f"no Ray cluster answers at '{requested}'", "check --address and RAY_ADDRESS, or use --address local"
+    )
+
+
+@contextmanager
+def _as_user_error(failure: str, fix: str, code: int = 2) -> Iterator[None]:
+    """Raise an exception of Ray as `refused` for a refused token, else as UserError: `failure`, the cause and `fix`."""
     try:
         yield
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except Exception as error:
-        raise UserError(
-            f"no Ray cluster answers at '{requested}' ({first_line(error)}): check --address and RAY_ADDRESS, or use "
-            "--address local"
-        ) from error
+        raise UserError(f"{failure} ({first_line(error)}): {fix}", code=code) from error
 
 
 def make_private(path: Path) -> None:
