@@ -1,4 +1,4 @@
-"""From Python: the bits of the command line, own data and networks in their several forms, and files of samples."""
+"""From Python: the bits of the command line, own networks, and files of samples. Own data: test_api_dataset.py."""
 
 import base64
 import io
@@ -10,14 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from support.runs import flags
+from support.runs import flags, silent
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from fbpc_ray import api
 from fbpc_ray.commands import main
@@ -25,15 +23,10 @@ from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.core.config import Data, Output
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
-from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution.serial import Serial
 
 CHAIN: dict[str, Any] = {"width": 8, "chain_epochs": 20, "chain_every": 10}
-
-
-def silent(line: str) -> None:
-    """No log."""
 
 
 def settings_of(config, **changes) -> dict[str, Any]:
@@ -204,73 +197,6 @@ def test_coresets_and_predictions_draw_themselves(pseudocoreset, samples, digits
     assert "<img" not in two._repr_html_() and "Coreset of 10" in two._repr_html_()
 
 
-# ---- own data
-
-
-def test_images_of_several_sizes_and_a_share_of_tests(tmp_path, digits):
-    """`image_size`, `resize` and a share as `test`, for names as for images; errors name the arguments."""
-    images = [Image.fromarray(image[0]).resize((9 + n % 3, 8)) for n, image in enumerate(digits.train.images[:40])]
-    labels = [f"class {n % 2}" for n in range(40)]
-    mixed = list(zip(images, labels, strict=True))
-    data = api.dataset(mixed, test=0.25, image_size=6, log=silent)
-    assert (data.image_shape, data.classes) == ((1, 6, 6), ("class 0", "class 1"))
-    assert np.bincount(data.test.labels).tolist() == [5, 5]
-    other = api.dataset(mixed, test=0.25, image_size=6, resize="stretch", log=silent)
-    assert other.fingerprint != data.fingerprint
-    assert api.dataset("digits", image_size=6, log=silent).image_shape == (1, 6, 6)
-    for number, (image, label) in enumerate(mixed):
-        (tmp_path / label).mkdir(exist_ok=True)
-        image.save(tmp_path / label / f"{number}.png")
-    assert len(api.dataset(f"folder:{tmp_path}", test=0.5, image_size=6, log=silent).test.labels) == 20
-    with pytest.raises(UserError, match="resize them, such as by image_size=32"):
-        api.dataset(f"folder:{tmp_path}", log=silent)
-    with pytest.raises(UserError, match="only parquet:PATH has columns"):
-        api.dataset(mixed, label_column="label", log=silent)
-
-
-def pairs(digits: Dataset, kind: str) -> Any:
-    """The first 60 training images in one of the forms that are taken."""
-    images, labels = digits.train.images[:60], digits.train.labels[:60]
-    if kind == "tensors":
-        return torch.tensor(images), torch.tensor(labels)
-    if kind == "grey arrays":
-        return images[:, 0], labels.astype(np.int32)
-    if kind == "channels last":
-        return images.transpose(0, 2, 3, 1), labels
-    if kind == "floats":
-        return images / 255, labels
-    if kind == "TensorDataset":
-        return TensorDataset(torch.tensor(images) / 255, torch.tensor(labels))
-    return [(Image.fromarray(image[0]), int(label)) for image, label in zip(images, labels, strict=True)]
-
-
-@pytest.mark.parametrize("kind", ["tensors", "grey arrays", "channels last", "floats", "TensorDataset", "pictures"])
-def test_own_data_in_any_form_are_the_same_data(digits, kind):
-    source = pairs(digits, kind)
-    result = api.dataset(source, pairs(digits, "tensors"), classes=digits.classes, log=silent)
-    assert result.train.images.dtype == np.uint8
-    assert np.array_equal(result.train.images, digits.train.images[:60])
-    assert np.array_equal(result.train.labels, digits.train.labels[:60])
-    assert result.train.labels.dtype == np.int64
-    assert result.classes == digits.classes
-
-
-def test_own_data_without_a_test_split_hold_one_out_and_say_so(digits):
-    lines: list[str] = []
-    result = api.dataset(pairs(digits, "tensors"), validation=0.25, log=lines.append)
-    assert len(result.train.labels) + len(result.validation.labels) + len(result.test.labels) == 60
-    assert 8 <= len(result.test.labels) <= 15
-    assert len(result.validation.labels)
-    assert "serve as test" in lines[0]
-    assert result.classes == tuple("0123456789")
-
-
-def test_channels_of_a_tensor_come_first_whatever_their_number(digits):
-    images = torch.tensor(digits.train.images[:60]).repeat(1, 4, 1, 1)
-    result = api.dataset((images, digits.train.labels[:60]), log=silent)
-    assert result.image_shape == (4, 8, 8)
-
-
 # ---- own networks
 
 
@@ -292,7 +218,7 @@ def test_an_own_network_is_a_function_wherever_it_is_defined(pseudocoreset, digi
 
 
 def test_a_network_of_ones_own_is_distilled(digits, tmp_path):
-    data = api.dataset(pairs(digits, "tensors"), log=silent)
+    data = api.dataset((digits.train.images[:60], digits.train.labels[:60]), log=silent)
     result = api.distill(
         data, [build, "convnet"], ipc=2, steps=2, width=8, expert_count=1, expert_epochs=2, gamma=1.0,
         posterior_steps=2, real_batch_size=16, mc_samples=3, start_epoch=1, experts=str(tmp_path), log=silent,
@@ -351,11 +277,6 @@ def test_a_damaged_file_of_samples_is_one_line(pseudocoreset, samples, tmp_path)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda data, pseudocoreset: api.dataset(3), "is a int"),
-        (lambda data, pseudocoreset: api.dataset((data.train.images, data.train.labels[:5])), "they must agree"),
-        (lambda data, pseudocoreset: api.dataset((data.train.images / 3.0, data.train.labels)), "outside 0..1"),
-        (lambda data, pseudocoreset: api.dataset([(1, 2, 3)] * 4), "must be an .image, int label. pair"),
-        (lambda data, pseudocoreset: api.dataset("digits", (1, 2)), "brings its test images"),
         (lambda data, pseudocoreset: api.distill(data, step=3), "did you mean steps"),
         (lambda data, pseudocoreset: api.distill(data, out="x"), "no setting 'out'"),
         (lambda data, pseudocoreset: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),

@@ -13,12 +13,12 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.data.ood import ood_split
 from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation.calibration import Calibrated
-from fbpc_ray.evaluation.chains import ood_split
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
@@ -21,24 +20,19 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.whitening import WhitenedDataset, Whitening
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.diagnostics import traces_of
-from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
+from fbpc_ray.evaluation.scoring import Logits, Scored, average_of, score
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
     Scores,
     batch_nll,
-    log_mixture,
-    log_probabilities,
-    losses_of,
-    predictive_stats,
     scores,
 )
 from fbpc_ray.inference.sghmc import noise_variance, sghmc
-from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty_of
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes, count_macs
 
-TEST_BATCH = ensemble.BATCH
 LINEAGE_BATCH = 128
 """Images of a batch in `batch_nll`, which does depend on it: that of the code it is compared with."""
 
@@ -138,55 +132,6 @@ def initial_params(network: Network, std: float, source: torch.Generator) -> Par
         return network.init(source)
     draws = {name: torch.randn(shape, generator=source) for name, shape in network.shapes.items()}
     return {name: (std * draw).to(network.device) for name, draw in draws.items()}
-
-
-class Scored(NamedTuple):
-    """The predictions of S samples for n images, scored."""
-
-    stats: PredictiveStats
-    losses: Tensor
-    """(S, n) -log p_s(y_i | x_i) of each sample by itself, float64, in the order of the images."""
-    uncertainty: Uncertainty
-
-
-Logits = Callable[[Tensor], Tensor]
-"""Images (b, c, h, w) -> logits (S, b, d), whose mean softmax is the prediction."""
-
-
-def average_of(passes: Passes, samples: list[Params], coreset: Tensor) -> Logits:
-    """Return the predictions of `samples`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
-    network = passes.network
-    statistics = statistics_of(network, samples, coreset)
-
-    def logits(images: Tensor) -> Tensor:
-        whole = len(images) == _batch_size(images)  # a last, smaller batch is not worth compiling for
-        return logits_of(passes.predict if whole else network.predict, samples, statistics, images)
-
-    return logits
-
-
-def _batch_size(images: Tensor) -> int:
-    return min(TEST_BATCH, ensemble.batch_size(images.shape))
-
-
-def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
-    """Score the predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
-    return score(average_of(passes, samples, coreset), test)
-
-
-def score(predictions: Logits, test: DeviceDataset) -> Scored:
-    """Score `predictions` for `test`: the one place where scores are computed."""
-    parts: list[Scored] = []
-    for index in torch.arange(len(test)).split(_batch_size(test.images)):
-        batch = test.batch(index)
-        log_probs = log_probabilities(predictions(batch.images))
-        mean = log_mixture(log_probs)
-        stats = predictive_stats(mean, batch.labels)
-        parts.append(Scored(stats, losses_of(log_probs, batch.labels), uncertainty_of(log_probs, mean)))
-    stats, unsure = parts[0].stats, parts[0].uncertainty
-    for part in parts[1:]:
-        stats, unsure = stats + part.stats, unsure + part.uncertainty
-    return Scored(stats, torch.cat([part.losses for part in parts], 1), unsure)
 
 
 class EvaluationContext(NamedTuple):
@@ -323,32 +268,6 @@ def without_impossible_compilation(
     return context
 
 
-def ood_split(dataset: Dataset, other: Dataset, resize: bool = False) -> Split:
-    """Return the test images of `other` as a network of `dataset` can see them; all labels are 0.
-
-    Grey images become three channels where `dataset` has three; `resize` brings them to its size (bilinear,
-    antialiased). Raises UserError for images of another size without `resize` (how they are resized is part of the
-    result), and for coloured images where the networks see grey.
-    """
-    channels, *size = dataset.image_shape
-    images = other.test.images
-    if images.shape[1] != channels:
-        if (images.shape[1], channels) != (1, 3):
-            raise UserError(
-                f"{other.name} has images of {images.shape[1]} channels, {dataset.name} of {channels}: "
-                "choose out-of-distribution data with as many channels"
-            )
-        images = images.repeat(3, axis=1)
-    if list(images.shape[2:]) != size:
-        if not resize:
-            raise UserError(
-                f"{other.name} has images of {images.shape[2]}x{images.shape[3]}, {dataset.name} of "
-                f"{size[0]}x{size[1]}: choose out-of-distribution data of that size, or add --ood-resize"
-            )
-        images = np.concatenate([_resized(images[at : at + 1024], size) for at in range(0, len(images), 1024)])
-    return Split(np.ascontiguousarray(images), np.zeros(len(images), np.int64))
-
-
 def quantities(context: EvaluationContext) -> tuple[str, ...]:
     """Return the names of `values` for a chain of `context`, in order."""
     ood = tuple(f"ood_auroc_{name}" for name in Uncertainty._fields) if context.ood is not None else ()
@@ -372,13 +291,6 @@ def values(result: ChainResult) -> dict[str, float]:
         for name in Uncertainty._fields:
             numbers[f"ood_auroc_{name}"] = auroc(getattr(inside, name), getattr(outside, name))
     return numbers
-
-
-def _resized(images: np.ndarray, size: list[int]) -> np.ndarray:
-    """Resize (n, c, h, w) uint8 to (n, c, *size) uint8."""
-    pixels = torch.tensor(images, dtype=torch.float32)
-    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _batches(images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator) -> Iterator[Batch]:

@@ -26,14 +26,13 @@ from fbpc_ray.evaluation.chains import (
     ChainResult,
     CoresetArrays,
     EvaluationContext,
-    Logits,
     Predictor,
     arrays_of,
-    average_of,
     chain_result,
     sampled,
 )
 from fbpc_ray.evaluation.ensemble import Ensemble
+from fbpc_ray.evaluation.scoring import Logits, average_of
 from fbpc_ray.inference.adam import adam_start
 from fbpc_ray.inference.last_layer import LastLayer, one_hot_targets
 from fbpc_ray.inference.vectors import flatten, unflatten

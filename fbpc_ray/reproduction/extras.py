@@ -15,8 +15,10 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.corrupted_splits import official
 from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, RECIPE, SEVERITIES, corrupt
 from fbpc_ray.data.datasets import Dataset, Split
-from fbpc_ray.evaluation.chains import Chain, EvaluationContext, on_device, ood_split, score, scored_result, values
+from fbpc_ray.data.ood import ood_split
+from fbpc_ray.evaluation.chains import Chain, EvaluationContext, on_device, scored_result, values
 from fbpc_ray.evaluation.last_layer import PREDICTORS
+from fbpc_ray.evaluation.scoring import score
 from fbpc_ray.inference.metrics import scores
 
 SEED = 0

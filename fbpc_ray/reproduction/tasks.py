@@ -16,8 +16,9 @@ from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.chains import Chain, CoresetArrays, EvaluationContext, Logits, on_device, score
+from fbpc_ray.evaluation.chains import Chain, CoresetArrays, EvaluationContext, on_device
 from fbpc_ray.evaluation.last_layer import PREDICTORS
+from fbpc_ray.evaluation.scoring import Logits, score
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import open_session
 from fbpc_ray.inference.metrics import scores

@@ -14,14 +14,9 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.state import initial_state
-from fbpc_ray.evaluation import chains, ensemble
-from fbpc_ray.evaluation.chains import (
-    Chain,
-    posterior_samples,
-    predictive,
-    run_chain,
-    values,
-)
+from fbpc_ray.evaluation import chains, ensemble, scoring
+from fbpc_ray.evaluation.chains import Chain, posterior_samples, run_chain, values
+from fbpc_ray.evaluation.scoring import predictive
 from fbpc_ray.execution import session
 from fbpc_ray.inference import metrics
 from fbpc_ray.inference.metrics import scores
@@ -85,7 +80,7 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, two_per_
     full = predictive(
         Passes(network), samples, two_per_class[0], DeviceDataset(images, labels, digits.mean, digits.std)
     )
-    monkeypatch.setattr(chains, "TEST_BATCH", size)
+    monkeypatch.setattr(scoring, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
         outcome = predictive(Passes(network), samples, two_per_class[0], moved)
@@ -115,8 +110,8 @@ def test_each_batch_is_normalised_once(digits, monkeypatch):
         calls.append(values)
         return metrics.log_probabilities(values)
 
-    monkeypatch.setattr(chains, "log_probabilities", counted)
-    scored = chains.score(lambda _: logits, DeviceDataset(images, labels, digits.mean, digits.std))
+    monkeypatch.setattr(scoring, "log_probabilities", counted)
+    scored = scoring.score(lambda _: logits, DeviceDataset(images, labels, digits.mean, digits.std))
     assert len(calls) == 1
     assert torch.equal(scored.losses, metrics.sample_losses(logits, labels))
     assert scored.stats.nll == metrics.predictive_stats(metrics.log_mean_probability(logits), labels).nll
@@ -162,7 +157,7 @@ def test_a_chain_task_scores_the_split_it_is_given(network, two_per_class: Pair,
 @pytest.mark.slow
 def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypatch):
     """Batches of 20 test images and one of 5, BatchNorm's statistics among the arguments of what is compiled."""
-    monkeypatch.setattr(chains, "TEST_BATCH", 20)
+    monkeypatch.setattr(scoring, "TEST_BATCH", 20)
     spec = session.network_specs(small, digits)[1]
     assert spec.architecture == "convnet-bn"
     state, labels = initial_state(digits, 2, 0)

@@ -9,15 +9,9 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation.chains import (
-    Chain,
-    ood_split,
-    posterior_samples,
-    predictive,
-    quantities,
-    run_chain,
-    values,
-)
+from fbpc_ray.data.ood import ood_split
+from fbpc_ray.evaluation.chains import Chain, posterior_samples, quantities, run_chain, values
+from fbpc_ray.evaluation.scoring import predictive
 from fbpc_ray.inference.metrics import batch_nll
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models.passes import Passes

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation import chains
+from fbpc_ray.evaluation import scoring
 from fbpc_ray.models.passes import Passes
 
 UNROLLED = ("convnet-none", "convnet-ln", "lenet", "alexnet", "vgg11-in", "vgg11-bn", "resnet18-gn", "resnet18-bn")
@@ -95,9 +95,9 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
     order = torch.randperm(45, generator=source())
 
     def losses(size, chosen, given=coreset_images):
-        monkeypatch.setattr(chains, "TEST_BATCH", size)
+        monkeypatch.setattr(scoring, "TEST_BATCH", size)
         test = DeviceDataset(images[chosen], labels[chosen], digits.mean, digits.std)
-        return chains.predictive(Passes(net), samples, given, test)
+        return scoring.predictive(Passes(net), samples, given, test)
 
     whole = losses(500, torch.arange(45))
     for size in (45, 16, 1):

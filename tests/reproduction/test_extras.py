@@ -12,8 +12,9 @@ from support.chains import brief_context
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from fbpc_ray.data.datasets import Split
-from fbpc_ray.evaluation.chains import Chain, on_device, run_chain, score, values
+from fbpc_ray.evaluation.chains import Chain, on_device, run_chain, values
 from fbpc_ray.evaluation.last_layer import PREDICTORS, RUNNERS
+from fbpc_ray.evaluation.scoring import score
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models.functional import specify
 from fbpc_ray.reproduction.cost import CpuClock

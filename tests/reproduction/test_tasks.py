@@ -11,8 +11,9 @@ from support.chains import brief_context
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Split
-from fbpc_ray.evaluation.chains import Chain, Predictor, on_device, score
+from fbpc_ray.evaluation.chains import Chain, Predictor, on_device
 from fbpc_ray.evaluation.last_layer import PREDICTORS
+from fbpc_ray.evaluation.scoring import score
 from fbpc_ray.inference.metrics import scores
 from fbpc_ray.models.functional import specify
 from fbpc_ray.reproduction.tasks import RowTask, SharedContext, run_row_task

@@ -36,6 +36,10 @@ SMALL_VBPC = {
 """The same for a method that learns soft labels by a pool of networks."""
 
 
+def silent(line: str) -> None:
+    """Log nothing."""
+
+
 def train_experts(config: Config, dataset: Dataset, workers: TaskRunner) -> list[ExpertStore]:
     """Train the experts of the configuration; return their stores."""
     opened = session.open_session(config, lambda line: None, dataset)

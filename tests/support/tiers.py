@@ -18,7 +18,7 @@ SECONDS = {
     "test_sweeps_on_ray.py": 145, "test_jobs.py": 140, "test_benchmark.py": 140, "test_ui.py": 120, "test_docs.py": 100,
     "test_faults.py": 90, "test_chains.py": 70, "test_passes.py": 65, "test_stored_runs.py": 65, "test_database.py": 60,
     "test_interrupted_runs.py": 55, "test_tracking_servers.py": 55, "test_examples.py": 55, "test_custom.py": 50,
-    "test_expert_writers.py": 50, "test_model_export.py": 45, "test_legacy.py": 40,
+    "test_expert_processes.py": 50, "test_model_export.py": 45, "test_legacy.py": 40,
 }  # fmt: skip
 """File -> about how many seconds its tests of the rest take on one core, where that is more than 30."""
 
