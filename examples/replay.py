@@ -127,14 +127,14 @@ def main(ipc: int, seeds: int, steps: int, experts: str, quick: bool) -> None:
         each = " ".join(f"{100 * value:.1f}" for value in values)
         print(f"{learner:<14}{buffer:<11}{100 * statistics.mean(values):.1f}{spread}   ({each})")
     print(
-        f"\nbuffer: {ipc} a class, {ipc * len(digits.classes)} images in the end; n = {len(digits.test.labels)} test "
+        f"\nbuffer: {ipc} per class, {ipc * len(digits.classes)} images in the end; n = {len(digits.test.labels)} test "
         f"images; seeds 0 to {seeds - 1}, mean +- standard deviation; {time.perf_counter() - start:.0f} s"
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ipc", type=int, default=1, help="images a class that are kept")
+    parser.add_argument("--ipc", type=int, default=1, help="images per class that are kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="updates of a coreset")
     parser.add_argument("--experts", default="experts", help="folder that keeps the expert trajectories")

@@ -145,7 +145,7 @@ def distill(
     Args:
         data: a data set of `dataset`, or its first argument.
         architectures: one network, or several to distil on at once. None: those of the preset, else convnet-in.
-        ipc: images a class.
+        ipc: images per class.
         method: fbpc | fbpc-isotropic | bpc-fkl | bpc-rkl | bpc-w | vbpc | frepo | random (real images).
         preset: quick | laptop | gpu (sizes chosen from the data) | paper | a row of Table 4 | digits; `settings`
             override it. Empty: paper for the names of Table 4, digits for digits, else laptop, or gpu where torch has

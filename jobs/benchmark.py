@@ -80,7 +80,7 @@ class Arguments:
     widths: tuple[int, ...] = (32,)
     """Widths, one case each."""
     ipcs: tuple[int, ...] = (1, 10)
-    """Images a class, one case each."""
+    """Images per class, one case each."""
     ways: tuple[str, ...] = ("reference", "ours", "ours, cold", "floor", "bpc-fkl")
     """What is timed; also: ours, pool | ours, bf16."""
     steps: int = 2

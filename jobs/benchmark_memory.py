@@ -66,7 +66,7 @@ class Arguments:
     width: int = 32
     """Its width."""
     ipc: int = 50
-    """Images a class; B is all of them."""
+    """Images per class; B is all of them."""
     memory_budget: str = "6GB"
     """As `fbpc distill`; empty: none."""
     chunk_images: int = 0

@@ -11,15 +11,18 @@ PHASES = {"seconds_x": "x side", "seconds_map": "MAP", "seconds_u": "u side", "s
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Draw seconds a step against images a class and number of networks, beside `path`, if cases differ in them."""
+    """Draw seconds per step by images per class and number of networks, beside `path`, if cases differ in them."""
     by_ipc, by_networks = defaultdict[str, list](list), defaultdict[str, list](list)
     for case in cases:
         by_ipc[f"{' + '.join(case['networks'])}, width {case['width']}"].append((case["ipc"], case))
         by_networks[f"width {case['width']}, ipc {case['ipc']}"].append((len(case["networks"]), case))
-    for groups, across, suffix in ((by_ipc, "images a class", ".ipc.png"), (by_networks, "networks", ".networks.png")):
+    for groups, across, suffix in (
+        (by_ipc, "images per class", ".ipc.png"),
+        (by_networks, "networks", ".networks.png"),
+    ):
         panels = [(name, _curves(group)) for name, group in groups.items() if len({x for x, _ in group}) > 1]
         if panels:
-            comparison.curves(panels, across, path.with_suffix(suffix), "seconds a step")
+            comparison.curves(panels, across, path.with_suffix(suffix), "seconds per step")
 
 
 def _curves(cases: list[tuple[int, dict[str, Any]]]) -> list[comparison.Curve]:
@@ -69,7 +72,7 @@ def line(case: dict[str, Any]) -> str:
     seconds = ", ".join(f"{way} {values['median']:.3g}" for way, values in case["seconds"].items())
     ratios = ", ".join(f"{name} {values['median']:.2f}" for name, values in case["ratios"].items())
     phases = ", ".join(f"{name} {value:.3g}" for name, value in case["phases"].items())
-    lines = [f"{name_of(case)}, {case['map_steps']:.0f} MAP steps", f"seconds a step: {seconds}"]
+    lines = [f"{name_of(case)}, {case['map_steps']:.0f} MAP steps", f"seconds per step: {seconds}"]
     lines += [f"ratios: {ratios}", f"of ours, seconds: {phases}"]
     if "peak_gb" in case:
         lines.append("peak GB: " + ", ".join(f"{way} {value:.3g}" for way, value in case["peak_gb"].items()))

@@ -67,7 +67,7 @@ class Search:
     search: Literal["product", "one-at-a-time"] = "product"
     """product: all combinations; one-at-a-time: the base, and each other value with all else at the base."""
     ipc: tuple[int, ...] = (1, 10)
-    """Images a class: rows of Table 1 (1, 10, 50)."""
+    """Images per class: rows of Table 1 (1, 10, 50)."""
     coresets: int = 3
     """Random coresets, seeds 0, 1, ...; those of --seed."""
     chain_epochs: tuple[int, ...] = (1000,)

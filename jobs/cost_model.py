@@ -38,7 +38,7 @@ class Arguments:
     width: int = 128
     """Width of the ConvNet."""
     ipc: int = 10
-    """Images a class."""
+    """Images per class."""
     batch_size: int = 100
     """B."""
     steps: int = 500
@@ -46,7 +46,7 @@ class Arguments:
     posterior_steps: int = 30
     """K."""
     real_batch_size: int = 256
-    """Real images a step of the K steps."""
+    """Real images per step of the K steps."""
     map_steps: int = 100
     """Adam steps of a MAP solve: an assumption."""
     expert_count: int = 10

@@ -3,7 +3,7 @@
     python jobs/scaling.py --json benchmarks/results/scaling.json
 
 Runs each way of --ways for --steps steps from the same first images, --repeats times in turn, on one thread a gradient,
-checks that all give the same bits, and prints seconds a step (medians) with two ratios, medians over repeats:
+checks that all give the same bits, and prints seconds per step (medians) with two ratios, medians over repeats:
 one worker / serial - 1 is the overhead of Ray, one worker / two workers the scaling.
 
     python jobs/scaling.py --actors 1 8 16 32 64 --json benchmarks/results/scaling-actors.json
@@ -48,14 +48,14 @@ ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Serial, one Ray worker, two Ray workers: seconds a step of four architectures."""
+    """Serial, one Ray worker, two Ray workers: seconds per step of four architectures."""
 
     data: str = "digits"
     """Data set, as `fbpc distill --data`."""
     width: int = 32
     """Width of the ConvNets."""
     ipc: int = 1
-    """Images a class."""
+    """Images per class."""
     posterior_steps: int = 30
     """K [paper: 30]."""
     steps: int = 10
@@ -84,7 +84,7 @@ def scaling(argv: Sequence[str]) -> None:
     s = report["seconds_a_step"]
     print(f"\n{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats, one thread a gradient")
     for way, values in s.items():
-        print(f"{way:12} {values['median']:.3f} s a step  ({min(values['all']):.3f} to {max(values['all']):.3f})")
+        print(f"{way:12} {values['median']:.3f} s per step  ({min(values['all']):.3f} to {max(values['all']):.3f})")
     print(f"overhead of Ray: {report['overhead']['median']:+.1%}  ({_range(report['overhead'], '+.1%')})")
     print(f"one worker / two: {report['scaling']['median']:.2f}  ({_range(report['scaling'], '.2f')})")
     if args.json:
@@ -138,7 +138,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
                 ended, took = run(config, dataset, backend, args.steps)
                 seconds[way].append(took)
                 images.append(ended)
-                print(f"repeat {repeat + 1}, {way}: {took:.3f} s a step", flush=True)
+                print(f"repeat {repeat + 1}, {way}: {took:.3f} s per step", flush=True)
         if not all(torch.equal(result, images[1]) for result in images[1:]):
             raise UserError("the ways differ in their bits: this is a bug", code=1)
         provenance = capture(two.describe())
@@ -156,7 +156,7 @@ def measure(args: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple[torch.Tensor, float]:
-    """Return the images after the steps, and seconds a step; the clock starts after a first step of ready workers."""
+    """Return the images after the steps, and seconds per step; the clock starts after a first step of ready workers."""
     d = config.distillation
     specs = session.network_specs(config, dataset)
     stores = [session.expert_store(config, dataset, spec) for spec in specs]

@@ -127,7 +127,7 @@ def row(handles: list[Handle], shape: tuple[int, ...], units: int, repeats: int)
 
 
 def _session(draws: int) -> Session:
-    """Open a session of one architecture and `draws` draws a step."""
+    """Open a session of one architecture and `draws` draws per step."""
     config = preset("digits").updated(
         architectures=("convnet-in",), draws_per_step=draws, threads=1, width=8, steps=10**6, alpha=1e-30
     )

@@ -64,4 +64,4 @@ def test_a_coreset_as_replay_buffer(tmp_path):
     assert rows["replay", "none"] <= 25
     assert rows["replay", "random"] > rows["replay", "none"]
     assert rows["replay", "distilled"] > rows["replay", "none"]
-    assert "buffer: 2 a class, 20 images in the end; n = 360 test images" in output
+    assert "buffer: 2 per class, 20 images in the end; n = 360 test images" in output

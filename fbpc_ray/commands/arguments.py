@@ -51,7 +51,7 @@ class ExpertArguments:
     time_budget: str = ""
     """As for `distill`."""
     ipc: int = 1
-    """Images a class of the distillation that will take these experts: chosen sizes depend on it."""
+    """Images per class of the distillation that will take these experts: chosen sizes depend on it."""
     data: Data = field(default_factory=Data)
     networks: Networks = field(default_factory=Networks)
     experts: Experts = field(default_factory=Experts)
@@ -165,7 +165,7 @@ class ReproduceArguments:
     tiny_imagenet: str = "tiny-imagenet"
     """Data set in the place of Tiny-ImageNet."""
     ipc: tuple[int, ...] = ()
-    """Images a class; empty means those of the table at this scale."""
+    """Images per class; empty means those of the table at this scale."""
     distill_seeds: int = 0
     """Coresets for each cell; 0 means those of the scale (1 | 2)."""
     num_chains: int = 0

@@ -96,7 +96,7 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[
     """Read the coreset and the data set.
 
     Returns:
-        A session without experts; the coreset and random real images by name; images a class, None where classes
+        A session without experts; the coreset and random real images by name; images per class, None where classes
         differ in it.
 
     Raises UserError for data or a coreset that can't be read, and chains that cannot fit into memory.

@@ -27,9 +27,7 @@ def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: s
     session, config = sized.session, sized.session.config
     if sizes is not None:
         ipc = config.distillation.ipc
-        log(
-            f"note: these are the experts of `fbpc distill --ipc {ipc}`; for another number of images a class add --ipc"
-        )
+        log(f"note: these are the experts of `fbpc distill --ipc {ipc}`; --ipc sets another number of images per class")
     if dry_run:
         planning.describe(session, parts=("experts",), limit=sized.limit, measured=sized.measured)
         return

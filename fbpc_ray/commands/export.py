@@ -37,7 +37,7 @@ def export(folder: Place, kind: str, out: str) -> None:
     log(f"export: {target}")
     if kind == "png":
         log(
-            "note: png is for the eye: it rounds to 8 bits a channel, as `fbpc evaluate --coreset` then reads it; "
+            "note: png is for the eye: it rounds to 8 bits per channel, as `fbpc evaluate --coreset` then reads it; "
             "hf, safetensors, pt and npz are exact"
         )
         if pseudocoreset.soft_labels is not None:

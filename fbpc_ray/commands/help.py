@@ -75,7 +75,7 @@ PAGES = {
         "Replaces no file.",
         (
             ("fbpc export runs/first --format hf --out my-coreset", "for datasets.load_dataset"),
-            ("fbpc export runs/first --format png", "image files, one folder a class"),
+            ("fbpc export runs/first --format png", "image files, one folder per class"),
         ),
     ),
     "tune": Page(

@@ -84,7 +84,7 @@ def _describe_data(session: Session) -> None:
         f"         {'; '.join(_count(getattr(data, name), word) for name, word in SPLITS.items())}"
     )
     d = session.config.distillation
-    log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} a class, by {d.method}")
+    log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} per class, by {d.method}")
 
 
 def _count(split: Split, name: str) -> str:
@@ -93,7 +93,7 @@ def _count(split: Split, name: str) -> str:
     counts = np.bincount(split.labels)
     least, most = counts.min(), counts.max()
     spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return f"{len(split.labels):,} {name} images, {spread} a class"
+    return f"{len(split.labels):,} {name} images, {spread} per class"
 
 
 def _describe_networks(session: Session) -> None:

@@ -94,7 +94,7 @@ class Distillation:
     are those of their own paper | vbpc, frepo (a last layer in closed form; no experts, learned labels) | random (real
     images, nothing is learned)."""
     ipc: int = 1
-    """Images a class; m = ipc x classes."""
+    """Images per class; m = ipc x classes."""
     steps: int = 1000
     """N: updates of the pseudocoreset [Table 4]."""
     seed: int = 0
@@ -110,7 +110,7 @@ class Distillation:
     start_rule: Literal["from", "before"] = "from"
     """from: epochs T..last [App. C.2]; before: epochs 0..T-1, as in the baselines' code."""
     gamma: float = 0.01
-    """gamma: the MAP solve stops at this mean loss, nats an image [Table 4]."""
+    """gamma: the MAP solve stops at this mean loss, nats per image [Table 4]."""
     map_lr: float = 0.001
     """Adam learning rate of the MAP solve [App. C.2]."""
     map_max_steps: int = 2000
@@ -129,7 +129,7 @@ class Distillation:
     lambda_u: float = 0.01
     """lambda_u: learning rate of the K steps on the pseudocoreset [Table 4]."""
     real_batch_size: int = 256
-    """Real images a step of the K steps; vbpc, frepo: real images of a gradient [method]."""
+    """Real images per step of the K steps; vbpc, frepo: real images of a gradient [method]."""
     mc_samples: int = 30
     """S: Monte-Carlo draws, of logits in Eq. 17 [method], of weights in Eq. 7."""
     learn_labels: bool = False

@@ -151,7 +151,7 @@ def choose(facts: Facts, level: Level, rung: Rung | None = None) -> Sizes:
         "width": Choice(rung.width, _width_reason(level, seconds, rung == ladder[0])),
         **(_of_method(facts, rung, level.device) if facts.method != "random" else {}),
         "num_chains": Choice(rung.num_chains, "chains of each coreset and network: their spread is the +-"),
-        "chain_epochs": Choice(rung.chain_epochs, f"{rung.chain_epochs // interval} posterior samples a chain"),
+        "chain_epochs": Choice(rung.chain_epochs, f"{rung.chain_epochs // interval} posterior samples per chain"),
         "chain_every": Choice(interval, "epochs from one sample to the next"),
     }
     choices = {name: choice for name, choice in choices.items() if name not in facts.overrides}
@@ -179,13 +179,13 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
         real = min(max(128, rung.real_batch_size), n)
         return {
             "steps": Choice(10 * rung.steps, "ten times fbpc's: such a step costs a tenth"),
-            "real_batch_size": Choice(real, f"of {n:,} real images a step"),
+            "real_batch_size": Choice(real, f"of {n:,} real images per step"),
         }
     batch, per_epoch, epochs = training(facts, rung, device)
     start, sgd_steps = start_epoch(facts, epochs, per_epoch), per_epoch * epochs
     experts = {
         "expert_count": Choice(rung.expert_count, "trajectories of each network"),
-        "expert_epochs": Choice(epochs, f"{sgd_steps:,} SGD steps an expert, {per_epoch:,} an epoch"),
+        "expert_epochs": Choice(epochs, f"{sgd_steps:,} SGD steps per expert, {per_epoch:,} per epoch"),
         "expert_batch_size": Choice(batch, f"of {n:,} images: an epoch needs more than a step or two"),
         "expert_lr": Choice(0.05 if sgd_steps < 5000 else 0.01, f"for {sgd_steps:,} SGD steps; the paper's take 9,800"),
     }
@@ -238,7 +238,7 @@ def training(facts: Facts, rung: Rung, device: str) -> Training:
 
 
 def start_epoch(facts: Facts, epochs: int, per_epoch: int) -> int:
-    """Return T: a quarter of the epochs, or half from 10 images a class on, after 30 SGD steps where that is half."""
+    """Return T: a quarter of the epochs, or half from 10 images per class on, after 30 SGD steps where that is half."""
     learned = min(-(-30 // per_epoch), epochs // 2)
     return facts.overrides.get("start_epoch", max(1, learned, round(epochs / (2 if facts.ipc >= 10 else 4))))
 

@@ -12,7 +12,7 @@ Forward = Callable[[Params, Tensor], Tensor]
 """(parameters, images (b, c, h, w)) -> logits (b, d)."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (b, d), labels of `Batch`) -> () mean of -log p(label | logits), nats an image."""
+"""(logits (b, d), labels of `Batch`) -> () mean of -log p(label | logits), nats per image."""
 
 Augment = Callable[[Tensor], Tensor]
 """One drawn augmentation: images (b, c, h, w) -> images of the same shape. Differentiable."""
@@ -28,4 +28,4 @@ class Batch(NamedTuple):
 
 
 LossAndGrad = Callable[[Params, Batch], tuple[Tensor, Params]]
-"""(parameters, batch) -> () mean cross-entropy, nats an image, and its gradient by parameter. No graph is left."""
+"""(parameters, batch) -> () mean cross-entropy, nats per image, and its gradient by parameter. No graph is left."""

@@ -1,4 +1,4 @@
-"""Encoded images -> uint8 pixels, upright, in RGB; and which PIL images have no 8 bits a channel."""
+"""Encoded images -> uint8 pixels, upright, in RGB; and which PIL images have no 8 bits per channel."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ class Pixels(NamedTuple):
     hidden: bool
     """Whether all of the picture is in the transparency: one colour, several alpha values."""
     deep: bool
-    """Whether the file has 16 bits a channel, of which the upper 8 are read."""
+    """Whether the file has 16 bits per channel, of which the upper 8 are read."""
     size: tuple[int, int]
     """(width, height) before it was resized."""
     damaged: bool = False
@@ -84,13 +84,13 @@ def decode(
         )
     if count and counts["deep"] == count and images.max() < DARK:
         raise UserError(
-            f"{origin}: the images have 16 bits a channel, of which the upper 8 are read and stay below {DARK} of "
+            f"{origin}: the images have 16 bits per channel, of which the upper 8 are read and stay below {DARK} of "
             "255; scale the images to 8 bits"
         )
     texts = {
         "turned": "are turned as their EXIF orientation says",
         "hidden": "have all of their picture in the transparency, which is not read; paste them onto a background",
-        "deep": "have 16 bits a channel, of which the upper 8 are read",
+        "deep": "have 16 bits per channel, of which the upper 8 are read",
         "damaged": "are damaged TIFF files, read as far as they go; look at them",
     }
     notes = (f"{origin}: {counts[key]} of {count} images {text}" for key, text in texts.items() if counts[key])
@@ -98,9 +98,9 @@ def decode(
 
 
 def check_depth(image: Image.Image) -> None:
-    """Raise ValueError where the pixels have no 8 bits a channel: PIL would cut their values off at 255."""
+    """Raise ValueError where the pixels have no 8 bits per channel: PIL would cut their values off at 255."""
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of mode {image.mode}, only 8 bits a channel are supported")
+        raise ValueError(f"pixels of mode {image.mode}, only 8 bits per channel are supported")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ import numpy as np
 IMAGES = 100
 """Images whose losses are traced, evenly spaced over the split."""
 MIXED = 1.2
-"""R-hat above which chains have not mixed. With the usual 10 samples a chain, independent samples stay below it."""
+"""R-hat above which chains have not mixed. With the usual 10 samples per chain, independent samples stay below it."""
 NOT_MIXED = "note: chains have not mixed"
 """Start of the line that `describe` returns."""
 
@@ -51,7 +51,7 @@ def traces_of(losses: np.ndarray) -> np.ndarray:
 
 
 def mixing(coreset: str, architecture: str, traces: Sequence[np.ndarray]) -> Mixing | None:
-    """Return the diagnostics of chains with the traces (S, 1 + k); None for fewer than 4 samples a chain."""
+    """Return the diagnostics of chains with the traces (S, 1 + k); None for fewer than 4 samples per chain."""
     if not traces or len(traces[0]) < 4:
         return None
     columns = np.stack(traces, 1).T  # (1 + k, chains, S)

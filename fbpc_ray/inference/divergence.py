@@ -31,9 +31,9 @@ class Divergence(NamedTuple):
     value: Tensor
     """() expected_x - expected_u. Gradient flows to the images through both means."""
     expected_x: Tensor
-    """() mean cross-entropy under q_x, nats an image. No gradient."""
+    """() mean cross-entropy under q_x, nats per image. No gradient."""
     expected_u: Tensor
-    """() mean cross-entropy under q_u, nats an image. No gradient."""
+    """() mean cross-entropy under q_u, nats per image. No gradient."""
 
 
 def expected_cross_entropy(

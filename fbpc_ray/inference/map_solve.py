@@ -21,7 +21,7 @@ class SolveStats(NamedTuple):
     steps: int
     """Adam steps taken."""
     loss: float
-    """Mean of the last `batches_per_pass` losses, nats an image; of fewer where the solve ended earlier."""
+    """Mean of the last `batches_per_pass` losses, nats per image; of fewer where the solve ended earlier."""
 
 
 def map_solve(
@@ -40,7 +40,7 @@ def map_solve(
         loss_and_grad: the mean cross-entropy of a batch and its gradient.
         params: a draw from the prior; left unchanged.
         batches: endless; the whole augmented pseudocoreset at each step, or its minibatches in turn.
-        threshold: gamma, nats an image.
+        threshold: gamma, nats per image.
         max_steps: the solve ends after so many Adam steps.
         batches_per_pass: B; the mean of the last B losses, each taken before its step, is compared with gamma. No solve
             converges before B batches.

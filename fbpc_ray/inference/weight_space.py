@@ -29,9 +29,9 @@ class WeightDivergence(NamedTuple):
     gradient: Tensor
     """Of the shape of the images."""
     expected_x: float
-    """Mean cross-entropy under q_x (fKL) or of the real images (rKL), nats an image."""
+    """Mean cross-entropy under q_x (fKL) or of the real images (rKL), nats per image."""
     expected_u: float
-    """Mean cross-entropy of the pseudocoreset under q_u, nats an image."""
+    """Mean cross-entropy of the pseudocoreset under q_u, nats per image."""
     by_labels: Tensor | None = None
     """(m, d), with respect to labels that are probabilities and require a gradient."""
 

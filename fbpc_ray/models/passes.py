@@ -37,7 +37,7 @@ class Passes:
         self._eager_loss_and_grad = loss_and_grad(network.forward if precision == "fp32" else self._forward_bf16)
 
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """Return the mean cross-entropy (), nats an image, and its gradient by parameter. A `LossAndGrad`."""
+        """Return the mean cross-entropy (), nats per image, and its gradient by parameter. A `LossAndGrad`."""
         if self._divides(batch.images):
             return chunks.mean_loss_and_grad(self._chunk_loss_and_grad, params, batch, self.chunk_images)
         return self._chunk_loss_and_grad(params, batch)

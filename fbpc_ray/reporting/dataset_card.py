@@ -165,7 +165,7 @@ def _unfenced(text: str) -> str:
 
 def _title(facts: dict[str, str], m: int, coreset: Coreset) -> str:
     name, ipc = facts["data"].rpartition(":")[2], m / len(coreset.classes)
-    return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} a class, by {facts.get('method', 'fbpc-ray')}"
+    return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} per class, by {facts.get('method', 'fbpc-ray')}"
 
 
 INFERENCES = {
@@ -192,7 +192,7 @@ images, labels = coreset["pixels"], coreset["label"]  # (m, c, h, w) float32, no
 images = torch.load("images_best.pt", weights_only=True)  # (m, c, h, w) float32, normalised
 labels = torch.load("labels_best.pt", weights_only=True)  # (m,) int64
 ```""",
-    "png": "One folder a class, LABEL-NAME, one file an image, rounded to 8 bits: for the eye, and for\n"
+    "png": "One folder per class, LABEL-NAME, one file per image, rounded to 8 bits: for the eye, and for\n"
     "`torchvision.datasets.ImageFolder`.",
     "npz": "", "safetensors": "",  # they have no card
 }  # fmt: skip

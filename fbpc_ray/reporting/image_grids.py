@@ -57,7 +57,7 @@ def coreset_png(
 ) -> bytes:
     """Draw the images as a PNG.
 
-    One image a class gives a compact grid with the name of the class above each image; more give one row a class with
+    One image per class gives a compact grid with the class name above each image; more give a row for each class with
     its name at the left. Pixels stay sharp, one channel is grey, and long names are cut. Classes beyond `max_classes`
     (by label) and images beyond `max_per_class` are left out, with a note below the grid.
 
@@ -197,7 +197,7 @@ def _note(labels: np.ndarray, rows: list[list[int]]) -> str:
     counts = np.unique(labels, return_counts=True)[1]
     most = max(len(row) for row in rows)
     parts = [f"{len(rows)} of {len(counts)} classes"] if len(rows) < len(counts) else []
-    parts += [f"{most} of {counts.max()} images a class"] if most < counts.max() else []
+    parts += [f"{most} of {counts.max()} images per class"] if most < counts.max() else []
     return f"shown: {', '.join(parts)}" if parts else ""
 
 

@@ -28,7 +28,7 @@ RESULT_WORDS = {"data": "data set", "split": "split", "images_scored": "images s
 
 def comparison(runs: Sequence[EndedRun]) -> list[Block]:
     """Tabulate the runs, and the settings in which they differ."""
-    lines = [["run", "method", "data", "images a class", "networks", "steps"]]
+    lines = [["run", "method", "data", "images per class", "networks", "steps"]]
     for run in runs:
         c = run.config
         networks = ", ".join(c.networks.architectures)

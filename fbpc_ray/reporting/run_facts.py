@@ -29,7 +29,7 @@ def method_name(run: EndedRun) -> str:
 def heading_of(run: EndedRun) -> str:
     """Name a run in words: its letter, method, data set and size."""
     ipc = run.config.distillation.ipc
-    size = f"{ipc} image{'' if ipc == 1 else 's'} a class"
+    size = f"{ipc} image{'' if ipc == 1 else 's'} per class"
     return f"{f'Run {run.label}: ' if run.label else ''}{method_name(run)} on {run.result['data']}, {size}"
 
 
@@ -39,7 +39,7 @@ def facts_of(run: EndedRun) -> list[tuple[str, str]]:
     facts = [
         ("Method", METHODS[run.method]),
         ("Data", f"{result['data']}, {len(run.coreset.classes)} classes, images of {_shape(run.coreset)}"),
-        ("Coreset", f"{len(images):,} images, {d.ipc} a class"),
+        ("Coreset", f"{len(images):,} images, {d.ipc} per class"),
         ("Networks", f"{', '.join(c.networks.architectures)}; width {c.networks.width}"),
         ("Augmentation", c.networks.augment),
     ]  # fmt: skip

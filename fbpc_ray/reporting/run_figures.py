@@ -36,7 +36,7 @@ def over_time(run: RunDirectory, labels: Tensor, classes: tuple[str, ...], title
     return True
 
 
-NATS, MAP, SCORE = "nats an image", "steps of the MAP solve", "validation accuracy"
+NATS, MAP, SCORE = "nats per image", "steps of the MAP solve", "validation accuracy"
 COURSES = (
     ("loss", NATS, (("loss", False),)),
     ("terms of the loss: E_x solid, E_u dashed", NATS, (("expected_x", False), ("expected_u", True))),

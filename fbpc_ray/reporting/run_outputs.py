@@ -63,7 +63,7 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
     """Draw the images, and what the steps did to them."""
     session, run, d = live.session, live.run, live.session.config.distillation
     dataset, labels = session.dataset, session.labels
-    title = f"{d.method}, {dataset.name}, {d.ipc} a class, step {state.step}"
+    title = f"{d.method}, {dataset.name}, {d.ipc} per class, step {state.step}"
     image_grids.coreset_grid(pixels_of(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
     if rows:
         title = f"real images, before step 1 of {d.method}"

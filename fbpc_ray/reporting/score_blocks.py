@@ -67,7 +67,8 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     first = runs[0]
     e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
     protocol = protocols.of_result(first.result, e)
-    how = f"Bayesian networks sampled by SGHMC on each coreset, {e.chain_epochs:,} epochs a chain (protocol {protocol})"
+    length = f"{e.chain_epochs:,} epochs per chain"
+    how = f"Bayesian networks sampled by SGHMC on each coreset, {length} (protocol {protocol})"
     noun = "chain"
     if e.inference != "sghmc":
         how = f"Networks trained on each coreset by squared loss, {e.net_steps:,} steps, with --inference {e.inference}"
@@ -204,7 +205,7 @@ Point = tuple[str, int, tuple[float, float] | None]
 
 
 def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
-    """Draw scores and cost against images a class, and cost against networks, if the runs differ."""
+    """Draw scores and cost against images per class, and cost against networks, if the runs differ."""
     several_data = len({run.result["data"] for run in runs}) > 1
     scored: dict[str, list[Point]] = {"accuracy": [], "nll": []}
     by_ipc, by_networks = list[Point](), list[Point]()
@@ -220,13 +221,13 @@ def curve_charts(runs: Sequence[EndedRun]) -> list[Block]:
         by_networks.append((f"{run.method}{data}", len(run.config.networks.architectures), cost))
     blocks: list[Block] = []
     panels = [(PRINTED[quantity].label, _lines(points)) for quantity, points in scored.items()]
-    panels = [(name, lines) for name, lines in (*panels, ("seconds a step", _lines(by_ipc))) if lines]
+    panels = [(name, lines) for name, lines in (*panels, ("seconds per step", _lines(by_ipc))) if lines]
     if panels:
-        png = png_of(lambda path: comparison.curves(panels, "images a class", path))
-        caption = "Against the number of images a class: means, and standard deviations over networks and chains."
+        png = png_of(lambda path: comparison.curves(panels, "images per class", path))
+        caption = "Against the number of images per class: means, and standard deviations over networks and chains."
         blocks.append(Picture(png, "00-by-ipc", caption))
     if lines := _lines(by_networks):
-        png = png_of(lambda path: comparison.curves([("seconds a step", lines)], "networks distilled on", path))
+        png = png_of(lambda path: comparison.curves([("seconds per step", lines)], "networks distilled on", path))
         blocks.append(Picture(png, "00-by-networks", "What a step costs (median), against the number of networks."))
     return blocks
 

@@ -34,7 +34,7 @@ class OutsideCoreset(NamedTuple):
 
     @property
     def ipc(self) -> float:
-        """Return its images a class."""
+        """Return its images per class."""
         return len(self.coreset.labels) / len(self.coreset.classes)
 
     @property
@@ -45,7 +45,7 @@ class OutsideCoreset(NamedTuple):
         return f"outside-{slug(self.name)}-{hashlib.sha256(own + of_map.encode()).hexdigest()[:16]}"
 
     def cells(self, other: Cell) -> list[Cell]:
-        """Return a cell for every inference, at the images a class of the coreset, and else as `other` is."""
+        """Return a cell for every inference, at the images per class of the coreset, and else as `other` is."""
         config = other.config.updated(ipc=math.ceil(self.ipc), method="random", seed=0)
         return [
             Cell(self.name, f"ipc {self.ipc:g}, {column}", grid.judged_by(config, column), other.judged_on)

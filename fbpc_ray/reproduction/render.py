@@ -185,7 +185,7 @@ BY_IPC = re.compile(r"(?:(.*) )?ipc (\d+)")
 
 
 def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
-    """Draw scores or costs against images a class. Return False, and draw nothing, for one ipc."""
+    """Draw scores or costs against images per class. Return False, and draw nothing, for one ipc."""
     shape, paper, panels = TABLES[table], PAPER.get(table, {}), []
     if shape.kind not in ("scores", "cost"):
         return False
@@ -202,7 +202,7 @@ def over_ipc(table: str, scale: str, rows: list[Row], path: Path) -> bool:
         if drawn:
             panels.append((SHOWN[quantity].label, drawn))
     if panels:
-        curves(panels, "images a class", path, _title(table, scale))
+        curves(panels, "images per class", path, _title(table, scale))
     return bool(panels)
 
 

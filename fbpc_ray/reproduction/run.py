@@ -338,7 +338,7 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         task = tasks[0]
         pseudocoreset = coreset.load(RunDirectory(task.coreset).coreset_path)
         pixels = denormalise(pseudocoreset.images, pseudocoreset.mean, pseudocoreset.std).numpy()
-        title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} a class"
+        title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} per class"
         image_grids.coreset_grid(pixels, pseudocoreset.labels.numpy(), pseudocoreset.classes, image, title)
     else:
         picture(options.table, options.scale, rows, image)

@@ -36,9 +36,9 @@ class Scale(NamedTuple):
     most_steps: int | None
     """Upper bound of --steps; if set, --start-epoch is lowered to the last epoch but one."""
     ipc: tuple[int, ...]
-    """Images a class, for tables over several sizes."""
+    """Images per class, for tables over several sizes."""
     one_ipc: int
-    """Images a class, for tables of one size."""
+    """Images per class, for tables of one size."""
     distill_seeds: int
     num_chains: int
     extra_images: int
@@ -72,7 +72,7 @@ class Request(NamedTuple):
     sources: dict[str, str]
     """{cifar10 | cifar100 | tiny-imagenet: a value of --data}."""
     ipc: tuple[int, ...]
-    """Images a class; empty for those of the scale."""
+    """Images per class; empty for those of the scale."""
     overrides: dict[str, Any]
     """Flags that change every cell, applied last."""
     base: Config
@@ -230,7 +230,7 @@ TABLES: dict[str, Table] = {
     "table6": Table("Table 6: FBPC distilled on ResNet18, alone and with ConvNet", "scores", SCORES, _table6),
     "table7": Table("Table 7: peak memory of a step, over networks", "cost", ("peak_gb", "parameters"), _table7),
     "table8": Table("Table 8: peak memory of a step, over ipc", "cost", ("peak_gb",), _costs_by_ipc),
-    "table9": Table("Table 9: seconds a step, over ipc", "cost", ("seconds",), _costs_by_ipc),
+    "table9": Table("Table 9: seconds per step, over ipc", "cost", ("seconds",), _costs_by_ipc),
     "table10": Table("Table 10: with and without DSA", "scores", SCORES, _table10),
     "fig2a": Table("Fig. 2a: distilled on one or four norms, judged on each", "scores", SCORES, _fig2a),
     "fig2b": Table("Fig. 2b: function values at one image, over networks", "logits", ("logit",), _fig2b),

@@ -1,6 +1,6 @@
 """MLflow model of posterior samples; MLflow copies this file into the model and runs it on loading.
 
-In: images (n, c, h, w) uint8, as they are in an image file. Out: one row an image, its most probable class, the
+In: images (n, c, h, w) uint8, as they are in an image file. Out: one row per image, its most probable class, the
 probabilities of all classes, entropy and mutual information (nats). Weights come from a safetensors file: there is no
 pickle in the model, and MLflow's own rule holds that who loads a model runs its code.
 """

@@ -80,7 +80,7 @@ def description_tag(
     of the protocol."""
     d, protocol = config.distillation, protocols.name_of(config.evaluation)
     spread = "mean +- standard deviation over chains" + (f", protocol {protocol}" if protocol else "")
-    text = f"{d.method} on {data}, {d.ipc} a class; {spread}:\n\n{results.table(scores, markdown_table)}"
+    text = f"{d.method} on {data}, {d.ipc} per class; {spread}:\n\n{results.table(scores, markdown_table)}"
     if calibrated:
         text += f"\n\nprotocol calibrated ({calibrated.flags}, chosen on the validation split):\n\n"
         text += results.table(calibrated.result.scores, markdown_table)

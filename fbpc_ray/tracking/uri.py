@@ -15,7 +15,7 @@ SQLITE = "sqlite:///"
 TRAINING = "workflowType=machine_learning"
 """What makes MLflow show the pages of trained models, not those of language models, which it begins with."""
 VIEW = "fbpc"
-"""Key of the shared view of an experiment's runs, whose columns are test scores, method, data and images a class."""
+"""Key of the shared view of an experiment's runs, whose columns are test scores, method, data and images per class."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Tag of an experiment that holds the view."""
 PORT = 5000

@@ -197,7 +197,7 @@ class SweepMonitor:
         run, d = RunDirectory(place(config.output.out)), config.distillation
         first, labels = initial_state(dataset, d.ipc, d.seed)
         state, _ = run.restore(labels, dataset.image_shape) or (first, [])
-        title = f"trial {outcome.number}, {dataset.name}, {d.ipc} a class, step {state.step}"
+        title = f"trial {outcome.number}, {dataset.name}, {d.ipc} per class, step {state.step}"
         images = denormalise(coreset_images(state), dataset.mean, dataset.std).numpy()
         image_grids.coreset_grid(images, labels.numpy(), dataset.classes, run.picture_path, title)
         return run.picture_path

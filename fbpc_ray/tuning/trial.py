@@ -264,7 +264,7 @@ def rank(outcomes: Sequence[Outcome], metric: str) -> list[Outcome]:
 
 
 def table_rows(outcomes: Sequence[Outcome], flags: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a trial: number, status, own flags and last scores."""
+    """Return one row per trial: number, status, own flags and last scores."""
     return [
         {
             "trial": outcome.number, "ended": outcome.status, "step": outcome.last.step if outcome.last else 0,

@@ -236,9 +236,9 @@ def test_a_plan_says_what_a_run_would_do(small, digits, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "digits: 10 classes of grey images, 8x8 pixels" in text
     train, test = (np.bincount(split.labels) for split in (digits.train, digits.test))
-    assert f"1,437 training images, {train.min()} to {train.max()} a class; no validation images" in text
-    assert f"360 test images, {test.min()} to {test.max()} a class" in text
-    assert re.search(r"^coreset +10 images, 1 a class, by fbpc$", text, re.M)
+    assert f"1,437 training images, {train.min()} to {train.max()} per class; no validation images" in text
+    assert f"360 test images, {test.min()} to {test.max()} per class" in text
+    assert re.search(r"^coreset +10 images, 1 per class, by fbpc$", text, re.M)
     assert re.search(r"convnet-in: 1,\d\d\d parameters, width 8, depth 2", text)
     assert re.search(r"^experts +\S.* 4 experts to train, 0 are in 2 folders$", text, re.M)
     assert re.search(r"^distillation +\S.* 4 steps, each with 2 MAP solves of about \d+ Adam steps", text, re.M)
@@ -253,7 +253,7 @@ def test_a_plan_says_what_a_run_would_do(small, digits, tmp_path, capsys):
 
 
 def test_a_plan_ends_with_the_error_of_the_run(images, capsys):
-    """More images a class than there are: the plan comes first, then the line that the run would give."""
+    """More images per class than there are: the plan comes first, then the line that the run would give."""
     line = refused(capsys, "--data", f"folder:{images}", "--ipc", "12", "--dry-run", "--backend", "serial")
     assert "has 9 images, ipc is 12: lower --ipc" in line
 
@@ -286,7 +286,7 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
 
 
 def test_experts_are_those_of_a_distillation_of_as_many_images(images, capsys, monkeypatch):
-    """A limit of time that width 128 meets with one image a class, and not with nine."""
+    """A limit of time that width 128 meets with one image per class, and not with nine."""
     facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)
     wide = [sizes.estimate(facts._replace(ipc=ipc), sizes.LADDER[-2], "cpu").total for ipc in (1, 9)]
     monkeypatch.setitem(sizes.LEVELS, "laptop", sizes.LEVELS["laptop"]._replace(seconds=sum(wide) / 2))

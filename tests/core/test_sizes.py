@@ -25,7 +25,7 @@ def settings(facts: Facts, level: Level = LAPTOP) -> dict[str, float]:
 
 
 def test_a_small_data_set_on_two_cores():
-    """240 images, three classes. Batches of 16 make 15 SGD steps an epoch, ten epochs 150, two of them 30; alpha is
+    """240 images, three classes. Batches of 16 make 15 SGD steps per epoch, ten epochs 150, two of them 30; alpha is
     20 x m = 60, since the run is short; everything else is a rung of the ladder and the paper's rates."""
     assert settings(MINE) == {
         "width": 32, "expert_count": 5, "expert_epochs": 10, "expert_batch_size": 16, "expert_lr": 0.05,
@@ -50,7 +50,7 @@ def test_one_core_takes_a_smaller_rung():
         # 100 classes: the paper's rates for CIFAR-100, and its alpha.
         (Facts(50000, 100, (3, 32, 32), 10000),
          {"lambda_x": 0.1, "lambda_u": 0.1, "alpha": 1000.0, "batch_size": 100, "width": 16}),
-        # Ten images a class: m = 30.
+        # Ten images per class: m = 30.
         (MINE._replace(ipc=10), {"batch_size": 30, "alpha": 600.0, "start_epoch": 4, "expert_epochs": 8}),
         (MINE._replace(ipc=50), {"gamma": 0.2, "batch_size": 100}),
         # 64 images a colour channel of 8x8: 1/16 of the pixels of CIFAR.

@@ -71,7 +71,7 @@ def test_bfloat16_tensors_are_read():
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_pictures_of_more_than_8_bits_are_refused_as_in_files(dtype):
     deep = [Image.fromarray((image[..., 0].astype(np.uint16) * 257).astype(dtype)) for image in IMAGES]
-    assert "only 8 bits a channel" in refusal(from_python, pairs(deep, LABELS.tolist()))
+    assert "only 8 bits per channel" in refusal(from_python, pairs(deep, LABELS.tolist()))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])

@@ -27,7 +27,7 @@ def refusal(path: Path) -> str:
 
 
 def write(folder: Path, *names: str, flip: bool = False) -> Path:
-    """A file of 4 images a class for each name; other images in each."""
+    """A file of 4 images per class for each name; other images in each."""
     for index, name in enumerate(names):
         data = rows(4, 10 * index + 1000 * len(list(folder.glob("*"))))
         write_table(folder / f"{name}.parquet", [(image, 1 - label if flip else label) for image, label in data])
@@ -322,6 +322,6 @@ def test_colour_images_of_16_bits_give_their_upper_8_with_a_note_and_dark_ones_a
     write_table(tmp_path / "test.parquet", bright)
     data = read(tmp_path)
     np.testing.assert_array_equal(data.train.images[3], picture(0, 3).transpose(2, 0, 1))
-    assert "10 of 10 images have 16 bits a channel" in data.notes[0]
+    assert "10 of 10 images have 16 bits per channel" in data.notes[0]
     write_table(tmp_path / "train.parquet", [(png_of_16_bits(each // 4), n % 2) for n, each in pixels.items()])
-    assert "16 bits a channel" in refusal(tmp_path) and "scale" in refusal(tmp_path)
+    assert "16 bits per channel" in refusal(tmp_path) and "scale" in refusal(tmp_path)

@@ -67,7 +67,7 @@ def test_gradient_equals_the_plain_reference(setting, architecture, step):
 
 @pytest.mark.parametrize(("window", "batches"), [(1, 3), (4, 12)])
 def test_gamma_is_compared_with_the_mean_of_whole_passes(setting, window, batches, monkeypatch):
-    """20 images in batches of 8 are three batches a pass, the last one of four images."""
+    """20 images in batches of 8 are three batches per pass, the last one of four images."""
     config, digits, real, state, labels = setting
     solves = []
 

@@ -78,7 +78,7 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
 
 
 def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
-    """1,437 images in batches of 256 are 6 steps an epoch: 12 in two epochs, and 102 in 17."""
+    """1,437 images in batches of 256 are 6 steps per epoch: 12 in two epochs, and 102 in 17."""
     lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=2, expert_batch_size=256), digits)
     notes = [line for line in lines if "too few to learn" in line]
     assert len(notes) == 1

@@ -136,7 +136,7 @@ def test_a_longer_trajectory_begins_like_the_shorter(data):
 
 
 def test_batchnorm_buffers_are_part_of_every_state(data):
-    """Peers lost them. They begin at 0 and 1, move with every epoch, and count 5 batches an epoch."""
+    """Peers lost them. They begin at 0 and 1, move with every epoch, and count 5 batches per epoch."""
     states = snapshots(network("convnet-bn"), data)
     mean, variance, count = (f"features.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked"))
     assert torch.equal(states[0][mean], torch.zeros(8))

@@ -39,7 +39,7 @@ def test_samples_are_the_states_after_every_tenth_epoch(network, two_per_class: 
 
 
 def test_an_epoch_is_a_pass_over_the_coreset_whatever_the_batch(network, two_per_class: Pair):
-    """Without noise, prior or augmentation, batches of 7 of 20 images take 3 steps an epoch: 3 SGD steps by hand."""
+    """Without noise, prior or augmentation, batches of 7 of 20 images take 3 steps per epoch: 3 SGD steps by hand."""
     settings = replace(
         SETTINGS,
         chain_full_batch=10,
@@ -220,7 +220,7 @@ def test_a_chain_that_explodes_says_so(network, two_per_class: Pair, digits):
 
 
 def test_training_on_more_real_images_scores_better(small, digits):
-    """10 images a class against 1, with chains of 200 epochs: the sampler learns something from its data."""
+    """10 images per class against 1, with chains of 200 epochs: the sampler learns something from its data."""
     spec = session.network_specs(small, digits)[0]
     accuracy = []
     for ipc in (1, 10):

@@ -96,7 +96,7 @@ def test_minibatches_stop_on_the_mean_loss_of_a_whole_pass():
 
 
 def test_no_solve_converges_before_a_whole_pass():
-    """20 batches a pass, as Tiny-ImageNet has at ten images a class: losses of 0 in the first 19 don't end the solve.
+    """20 batches per pass, as Tiny-ImageNet has at ipc 10: losses of 0 in the first 19 don't end the solve.
 
     A window that is filled beforehand, with zeros or with the first loss, would converge after the first batch. The
     20th loss, 1.2, keeps the mean of a pass at .06, above gamma, until the 39th; that of batches 21 to 40 is 0.

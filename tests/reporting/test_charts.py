@@ -104,7 +104,7 @@ def test_reliability_is_readable_for_any_number_of_coresets(drawn, tmp_path, cou
     """One panel a coreset, four a row; long names are cut, `$` and `_` are no mathematics; counts share their scale."""
     names = ["random", "fbpc", "bpc-fkl_$1$ on convnet-in and resnet18-in and more", "d", "e", "f"]
     many = {name: stats(1 + i, n=300 + i, seed=i) for i, name in enumerate(names[:count])}
-    reliability.reliability_diagram(many, tmp_path / "r.png", "CIFAR-10, 1 image a class, 3 chains of $m$")
+    reliability.reliability_diagram(many, tmp_path / "r.png", "CIFAR-10, 1 image per class, 3 chains of $m$")
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == 2 * count
     shown = [axes.get_title().split("\n")[0] for axes in drawn[0].axes if axes.get_title()]
@@ -193,7 +193,7 @@ def test_the_course_of_a_run_is_readable(drawn, tmp_path, points, networks):
     names = [f"mypackage.networks:build_{index}" if networks > 4 else f"convnet-{index}" for index in range(networks)]
     values = {name: (1e3 * rng.random(points)).tolist() for name in names}
     lines = [(name, at, values[name], False) for name in names]
-    courses = [steps.Course(f"quantity {i}", "nats an image", lines, counts=i == 2) for i in range(3)]
+    courses = [steps.Course(f"quantity {i}", "nats per image", lines, counts=i == 2) for i in range(3)]
     steps.over_steps(courses, tmp_path / "c.png", "a title of some length, as runs have them, over the steps")
     assert_readable(drawn[0])
     first = drawn[0].axes[0].lines
@@ -230,7 +230,7 @@ def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
     ]
     shown = [(f"quantity {index}", curves) for index in range(panels)]
     title = "Table 2: test accuracy and NLL, CIFAR100 and Tiny-ImageNet, and more words (small\u00a0scale)"
-    comparison.curves(shown, "images a class", tmp_path / "c.png", title)
+    comparison.curves(shown, "images per class", tmp_path / "c.png", title)
     assert_readable(drawn[0])
     assert len(drawn[0].axes) == panels
     for axes in drawn[0].axes:
@@ -246,9 +246,9 @@ def test_curves_are_the_points_and_are_readable(drawn, tmp_path, panels, lines):
 
 def test_curves_of_many_sizes_leave_out_names_without_room(drawn, tmp_path):
     points = [(float(x), float(x), 0.0) for x in (1, 2, 9, 10, 49, 50)]
-    comparison.curves([("accuracy %", [comparison.Curve("fbpc", points)])], "images a class", tmp_path / "c.png")
+    comparison.curves([("accuracy %", [comparison.Curve("fbpc", points)])], "images per class", tmp_path / "c.png")
     assert_readable(drawn[0])
     names = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
     assert names == ["1", "2", "10", "50"]
     with pytest.raises(ValueError, match="no values"):
-        comparison.curves([("accuracy %", [])], "images a class", tmp_path / "no.png")
+        comparison.curves([("accuracy %", [])], "images per class", tmp_path / "no.png")

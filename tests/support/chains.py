@@ -27,7 +27,7 @@ def context_of(
 
 
 def brief_context(dataset: Dataset, inference: str) -> EvaluationContext:
-    """Collect what an evaluation by `inference` on two real images a class shares, with the settings `BRIEF`."""
+    """Collect what an evaluation by `inference` on two real images per class shares, with the settings `BRIEF`."""
     real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     images, labels = real.batch(balanced(real.labels, 2, dataset.classes, generator(0)))
     settings = Evaluation(**{**BRIEF.__dict__, "inference": inference})

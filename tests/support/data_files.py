@@ -41,7 +41,7 @@ def write_classes(root: Path, names: Iterable[str] = ("a", "b"), count: int = 4,
 
 
 def write_splits(root: Path, train: str = "train", test: str = "test", names: Sequence[str] = ("a", "b")) -> Path:
-    """4 images a class in root/TRAIN and 3 in root/TEST."""
+    """4 images per class in root/TRAIN and 3 in root/TEST."""
     write_classes(root / train, names)
     write_classes(root / test, names, 3, first=50)
     return root

@@ -20,7 +20,7 @@ def sgd_on_quadratic(theta: Tensor, optimum: Tensor, hessian: Tensor, learning_r
 def cross_entropy_potential(
     forward: Callable[[dict[str, Tensor], Tensor], Tensor], weight_decay: float
 ) -> Callable[[dict[str, Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """U of Eq. 27, () nats an image: -1/m sum_i log softmax(f(x_i))[y_i] + weight_decay / 2 |theta|^2."""
+    """U of Eq. 27, () nats per image: -1/m sum_i log softmax(f(x_i))[y_i] + weight_decay / 2 |theta|^2."""
 
     def potential(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

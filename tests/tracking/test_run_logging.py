@@ -56,7 +56,7 @@ def test_the_rows_of_a_run_give_the_metrics_of_all_its_steps():
 def test_the_description_is_a_markdown_table():
     text = run_logging.description_tag(Config(), "digits", SCORES[:2])["mlflow.note.content"]
     assert text == (
-        "fbpc on digits, 1 a class; mean +- standard deviation over chains, protocol paper:\n\n"
+        "fbpc on digits, 1 per class; mean +- standard deviation over chains, protocol paper:\n\n"
         "| architecture | coreset | accuracy % | NLL | ECE | Brier |\n"
         "|---|---|---|---|---|---|\n"
         "| a | random | 25.0 +- 0.0 | 0.750 +- 0.000 | 0.125 +- 0.000 | 0.500 +- 0.000 |\n"

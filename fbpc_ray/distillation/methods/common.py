@@ -27,7 +27,7 @@ class GradientStats:
     """What one gradient reports of itself; None where a method has no such quantity."""
 
     loss: float
-    """The method's divergence, or an unbiased part of it: nats an image for fbpc and bpc-fkl."""
+    """The method's divergence, or an unbiased part of it: nats per image for fbpc and bpc-fkl."""
     expected_x: float | None = None
     expected_u: float | None = None
     """The two terms whose difference is the loss."""
@@ -127,7 +127,7 @@ class CoresetLabels(NamedTuple):
         return (self.targets,) if self.targets.requires_grad else ()
 
     def entropy(self, size: int) -> float:
-        """Return the least mean cross-entropy there is, nats an image: mean over batches of `size`, as in solves."""
+        """Return the least mean cross-entropy there is, nats per image: mean over batches of `size`, as in solves."""
         if not self.learned:
             return 0.0
         each = torch.special.entr(self.fixed).sum(1)

@@ -55,7 +55,7 @@ def gradient(
     With `soft_labels` (m, d) the MAP solve, the K steps on u and Eq. 17 take their softmax as labels, gamma is what the
     solve's loss may be above their entropy, and the gradient by them is that of inference/divergence.py.
 
-    Its stats: the two terms of Eq. 17 and their difference, nats an image; the means of diag Psi, squared logits; the
+    Its stats: the two terms of Eq. 17 and their difference, nats per image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
     network, settings, augment = context.network, context.settings, context.augment

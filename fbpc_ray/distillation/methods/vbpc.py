@@ -85,7 +85,7 @@ def _real_batch(context: GradientContext, step: int) -> Batch:
 def vbpc_loss(
     layer: LastLayer, features: Tensor, labels: Tensor, soft_labels: Tensor, settings: Distillation, count: int
 ) -> Terms:
-    """Return the negative evidence bound of `count` real images, nats an image, by a batch of them."""
+    """Return the negative evidence bound of `count` real images, nats per image, by a batch of them."""
     mean, variance = last_layer.predictive(layer, features)
     expected = cross_entropy(last_layer.mean_field_logits(mean, variance), labels)
     kl = last_layer.kl_to_prior(layer)

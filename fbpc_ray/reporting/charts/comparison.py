@@ -80,7 +80,7 @@ class Curve(NamedTuple):
 
 
 def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Place, title: str = "") -> None:
-    """Write a PNG with a panel for each (quantity, curves) against `across`, such as images a class.
+    """Write a PNG with a panel for each (quantity, curves) against `across`, such as images per class.
 
     Curves of one label have one style in all panels; marks are diamonds of the same colour.
 
