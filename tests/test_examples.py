@@ -38,8 +38,8 @@ def test_own_images_and_an_own_network(tmp_path):
     assert (tmp_path / "experts" / "shapes").is_dir()
 
 
-def test_strange_images(tmp_path):
-    """Two coresets, four kinds of strange images, two AUROCs with their ranges over the chains."""
+def test_ood_images(tmp_path):
+    """Two coresets, four kinds of out-of-distribution images, two AUROCs with their ranges over the chains."""
     output = output_of(tmp_path, "ood.py", "--steps", "2", "--chains", "2")
     value = r"([\d.]+) \(([\d.]+)-([\d.]+)\)"
     rows = {(row[0], row[1]): [float(number) for number in row[2:]]

@@ -176,7 +176,7 @@ def test_no_evaluation_overwrites_another(finished_run, tmp_path, monkeypatch):
     assert sorted(files()) == ["002-test-convnet-in.json", "003-test-convnet-in.json"]
 
 
-def test_evaluate_tells_strange_images(finished_run, digits, capsys, tmp_path):
+def test_evaluate_scores_ood_images(finished_run, digits, capsys, tmp_path):
     """Against the data itself the AUROC is exactly 1/2; images of another size ask for --ood-resize, and get it."""
     large = {f"x_{part}": getattr(digits, part).images[:50, 0].repeat(2, 1).repeat(2, 2) for part in ("train", "test")}
     labels = {f"y_{part}": getattr(digits, part).labels[:50] for part in ("train", "test")}
@@ -188,9 +188,9 @@ def test_evaluate_tells_strange_images(finished_run, digits, capsys, tmp_path):
     assert outcome["ood_auroc_entropy"] == outcome["ood_auroc_mutual_information"] == [0.5]
     assert "OOD entropy" in capsys.readouterr().out
     assert len(list((finished_run / "evaluations").glob("*entropy.png"))) == 4  # two coresets on two networks
-    strange = f"npz:{tmp_path / 'large.npz'}"
-    assert "--ood-resize" in refused(capsys, *base[1:], strange, command="evaluate")
-    main.main([*base, strange, "--ood-resize"])
+    other = f"npz:{tmp_path / 'large.npz'}"
+    assert "--ood-resize" in refused(capsys, *base[1:], other, command="evaluate")
+    main.main([*base, other, "--ood-resize"])
     outcome = json.loads((tmp_path / "r.json").read_text())["coresets"]["fbpc"]["convnet-in"]
     assert 0 < outcome["ood_auroc_entropy"][0] < 1 != outcome["ood_auroc_entropy"][0] * 2
 

@@ -3,6 +3,8 @@
 import errno
 import os
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from support.image_files import write_parquet
 
 from fbpc_ray.data import datasets, image_cache, parquet
+from fbpc_ray.data.resize import Resizing
 
 COUNT = 6
 
@@ -146,3 +149,43 @@ def test_nothing_is_kept_of_a_source_that_changes_while_it_is_decoded(tmp_path, 
     monkeypatch.setattr(parquet, "decode", change)
     assert len(parquet.parquet(file).parts["train"].images) == COUNT
     assert not folder.exists()
+
+
+SOURCES = ("one.parquet", "two.parquet")
+CHANGES: dict[str, dict[str, Any]] = {
+    "order of the files": {"sources": SOURCES[::-1]},
+    "column": {"column": "picture"},
+    "origin, which notes name": {"origin": "another"},
+    "size": {"resizing": Resizing(3, "crop")},
+    "way of resizing": {"resizing": Resizing(2, "stretch")},
+}
+
+
+def name_of(folder: Path, *, sources=SOURCES, column="image", origin="mine", resizing=Resizing(2, "crop")):  # noqa: B008
+    return image_cache._checksum([folder / source for source in sources], column, origin, resizing)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for source in SOURCES:
+        (tmp_path / source).write_text(source)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_name_holds_each_argument_of_the_decoding(sources, change):
+    assert name_of(sources, **CHANGES[change]) != name_of(sources)
+
+
+def test_the_name_holds_the_versions_of_pillow_and_of_its_codecs_and_our_code(sources, monkeypatch):
+    """Another libjpeg, or another commit of ours, may decode to other pixels."""
+    names = {name_of(sources)}
+    for target, attribute, value in (
+        (image_cache.PIL, "__version__", "0.1"),
+        (image_cache.features, "version", lambda codec: "0.1" if codec == "jpg" else None),
+        (image_cache.inspect, "getsource", lambda module: module.__name__),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, attribute, value)
+            names.add(name_of(sources))
+    assert len(names) == 4

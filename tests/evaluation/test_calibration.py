@@ -76,3 +76,23 @@ def test_a_setting_that_diverged_is_not_chosen():
     assert calibration.best_of(tried) is tried[2]
     with pytest.raises(UserError, match="all chains diverged"):
         calibration.best_of(tried[:1])
+
+
+@pytest.mark.parametrize(("names", "choosing"), [(["fbpc", "random"], ["fbpc"]), (["random"], ["random"])])
+def test_random_images_choose_no_setting_of_a_coreset(monkeypatch, names, choosing):
+    """They would choose a prior for themselves; the chosen settings score all coresets on the test split."""
+    calls = []
+
+    def evaluate(coresets, specs, dataset, split, config, workers, log):
+        calls.append((list(coresets), split, config.evaluation.chain_weight_decay))
+        values = {name: abs(config.evaluation.chain_weight_decay - 0.5) for name in MAIN_QUANTITIES}
+        return EvaluationResult([ChainScore(name, "a", 0, values) for name in coresets], (), {}, {}, {}, [])
+
+    monkeypatch.setattr(calibration, "evaluate", evaluate)
+    monkeypatch.setattr(calibration, "TEMPERATURES", (0.0,))
+    monkeypatch.setattr(calibration, "PRIORS", (0.5, 3.0))
+    dataset: Any = SimpleNamespace(validation=SimpleNamespace(labels=range(100)))
+    config = Config().updated(chain_d=0.0, chain_weight_decay=0.25)
+    coresets: Any = dict.fromkeys(names)
+    calibration.calibrated(coresets, [], dataset, "test", config, cast(Any, None), lambda line: None)
+    assert calls == [*((choosing, "validation", decay) for decay in (0.25, 0.5, 3.0)), (names, "test", 0.5)]

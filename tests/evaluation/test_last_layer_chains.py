@@ -229,3 +229,33 @@ def test_soft_labels_are_the_targets_of_networks(digits, coreset):
     chain_context = context(digits, coreset, SETTINGS, soft.numpy())
     data = targets_of(chain_context, Chain("x", spec_of(digits), 0), "cpu")
     assert torch.equal(data.targets, torch.cat([soft, soft]))
+
+
+def test_every_member_and_seed_has_random_batches_of_its_own(digits, coreset, monkeypatch):
+    """Of a coreset too large for whole batches: members of an ensemble would otherwise differ by their start alone."""
+    settings = replace(SETTINGS, net_mirror=False, net_steps=3, chain_full_batch=10, chain_batch_size=5)
+    spec, batches = spec_of(digits), list[bytes]()
+
+    def step(network, state, batch, learning_rate):
+        batches.append(batch.images.numpy().tobytes())
+        return state
+
+    monkeypatch.setattr(last_layer.last_layer, "train_step", step)
+    data = targets_of(context(digits, coreset, settings), Chain("x", spec, 0), "cpu")
+    for seed, member in ((0, 0), (0, 1), (1, 0)):
+        trained(Network(spec), data, settings, seed, member)
+    assert len(set(batches)) == len(batches) == 9
+
+
+@pytest.mark.parametrize("inference", ["mse", "ensemble", "last-layer"])
+def test_a_saved_ensemble_predicts_as_the_networks_were_scored(digits, coreset, inference):
+    """BatchNorm's statistics are those of the coreset with its mirror images, which the networks were trained on."""
+    settings = replace(SETTINGS, inference=inference)
+    spec, images = spec_of(digits, "convnet-bn"), digits.test.images[:50]
+    shared, chain = context(digits, coreset, settings), Chain("x", spec, 0)
+    predictor = last_layer.fitted(shared, chain, "cpu")
+    assert predictor is not None
+    real = DeviceDataset(*tensors(digits.test, "cpu"), digits.mean, digits.std)
+    expected = probabilities(predictor.logits(real.batch(torch.arange(50)).images))
+    ensemble = last_layer.gathered(Network(spec), predictor.samples, coreset, settings)
+    torch.testing.assert_close(ensemble.predict(images).probabilities, expected, rtol=1e-5, atol=1e-6)

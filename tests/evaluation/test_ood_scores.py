@@ -10,24 +10,26 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.ood import ood_split
-from fbpc_ray.evaluation.chains import Chain, posterior_samples, quantities, run_chain, values
+from fbpc_ray.evaluation.chains import Chain, ChainResult, posterior_samples, quantities, run_chain, values
+from fbpc_ray.evaluation.evaluate import collect
 from fbpc_ray.evaluation.scoring import predictive
-from fbpc_ray.inference.metrics import batch_nll
+from fbpc_ray.inference.metrics import Scores, batch_nll, predictive_stats
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
+from fbpc_ray.models.functional import specify
 from fbpc_ray.models.passes import Passes
 
 
 def noise(digits, shape=(1, 8, 8), count=70):
-    """A data set whose test images are noise; of digits' sort but for their shape."""
+    """A data set whose test images are noise; of the form of digits, unless `shape` is another."""
     images = torch.randint(256, (count, *shape), generator=generator(4), dtype=torch.uint8).numpy()
     return digits._replace(name="noise", test=Split(images, np.arange(count)))
 
 
-def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, digits):
+def test_values_of_a_chain_with_ood_images(network, two_per_class: Pair, digits):
     """By hand from the samples: the lineage's NLL in the order of the split, and how entropy and mutual information
-    rank noise above digits. The scores are those without strange images."""
-    strange = ood_split(digits, noise(digits))
-    context = context_of(digits, "test", SETTINGS, *arrays(two_per_class), strange)
+    rank noise above digits. The scores are those without those images."""
+    outside_split = ood_split(digits, noise(digits))
+    context = context_of(digits, "test", SETTINGS, *arrays(two_per_class), outside_split)
     chain = Chain("x", network.spec, 0)
     outcome = values(run_chain(context, chain, "cpu"))
     assert tuple(outcome) == quantities(context)
@@ -37,7 +39,7 @@ def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, dig
         predictive(
             Passes(network), samples, two_per_class[0], DeviceDataset(*tensors(split, "cpu"), digits.mean, digits.std)
         )
-        for split in (digits.test, strange)
+        for split in (digits.test, outside_split)
     )
     assert len(inside.uncertainty.entropy) == len(digits.test.labels)
     assert len(outside.uncertainty.entropy) == 70
@@ -55,7 +57,7 @@ def test_values_of_a_chain_with_strange_images(network, two_per_class: Pair, dig
     assert alone == {name: outcome[name] for name in alone}
 
 
-def test_strange_images_are_fitted_or_refused(digits):
+def test_ood_images_are_fitted_or_refused(digits):
     """Grey ones are repeated for networks that see three channels; other sizes are resized where that is asked for, to
     the mean of four pixels at half the size; colour where the networks see grey, and other sizes, are refused."""
     same_kind = ood_split(digits, noise(digits))
@@ -82,3 +84,20 @@ def test_strange_images_are_fitted_or_refused(digits):
     ramp = noise(digits, (1, 16, 16))
     ramp.test.images[:] = 8 * np.arange(16)
     assert ood_split(digits, ramp, resize=True).images[0, 0, 0, 1:-1].tolist() == [16 * i + 4 for i in range(1, 7)]
+
+
+def test_the_histogram_shows_the_uncertainty_of_the_first_chain():
+    """Not of the last one: an evaluation of more chains keeps its picture."""
+
+    def of(value: float) -> Uncertainty:
+        return Uncertainty(torch.full((3,), value).double(), torch.zeros(3).double())
+
+    spec = specify("convnet", (1, 8, 8), 10, 8, 0)
+    stats = predictive_stats(torch.full((3, 10), 0.1).double().log(), torch.tensor([0, 1, 2]))
+    results = [
+        ChainResult(stats, 1.0, in_distribution=of(seed), out_of_distribution=of(seed + 0.5)) for seed in range(3)
+    ]
+    evaluation = collect([Chain("x", spec, seed) for seed in range(3)], results, Scores._fields)
+    ((key, (inside, outside)),) = evaluation.uncertainty.items()
+    assert key == ("x", "convnet-in") and (inside.entropy == 0).all() and (outside.entropy == 0.5).all()
+    assert evaluation.stats[key].examples == 9

@@ -68,17 +68,17 @@ def test_parts_put_together_are_the_whole():
 def test_auroc_counts_pairs_and_half_of_ties(levels):
     """Against all pairs, one by one, and against sklearn: with many ties, and with few."""
     source = torch.Generator().manual_seed(levels)
-    familiar = torch.randint(levels, (60,), generator=source).double()
-    strange = torch.randint(levels, (45,), generator=source).double() + levels // 4
-    result = auroc(familiar, strange)
-    assert result == pytest.approx(oracles.auroc_slow(familiar.tolist(), strange.tolist()), rel=1e-12)
+    inside = torch.randint(levels, (60,), generator=source).double()
+    outside = torch.randint(levels, (45,), generator=source).double() + levels // 4
+    result = auroc(inside, outside)
+    assert result == pytest.approx(oracles.auroc_slow(inside.tolist(), outside.tolist()), rel=1e-12)
     labels = [0] * 60 + [1] * 45
-    assert result == pytest.approx(roc_auc_score(labels, torch.cat([familiar, strange]).numpy()), rel=1e-12)
-    assert auroc(strange, familiar) == pytest.approx(1 - result)
+    assert result == pytest.approx(roc_auc_score(labels, torch.cat([inside, outside]).numpy()), rel=1e-12)
+    assert auroc(outside, inside) == pytest.approx(1 - result)
 
 
 def test_auroc_at_its_ends():
-    """Strange above familiar is 1, below is 0, all equal is 1/2; an empty side is an error."""
+    """OOD scores above in-distribution ones is 1, below is 0, all equal is 1/2; an empty side is an error."""
     low, high = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0, 4.0])
     assert (auroc(low, high), auroc(high, low), auroc(low[:1], low[:1])) == (1, 0, 0.5)
     for pair in ((low, high[:0]), (low[:0], high)):

@@ -118,11 +118,11 @@ def test_reliability_is_readable_for_any_number_of_coresets(drawn, tmp_path, cou
 def test_entropies_are_shares_of_their_own_images(drawn, tmp_path):
     """Two outlines, each summing to 1 though one has ten times the images; every value is counted."""
     source = np.random.default_rng(0)
-    familiar, strange = source.uniform(0, 1, 2000), source.uniform(1, math.log(10), 200)
-    histograms.entropy_histogram(familiar, strange, tmp_path / "h.png", "fbpc", classes=10)
+    inside, outside = source.uniform(0, 1, 2000), source.uniform(1, math.log(10), 200)
+    histograms.entropy_histogram(inside, outside, tmp_path / "h.png", "fbpc", classes=10)
     (axes,) = drawn[0].axes
     outlines = [patch for patch in axes.patches if patch.get_label().startswith(("in", "out"))]
-    for outline, values in zip(outlines, (familiar, strange), strict=True):
+    for outline, values in zip(outlines, (inside, outside), strict=True):
         data = outline.get_data()
         assert data.values.sum() == pytest.approx(1)
         assert data.edges[[0, -1]].tolist() == pytest.approx([0, math.log(10)])

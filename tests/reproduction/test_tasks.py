@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from support.chains import brief_context
@@ -11,6 +12,7 @@ from support.chains import brief_context
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
 from fbpc_ray.data.datasets import Split
+from fbpc_ray.data.whitening import Whitening
 from fbpc_ray.evaluation.chains import Chain, Predictor, on_device
 from fbpc_ray.evaluation.last_layer import PREDICTORS
 from fbpc_ray.evaluation.scoring import score
@@ -78,3 +80,25 @@ def test_a_network_that_diverged_leaves_an_empty_row(case, tmp_path):
     settings = replace(case.shared.context.settings, net_lr=1e38, chain_eta=1e30)
     shared = case.shared._replace(context=case.shared.context._replace(settings=settings))
     assert run_row_task(shared, RowTask(case.chain, "logits", None, tmp_path), "cpu") == [{}]
+
+
+def test_clean_and_corrupted_images_are_whitened_as_the_coreset_is(few, tmp_path, monkeypatch):
+    """The network of a whitened coreset never saw other images."""
+    size = few.train.images[0].size
+    whitening = Whitening(np.zeros(size, np.float32), 2 * np.eye(size, dtype=np.float32))
+    context = brief_context(few, "sghmc")._replace(whitening=whitening)
+    largest = list[float]()
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        largest.append(images.abs().max().item())
+        return torch.zeros(1, len(images), 10)
+
+    monkeypatch.setitem(PREDICTORS, "sghmc", lambda *_: Predictor(logits, []))
+    chain = Chain("x", specify("convnet-in", few.image_shape, 10, 8, 0), 0)
+    run_row_task(SharedContext(context, few), RowTask(chain, "corruptions", None, tmp_path), "cpu")
+    whitened = largest.copy()
+    largest.clear()
+    shared = SharedContext(context._replace(whitening=None), few)
+    run_row_task(shared, RowTask(chain, "corruptions", None, tmp_path), "cpu")
+    assert len(whitened) == 1 + len(CORRUPTIONS) * len(SEVERITIES)
+    assert whitened == pytest.approx([2 * value for value in largest])

@@ -154,9 +154,9 @@ def entropies_slow(samples: list[list[list[float]]]) -> list[tuple[float, float]
     return items
 
 
-def auroc_slow(familiar: list[float], strange: list[float]) -> float:
-    """The share of pairs in which the strange score is larger, ties counting one half."""
-    wins = [1.0 if k > n else 0.5 if k == n else 0.0 for n in familiar for k in strange]
+def auroc_slow(inside: list[float], outside: list[float]) -> float:
+    """The share of pairs in which the OOD score is larger, ties counting one half."""
+    wins = [1.0 if k > n else 0.5 if k == n else 0.0 for n in inside for k in outside]
     return sum(wins) / len(wins)
 
 
