@@ -16,36 +16,33 @@ experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from fbpc_ray.core import config, presets
+from fbpc_ray.core import config
 from fbpc_ray.core.argument_names import names_arguments
-from fbpc_ray.core.config import Config
-from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import progress
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place
 from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data import arrays, datasets
 from fbpc_ray.data import coreset as coresets
-from fbpc_ray.data.coreset import Coreset, settings_of
+from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.data.resize import Resizing
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
+from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import chains, ensemble
-from fbpc_ray.evaluation import evaluate as scoring
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
-from fbpc_ray.execution import memory_budget, memory_estimate, validation
+from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
+from fbpc_ray.execution import keyword_settings, memory_budget, memory_estimate, validation
+from fbpc_ray.execution.keyword_settings import Architecture
 from fbpc_ray.execution.serial import Serial
-from fbpc_ray.execution.session import evaluation_settings, network_specs, open_backend, open_session
-from fbpc_ray.execution.sizing import with_sizes
+from fbpc_ray.execution.session import Session, network_specs, open_backend, open_session
 from fbpc_ray.inference.uncertainty import auroc
-from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes
 from fbpc_ray.reporting import value_pictures  # noqa: F401  registers `plot`
@@ -56,9 +53,6 @@ __all__ = [
     "auroc", "dataset", "distill", "evaluate", "load_coreset", "load_posterior", "posterior", "save",
     "save_model",
 ]  # fmt: skip
-
-Architecture = str | Callable[[tuple[int, int, int], int], nn.Module]
-"""A name, or a function of (image_shape, classes)."""
 
 
 @names_arguments
@@ -140,7 +134,7 @@ def distill(
 ) -> Coreset:
     """Distil a pseudocoreset of `data`, as `fbpc distill` does with the same settings.
 
-    A network that changed needs another name, or another folder of experts.
+    After a change to your network, give it another name, or another folder of experts.
 
     Args:
         data: a data set of `dataset`, or its first argument.
@@ -160,34 +154,29 @@ def distill(
         UserError: an argument is wrong, or a gradient failed.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
-    _check_names(settings, "distill", _settings_without(config.Data, config.Output))
-    base = presets.default(source.name, None if ipc is None else str(ipc), preset, method)
-    arguments = {"ipc": ipc, "architectures": None if architectures is None else _names(architectures)}
-    chosen = base.updated(**{k: v for k, v in arguments.items() if v is not None}, backend=backend, **settings)
-    flags = {name for name, value in arguments.items() if value is not None} | config.current_names(settings).keys()
-    request = presets.size_request(source.name, preset, "", flags)
-    chosen = with_sizes(validation.canonical(chosen), source, request, log)
-    validation.check(chosen)
-    if backend == "ray" and (local := [name for name in chosen.networks.architectures if not custom.importable(name)]):
-        raise UserError(
-            f"{local[0]} is defined in this process alone, where Ray workers cannot import it: move it to a module, "
-            "or leave out backend='ray'"
-        )
+    keyword_settings.check_names(settings, "distill", without=(config.Data, config.Output))
+    changes: dict[str, Any] = {"ipc": ipc, "architectures": architectures}
+    changes = settings | {name: value for name, value in changes.items() if value is not None}
+    chosen = keyword_settings.of_distillation(source, changes, method, preset, backend, log)
     session = open_session(chosen, log, source)
-    state, d = session.initial[0], chosen.distillation
-    if session.num_steps:
-        interruption = Interruption(())
-        with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step", log=log) as bar:
-            session.train_experts(workers, log)
+    return session.coreset(_run_steps(session, log, on_step) if session.num_steps else session.initial[0])
 
-            def report(step: Step) -> None:
-                if on_step:
-                    on_step(step.metrics(), step.state.step)
-                bar.update(loss=f"{step.metrics()['loss']:.3f}")
 
-            steps = session.steps(state, workers)
-            state = follow(steps, Checkpointer(None, state, [], d), [report], interruption)
-    return session.coreset(state)
+def _run_steps(
+    session: Session, log: Callable[[str], None], on_step: Callable[[dict[str, float], int], None] | None
+) -> State:
+    """Train the missing experts and take all steps; return the last state. Nothing is saved but experts."""
+    chosen, state = session.config, session.initial[0]
+    interruption, d = Interruption(()), chosen.distillation
+    with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step", log=log) as bar:
+        session.train_experts(workers, log)
+
+        def report(step: Step) -> None:
+            if on_step:
+                on_step(step.metrics(), step.state.step)
+            bar.update(loss=f"{step.metrics()['loss']:.3f}")
+
+        return follow(session.steps(state, workers), Checkpointer(None, state, [], d), [report], interruption)
 
 
 @names_arguments
@@ -206,7 +195,7 @@ def posterior(
 ) -> Ensemble:
     """Sample a Bayesian network on `coreset` by SGHMC: the samples that `fbpc evaluate` scores.
 
-    What is not given is as the coreset was distilled, where its metadata says that, and else the default.
+    A setting that is not given is that of the coreset's distillation, if its metadata has it, else the default.
 
     Args:
         coreset: the images to train on.
@@ -225,11 +214,11 @@ def posterior(
         UserError: an argument is wrong, or a chain diverged.
     """
     num_chains = settings.pop("chains", num_chains)
-    _check_names(settings, "posterior", [name for name in Config().flat() if name.startswith("chain_")])
+    keyword_settings.check_names(settings, "posterior", prefix="chain_")
     _check_coreset(coreset)
     networks = {"width": width, "depth": depth, "augment": augment}
     changes = settings | {name: value for name, value in networks.items() if value is not None}
-    chosen = _settings_for(coreset, None if architecture is None else _names(architecture), preset, changes)
+    chosen = keyword_settings.of_evaluation(coreset, architecture, preset, changes)
     chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
@@ -265,7 +254,7 @@ def evaluate(
 ) -> dict[str, dict[str, list[float | None]]]:
     """Score `coreset` on a split of `data`, as `fbpc evaluate` does.
 
-    What is not given is as the coreset was distilled, where its metadata says that, and else the default.
+    A setting that is not given is that of the coreset's distillation, if its metadata has it, else the default.
 
     Args:
         coreset: the images to train on.
@@ -285,12 +274,11 @@ def evaluate(
         UserError: an argument is wrong.
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
-    _check_names(
-        settings, "evaluate", _settings_without(config.Data, config.Experts, config.Distillation, config.Output)
-    )
+    others = (config.Data, config.Experts, config.Distillation, config.Output)
+    keyword_settings.check_names(settings, "evaluate", without=others)
     _check_coreset(coreset)
     changes = settings | {"inference": inference, "backend": backend}
-    chosen = _settings_for(coreset, None if architectures is None else _names(architectures), preset, changes)
+    chosen = keyword_settings.of_evaluation(coreset, architectures, preset, changes)
     chosen = validation.validate(chosen)
     source = source._replace(mean=coreset.mean, std=coreset.std)
     with open_backend(chosen, Interruption(()), log) as workers:
@@ -299,9 +287,8 @@ def evaluate(
         chosen = memory_budget.with_chunks(chosen, specs, images=images, coreset=m, distils=False)
         chains = len(specs) * chosen.evaluation.num_chains
         memory_estimate.check(chosen, specs, ["evaluation"], coreset=m, chains=chains, source="coreset")
-        return scoring.evaluate({"coreset": coreset}, specs, source, split, chosen, workers, log).to_json()["coresets"][
-            "coreset"
-        ]
+        result = evaluate_coresets({"coreset": coreset}, specs, source, split, chosen, workers, log)
+    return result.to_json()["coresets"]["coreset"]
 
 
 @names_arguments
@@ -355,37 +342,10 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
     Raises:
         UserError: the file is not one of posterior samples, or is damaged.
     """
-    name = "" if architecture is None else _names(architecture)[0]
+    name = "" if architecture is None else keyword_settings.network_names(architecture)[0]
     return ensemble.load(place(str(path)), name, Serial(device, Interruption(())).device)
-
-
-def _names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
-    custom.search_current_folder()
-    items = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
-    return tuple(one if isinstance(one, str) else custom.register(one) for one in items)
-
-
-def _settings_for(coreset: Coreset, names: tuple[str, ...] | None, preset: str, changes: dict[str, Any]) -> Config:
-    """Return the settings of networks and chains: `changes`, else those of `preset`, else those of the coreset."""
-    start = presets.preset(preset) if preset else Config()
-    stored = {"architectures": list(start.networks.architectures)} if preset else settings_of(coreset)
-    start = start.updated(**evaluation_settings(stored, names is not None))
-    return start.updated(**{**changes, **({} if names is None else {"architectures": names})})
 
 
 def _check_coreset(coreset: Coreset) -> None:
     if wrong := coresets.problem(coreset):
         raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")
-
-
-def _settings_without(*groups: type) -> list[str]:
-    """List the settings that are in none of `groups`."""
-    others = {f.name for group in groups for f in fields(group)}
-    return [name for name in Config().flat() if name not in others]
-
-
-def _check_names(settings: dict[str, Any], function: str, known: list[str]) -> None:
-    """Raise UserError for a setting that `function` doesn't take."""
-    for name in config.current_names(settings):
-        if name not in known:
-            raise UserError(f"{function} has no setting '{name}': {closest(name, known)}")
