@@ -28,8 +28,9 @@ def test_every_block_says_its_language(page):
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(page):
-    """Files, and headings in them."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+    """Files, and headings in them; the text of a link to a module is the end of its path."""
+    for text, target in re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        assert not text.endswith(".py`") or target.endswith(text.strip("`")), f"{page}: {text} is {target}"
         if re.match(r"https?://", target):
             continue
         name, _, heading = target.partition("#")
@@ -53,6 +54,14 @@ def test_files_of_this_repository_that_are_named_exist(page):
     for row in rows:
         for token in re.findall(r"`([\w-]+\.py)`", row):
             assert token in known, row
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_pseudocode_names_exist(page):
+    known = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("*/**/*.py")]
+    for language, block in fences((ROOT / page).read_text()):
+        for token in re.findall(r"[\w/]+\.py\b", block if language == "text" else ""):
+            assert any(path.endswith(f"/{token}") for path in known), f"{page}: {token}"
 
 
 def flags_of(kind: type) -> set[str]:

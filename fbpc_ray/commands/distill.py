@@ -219,7 +219,7 @@ class Validator:
 
 
 def _show_images(live: LiveRun, state: State) -> None:
-    """Log the images of `state`, and keep some of them for the picture over the steps."""
+    """Log the images of `state`, and save some of them for the picture of the course over the steps."""
     session, pixels = live.session, pixels_of(state, live.session.dataset)
     live.tracker.log_image("coreset", image_grids.coreset_array(pixels, session.labels.numpy()), state.step)
     live.run.remember(state.step, from_numpy(run_figures.followed(pixels, session.labels)))

@@ -101,7 +101,7 @@ def base_config(words: Sequence[str]) -> Config:
 
 
 def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
-    """Return `base_config`, and what to choose sizes by once the data is known; None where all sizes are known.
+    """Return `base_config`, and the request to choose sizes once the data is loaded; None where all sizes are known.
 
     A run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
     """
@@ -135,7 +135,7 @@ def flags_in(words: Sequence[str]) -> set[str]:
 
 
 def resumes(resume: str, out: str) -> bool:
-    """Return whether --resume `resume` continues the run in `out`, where it doesn't start one."""
+    """Return whether --resume `resume` continues a run in `out` instead of starting one there."""
     return resume == "yes" or (resume == "auto" and started(out))
 
 
@@ -205,7 +205,7 @@ def _refuse_unknown(kind: type, words: Sequence[str], program: str) -> None:
 
 
 def explanation(box: str) -> str:
-    """Return in one line what tyro prints in a box: the part between the title and the next rule."""
+    """Return the error in tyro's box as one line: the text between the title and the next rule."""
     lines = [re.sub(r"^[│|]|[│|]$", "", line).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:

@@ -223,7 +223,10 @@ def refuse_unasked(stored: Config, flags: Set[str], source: str) -> None:
     for name, words in never_from_a_file(stored).items():
         if name not in flags:
             text = redacted(" ".join(words))
-            raise UserError(f"{source} asks for {text}, but a file alone {UNASKED[name]}: repeat it if you trust it")
+            raise UserError(
+                f"{source} asks for {text}, but a file alone {UNASKED[name]}: repeat it on the command line if you "
+                "trust the file"
+            )
 
 
 UNASKED = {
@@ -256,7 +259,9 @@ def from_json(text: str | bytes, source: str) -> Config:
     try:
         values = inputs.without_checksum(values)
     except ValueError as error:
-        raise UserError(f"{source}: {error}; restore it, or delete its line of the checksum if you edited it") from None
+        raise UserError(
+            f"{source}: {error}; restore the file or, if you edited it, delete the line with its checksum"
+        ) from None
     try:
         return Config().updated(**values)
     except UserError as error:

@@ -26,7 +26,7 @@ def closest(name: str, known: list[str]) -> str:
 
 @contextmanager
 def undamaged(path: object, fix: str) -> Iterator[None]:
-    """Turn what fails in the block, which reads our file `path`, into a UserError that ends with `fix`."""
+    """Turn errors of the block, which reads our file `path`, into a UserError that ends with `fix`."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

@@ -150,7 +150,7 @@ def remove_leftovers_of(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a regular file, which a network file system locks only if it is writable, or a folder. Raises OSError."""
+    """Open a folder, or a regular file for writing: a network file system locks no read-only file. Raises OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -56,11 +56,15 @@ def preset(name: str) -> Config:
 
 
 def default(data: str | None, ipc: str | None, row: str, method: str | None) -> Config:
-    """Return what flags then change: the preset `row`, or that of `data` and `ipc`, or the paper's defaults.
+    """Return the configuration before flags: the preset `row`, else that of `data` and `ipc`, else the paper's.
 
-    A `row` that is a key of `LEVELS` begins with the paper's defaults, and `size_request` has the sizes chosen. Naming
-    a default changes nothing: `data` is digits where it is None, and a `method` that the preset has keeps the preset's
-    settings. Another `method` brings its own. Raises UserError.
+    Raises UserError.
+
+    Args:
+        data: name of the data set; None: digits.
+        ipc: images per class, as the command line has them; None: 1.
+        row: name or file of a preset; a key of `LEVELS`, whose sizes are chosen later; PAPER; or "".
+        method: a method other than the preset's brings its own settings.
     """
     of_data = f"{data}-ipc{ipc or 1}"
     if row in LEVELS:
@@ -76,10 +80,10 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
 
 
 def size_request(data: str | None, row: str, budget: str, flags: Collection[str]) -> SizeRequest | None:
-    """Return what to choose sizes by; None where a preset has them.
+    """Return the request to choose sizes; None where a preset fixes them.
 
-    Without --preset, sizes are chosen for data by its path or from arrays: a name such as cifar10 stands for the
-    paper's sizes, digits for the digits preset. Raises UserError.
+    Without --preset, sizes are chosen for data that is a path or arrays; cifar10 and other names of Table 4 have the
+    paper's sizes, digits those of its preset. Raises UserError.
     """
     seconds = parse_duration(budget) if budget else 0.0
     if seconds and row:

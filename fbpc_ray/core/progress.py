@@ -60,45 +60,45 @@ def is_terminal(stream: Any) -> bool:
 
 
 class Watch:
-    """The works that are open in this process, the innermost last, and the time of the last printed line."""
+    """The `Progress` displays open in this process, the innermost last, and the time of the last printed line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, threaded: bool = True):
-        """Start without works; `threaded`: a thread calls `tick` while works are open."""
+        """Start with no display; if `threaded`, a thread calls `tick` while a display is open."""
         self.clock, self.threaded = clock, threaded
         self.lock = threading.RLock()
         self.last_line = clock()
-        self._works: list[Progress] = []
+        self._displays: list[Progress] = []
         self._stop = threading.Event()
 
     def printed(self) -> None:
         """Note that a line was printed now."""
         self.last_line = self.clock()
 
-    def open(self, work: "Progress") -> None:
-        """Add a work; start the thread with the first one."""
+    def open(self, display: "Progress") -> None:
+        """Add a display; start the thread with the first one."""
         with self.lock:
-            self._works.append(work)
-            if self.threaded and len(self._works) == 1:
+            self._displays.append(display)
+            if self.threaded and len(self._displays) == 1:
                 self._stop = threading.Event()
                 threading.Thread(target=self._run, args=(self._stop,), name="progress", daemon=True).start()
 
-    def close(self, work: "Progress") -> None:
-        """Remove a work; stop the thread after the last one."""
+    def close(self, display: "Progress") -> None:
+        """Remove a display; stop the thread after the last one."""
         with self.lock:
-            if work in self._works:
-                self._works.remove(work)
-            if not self._works:
+            if display in self._displays:
+                self._displays.remove(display)
+            if not self._displays:
                 self._stop.set()
 
     def innermost(self) -> "Progress | None":
-        """Return the work that was opened last."""
-        return self._works[-1] if self._works else None
+        """Return the display that was opened last."""
+        return self._displays[-1] if self._displays else None
 
     def tick(self) -> None:
-        """Write the line of the innermost work if it was silent for too long."""
+        """Write the line of the innermost display if it was silent for too long."""
         with self.lock:
-            if work := self.innermost():
-                work.write_if_due(SILENT_SECONDS)
+            if display := self.innermost():
+                display.write_if_due(SILENT_SECONDS)
 
     def _run(self, stop: threading.Event) -> None:
         while not stop.wait(CHECK_SECONDS):
@@ -112,16 +112,16 @@ _watch = Watch()
 
 
 class Progress:
-    """A work of `total` units, or of unknown size: a bar, lines, or both. A context manager."""
+    """Shows the progress of `total` units, or of an unknown number: a bar, lines, or both. A context manager."""
 
     def __init__(
         self, what: str, total: int | None, unit: str, done: int = 0, *, log: Log = log, bar: Any = None,
         watch: Watch | None = None,
     ):  # fmt: skip
-        """Open a work.
+        """Open the display.
 
         Args:
-            what: Name of the work, such as experts.
+            what: Name of the activity, such as experts.
             unit: Name of a unit in the singular.
             done: Units that were done before.
             log: Takes the lines.
@@ -154,7 +154,7 @@ class Progress:
         self._advance()
 
     def set_part(self, share: float) -> None:
-        """Set the finished share, in 0..1, of the unit that runs."""
+        """Set the finished share, in 0..1, of the current unit."""
         self._part = share
         self._advance()
 
@@ -219,7 +219,7 @@ class _Command(Progress):
 
 
 def progress(what: str, total: int | None, unit: str, done: int = 0, *, log: Log = log, delay: float = 0.0) -> Progress:
-    """Open a work: a bar on a terminal or in a notebook, elsewhere lines; nothing if TQDM_DISABLE is set.
+    """Show progress by a bar on a terminal or in a notebook, elsewhere by lines; not at all if TQDM_DISABLE is set.
 
     Args:
         delay: Seconds until the bar appears.
@@ -246,9 +246,9 @@ def _bar(notebook: bool, what: str, total: int | None, unit: str, done: int, del
 
 
 def set_part(done: float, total: float) -> None:
-    """Set the finished share of the unit that the innermost open work of this process runs."""
-    if work := _watch.innermost():
-        work.set_part(done / total)
+    """Set the finished share of the current unit, in the innermost display of this process."""
+    if display := _watch.innermost():
+        display.set_part(done / total)
 
 
 @contextmanager

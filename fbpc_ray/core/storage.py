@@ -195,7 +195,9 @@ def _check_name(text: str) -> None:
         raise UserError(f"{text}: must hold no NUL character; check the path")
     longest = max(len(name.encode()) for name in text.split("/"))
     if size > MAX_PATH or longest > MAX_NAME:
-        raise UserError(f"{text[:60]}...: must be at most {MAX_NAME} bytes a name, {MAX_PATH} in all; shorten it")
+        raise UserError(
+            f"{text[:60]}...: must have at most {MAX_NAME} bytes per name and {MAX_PATH} in all; shorten it"
+        )
 
 
 def local_folder(text: str, flag: str) -> Path:

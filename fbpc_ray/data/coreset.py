@@ -196,7 +196,7 @@ def load(path: Place) -> Coreset:
 
 @contextmanager
 def _refusing(path: Place) -> Iterator[None]:
-    """Turn what fails in the block, which reads `path`, into a UserError."""
+    """Turn any error of the block, which reads `path`, into a UserError."""
     try:
         yield
     except FileNotFoundError as error:

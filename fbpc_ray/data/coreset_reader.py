@@ -76,7 +76,7 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
         raise UserError(f"{error.filename or where}: coreset not found; check the path") from None
     except Exception as error:  # a damaged file fails in any way
         raise UserError(
-            f"{where} is not a coreset of plain arrays ({_line(error)}); nothing in it was run: make it again"
+            f"{where} is not a coreset of plain arrays ({_line(error)}); no code in it was run: write the file again"
         ) from error
 
 
@@ -143,7 +143,8 @@ def _suffix(path: Path) -> str:
         return ".parquet"
     if start[8:] == b"{":  # after 8 bytes of length, the header
         return ".safetensors"
-    raise UserError(f"{path}: a coreset is a folder or a file that ends in {', '.join(SUFFIXES)}; rename or export it")
+    suffixes = ", ".join(SUFFIXES)
+    raise UserError(f"{path}: a coreset must be a folder, or a file that ends in {suffixes}; rename or export it")
 
 
 def _read_safetensors(path: Path) -> _Raw:

@@ -52,7 +52,7 @@ def parse(name: str) -> SplitName | None:
 
 
 def choose(names: Iterable[str], origin: object) -> dict[str, str]:
-    """Map each split to its name among `names`, {} where none names a split; train may lack.
+    """Map each split to its name among `names`, {} where none names a split; train may be missing.
 
     Names without other words go first (train before train_noisy), then usual names (val before dev). Other words are
     accepted where every split has the same ones (mnist_train, mnist_test). Raises UserError where two names tie.

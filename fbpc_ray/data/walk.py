@@ -40,7 +40,7 @@ def is_image(name: str) -> bool:
 def subfolders(path: Path) -> list[Path]:
     """Return the folders in `path` by name, without hidden ones and links to `path` or a folder above it."""
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder")
+        raise UserError(f"{path} is not a folder; give the folder of the images")
     real = os.path.realpath(path)
     with os.scandir(path) as children:
         return sorted(

@@ -41,7 +41,7 @@ class ExpertStore:
     """
 
     def __init__(self, folder: Place, recipe: Recipe, beside: Place | None = None):
-        """`beside`: where to go if another recipe is quicker to take `folder`."""
+        """`beside`: the folder to use if another process claims `folder` for another recipe first."""
         if recipe.dtype not in STORED:
             raise ValueError(f"recipe.dtype is {recipe.dtype!r}, known: {', '.join(STORED)}")
         self.__setstate__((folder, recipe))
@@ -59,7 +59,7 @@ class ExpertStore:
         self._lock = threading.Lock()
 
     def claim(self) -> None:
-        """Make the folder this recipe's, before anything is trained for it. Raises UserError if it is another's."""
+        """Write the recipe into the folder before training. Raises UserError if the folder has another recipe."""
         if _recipe_in(self.folder) is None:
             text = json.dumps({"format": FORMAT, "recipe": self.recipe.to_json()})
             files.write_first(self.folder / "store.json", text)
@@ -146,7 +146,7 @@ class ExpertStore:
         return expert_format.write_trajectory(sink, snapshots, self.recipe, f"expert {index} of {self.folder}")
 
     def _list(self, index: int, manifest: dict[str, Any]) -> None:
-        """Write the manifest of a trajectory: now it exists."""
+        """Write the manifest of a trajectory, which makes it complete."""
         files.write_text(self._manifest(index), json.dumps(manifest))
 
     def checksum(self, index: int) -> str:
@@ -220,7 +220,7 @@ class ExpertStore:
         raise UserError(f"{self._arrow(index)} is damaged ({reason}): delete it and run again") from error
 
     def _claimed(self) -> bool:
-        """Return whether the folder is this recipe's already. Raises UserError if it is another's."""
+        """Return whether the folder has this recipe. Raises UserError if it has another."""
         recipe = _recipe_in(self.folder)
         if recipe is None:
             return False

@@ -115,7 +115,7 @@ def _counted(snapshots: Iterator[dict[str, Tensor]], epochs: int) -> Iterator[di
 
 
 def compiles_training(recipe: Recipe, network: Network, images: int) -> bool:
-    """Return whether the passes of training are compiled: bf16 on a CPU, where eager ones are slower than fp32.
+    """Return whether the passes of training are compiled: bf16 on a CPU, where eager bf16 is slower than fp32.
 
     The answer depends on the recipe and the data alone, so that every command trains the same bits.
     """

@@ -85,7 +85,7 @@ def metrics_of_rows(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def take_step(settings: Distillation, architectures: Sequence[str], state: State, workers: Backend) -> Step:
-    """Take one step from `state`. Raises UserError for one that isn't finite, or when a cluster can't go on."""
+    """Take one step from `state`. Raises UserError for a non-finite gradient or state, or a lost cluster."""
     start = time.perf_counter()
     tasks = gradient_tasks(len(architectures), settings.draws_per_step)
     answers = workers.gradients(state)

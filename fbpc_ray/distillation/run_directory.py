@@ -61,7 +61,7 @@ class RunDirectory(Generic[Where]):
         return cast(Where, self.folder / name)
 
     def refuse_if_taken(self) -> None:
-        """Raise UserError for a folder that isn't empty, but for files of a process killed before its config.json."""
+        """Raise UserError unless the folder is empty, or holds only files of a process killed before config.json."""
         if not self.folder.exists():
             return
         leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", files.LOCK)
@@ -193,7 +193,7 @@ class RunDirectory(Generic[Where]):
 
 
 def check_resume(stored: Config, config: Config, may_change: Set[str] = MAY_CHANGE_ON_RESUME) -> None:
-    """Raise UserError if a flag differs on which the steps already taken depend; name the flags with both values."""
+    """Raise UserError, with both values, for a changed flag on which the steps already taken depend."""
     before, now = stored.flat(), config.flat()
     differing = [name for name in before if before[name] != now[name] and name not in may_change]
     if differing:

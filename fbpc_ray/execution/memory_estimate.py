@@ -72,7 +72,7 @@ class Need(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def count_parameters(spec: Spec) -> int:
-    """Count parameters without memory for them; a user's own network is built. Raises UserError if it can't be."""
+    """Count parameters without allocating them; a user's own network is built. Raises UserError if it can't be."""
     if _is_own(spec):
         return Network(spec).parameter_count
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

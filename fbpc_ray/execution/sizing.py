@@ -31,7 +31,7 @@ class Chosen(NamedTuple):
 
 
 class SizedSession(NamedTuple):
-    """A session, and what the choice of its sizes leaves to a plan."""
+    """A session with chosen sizes, and the facts of the choice that a plan prints."""
 
     session: Session
     limit: float = 0.0

@@ -128,7 +128,7 @@ def _endless(config: Config):
 
 
 def estimate(session: Session, timings: list[Timings], device: str, cores: int) -> Seconds:
-    """Estimate the seconds of the parts of a run from the timings of its networks. Says nothing of a cluster."""
+    """Estimate the seconds of the parts of a run on this machine from the timings of its networks."""
     config = session.config
     d, n = config.distillation, len(session.dataset.train.labels)
     parallel = max(1, cores) if device == "cpu" and config.workers.backend == "ray" else 1

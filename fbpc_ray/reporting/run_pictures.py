@@ -70,7 +70,7 @@ def caption_of(kind: str) -> str:
 
 
 def _course(ended: EndedRun, number: str) -> list[Block]:
-    """Draw loss, its terms, MAP solves and validation over the steps, a picture each, which a phone can show whole."""
+    """Draw loss, its terms, MAP solves and validation over the steps: one picture each, which fits on a phone."""
     courses = run_figures.courses_of(ended.rows, ended.method)
     blocks: list[Block] = []
     for index, course in enumerate(courses, 1):

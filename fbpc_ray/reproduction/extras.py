@@ -49,7 +49,7 @@ class ExtraColumns(NamedTuple):
         return {"ood": self.ood_name, "corruptions": f"{count} images {origin}, seed {SEED}"}
 
     def describes(self, row: dict[str, Any]) -> bool:
-        """Return whether `row` has these columns; a row of an earlier version has none."""
+        """Return whether `row` was scored on these image sets, or by an earlier version on none."""
         own_row = self.row()
         return row["ood"] == (own_row["ood"] or row["ood"]) and row["corruptions"] in (None, own_row["corruptions"])
 

@@ -45,7 +45,7 @@ class OutsideCoreset(NamedTuple):
         return f"outside-{slug(self.name)}-{hashlib.sha256(own + of_map.encode()).hexdigest()[:16]}"
 
     def cells(self, other: Cell) -> list[Cell]:
-        """Return a cell for every inference, at the images per class of the coreset, and else as `other` is."""
+        """Return a cell for every inference, with the coreset's images per class and else the settings of `other`."""
         config = other.config.updated(ipc=math.ceil(self.ipc), method="random", seed=0)
         return [
             Cell(self.name, f"ipc {self.ipc:g}, {column}", grid.judged_by(config, column), other.judged_on)
@@ -53,7 +53,7 @@ class OutsideCoreset(NamedTuple):
         ]
 
     def copy_to(self, folder: Path) -> None:
-        """Write coreset and whitening as a run directory has its coreset; the coreset comes last."""
+        """Write whitening and coreset, in this order, where a run directory has its coreset."""
         if self.whitening:
             whitening.save(self.whitening, folder / WHITENING)
         coreset.save(self.coreset, RunDirectory(folder).coreset_path, {"source": self.path})

@@ -69,7 +69,7 @@ def coreset_key(config: Config) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return all flags, without later flags that are unused, so that keys stay the same."""
+    """Return the settings that keys hash: flags of later versions only where used, so that earlier keys stay valid."""
     flat = config.flat()
     later = (
         (_OF_POOL, flat["map_init"] == "warm"),

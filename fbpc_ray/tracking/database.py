@@ -24,7 +24,7 @@ HEADER = b"SQLite format 3\0"
 
 
 class DatabaseState(NamedTuple):
-    """What a file is."""
+    """State of a database file."""
 
     kind: Literal["missing", "whole", "half-made", "damaged", "other", "foreign"]
     """missing: no file, or an empty one. half-made: its creation was interrupted, and it holds no run. other: of

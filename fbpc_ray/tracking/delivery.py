@@ -28,7 +28,7 @@ LAST_ATTEMPTS = 3
 
 @dataclass(slots=True)
 class Record:
-    """One call of the caller."""
+    """A call of the tracker, to be delivered."""
 
     send: Callable[[MlflowClient, str, bool], None]
     """(client, run id, whether this record was tried before)."""

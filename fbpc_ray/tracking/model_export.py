@@ -51,7 +51,7 @@ def ensemble_of(
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
         flag = "--chain-eta" if settings.inference == "sghmc" else "--net-lr"
-        raise UserError(f"no model was saved: its chain, that of seed 0, diverged; lower {flag}", code=1)
+        raise UserError(f"no model was saved: the chain of seed 0 diverged; lower {flag}", code=1)
     if settings.inference == "sghmc":
         return ensemble.gathered(Network(spec), samples, pseudocoreset)
     return last_layer.gathered(Network(spec), samples, pseudocoreset, settings)

@@ -167,7 +167,7 @@ def track_distillation(
 
 
 def deliver_result(config: Config, run: RunDirectory, result: Mapping[str, Any], log: Log) -> None:
-    """Log to MLflow what it lacks of a complete run, whose driver was killed or whose server was away at its end."""
+    """Log to MLflow what it lacks of an ended run: the driver was killed, or the server was down at the end."""
     reference = run_reference.read(run)
     if reference is None or reference.delivered or not config.output.tracking:
         return

@@ -28,7 +28,7 @@ COMPARED = 5
 
 
 class Plan(NamedTuple):
-    """sweep.json."""
+    """Content of sweep.json."""
 
     name: str
     id: str

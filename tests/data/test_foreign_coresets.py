@@ -92,13 +92,13 @@ def arrays(**items: np.ndarray) -> bytes:
 GOOD, LABELS = torch.zeros(3, 3, 5, 4) - 1, torch.arange(3)
 
 BAD = {
-    "trap.pt": (lambda trap: pair(GOOD, trap), "nothing in it was run"),
-    "trap.npz": (lambda trap: arrays(images=np.array([trap], object), labels=LABELS.numpy()), "nothing in it was run"),
-    "cut.pt": (lambda trap: pair(GOOD, LABELS)[:-200], "nothing in it was run"),
-    "cut.npz": (lambda trap: arrays(images=GOOD.numpy(), labels=LABELS.numpy())[:-100], "nothing in it was run"),
-    "empty.parquet": (lambda trap: b"", "nothing in it was run"),
-    "text.safetensors": (lambda trap: b"hello", "nothing in it was run"),
-    "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "nothing in it was run"),
+    "trap.pt": (lambda trap: pair(GOOD, trap), "no code in it was run"),
+    "trap.npz": (lambda trap: arrays(images=np.array([trap], object), labels=LABELS.numpy()), "no code in it was run"),
+    "cut.pt": (lambda trap: pair(GOOD, LABELS)[:-200], "no code in it was run"),
+    "cut.npz": (lambda trap: arrays(images=GOOD.numpy(), labels=LABELS.numpy())[:-100], "no code in it was run"),
+    "empty.parquet": (lambda trap: b"", "no code in it was run"),
+    "text.safetensors": (lambda trap: b"hello", "no code in it was run"),
+    "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "no code in it was run"),
     "alone.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_X.pt"),
     "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_1.pt: coreset not found"),
     "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "must be class numbers"),

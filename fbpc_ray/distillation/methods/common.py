@@ -123,11 +123,11 @@ class CoresetLabels(NamedTuple):
 
     @property
     def learned(self) -> tuple[Tensor, ...]:
-        """Return what is differentiated beside the images: the probabilities, or nothing."""
+        """Return the labels that have a gradient, beside the images: the probabilities, or none."""
         return (self.targets,) if self.targets.requires_grad else ()
 
     def entropy(self, size: int) -> float:
-        """Return the least mean cross-entropy there is, nats per image: mean over batches of `size`, as in solves."""
+        """Return the lowest possible mean cross-entropy, nats per image, over batches of `size` as in MAP solves."""
         if not self.learned:
             return 0.0
         each = torch.special.entr(self.fixed).sum(1)

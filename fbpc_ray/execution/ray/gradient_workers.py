@@ -99,7 +99,7 @@ class GradientWorkers:
         return Job(key, submit, self._deadline(key.task), key.task.architecture)
 
     def _take(self, result: JobResult, step: int, gradients: dict[GradientTask, Gradient | None]) -> None:
-        """Keep the gradient of a job that ended, or note what was lost; ignore what is of no use any more."""
+        """Keep the gradient of a job that ended, or count its loss; ignore results that are no longer needed."""
         match result.key:
             case ExpertSideKey() as key if result.lost:
                 self.expert_sides[key] = None

@@ -55,7 +55,7 @@ def map_on_pool(
     function: Function, shared: Any, items: Sequence[Any], pool: WorkerPool, check: Callable[[], None],
     put: Callable[[Any], Any] = put,
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """Yield (index, value) as each task ends on the workers of `pool`. Raises UserError for one that is lost often."""
+    """Yield (index, value) as each task ends on the workers of `pool`. Raises UserError for a task lost too often."""
     reference, losses, call = put(shared), LossCounter(), next(_calls)
     todo = list(range(len(items)))
     left = len(todo)
