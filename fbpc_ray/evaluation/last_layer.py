@@ -82,12 +82,13 @@ def _targets(arrays: CoresetArrays, classes: int, settings: Evaluation, device: 
 def trained(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
     """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
     name = network.spec.architecture
+    passes = Passes(network)
     state = adam_start(flatten(network.init(generator(seed, "network", name, member))))
     total = settings.net_steps * _num_networks(settings)
     batches = _batches(len(data.images), settings, generator(seed, "network", name, member, "batch"))
     for step, index in enumerate(batches, 1):
         batch = data if index is None else Targets(data.images[index], data.targets[index])
-        state = last_layer.train_step(network, state, batch, settings.net_lr)
+        state = last_layer.train_step(passes, state, batch, settings.net_lr)
         set_part(member * settings.net_steps + step, total)
     return unflatten(state.value, network.shapes)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fbpc_ray.core import cores
-from fbpc_ray.core.config import Config, Evaluation, Networks, current_names
+from fbpc_ray.core.config import Config, Distillation, Evaluation, Networks, current_names
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
 from fbpc_ray.core.progress import Log
@@ -246,16 +246,22 @@ tens of seconds that each pass takes to compile."""
 def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log: Log = lambda line: None) -> bool:
     """Return whether the passes of a distillation are compiled."""
     d, x = config.distillation, config.workers
-    if x.compiled == "off" or x.device == "cuda" or d.method in network_pool.METHODS:
+    if x.compiled == "off" or x.device == "cuda":
         return False
     if x.compiled == "auto":
-        m = min(d.batch_size, d.ipc * len(dataset.classes))
-        u_side = m * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)  # forwards; a backward counts two
-        expert_side = 3 * d.real_batch_size * d.posterior_steps
         most = max(2 * count_macs(Network(spec)) for spec in specs)
-        if most * d.steps * d.draws_per_step * (u_side + expert_side) < COMPILE_FROM:
+        if most * d.steps * d.draws_per_step * _forward_images(d, len(dataset.classes)) < COMPILE_FROM:
             return False
     return compiling.can_compile("the passes of a step", log)
+
+
+def _forward_images(settings: Distillation, classes: int) -> int:
+    """Return the images that a gradient passes through a network, forwards; a pass backward counts as two."""
+    d = settings
+    if d.method in network_pool.METHODS:
+        return d.real_batch_size + 7 * d.ipc * classes * (2 if d.mirror else 1)  # a training step, features, gradient
+    u_side = min(d.batch_size, d.ipc * classes) * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)
+    return u_side + 3 * d.real_batch_size * d.posterior_steps
 
 
 def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:

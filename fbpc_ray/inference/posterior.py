@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fbpc_ray.core.types import Batch, Forward, LossAndGrad, Params
+from fbpc_ray.core.types import Batch, Forward, Loss, LossAndGrad, Params
 
 
 class FunctionPosterior(NamedTuple):
@@ -26,13 +26,13 @@ class FunctionPosterior(NamedTuple):
     """(m, d) the diagonal of Psi in squared logits. No gradient flows."""
 
 
-def loss_and_grad(forward: Forward) -> LossAndGrad:
-    """Return the mean cross-entropy of a batch and its gradient, by autograd."""
+def loss_and_grad(forward: Forward, criterion: Loss = cross_entropy) -> LossAndGrad:
+    """Return the mean loss of a batch, cross-entropy unless told otherwise, and its gradient, by autograd."""
 
     def of(params: Params, batch: Batch) -> tuple[Tensor, Params]:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         with torch.enable_grad():
-            loss = cross_entropy(forward(leaves, batch.images), batch.labels)
+            loss = criterion(forward(leaves, batch.images), batch.labels)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         return loss.detach(), dict(zip(leaves, gradients, strict=True))
 

@@ -10,15 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbpc_ray.core.types import Params
+from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.adam import AdamState, adam_step
-from fbpc_ray.inference.last_layer import LastLayer, squared_loss
-from fbpc_ray.inference.vectors import unflatten
+from fbpc_ray.inference.last_layer import LastLayer
+from fbpc_ray.inference.vectors import flatten, unflatten
 from fbpc_ray.models.functional import Network
-
-CHUNK = 64
-"""Images of a forward pass, for a network without BatchNorm: on a CPU larger ones take twice as long an image."""
+from fbpc_ray.models.passes import PART, Passes
 
 
 class Targets(NamedTuple):
@@ -39,16 +37,9 @@ def scaled(features: Tensor) -> Tensor:
     return features / math.sqrt(features.shape[1])
 
 
-def features_and_outputs(network: Network, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features (n, h) and outputs (n, d) of images (n, c, h, w), in passes of `CHUNK` without BatchNorm."""
-    size = len(images) if network.buffer_names else CHUNK
-    features, outputs = zip(*(network.features(params, part) for part in images.split(size)), strict=True)
-    return torch.cat(features), torch.cat(outputs)
-
-
 def scaled_features(network: Network, params: Params, statistics: Params, images: Tensor) -> Tensor:
-    """Return scaled features (n, h) of images (n, c, h, w), each image on its own, in passes of `CHUNK`."""
-    parts = [network.predict_features(params, statistics, part)[0] for part in images.split(CHUNK)]
+    """Return scaled features (n, h) of images (n, c, h, w), each image on its own, in parts of `PART`."""
+    parts = [network.predict_features(params, statistics, part)[0] for part in images.split(PART)]
     return scaled(torch.cat(parts))
 
 
@@ -66,10 +57,8 @@ def posterior(features: Tensor, targets: Tensor, ridge: float, precision: float,
     return last_layer.posterior(features, targets, ridge=value, precision=precision)
 
 
-def train_step(network: Network, state: AdamState, data: Targets, learning_rate: float) -> AdamState:
+def train_step(passes: Passes, state: AdamState, data: Targets, learning_rate: float) -> AdamState:
     """Take one Adam step on the squared loss of the network's own outputs; `state.value` is its parameters (P,)."""
-    leaves = {name: value.requires_grad_() for name, value in unflatten(state.value, network.shapes).items()}
-    with torch.enable_grad():
-        loss = squared_loss(features_and_outputs(network, leaves, data.images)[1], data.targets)
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return adam_step(state, torch.cat([gradient.flatten() for gradient in gradients]), learning_rate)
+    params = unflatten(state.value, passes.network.shapes)
+    _, gradients = passes.squared_loss_and_grad(params, Batch(data.images, data.targets))
+    return adam_step(state, flatten({name: gradients[name] for name in params}), learning_rate)

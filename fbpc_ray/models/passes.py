@@ -6,19 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch, Params
+from fbpc_ray.inference.last_layer import squared_loss
 from fbpc_ray.inference.posterior import loss_and_grad
 from fbpc_ray.models import chunks
 from fbpc_ray.models.compiler import CompileError, Function, compile_function
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.precision import autocast
 
+PART = 64
+"""Most images of a pass that `Passes.features` and `squared_loss_and_grad` take without BatchNorm: on a CPU a larger
+one takes up to twice as long an image."""
+
 
 class Passes:
-    """The loss with its gradient, the logits and the predictions of one network on one device.
+    """The loss with its gradient, the logits, the predictions and the features of one network on one device.
 
     With the precision bf16, `loss_and_grad` runs in bfloat16; its results, and all other passes, are float32.
     With `chunk_images`, larger batches pass in chunks of so many images (models/chunks.py), which changes last bits.
@@ -35,6 +41,7 @@ class Passes:
         self.network, self.folder, self.precision, self.chunk_images = network, folder, precision, chunk_images
         self._compiled: dict[tuple[str, torch.Size], Function] = {}
         self._eager_loss_and_grad = loss_and_grad(network.forward if precision == "fp32" else self._forward_bf16)
+        self._eager_squared_loss_and_grad = loss_and_grad(network.forward, squared_loss)
 
     def loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         """Return the mean cross-entropy (), nats per image, and its gradient by parameter. A `LossAndGrad`."""
@@ -80,6 +87,40 @@ class Passes:
         run = self._run("predict", images.shape, self._predict, arguments)
         return self.network.predict(params, statistics, images) if run is None else run(*arguments)[0]
 
+    def features(self, params: Params, images: Tensor) -> Tensor:
+        """Return the last linear layer's inputs (b, h), through which gradient flows to `images`, not to `params`."""
+        values = tuple(params[name].detach() for name in self.network.shapes)
+        parts = images.split(self.part_size(len(images)))
+        if self.folder is None:
+            return torch.cat([self._features(*values, part)[0] for part in parts])
+
+        def forward(part: Tensor) -> Tensor:
+            return self._call("features", part.shape, self._features, (*values, part))[0]
+
+        def pullback(part: Tensor, cotangent: Tensor) -> Tensor:
+            return self._call("pullback", part.shape, self._pullback, (*values, part, cotangent))[0]
+
+        return torch.cat([_Differentiable.apply(forward, pullback, part) for part in parts])
+
+    def squared_loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        """Return the mean squared loss () of outputs and targets (b, d), the batch's labels, and its gradient."""
+        size = self.part_size(len(batch.images))
+        return chunks.mean_loss_and_grad(self._part_squared_loss_and_grad, params, batch, size)
+
+    def part_size(self, count: int) -> int:
+        """Return the images of each part of `count`: equal parts of at most `PART`, or all with BatchNorm."""
+        return count if self.network.buffer_names else -(-count // -(-count // PART))
+
+    def _part_squared_loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+        arguments = (*(params[name].detach() for name in self.network.shapes), *batch)
+        loss, *gradients = self._call("squared loss", batch.images.shape, self._squared_loss_and_gradients, arguments)
+        return loss, dict(zip(self.network.shapes, gradients, strict=True))
+
+    def _call(
+        self, kind: str, shape: torch.Size, function: Callable[..., list[Tensor]], arguments: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        return (self._run(kind, shape, function, arguments) or function)(*arguments)
+
     def _run(
         self, kind: str, shape: torch.Size, function: Callable[..., list[Tensor]], arguments: tuple[Tensor, ...]
     ) -> Function | None:
@@ -120,8 +161,41 @@ class Passes:
         statistics = dict(zip(self.network.buffer_names, values[count:], strict=True))
         return [self.network.predict(self._params(values[:count]), statistics, images)]
 
+    def _squared_loss_and_gradients(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images, targets = arguments
+        loss, gradients = self._eager_squared_loss_and_grad(self._params(values), Batch(images, targets))
+        return [loss, *gradients.values()]
+
+    def _features(self, *arguments: Tensor) -> list[Tensor]:
+        *values, images = arguments
+        return [self.network.features(self._params(values), images)[0]]
+
+    def _pullback(self, *arguments: Tensor) -> list[Tensor]:
+        """Differentiate `_features`, times a cotangent (b, h), by the images."""
+        *values, images, cotangent = arguments
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            return list(torch.autograd.grad(self._features(*values, leaf)[0], leaf, cotangent))
+
     def _params(self, values: list[Tensor]) -> Params:
         return dict(zip(self.network.shapes, values, strict=True))
+
+
+class _Differentiable(torch.autograd.Function):
+    """forward(images), whose gradient is pullback(images, cotangent): for compiled functions, which have none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Callable[[Tensor], Tensor], pullback: Callable[[Tensor, Tensor], Tensor], images: Tensor
+    ) -> Tensor:
+        ctx.pullback = pullback
+        ctx.save_for_backward(images)
+        return forward(images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+        return None, None, ctx.pullback(*ctx.saved_tensors, grad_outputs[0].contiguous())
 
 
 def count_macs(network: Network) -> int:

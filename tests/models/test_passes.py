@@ -98,6 +98,51 @@ def test_compiled_passes_equal_eager_ones_to_rounding(folder):
 
 @with_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["convnet-in", "convnet-bn"])
+def test_compiled_features_and_squared_loss_equal_eager_ones_to_rounding(folder, name):
+    """66 images are two parts of 33, or one with BatchNorm. Gradient flows to the images through machine code."""
+    net, some = network(name), batch(66)
+    params, targets = net.init(generator(0, "params")), torch.randn(66, 10, generator=generator(0, "targets"))
+
+    def of(passes: Passes):
+        images = some.images.clone().requires_grad_()
+        features = passes.features(params, images)
+        (by_images,) = torch.autograd.grad((features * torch.linspace(-1, 1, features.shape[1])).sum(), images)
+        loss, gradients = passes.squared_loss_and_grad(params, Batch(some.images, targets))
+        return features.detach(), by_images, loss, *gradients.values()
+
+    eager, compiled = of(Passes(net)), of(Passes(net, folder))
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(compiled[1], eager[1])  # machine code did it, in another order of sums
+
+
+def test_features_and_squared_loss_in_parts_are_those_of_the_whole():
+    """By autograd on one pass of all 66 images, where the passes take two of 33."""
+    net, some = network("convnet-gn"), batch(66)
+    params, targets = net.init(generator(0, "params")), torch.randn(66, 10, generator=generator(0, "targets"))
+    leaves = {key: value.clone().requires_grad_() for key, value in params.items()}
+    images = some.images.clone().requires_grad_()
+    expected, outputs = net.features(leaves, images)
+    wanted = torch.autograd.grad(0.5 * (outputs - targets).square().sum(1).mean(), list(leaves.values()))
+    again = some.images.clone().requires_grad_()
+    features = Passes(net).features(leaves, again)
+    torch.testing.assert_close(features, expected)
+    by_images, by_again = (torch.autograd.grad(f.square().sum(), x)[0] for f, x in
+                           ((net.features(params, images)[0], images), (features, again)))  # fmt: skip
+    torch.testing.assert_close(by_again, by_images)
+    loss, gradients = Passes(net).squared_loss_and_grad(leaves, Batch(some.images, targets))
+    torch.testing.assert_close(loss, 0.5 * (outputs - targets).square().sum(1).mean().detach())
+    torch.testing.assert_close(list(gradients.values()), list(wanted))
+
+
+def test_parts_are_equal_and_batchnorm_has_one():
+    sizes = {count: Passes(network("convnet-in")).part_size(count) for count in (1, 20, 64, 65, 100, 200, 256, 257)}
+    assert sizes == {1: 1, 20: 20, 64: 64, 65: 33, 100: 50, 200: 50, 256: 64, 257: 52}
+    assert Passes(network("convnet-bn")).part_size(200) == 200
+
+
+@with_compiler
+@pytest.mark.slow
 def test_what_is_compiled_serves_other_processes_and_no_other_network(folder):
     """A second Passes loads what is there; another width is another network, and gets machine code of its own."""
     net, some = network("convnet-bn"), batch(SIZE)
@@ -180,6 +225,8 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     assert session.compiles_passes(large, digits, specs, lines.append)
     assert not session.compiles_passes(large.updated(compiled="off"), digits, specs, lines.append)
     assert not session.compiles_passes(large.updated(device="cuda"), digits, specs, lines.append)
+    assert not session.compiles_passes(large.updated(method="vbpc"), digits, specs, lines.append)
+    assert session.compiles_passes(large.updated(method="vbpc", steps=2_000_000), digits, specs, lines.append)
     assert not lines
     reason = "no g++"
     assert not session.compiles_passes(large, digits, specs, lines.append)

@@ -57,6 +57,24 @@ def test_an_outer_step_is_timed_beside_its_reference_and_its_passes(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_of_vbpc_is_timed_beside_its_passes_and_its_algebra(tmp_path):
+    """n: ten classes and their mirror images; h: width 8 times 2 x 2 pixels. The picture is drawn from two sizes."""
+    report = tmp_path / "vbpc.json"
+    words = ["--no-compiled", "--widths", "8", "--ipcs", "1", "2", "--repeats", "1", "--json", str(report)]
+    process = run("benchmark_vbpc.py", *words)
+    assert process.returncode == 0, process.stderr
+    cases = json.loads(report.read_text())["cases"]
+    assert [(case["n"], case["h"], case["real_batch_size"]) for case in cases] == [(20, 32, 256), (40, 32, 256)]
+    for case in cases:
+        seconds = {name: times["all"][0] for name, times in case["seconds"].items()}
+        assert min(seconds.values()) > 0
+        assert seconds["algebra"] < seconds["step"]
+        assert case["ratios"]["step / passes"]["all"] == [pytest.approx(seconds["step"] / seconds["passes"])]
+    assert report.with_suffix(".md").read_text().count("\n| 8 |") == 2
+    assert report.with_suffix(".png").exists() and report.with_stem("vbpc-memory").with_suffix(".png").exists()
+
+
+@pytest.mark.slow
 def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
     report = tmp_path / "passes.json"
     words = ("--widths", "8", "--images", "10", "--repeats", "2", "--no-compiled", "--json", str(report))

@@ -22,7 +22,7 @@ from fbpc_ray.distillation.methods.common import Clock, Gradient, GradientContex
 from fbpc_ray.inference import last_layer
 from fbpc_ray.inference.last_layer import LastLayer
 from fbpc_ray.inference.vectors import unflatten
-from fbpc_ray.models.last_layer import Targets, features_and_outputs, posterior, scaled, train_step
+from fbpc_ray.models.last_layer import Targets, posterior, scaled, train_step
 
 Terms = tuple[Tensor, Tensor, dict[str, float]]
 """What is differentiated, (); its term of the real images, (); other quantities to report."""
@@ -47,15 +47,15 @@ def gradient(
     member = network_pool.load(start, network.init(context.rng(step, "prior")), slot, settings)
     if start is not None and member.uses:
         data = _seen(u.detach(), y.detach(), settings)
-        member = member._replace(adam=train_step(network, member.adam, data, settings.pool_lr))
+        member = member._replace(adam=train_step(context.passes, member.adam, data, settings.pool_lr))
     seconds_u = clock.lap()
 
     params = unflatten(member.adam.value, network.shapes)
     real = _real_batch(context, step)
     with torch.no_grad():
-        real_features = scaled(features_and_outputs(network, params, real.images)[0])
+        real_features = scaled(context.passes.features(params, real.images))
     data = _seen(u, y, settings)
-    features = scaled(features_and_outputs(network, params, data.images)[0])
+    features = scaled(context.passes.features(params, data.images))
     layer = posterior(features, data.targets, settings.ridge, settings.prior_precision, settings.method == "frepo")
     loss, expected, others = LOSSES[settings.method](layer, real_features, real.labels, y, settings, len(context.real))
     by_images, by_labels = (value.cpu() for value in torch.autograd.grad(loss, (u, y)))
