@@ -38,7 +38,7 @@ from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
-from fbpc_ray.execution import keyword_settings, memory_budget, memory_estimate, validation
+from fbpc_ray.execution import advice, keyword_settings, memory_budget, memory_estimate, validation
 from fbpc_ray.execution.keyword_settings import Architecture
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import Session, network_specs, open_backend, open_session
@@ -127,6 +127,7 @@ def distill(
     ipc: int | None = None,
     method: str | None = None,
     preset: str = "",
+    time_budget: str = "",
     backend: str = "serial",
     log: Callable[[str], None] = print,
     on_step: Callable[[dict[str, float], int], None] | None = None,
@@ -144,6 +145,8 @@ def distill(
         preset: quick | laptop | gpu (sizes chosen from the data) | paper | a row of Table 4 | digits; `settings`
             override it. Empty: paper for the names of Table 4, digits for digits, else laptop, or gpu where torch has
             one.
+        time_budget: such as 20m: choose the largest sizes that take no longer, evaluation included, by timing this
+            machine.
         backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
         log: called with each line of the log.
         on_step: called after each step with the step's metrics and number.
@@ -157,8 +160,10 @@ def distill(
     keyword_settings.check_names(settings, "distill", without=(config.Data, config.Output))
     changes: dict[str, Any] = {"ipc": ipc, "architectures": architectures}
     changes = settings | {name: value for name, value in changes.items() if value is not None}
-    chosen = keyword_settings.of_distillation(source, changes, method, preset, backend, log)
+    chosen = keyword_settings.of_distillation(source, changes, method, preset, time_budget, backend, log)
     session = open_session(chosen, log, source)
+    for note in advice.notes(session):
+        log(note)
     return session.coreset(_run_steps(session, log, on_step) if session.num_steps else session.initial[0])
 
 
@@ -168,15 +173,16 @@ def _run_steps(
     """Train the missing experts and take all steps; return the last state. Nothing is saved but experts."""
     chosen, state = session.config, session.initial[0]
     interruption, d = Interruption(()), chosen.distillation
-    with open_backend(chosen, interruption, log) as workers, progress("distil", d.steps, "step", log=log) as bar:
+    with open_backend(chosen, interruption, log) as workers:
         session.train_experts(workers, log)
+        with progress("distil", d.steps, "step", log=log) as bar:
 
-        def report(step: Step) -> None:
-            if on_step:
-                on_step(step.metrics(), step.state.step)
-            bar.update(loss=f"{step.metrics()['loss']:.3f}")
+            def report(step: Step) -> None:
+                if on_step:
+                    on_step(step.metrics(), step.state.step)
+                bar.update(loss=f"{step.metrics()['loss']:.3f}")
 
-        return follow(session.steps(state, workers), Checkpointer(None, state, [], d), [report], interruption)
+            return follow(session.steps(state, workers), Checkpointer(None, state, [], d), [report], interruption)
 
 
 @names_arguments
@@ -206,7 +212,7 @@ def posterior(
         width: as for `distill`.
         depth: as for `distill`.
         augment: as for `distill`.
-        preset: a name as for `distill`, whose settings stand in for those of the coreset.
+        preset: paper, a row of Table 4 or digits, whose settings stand in for those of the coreset.
         device: as for `distill`.
         **settings: those of the chains: chain_epochs, chain_every, chain_eta, ...
 
@@ -273,6 +279,8 @@ def evaluate(
     Raises:
         UserError: an argument is wrong.
     """
+    if split not in ("test", "validation"):
+        raise UserError(f"--split {split}: must be test or validation")
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     others = (config.Data, config.Experts, config.Distillation, config.Output)
     keyword_settings.check_names(settings, "evaluate", without=others)

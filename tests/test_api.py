@@ -286,6 +286,13 @@ def test_a_damaged_file_of_samples_is_one_line(pseudocoreset, samples, tmp_path)
         (lambda data, pseudocoreset: api.posterior(pseudocoreset, "convnt"), "did you mean"),
         (lambda data, pseudocoreset: api.posterior(pseudocoreset, width=0), "^width: must be 1 or more, got 0"),
         (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, width=-1), "^width: must be 1 or more"),
+        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, split="all"), "^split all: must be test or val"),
+        (lambda data, pseudocoreset: api.distill(data, width=0, preset="quick"), "^width: must be 1 or more, got 0"),
+        (
+            lambda data, pseudocoreset: api.posterior(pseudocoreset, preset="quick"),
+            "^preset='quick': chooses the sizes",
+        ),
+        (lambda data, pseudocoreset: api.distill(data, time_budget="soon"), "^time_budget: must be a duration"),
         (lambda data, pseudocoreset: api.distill(data, val_every=5), "no setting 'val_every'"),
         (lambda data, pseudocoreset: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
         (lambda data, pseudocoreset: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
@@ -301,6 +308,27 @@ def test_what_is_wrong_is_one_line(digits, pseudocoreset, call, message):
     with pytest.raises(UserError, match=message) as caught:
         call(digits, pseudocoreset)
     assert "\n" not in str(caught.value)
+
+
+def test_the_log_names_arguments(digits, tmp_path, monkeypatch):
+    """The table of sizes, notes, and warnings: no flag is left, and the columns of the table stand below each other."""
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    few = (digits.train.images[:60], digits.train.labels[:60])
+    sizes: dict[str, Any] = {"width": 8, "steps": 1, "expert_count": 1, "expert_epochs": 1, "start_epoch": 1}
+    own = api.distill(few, **sizes, log=lines.append)
+    api.evaluate(own, digits, num_chains=1, chain_epochs=20, chain_every=5, log=lines.append)
+    text = "\n".join(lines)
+    assert "--" not in text and "flag" not in text
+    assert "(preset='laptop')" in text
+    assert "other sizes: preset='quick' | 'laptop' | 'gpu' | 'paper', or time_budget='20m'" in text
+    table = text[text.index("setting  ") :].splitlines()
+    value = table[0].index("value")
+    rows = table[1 : next(number for number, line in enumerate(table) if line.startswith("as the paper: "))]
+    assert {row.split()[0] for row in rows} > {"alpha", "expert_lr"}
+    assert all(row[value - 1] == " " and row[value].isdigit() for row in rows)
+    assert "too few to learn: try expert_batch_size=" in text
+    assert "longer chains (chain_epochs)" in text
 
 
 def test_images_that_cannot_be_predicted_are_refused(samples, digits):

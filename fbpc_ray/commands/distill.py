@@ -72,6 +72,7 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         log(f"{text}\n")
     log(f"time:    {phases.describe()}")
     log(f"picture: {run.picture_path}")
+    log(f"coreset: {run.coreset_path}")
     log(f"result:  {run.result_path}")
     if uri:
         log(f"MLflow:  {ui_command(uri)}")
@@ -130,7 +131,7 @@ def _distill(session: Session, run: RunDirectory, resume: bool, phases: Phases) 
             log("the first steps compile the passes, tens of seconds each; later runs reuse them (--compiled off)")
         with run_logging.track_distillation(session.config, session.dataset, run, provenance, log) as tracker:
             live = LiveRun(session, run, workers, provenance, tracker)
-            phases.end("backend")
+            phases.end("Ray" if config.workers.backend == "ray" else "workers")
             if session.num_steps:
                 state = run_steps(live, state, rows, interruption, phases)
             result = evaluate_run(live, state, rows)

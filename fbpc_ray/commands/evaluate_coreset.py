@@ -53,16 +53,9 @@ def stored_settings(source: str, given: Set[str]) -> dict[str, Any]:
         raise UserError(f"{source}: {error}") from None
     taken = {name: value for name, value in settings.items() if name not in given}
     if taken:
-        log(f"as the coreset was distilled: {' '.join(_flag(name, value) for name, value in taken.items())}")
+        words = (protocols.flag_of(name, value) for name, value in taken.items())
+        log(f"as the coreset was distilled: {' '.join(words)}")
     return taken
-
-
-def _flag(name: str, value: Any) -> str:
-    """Return a setting as words of the command line."""
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, json: str) -> None:

@@ -22,7 +22,7 @@ def describe(scores: Sequence[ChainScore], classes: int, test_images: int) -> st
         return ""
     distilled, random = means[names[0]], means["random"]
     ours, theirs = distilled["accuracy"], random["accuracy"]
-    nll = f"NLL {distilled['nll']:.2f} against {random['nll']:.2f}, lower is better"
+    nll = f"NLL {distilled['nll']:.2f} against {random['nll']:.2f} is {_compare(distilled['nll'], random['nll'])}"
     line = (
         f"{names[0]}: {100 * ours:.1f} % of {test_images:,} test images right; as many random real images: "
         f"{100 * theirs:.1f} %; guessing: {100 / classes:.1f} %"
@@ -35,12 +35,19 @@ def _verdict(ours: float, theirs: float, test_images: int, nll: str) -> str:
     error = 200 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / max(1, test_images))
     if abs(points) <= error:
         return (
-            f"no clear difference in accuracy: on so few test images up to {error:.0f} points may be chance; {nll}\n"
+            f"no clear difference in accuracy: on {test_images:,} test images up to {error:.0f} points may be chance; "
+            f"{nll}\n"
             "more test images tell more; a larger --ipc or --time-budget, or --method vbpc, may raise the accuracy"
         )
     if points > 0:
         return f"the distilled images are {points:.0f} points better than random ones; {nll}"
     return f"the distilled images are {-points:.0f} points WORSE than random ones ({nll}): see {FAQ}"
+
+
+def _compare(ours: float, theirs: float) -> str:
+    """Compare two NLLs, as printed with two digits."""
+    points = round(ours, 2) - round(theirs, 2)
+    return "better (lower is better)" if points < 0 else "worse (lower is better)" if points > 0 else "equal"
 
 
 def next_steps(run: Place) -> str:

@@ -1,5 +1,6 @@
-"""Name arguments of the Python API, instead of flags of the command line, in messages of errors."""
+"""Name arguments of the Python API, instead of flags, in errors and in lines of the log."""
 
+import inspect
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -7,20 +8,35 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_t
 
 from fbpc_ray.core.config import GROUPS
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import Log
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-FLAG = re.compile(r"`[^`]*`|--(?P<no>no-)?(?P<flag>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?: (?P<value>[^\s:;,)]+))?")
-"""A command in backticks, which stays; or a flag with the word after it."""
+FLAG = re.compile(
+    r"`[^`]*`|--(?P<no>no-)?(?P<flag>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?: (?P<value>[^\s:;,)|]+(?: \| [^\s:;,)|]+)*))?"
+)
+"""A command in backticks, which stays; or a flag with the word after it, or with alternatives such as `a | b`."""
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
+RESUMED = re.compile(r"run (the same command|again) with --resume")
+"""Advice that a function can't follow: it has no run directory."""
+
+OTHER_NAMES = {"data_root": "root", "data_seed": "seed"}
+"""{setting: argument of `dataset`} where the names differ."""
+OTHER_ARGUMENTS = {
+    "preset": Literal["quick", "laptop", "gpu", "paper"], "split": Literal["test", "validation"], "time_budget": str,
+}  # fmt: skip
+"""{argument that is no setting: its type}."""
 
 
 def names_arguments(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Make the errors of a public function name its arguments."""
+    """Make the errors of a public function, and the lines that its argument `log` gets, name its arguments."""
+    parameter = inspect.signature(function).parameters.get("log")
 
     @wraps(function)
     def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        if parameter is not None:
+            named["log"] = _naming_arguments(named.get("log", parameter.default))
         try:
             return function(*arguments, **named)
         except UserError as error:
@@ -29,28 +45,49 @@ def names_arguments(function: Callable[Parameters, Result]) -> Callable[Paramete
     return call
 
 
+def _naming_arguments(log: Any) -> Log:
+    return lambda line: log(with_arguments(line))
+
+
 def with_arguments(message: str) -> str:
-    """Replace the flags of settings in `message` by arguments: `--width 8` by `width=8`, `--width` by `width`."""
-    return FLAG.sub(_argument, message)
+    """Replace the flags of settings in `message` by arguments: `--width 8` by `width=8`, `--width` by `width`.
+
+    A flag that two spaces follow is the cell of a table: the columns after it stay where they are.
+    """
+    return FLAG.sub(_aligned, RESUMED.sub("call the function again", message))
+
+
+def _aligned(match: re.Match[str]) -> str:
+    text = _argument(match)
+    return text.ljust(len(match[0])) if match.string.startswith("  ", match.end()) else text
 
 
 def _argument(match: re.Match[str]) -> str:
-    name = (match["flag"] or "").replace("-", "_")
+    name, value = (match["flag"] or "").replace("-", "_"), match["value"]
     kind = _types().get(name)
     if kind is None:
         return match[0]
+    name = OTHER_NAMES.get(name, name)
     if kind is bool:
-        rest = f" {match['value']}" if match["value"] else ""
-        return f"{name}={not match['no']}{rest}"
-    if match["value"] is None:
+        return f"{name}={not match['no']}{f' {value}' if value else ''}"
+    if value is None:
         return name
-    if kind is not str and NUMBER.fullmatch(match["value"]):
-        return f"{name}={match['value']}"
-    if get_origin(kind) is Literal and match["value"] in get_args(kind):
-        return f"{name}={match['value']!r}"
-    return f"{name} {match['value']}"
+    text = _literal(kind, value)
+    return f"{name}={text}" if text else f"{name} {value}"
+
+
+def _literal(kind: Any, value: str) -> str:
+    """Write the words after a flag of type `kind` as Python does; empty for words of a sentence."""
+    if value == "''":
+        return value
+    if NUMBER.fullmatch(value):
+        return "" if kind is str else value
+    words = value.split(" | ")
+    if get_origin(kind) is Literal and all(word in get_args(kind) for word in words):
+        return " | ".join(map(repr, words))
+    return repr(value) if kind is str and any(char.isdecimal() for char in value) else ""
 
 
 def _types() -> dict[str, Any]:
     settings = {name: kind for group in GROUPS for name, kind in get_type_hints(group).items()}
-    return settings | {"preset": str, "split": str}
+    return settings | OTHER_ARGUMENTS

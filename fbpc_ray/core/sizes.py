@@ -331,10 +331,10 @@ def describe_device(device: str, cores: int) -> str:
 
 
 def describe(sizes: Sizes, paper: Mapping[str, Any]) -> str:
-    """Return the table of the settings that differ from the values of `paper`, and a line of the others."""
+    """Return the table of the settings that differ from the values of `paper`, and a line of the others, by flags."""
     rows, equal = [], list[str]()
     for name, choice in sizes.choices.items():
-        flag = name.replace("_", "-")
+        flag = f"--{name.replace('_', '-')}"
         if choice.value == paper[name]:
             equal.append(f"{flag} {choice.value:g}")
         else:

@@ -141,10 +141,9 @@ def metrics(all_mixing: Sequence[Mixing], prefix: str) -> dict[str, float]:
 def describe(all_mixing: Sequence[Mixing]) -> str:
     """Return the line that names chains that have not mixed; empty where all have."""
     parts = [
-        f"{one.coreset} on {one.architecture} (R-hat {one.rhat_nll:.2f} of the NLL, {one.rhat_images:.2f} of an image; "
-        f"{one.ess_nll:.0f} and {one.ess_images:.0f} effective of {one.samples} samples)"
+        f"{max(one.rhat_nll, one.rhat_images):.1f} of {one.coreset} on {one.architecture}"
         for one in all_mixing
         if not one.mixed
     ]
-    advice = "the +- shows how far their scores depend on where they began; longer chains (--chain-epochs) mix better"
-    return f"{NOT_MIXED}: {'; '.join(parts)}; {advice}" if parts else ""
+    advice = "other seeds or longer chains (--chain-epochs) would score otherwise"
+    return f"{NOT_MIXED}: R-hat {', '.join(parts)} (up to {MIXED} is good); {advice}" if parts else ""

@@ -23,8 +23,16 @@ def name_of(settings: Evaluation) -> str:
     if settings.inference != "sghmc":
         return ""
     usual = chain_settings(Evaluation())
-    changed = [f"{name}={value}" for name, value in chain_settings(settings).items() if value != usual[name]]
-    return f"{PAPER}, changed: {', '.join(changed)}" if changed else PAPER
+    changed = [flag_of(name, value) for name, value in chain_settings(settings).items() if value != usual[name]]
+    return f"{PAPER}, changed: {' '.join(changed)}" if changed else PAPER
+
+
+def flag_of(name: str, value: Any) -> str:
+    """Return a setting as words of the command line."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def of_result(result: Mapping[str, Any], settings: Evaluation | None = None) -> str:

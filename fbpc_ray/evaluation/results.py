@@ -133,7 +133,10 @@ def mean_scores(scores: Sequence[ChainScore]) -> dict[str, float]:
 
 
 def table(scores: Sequence[ChainScore], format_table: Callable[[list[str], list[list[str]]], str] = text_table) -> str:
-    """Format mean +- standard deviation over seeds as a table, with the AUROC of OOD data where there is one."""
+    """Format mean +- standard deviation over seeds as a table, with the AUROC of OOD data where there is one.
+
+    One seed has no deviation.
+    """
     names = [*MAIN_QUANTITIES, *(name for name in OOD_QUANTITIES if values_of(scores, name))]
     rows = []
     for architecture in unique(score.architecture for score in scores):
@@ -147,8 +150,8 @@ def _cell(values: Sequence[float], name: str) -> str:
     if not values:
         return "diverged"
     scaled, digits = [QUANTITIES[name].scale * value for value in values], QUANTITIES[name].digits
-    deviation = statistics.stdev(scaled) if len(scaled) > 1 else 0.0
-    return f"{statistics.mean(scaled):.{digits}f} +- {deviation:.{digits}f}"
+    spread = f" +- {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{statistics.mean(scaled):.{digits}f}{spread}"
 
 
 def metrics(scores: Sequence[ChainScore], split: str = "test") -> dict[str, float]:

@@ -8,7 +8,7 @@ from fbpc_ray.execution.session import Session, num_steps
 FEW_SGD_STEPS = 25
 """SGD steps at --start-epoch below which experts hardly differ from their initialisation."""
 WIDE_ERROR = 3.0
-"""Points of accuracy that a test set is right to, above which a note says so."""
+"""Standard error of an accuracy in points, above which a note says what may be chance."""
 
 
 def notes(session: Session) -> list[str]:
@@ -48,10 +48,13 @@ def _nothing_saved(session: Session) -> str:
 
 def _test_images(session: Session) -> str:
     """Note a test set that is too small to tell two coresets apart."""
-    points = accuracy_error(len(session.dataset.test.labels))
-    if not 0 < points <= 50 or points <= WIDE_ERROR:
+    images = len(session.dataset.test.labels)
+    points = accuracy_error(images)
+    if not WIDE_ERROR < points <= 50:
         return ""
-    return f"{len(session.dataset.test.labels):,} test images: an accuracy is right to {points:.0f} points at best"
+    # Two standard errors of the difference of two accuracies, as at the end of a run.
+    chance = min(100, 2 * math.sqrt(2) * points)
+    return f"{images:,} test images are few: accuracies {chance:.0f} points apart may be equal"
 
 
 def accuracy_error(images: int) -> float:

@@ -9,6 +9,7 @@ from torch import nn
 from fbpc_ray.core import presets
 from fbpc_ray.core.config import Config, current_names
 from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.sizes import LEVELS
 from fbpc_ray.data.coreset import Coreset, settings_of
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.execution import validation
@@ -25,6 +26,7 @@ def of_distillation(
     changes: Mapping[str, Any],
     method: str | None,
     preset: str,
+    time_budget: str,
     backend: str,
     log: Callable[[str], None],
 ) -> Config:
@@ -35,7 +37,7 @@ def of_distillation(
     flags = _with_names(changes)
     base = presets.default(source.name, str(flags["ipc"]) if "ipc" in flags else None, preset, method)
     config = validation.canonical(base.updated(**flags, backend=backend))
-    request = presets.size_request(source.name, preset, "", set(current_names(flags)))
+    request = presets.size_request(source.name, preset, time_budget, set(current_names(flags)))
     config = with_sizes(config, source, request, log)
     validation.check(config)
     local = [name for name in config.networks.architectures if not custom.importable(name)]
@@ -53,8 +55,15 @@ def of_evaluation(
     preset: str,
     changes: Mapping[str, Any],
 ) -> Config:
-    """Return the settings of networks and chains: `changes`, else those of `preset`, else those of the coreset."""
-    start = presets.preset(preset) if preset else Config()
+    """Return the settings of networks and chains: `changes`, else those of `preset`, else those of the coreset.
+
+    Raises UserError.
+    """
+    if preset in LEVELS:
+        raise UserError(
+            f"--preset {preset}: chooses the sizes of a distillation from its data; leave it out, or give paper"
+        )
+    start = presets.preset(preset) if preset not in ("", presets.PAPER) else Config()
     stored = {"architectures": list(start.networks.architectures)} if preset else settings_of(coreset)
     named = architectures is not None
     start = start.updated(**evaluation_settings(stored, named))

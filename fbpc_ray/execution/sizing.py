@@ -8,6 +8,7 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
+from fbpc_ray.core.ranges import check_ranges
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import LEVELS, Facts, Level, SizeRequest, Sizes
 from fbpc_ray.data.datasets import Dataset
@@ -52,13 +53,16 @@ def open_sized_session(
 
     Args:
         shown: settings that the table may have; None: all.
-        planned: whether a plan follows, which has the seconds; the table's heading then has none.
+        planned: whether a plan follows, which has the estimate of the time; the table's heading then has none.
     """
     if request is None:
         return SizedSession(open_session(config, log))
+    check_ranges(config.flat())
     dataset = load_data(config, log)
     chosen = _choose(config, dataset, request, log)
-    _log_table(config, dataset, request, chosen, log, shown, planned)
+    facts = facts_of(config, dataset, request)
+    time = _planned_time(facts, chosen) if planned else _time(facts, chosen, "; --dry-run times this machine")
+    _log_table(config, dataset, request, chosen, time, log, shown)
     config = config.updated(**chosen.sizes.settings())
     validation.check(config)
     limit = chosen.level.seconds if chosen.measured is None and chosen.fits else 0.0
@@ -66,11 +70,12 @@ def open_sized_session(
 
 
 def with_sizes(config: Config, dataset: Dataset, request: SizeRequest | None, log: Log) -> Config:
-    """Return `config` with the settings that `request` leaves to the choice; log their table."""
+    """Return `config` with the settings that `request` leaves to the choice; log their table. Raises UserError."""
     if request is None:
         return config
+    check_ranges(config.flat())
     chosen = _choose(config, dataset, request, log)
-    _log_table(config, dataset, request, chosen, log)
+    _log_table(config, dataset, request, chosen, _time(facts_of(config, dataset, request), chosen), log)
     return config.updated(**chosen.sizes.settings())
 
 
@@ -93,18 +98,18 @@ def _log_table(
     dataset: Dataset,
     request: SizeRequest,
     chosen: Chosen,
+    time: str,
     log: Log,
     shown: Collection[str] | None = None,
-    planned: bool = False,
 ) -> None:
-    """Log the chosen settings beside the paper's, and why; nothing where flags name them all."""
+    """Log the chosen settings beside the paper's, and why, below a line on their `time`; nothing where none is left."""
     choices = chosen.sizes.choices
     if not choices:
         return
     ipc, method = str(config.distillation.ipc), config.distillation.method
     paper = presets.default(config.data.data, ipc, "paper", method).flat()
     source = "--time-budget" if request.budget else f"--preset {_level_name(config, request)}"
-    log(_heading(facts_of(config, dataset, request), chosen, source, planned=planned))
+    log(_heading(facts_of(config, dataset, request), chosen, source, time))
     choices = {name: choice for name, choice in choices.items() if shown is None or name in shown}
     log(sizes.describe(chosen.sizes._replace(choices=choices), paper) + "\n")
 
@@ -146,27 +151,36 @@ def _within_budget(config: Config, dataset: Dataset, facts: Facts, level: Level)
     raise AssertionError("the smallest rung is always taken")
 
 
-def _heading(facts: Facts, chosen: Chosen, source: str, *, planned: bool) -> str:
+def _heading(facts: Facts, chosen: Chosen, source: str, time: str) -> str:
     """Describe in three lines what the sizes were chosen from, their time, and how to choose others."""
     height, width = facts.image_shape[1:]
     device = sizes.describe_device(chosen.level.device, facts.cores)
     return (
         f"sizes for {facts.images:,} training images of {facts.classes:,} classes, {height}x{width}, on {device} "
-        f"({source}):\n{_time(facts, chosen, planned)}\n"
-        "a flag overrides its row; other sizes: --preset quick | laptop | gpu | paper, or --time-budget 20m"
+        f"({source}):\n{time}\n"
+        "a value that you give replaces the one chosen here; other sizes: --preset quick | laptop | gpu | paper, or "
+        "--time-budget 20m"
     )
 
 
-def _time(facts: Facts, chosen: Chosen, planned: bool) -> str:
-    """Describe the limit, and the one estimate of the time with its origin; a plan has that estimate itself."""
+def _time(facts: Facts, chosen: Chosen, hint: str = "") -> str:
+    """Compare the estimate of the time with the limit; `hint` follows an estimate by the formula."""
     limit, seconds = (describe_seconds(value) for value in (chosen.level.seconds, chosen.sizes.seconds.total))
-    origin = "timed on this machine" if chosen.measured else "by a formula; --dry-run times this machine"
+    origin = "timed on this machine" if chosen.measured else f"by a formula{hint}"
+    estimate = f"experts, distillation and evaluation take about {seconds} ({origin})"
     if chosen.fits:
-        if planned:
-            return f"chosen for at most {limit}; the plan below has the time on this machine"
-        return f"the run takes about {seconds} ({origin}); the limit is {limit}"
+        return f"{estimate}; the limit is {limit}"
+    return f"{estimate}, above the limit of {limit}, with the smallest sizes; {_advice(facts)}"
+
+
+def _planned_time(facts: Facts, chosen: Chosen) -> str:
+    """Name the limit: a plan has the estimate itself."""
+    limit = describe_seconds(chosen.level.seconds)
+    if chosen.fits:
+        return f"chosen for at most {limit}; the plan below has the time on this machine"
+    return f"the smallest sizes, which are above the limit of {limit}; {_advice(facts)}"
+
+
+def _advice(facts: Facts) -> str:
     smaller = "--image-size 32, " if facts.image_shape[1] > 64 else ""
-    advice = f"for less time give {smaller}fewer images or a smaller --ipc"
-    if planned:
-        return f"the smallest sizes, which are above the limit of {limit}; {advice}"
-    return f"the run takes about {seconds} ({origin}), above the limit of {limit}, with the smallest sizes; {advice}"
+    return f"for less time give {smaller}fewer images or a smaller --ipc"

@@ -50,7 +50,7 @@ def check(config: Config) -> None:
     if method in network_pool.METHODS and flat["precision"] != "fp32":
         raise UserError(f"--precision {flat['precision']}: --method {method} supports fp32 alone; use --precision fp32")
     if flat["learn_labels"] and method == "random":
-        raise UserError("--learn-labels: --method random learns nothing; choose another method, or leave the flag out")
+        raise UserError("--learn-labels: --method random learns nothing; choose another method, or --no-learn-labels")
     memory_budget.check(config)
     if method == "bpc-rkl" and flat["mc_samples"] < 2:
         raise UserError("--mc-samples: must be 2 or more for the covariance of bpc-rkl, got 1")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from typing import Any
 
 from fbpc_ray.core.config import Config
@@ -55,6 +56,7 @@ def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], r
         f"of {escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
         "everything.", "",
         *_scores(result),
+        *_command(facts),
         "## How to read it", "", READING[kind], "",
         "Pixels are normalised: those in 0..1 are `pixels * std + mean`, a channel each, and test images must be",
         "normalised by the same numbers.", "",
@@ -62,7 +64,7 @@ def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], r
         f"* classes, from label 0: {', '.join(map(escape, coreset.classes))}",
         *SOFT_LABELS[: coreset.soft_labels is not None], "",
         *_origin(settings, facts, result),
-        "## Licence of the source", "", f"{_licence(facts)[1]}. The images are derived from it.", "",
+        "## Licence of the source", "", f"The images are derived from {_licence(facts)[1]}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -111,7 +113,7 @@ def _size(m: int) -> str:
 
 
 def _licence(facts: dict[str, str]) -> tuple[dict[str, str], str]:
-    unknown = {"license": "unknown"}, "Unknown: the licence of the images that it was made from"
+    unknown = {"license": "unknown"}, "images whose licence the run did not record: ask for it before you share these"
     return LICENCES.get(facts["data"], unknown)
 
 
@@ -129,8 +131,14 @@ def _scores(result: dict[str, Any] | None) -> list[str]:
     return [
         "## Scores", "", "```", _unfenced(results.table(results.from_json(result["coresets"]))), "```", "",
         f"Of {inference}{protocol}, mean and standard deviation over seeds, on "
-        f"{_text_of(result, 'images_scored')} images of {_text_of(result, 'split')}.", "",
+        f"{_text_of(result, 'images_scored')} {_text_of(result, 'split')} images.", "",
     ]  # fmt: skip
+
+
+def _command(facts: dict[str, str]) -> list[str]:
+    """Return the command that scores the images; the networks and chains are those that the export names."""
+    command = _unfenced(f"fbpc evaluate --coreset PATH --data {shlex.quote(' '.join(facts['data'].split()))}")
+    return ["fbpc-ray scores these images, and as many random real ones, by", "", "```sh", command, "```", ""]
 
 
 def _origin(settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> list[str]:

@@ -86,6 +86,6 @@ def how_to_use(runs: Sequence[EndedRun]) -> list[Block]:
     lines = f"fbpc export {run} --format hf --out my-coreset\nfbpc evaluate {run} --architectures convnet-ln"
     return [
         *blocks,
-        Text("To export it for `datasets`, or evaluate it on another network:"),
+        Text("To export it for Hugging Face datasets, or to evaluate it on another network:"),
         Code(lines, "sh"),
     ]

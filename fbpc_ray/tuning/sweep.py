@@ -260,8 +260,11 @@ def _describe(sweep: OpenSweep) -> None:
     """Log the trials and the data (--dry-run)."""
     for number, flags in enumerate(sweep.plan.trials):
         log(f"trial {number}: {trial.describe_flags(flags)}")
-    counts = {part: len(getattr(sweep.dataset, part).labels) for part in ("train", "validation", "test")}
-    log(f"data: {sweep.dataset.name}, {counts}; trials get no test image")
+    data = sweep.dataset
+    log(
+        f"data: {data.name}, {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "
+        f"images; no trial uses the {len(data.test.labels):,} test images"
+    )
     log("dry run: nothing was written")
 
 

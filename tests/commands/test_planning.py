@@ -66,8 +66,9 @@ def test_sizes_are_chosen_where_no_flag_names_them(images, capsys):
     main.main(["distill", *data, "--width", "128", "--print-config"])
     table = capsys.readouterr().err
     assert re.search(r"^sizes for 18 training images of 2 classes, 8x8, on 2 CPU cores \(--preset lap", table, re.M)
-    assert re.search(r"^expert-batch-size +4 +256 ", table, re.M)
-    assert not re.search(r"^width ", table, re.M)
+    assert "(by a formula; --dry-run times this machine); the limit is 4 min" in table
+    assert re.search(r"^--expert-batch-size +4 +256 ", table, re.M)
+    assert not re.search(r"^--width ", table, re.M)
 
 
 def test_presets_of_any_data(images, capsys):
@@ -130,13 +131,13 @@ def test_the_smallest_sizes_say_that_they_are_above_the_limit():
         sizes.Facts(9, 2, (3, 8, 8), 2),
     ):
         chosen = sizing.Chosen(sizes.choose(facts, level), level, None)
-        lines.append(sizing._heading(facts, chosen, "--preset laptop", planned=False).splitlines()[1])
-        planned = sizing._heading(facts, chosen, "--preset laptop", planned=True).splitlines()[1]
+        lines.append(sizing._time(facts, chosen))
+        planned = sizing._planned_time(facts, chosen)
         assert planned.startswith(
             "chosen for at most 4 min; " if chosen.fits else "the smallest sizes, which are above"
         )
     way_out = "with the smallest sizes; for less time give "
-    assert all("(by a formula; --dry-run times this machine)" in line for line in lines)
+    assert all("(by a formula)" in line for line in lines)
     assert lines[0].endswith(f", above the limit of 4 min, {way_out}--image-size 32, fewer images or a smaller --ipc")
     assert lines[1].endswith(f", above the limit of 4 min, {way_out}fewer images or a smaller --ipc")
     assert lines[2].endswith("; the limit is 4 min")
@@ -223,6 +224,16 @@ def test_a_resumed_run_and_a_preset_file_choose_nothing(images, finished_run):
 
 def test_a_bad_budget_is_one_line(images, capsys):
     assert "--time-budget: must be a duration" in refused(capsys, "--data", f"folder:{images}", "--time-budget", "soon")
+
+
+@pytest.mark.parametrize("name", ["width", "ipc", "expert-batch-size"])
+def test_a_size_of_zero_is_one_line_before_sizes_are_chosen(images, capsys, name):
+    assert refused(capsys, "--data", f"folder:{images}", f"--{name}", "0") == (
+        f"error: --{name}: must be 1 or more, got 0"
+    )
+
+
+def test_a_bad_budget_with_a_preset_is_one_line(images, capsys):
     both = ("--time-budget", "5m", "--preset", "quick")
     assert "leave out one of them" in refused(capsys, "--data", f"folder:{images}", *both)
 
@@ -262,7 +273,8 @@ def test_a_plan_ends_with_the_error_of_the_run(images, capsys):
     "words, note",
     [
         (("--ipc", "5"), "the coreset has 10 images, the training set 18"),
-        ((), "6 test images: an accuracy is right to 20 points at best"),
+        # Two standard errors of the difference of two accuracies near one half: 200 sqrt(2 x .25 / 6) points.
+        ((), "6 test images are few: accuracies 58 points apart may be equal"),
         (("--expert-epochs", "40", "--start-epoch", "1"), "only 5 SGD steps at --start-epoch 1 .* --start-epoch 5"),
     ],
 )
@@ -276,8 +288,8 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
     main.main(["experts", "--data", f"folder:{images}", "--backend", "serial", "--width", "8", "--dry-run"])
     text = capsys.readouterr().out
     assert re.search(r"^experts +\S.* \d+ experts to train, 0 are in ", text, re.M)
-    assert re.search(r"^expert-batch-size +4 ", text, re.M)
-    assert not re.search(r"^(alpha|steps|chain-epochs) ", text, re.M)
+    assert re.search(r"^--expert-batch-size +4 ", text, re.M)
+    assert not re.search(r"^--(alpha|steps|chain-epochs) ", text, re.M)
     assert "chains  " not in text
     main.main(["evaluate", str(finished_run), "--backend", "serial", "--chain-epochs", "30", "--dry-run"])
     text = capsys.readouterr().out

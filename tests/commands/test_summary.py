@@ -5,7 +5,7 @@ import pytest
 from fbpc_ray.commands import summary
 from fbpc_ray.evaluation.results import ChainScore
 
-NLL = "NLL 1.00 against 1.00, lower is better"
+NLL = "NLL 1.00 against 1.00 is equal"
 
 
 def scores(**accuracies):
@@ -21,8 +21,8 @@ def scores(**accuracies):
     [
         # Two standard errors of .4 against .2 are 200 sqrt((.24 + .16) / n): 18.3 points at 48 images, 13 at 100.
         (0.4, 48, f"the distilled images are 20 points better than random ones; {NLL}"),
-        (0.4, 36, f"no clear difference in accuracy: on so few test images up to 21 points may be chance; {NLL}"),
-        (0.2, 10**6, f"no clear difference in accuracy: on so few test images up to 0 points may be chance; {NLL}"),
+        (0.4, 36, f"no clear difference in accuracy: on 36 test images up to 21 points may be chance; {NLL}"),
+        (0.2, 10**6, f"no clear difference in accuracy: on 1,000,000 test images up to 0 points may be chance; {NLL}"),
         (0.1, 1000, f"the distilled images are 10 points WORSE than random ones ({NLL}): see docs/faq.md#"),
     ],
 )
@@ -33,6 +33,16 @@ def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images,
     right = f"fbpc: {100 * ours:.1f} % of {images:,} test images right"
     assert first == f"{right}; as many random real images: 20.0 %; guessing: 33.3 %"
     assert second.startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    "nll, words",
+    [(0.5, "NLL 0.50 against 1.00 is better (lower is better)"), (2.0, "NLL 2.00 against 1.00 is worse (lower is"),
+     (1.001, "NLL 1.00 against 1.00 is equal")],
+)  # fmt: skip
+def test_the_nll_is_compared_in_words(nll, words):
+    ours = [score._replace(values={**(score.values or {}), "nll": nll}) for score in scores(fbpc=[0.2])]
+    assert words in summary.describe(scores(random=[0.2]) + ours, 3, 48)
 
 
 @pytest.mark.parametrize("accuracies", [{"random": [0.1]}, {"random": [0.1], "fbpc": [None]}, {"fbpc": [0.5]}])

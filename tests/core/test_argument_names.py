@@ -1,7 +1,12 @@
-"""Errors of the Python API name arguments."""
+"""Errors and the log of the Python API name arguments."""
+
+import ast
+import re
+from pathlib import Path
 
 import pytest
 
+import fbpc_ray
 from fbpc_ray.core.argument_names import names_arguments, with_arguments
 from fbpc_ray.core.errors import UserError
 
@@ -20,6 +25,12 @@ from fbpc_ray.core.errors import UserError
         ("--architectures a b: a is there twice", "architectures a b: a is there twice"),
         ("resume it with `fbpc distill --out x --width 8`", "resume it with `fbpc distill --out x --width 8`"),
         ("--format gif", "--format gif"),
+        ("name its folder with --data-root", "name its folder with root"),
+        ("--preset quick | laptop | gpu, or", "preset='quick' | 'laptop' | 'gpu', or"),
+        ("--time-budget 20m takes longer", "time_budget='20m' takes longer"),
+        ("--memory-budget '' --chunk-images 0", "memory_budget='' chunk_images=0"),
+        ("--width   8  wide\n--steps   9  few", "width     8  wide\nsteps     9  few"),
+        ("Ray lost a task: run the same command with --resume", "Ray lost a task: call the function again"),
     ],
 )
 def test_flags_of_settings_become_arguments(message, expected):
@@ -36,3 +47,50 @@ def test_a_function_keeps_its_name_and_the_code_of_its_error():
     with pytest.raises(UserError, match=r"^seed: no$") as caught:
         raises("--seed: no")
     assert caught.value.code == 1 and isinstance(caught.value.__cause__, ValueError)
+
+
+def test_the_log_of_a_function_names_arguments():
+    """Whether the caller gives `log`, or the default takes the lines."""
+    lines: list[str] = []
+
+    @names_arguments
+    def inner(*, log=lines.append) -> None:
+        log("note: lower --alpha")
+
+    inner()
+    inner(log=lambda line: lines.append(f"mine: {line}"))
+    assert lines == ["note: lower alpha", "mine: note: lower alpha"]
+
+
+ROOMS = ("core", "data", "models", "inference", "evaluation", "distillation", "execution")
+OF_COMMANDS = {
+    "--dry-run", "--format", "--json", "--out", "--pixels", "--resume", "--ood-resize", "--protocol", "--coreset",
+}  # fmt: skip
+"""Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images."""
+OF_OTHER_PROGRAMS = {"--porcelain", "--short", "--untracked-files", "--version"}
+"""Flags of git and the compiler."""
+
+
+def literals(path: Path) -> list[str]:
+    """The text in the code of a file that is no docstring: statements that are a string alone."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+
+
+def test_each_flag_that_a_message_names_has_an_argument():
+    """A message below the commands may reach a caller of the API, who has no flags."""
+    root = Path(fbpc_ray.__file__).parent
+    unknown = {
+        (flag, path.name)
+        for room in ROOMS
+        for path in (root / room).rglob("*.py")
+        for text in literals(path)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]\b(?!-)", text)
+        if with_arguments(flag) == flag and flag not in OF_COMMANDS | OF_OTHER_PROGRAMS
+    }
+    assert not unknown

@@ -147,10 +147,10 @@ def test_snapshots_met():
 def test_the_table_names_the_papers_value():
     table = describe(choose(MINE, LAPTOP), default("folder:x", None, "paper", None).flat()).splitlines()
     assert table[0].split()[:4] == ["setting", "value", "paper", "why"]
-    assert next(line for line in table if line.startswith("width ")).split()[1:3] == ["32", "128"]
-    assert next(line for line in table if line.startswith("expert-count ")).split()[1:3] == ["5", "100"]
+    assert next(line for line in table if line.startswith("--width ")).split()[1:3] == ["32", "128"]
+    assert next(line for line in table if line.startswith("--expert-count ")).split()[1:3] == ["5", "100"]
     assert max(map(len, table)) <= 110
-    assert table[-1] == "as the paper: gamma 0.01, map-lr 0.001, lambda-x 0.05, lambda-u 0.01, num-chains 3"
+    assert table[-1] == ("as the paper: --gamma 0.01, --map-lr 0.001, --lambda-x 0.05, --lambda-u 0.01, --num-chains 3")
 
 
 def test_which_data_has_its_sizes_chosen():

@@ -90,7 +90,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(exported
             {"license": "other", "license_name": "imagenet", "license_link": "https://www.image-net.org/download.php"},
             "non-commercial research",
         ),
-        ("folder:cats", {"license": "unknown"}, "Unknown: the licence"),
+        ("folder:cats", {"license": "unknown"}, "derived from images whose licence the run did not record"),
     ],
 )
 def test_the_card_says_whose_images_these_are_and_under_which_licence(exported_run, data, licence, words):

@@ -54,7 +54,9 @@ def test_chains_of_one_distribution_have_mixed_and_chains_apart_or_adrift_have_n
     assert apart.samples == 30 and apart.ess_nll < 10
     assert mixing("fbpc", "convnet-in", [noise[0, :3]]) is None
     line = diagnostics.describe([alike, apart])
-    assert line.startswith("note: chains have not mixed: fbpc on convnet-in (R-hat ") and "random" not in line
+    rhat = f"{apart.rhat_nll:.1f}"
+    assert line.startswith(f"note: chains have not mixed: R-hat {rhat} of fbpc on convnet-in (up to 1.2 is good); ")
+    assert apart.rhat_nll > apart.rhat_images and "random" not in line
     assert diagnostics.describe([alike]) == ""
 
 

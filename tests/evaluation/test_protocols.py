@@ -25,13 +25,15 @@ def test_the_defaults_are_the_protocol_paper():
     assert protocols.name_of(Evaluation()) == "paper"
     assert protocols.name_of(Evaluation(num_chains=7, net_steps=3)) == "paper"
     changed = replace(Evaluation(), chain_epochs=200, chain_eta=0.5)
-    assert protocols.name_of(changed) == "paper, changed: chain_epochs=200, chain_eta=0.5"
+    assert protocols.name_of(changed) == "paper, changed: --chain-epochs 200 --chain-eta 0.5"
+    unlike = replace(Evaluation(), chain_augment=False)
+    assert protocols.name_of(unlike) == "paper, changed: --no-chain-augment"
     assert protocols.name_of(Evaluation(inference="mse")) == ""
 
 
 def test_a_result_of_earlier_code_has_the_protocol_of_its_settings():
     assert protocols.of_result({"protocol": "paper"}, Evaluation(chain_epochs=200)) == "paper"
-    assert protocols.of_result({}, Evaluation(chain_eta=0.5)) == "paper, changed: chain_eta=0.5"
+    assert protocols.of_result({}, Evaluation(chain_eta=0.5)) == "paper, changed: --chain-eta 0.5"
     assert protocols.of_result({}) == ""
 
 
@@ -79,7 +81,7 @@ def test_both_protocols_are_evaluated_and_named(validated_run, tmp_path, monkeyp
     main.main([*words, "--tune-chain"])
     out, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     chosen = result["calibrated"]
-    assert result["protocol"] == "paper, changed: chain_epochs=20, chain_every=10"
+    assert result["protocol"] == "paper, changed: --chain-epochs 20 --chain-every 10"
     assert result["chain_settings"]["chain_epochs"] == 20
     usual = Evaluation()
     count = len({0.0, usual.chain_d}) * len({3.0, usual.chain_weight_decay})
