@@ -55,6 +55,7 @@ from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.provenance import Provenance, capture
+from fbpc_ray.distillation.methods.common import GradientStats
 from fbpc_ray.distillation.state import GradientTask, gradient_tasks, initial_state
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import device_name
@@ -220,19 +221,8 @@ def measure(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> d
             peer.seconds(1)
             others[benchmark_peer.WAY] = peer.seconds
         seconds = in_turn(ways, others, args)
-    phases = [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units]
-    report: dict[str, Any] = {
-        "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
-        "ipc": config.distillation.ipc, "m": len(case.labels), "threads": args.threads,
-        "map_steps": statistics.fmean(map_steps.values()),
-        "seconds": {way: {"median": statistics.median(values), "all": values} for way, values in seconds.items()},
-        "ratios": {
-            f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
-            for a, b in RATIOS
-            if a in seconds and b in seconds
-        },
-        "phases": {name: sum(getattr(stats, key) for stats in phases) for key, name in PHASES.items()},
-    }  # fmt: skip
+    report = report_of(case, seconds, [ours.gradient(unit, 0, case.images, 0.0)[1] for unit in units])
+    report["map_steps"] = statistics.fmean(map_steps.values())
     if pool_steps:
         report["map_steps_pool"] = statistics.fmean(pool_steps)
     if args.training:
@@ -245,6 +235,22 @@ def measure(case: Case, args: Arguments, folder: Path, elsewhere: Executor) -> d
     if args.first_run:
         report["first_run"] = first_run(case, args.first_run, args.threads, folder, elsewhere)
     return report
+
+
+def report_of(case: Case, seconds: dict[str, list[float]], phases: list[GradientStats]) -> dict[str, Any]:
+    """Describe a case: its sizes, the seconds of each way with their ratios, and the phases of our step."""
+    config = case.config
+    return {
+        "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
+        "ipc": config.distillation.ipc, "m": len(case.labels), "threads": config.workers.threads,
+        "seconds": {way: {"median": statistics.median(values), "all": values} for way, values in seconds.items()},
+        "ratios": {
+            f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+            for a, b in RATIOS
+            if a in seconds and b in seconds
+        },
+        "phases": {name: sum(getattr(stats, key) for stats in phases) for key, name in PHASES.items()},
+    }  # fmt: skip
 
 
 def in_turn(

@@ -1,8 +1,9 @@
 """FBPC and FBPC-isotropic: one architecture's part of a step of Algorithm 1."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.distillation.methods.common import (
     Clock,
+    CoresetLabels,
     Gradient,
     GradientContext,
     GradientStats,
@@ -23,8 +25,9 @@ from fbpc_ray.distillation.methods.common import (
 )
 from fbpc_ray.distillation.trajectory_cache import TrajectoryKey
 from fbpc_ray.inference.divergence import forward_kl
-from fbpc_ray.inference.map_solve import map_solve
-from fbpc_ray.inference.posterior import posterior_at, sgd_trajectory, variances
+from fbpc_ray.inference.map_solve import SolveStats, map_solve
+from fbpc_ray.inference.posterior import FunctionPosterior, posterior_at, sgd_trajectory, variances
+from fbpc_ray.inference.solution import Solution
 from fbpc_ray.inference.vectors import flatten, unflatten
 
 EXPERT_SIDE_FORMAT = 1
@@ -58,77 +61,30 @@ def gradient(
     Its stats: the two terms of Eq. 17 and their difference, nats per image; the means of diag Psi, squared logits; the
     MAP solve; which expert; seconds for theta_x with its K steps, for the MAP solve, for the K steps on u, for Eq. 17.
     """
-    network, settings, augment = context.network, context.settings, context.augment
+    settings, clock = context.settings, Clock(context.network.device)
     labels = coreset_labels(context.labels, soft_labels)
-    forward, loss_and_grad, logits = context.passes.forward, context.passes.loss_and_grad, context.passes.logits
-    size, rng = settings.batch_size, context.rng
-    clock = Clock(network.device)
-    u = images.detach().requires_grad_()
-    chosen = context.batch(step)
-    draws = rng(step, "augment")
-    views = [AUGMENTATIONS[augment](len(chosen), draws) for _ in range(settings.views or 1)]
+    batch = _batch_of(context, step, images.detach().requires_grad_(), labels)
     with torch.no_grad():
-        view_images = [view(u[chosen]) for view in views]
-    isotropic = settings.method == "fbpc-isotropic"
+        view_images = list(batch.views())
 
-    # theta_x: a snapshot of a random expert; its K steps on real images.
     expert, epoch = _expert(context, step)
-    if expert_side is None and not isotropic:
-        expert_side = _read_cached(context, expert, epoch)
-    samples_x: Iterable[Params]
-    if expert_side is None:
-        theta_x = _theta_x(context, expert, epoch)
-        samples_x = _k_steps(context, expert, epoch, theta_x)
-    else:
-        theta_x, samples_x = _params(context, expert_side[0]), (_params(context, row) for row in expert_side[1:])
-    psi_x = None if isotropic else variances(logits, samples_x, view_images)
+    x = _side_x(context, expert, epoch, expert_side, view_images)
     seconds_x = clock.lap()
 
-    # theta_u: the MAP solution of the pseudocoreset, from a draw of the prior unless told otherwise.
-    solution = map_solve(
-        loss_and_grad,
-        network.init(rng(step, "prior")) if start is None else _params(context, start),
-        coreset_batches(u.detach(), labels.fixed, size, augment, rng(step, "map")),
-        threshold=settings.gamma + labels.entropy(size),
-        learning_rate=settings.map_lr,
-        max_steps=settings.map_max_steps,
-        batches_per_pass=settings.gamma_window * math.ceil(len(labels.targets) / size),
-    )
+    solution = _map_solution(context, step, batch, start)
     seconds_map = clock.lap()
 
-    # Its K steps on the pseudocoreset.
-    batches = coreset_batches(u.detach(), labels.fixed, size, augment, rng(step, "coreset"))
-    samples_u = islice(
-        sgd_trajectory(loss_and_grad, solution.value, batches, settings.lambda_u), settings.posterior_steps
-    )
-    psi_u = None if isotropic else variances(logits, samples_u, view_images)
+    u = _side_u(context, step, batch, solution.value, view_images)
     seconds_u = clock.lap()
 
-    noise, parts = rng(step, "monte-carlo"), list[tuple[float, float, float, float, float]]()
-    learned = (u, *labels.learned)
-    totals = [torch.zeros_like(part) for part in learned]
-    for number, view in enumerate(views):  # the graph of one view at a time
-        augmented = view(u[chosen])
-        posterior_x = posterior_at(forward, theta_x, augmented, psi_x[number] if psi_x else None)
-        posterior_u = posterior_at(forward, solution.value, augmented, psi_u[number] if psi_u else None)
-        divergence = forward_kl(posterior_x, posterior_u, labels.targets[chosen], settings.mc_samples, noise)
-        gradients = torch.autograd.grad(divergence.value, learned)
-        totals = [total + part for total, part in zip(totals, gradients, strict=True)]
-        terms = (*divergence, posterior_x.variance.mean(), posterior_u.variance.mean())
-        parts.append(tuple(term.item() for term in terms))  # type: ignore[arg-type]
-    value, *by_labels = (total / len(views) for total in totals)
+    (value, *by_labels), terms = _differentiate(context, step, batch, x, u)
     value = value.cpu()
-    loss, expected_x, expected_u, mean_psi_x, mean_psi_u = (sum(part) / len(views) for part in zip(*parts, strict=True))
     stats = GradientStats(
-        loss=loss,
-        expected_x=expected_x,
-        expected_u=expected_u,
-        psi_x=mean_psi_x,
-        psi_u=mean_psi_u,
+        **terms._asdict(),
         gradient_norm=value.norm().item(),
         map_steps=solution.stats.steps,
         map_status=str(solution.status),
-        map_loss=solution.stats.loss - labels.entropy(size),
+        map_loss=solution.stats.loss - labels.entropy(settings.batch_size),
         expert=expert,
         expert_epoch=epoch,
         seconds_x=seconds_x,
@@ -140,6 +96,114 @@ def gradient(
         value, stats, solution=flatten(solution.value).cpu() if settings.map_init == "warm" else None,
         soft_labels=labels.by_logits(by_labels[0]) if by_labels else None,
     )  # fmt: skip
+
+
+class _Batch(NamedTuple):
+    """The step's batch of u under V augmentations, which both sides of Eq. 17 share."""
+
+    u: Tensor
+    """(m, c, h, w), a leaf."""
+    labels: CoresetLabels
+    chosen: Tensor
+    """(b,) indices of the batch."""
+    augmentations: list[Callable[[Tensor], Tensor]]
+
+    def views(self) -> Iterator[Tensor]:
+        """Yield the batch (b, c, h, w) under each augmentation, differentiable in u."""
+        for augmentation in self.augmentations:
+            yield augmentation(self.u[self.chosen])
+
+
+class _Side(NamedTuple):
+    """One side of Eq. 17: a network, and Psi (b, d) of Eq. 16 for each view; None for FBPC-isotropic."""
+
+    theta: Params
+    variances: list[Tensor] | None
+
+    def posterior(self, context: GradientContext, images: Tensor, view: int) -> FunctionPosterior:
+        """Return Eq. 15's posterior at `images`, those of the view number `view`."""
+        variance = self.variances[view] if self.variances else None
+        return posterior_at(context.passes.forward, self.theta, images, variance)
+
+
+def _batch_of(context: GradientContext, step: int, u: Tensor, labels: CoresetLabels) -> _Batch:
+    chosen, draws = context.batch(step), context.rng(step, "augment")
+    count = context.settings.views or 1
+    return _Batch(u, labels, chosen, [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(count)])
+
+
+def _is_isotropic(context: GradientContext) -> bool:
+    return context.settings.method == "fbpc-isotropic"
+
+
+def _side_x(
+    context: GradientContext, expert: int, epoch: int, rows: np.ndarray | None, view_images: list[Tensor]
+) -> _Side:
+    """Return the side of the expert: a snapshot, and its K steps on real images; `rows` are those of `expert_side`."""
+    if rows is None and not _is_isotropic(context):
+        rows = _read_cached(context, expert, epoch)
+    samples: Iterable[Params]
+    if rows is None:
+        theta = _theta_x(context, expert, epoch)
+        samples = _k_steps(context, expert, epoch, theta)
+    else:
+        theta, samples = _params(context, rows[0]), (_params(context, row) for row in rows[1:])
+    return _Side(theta, None if _is_isotropic(context) else variances(context.passes.logits, samples, view_images))
+
+
+def _map_solution(
+    context: GradientContext, step: int, batch: _Batch, start: np.ndarray | None
+) -> Solution[Params, SolveStats]:
+    """Return theta_u: the MAP solution of the pseudocoreset, from `start` or a draw of the prior."""
+    s, labels, rng = context.settings, batch.labels, context.rng
+    return map_solve(
+        context.passes.loss_and_grad,
+        context.network.init(rng(step, "prior")) if start is None else _params(context, start),
+        coreset_batches(batch.u.detach(), labels.fixed, s.batch_size, context.augment, rng(step, "map")),
+        threshold=s.gamma + labels.entropy(s.batch_size),
+        learning_rate=s.map_lr,
+        max_steps=s.map_max_steps,
+        batches_per_pass=s.gamma_window * math.ceil(len(labels.targets) / s.batch_size),
+    )
+
+
+def _side_u(context: GradientContext, step: int, batch: _Batch, theta: Params, view_images: list[Tensor]) -> _Side:
+    """Return the side of the pseudocoreset: theta_u, and its K steps on u."""
+    if _is_isotropic(context):
+        return _Side(theta, None)
+    s = context.settings
+    source = context.rng(step, "coreset")
+    batches = coreset_batches(batch.u.detach(), batch.labels.fixed, s.batch_size, context.augment, source)
+    samples = islice(sgd_trajectory(context.passes.loss_and_grad, theta, batches, s.lambda_u), s.posterior_steps)
+    return _Side(theta, variances(context.passes.logits, samples, view_images))
+
+
+class _Terms(NamedTuple):
+    """The columns of `GradientStats` that Eq. 17 gives."""
+
+    loss: float
+    expected_x: float
+    expected_u: float
+    psi_x: float
+    psi_u: float
+
+
+def _differentiate(
+    context: GradientContext, step: int, batch: _Batch, x: _Side, u: _Side
+) -> tuple[list[Tensor], _Terms]:
+    """Differentiate Eq. 17 by images and learned labels; return the gradients and the terms, means over the views."""
+    noise, learned = context.rng(step, "monte-carlo"), (batch.u, *batch.labels.learned)
+    totals, parts = [torch.zeros_like(part) for part in learned], list[_Terms]()
+    for number, augmented in enumerate(batch.views()):  # the graph of one view at a time
+        posterior_x, posterior_u = (side.posterior(context, augmented, number) for side in (x, u))
+        targets = batch.labels.targets[batch.chosen]
+        divergence = forward_kl(posterior_x, posterior_u, targets, context.settings.mc_samples, noise)
+        gradients = torch.autograd.grad(divergence.value, learned)
+        totals = [total + part for total, part in zip(totals, gradients, strict=True)]
+        terms = (*divergence, posterior_x.variance.mean(), posterior_u.variance.mean())
+        parts.append(_Terms._make(term.item() for term in terms))
+    count = len(parts)
+    return [total / count for total in totals], _Terms._make(sum(part) / count for part in zip(*parts, strict=True))
 
 
 def _expert(context: GradientContext, step: int) -> tuple[int, int]:
