@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from fbpc_ray.commands import planning
+from fbpc_ray.commands import planning, summary
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -87,7 +87,9 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
             _log_result(run, session, scored, calibrated, options.split, tracker, paths)
     files.write_output(json, result)
     tables = calibration.tables(protocols.of_result(result), scored.scores, calibrated)
-    log(f"{tables}\n\nresult: {path} (pictures beside it)")
+    counts = len(session.dataset.classes), result["images_scored"]
+    text = summary.describe(scored.scores, *counts, options.split, advice=False)
+    log("\n\n".join(part for part in (tables, text, f"result: {path} (pictures beside it)") if part))
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
         _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)

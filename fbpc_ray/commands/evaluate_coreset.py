@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fbpc_ray.commands import planning
+from fbpc_ray.commands import planning, summary
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
@@ -83,6 +83,9 @@ def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, js
     images = len(candidates["given"].labels)
     files.write_output(json, result | {"ipc": ipc, "images": images, "coreset": source})
     log(calibration.tables(protocols.of_result(result), scored.scores, calibrated))
+    counts = len(dataset.classes), result["images_scored"]
+    if text := summary.describe(scored.scores, *counts, split, advice=False):
+        log(f"\n{text}")
 
 
 def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[str, Coreset], int | None]:

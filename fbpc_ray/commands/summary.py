@@ -8,11 +8,19 @@ from pathlib import Path
 from fbpc_ray.core.storage import Place
 from fbpc_ray.evaluation.results import ChainScore, mean_scores, select, unique
 
+UNCLEAR = "no clear difference in accuracy"
+ADVICE = "more test images tell more; a larger --ipc or --time-budget, or --method vbpc, may raise the accuracy"
 FAQ = "docs/faq.md#it-is-worse-than-random-images"
 
 
-def describe(scores: Sequence[ChainScore], classes: int, test_images: int) -> str:
+def describe(
+    scores: Sequence[ChainScore], classes: int, images: int, split: str = "test", *, advice: bool = True
+) -> str:
     """Compare the accuracy of the distilled and of the random images, means over networks and chains.
+
+    Args:
+        images: those of `split`, on which the chains were scored.
+        advice: whether to name settings of a distillation that may help, where there is no clear difference.
 
     Returns "" for a run that distilled nothing, or whose chains all diverged.
     """
@@ -24,21 +32,18 @@ def describe(scores: Sequence[ChainScore], classes: int, test_images: int) -> st
     ours, theirs = distilled["accuracy"], random["accuracy"]
     nll = f"NLL {distilled['nll']:.2f} against {random['nll']:.2f} is {_compare(distilled['nll'], random['nll'])}"
     line = (
-        f"{names[0]}: {100 * ours:.1f} % of {test_images:,} test images right; as many random real images: "
+        f"{names[0]}: {100 * ours:.1f} % of {images:,} {split} images right; as many random real images: "
         f"{100 * theirs:.1f} %; guessing: {100 / classes:.1f} %"
     )
-    return f"{line}\n{_verdict(ours, theirs, test_images, nll)}"
+    verdict = _verdict(ours, theirs, images, nll)
+    return "\n".join([line, verdict, *([ADVICE] if advice and verdict.startswith(UNCLEAR) else [])])
 
 
-def _verdict(ours: float, theirs: float, test_images: int, nll: str) -> str:
+def _verdict(ours: float, theirs: float, images: int, nll: str) -> str:
     points = 100 * (ours - theirs)
-    error = 200 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / max(1, test_images))
+    error = 200 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / max(1, images))
     if abs(points) <= error:
-        return (
-            f"no clear difference in accuracy: on {test_images:,} test images up to {error:.0f} points may be chance; "
-            f"{nll}\n"
-            "more test images tell more; a larger --ipc or --time-budget, or --method vbpc, may raise the accuracy"
-        )
+        return f"{UNCLEAR}: on {images:,} images up to {error:.0f} points may be chance; {nll}"
     if points > 0:
         return f"the distilled images are {points:.0f} points better than random ones; {nll}"
     return f"the distilled images are {-points:.0f} points WORSE than random ones ({nll}): see {FAQ}"

@@ -84,7 +84,7 @@ def _describe(coreset: Coreset) -> list[str]:
     """Return at most three lines: size, names of the classes, origin."""
     images, facts = coreset.images, coreset.facts
     shape = " x ".join(map(str, images.shape[1:]))
-    labels = "labels learned" if coreset.soft_labels is not None else "one class an image"
+    labels = "learned soft labels" if coreset.soft_labels is not None else "hard labels"
     lines = [
         f"Coreset of {len(images)} images of {shape}, {len(coreset.classes)} classes, {labels}",
         f"classes: {', '.join(coreset.classes)}",

@@ -85,7 +85,7 @@ def _choose(config: Config, dataset: Dataset, request: SizeRequest, log: Log) ->
     if not request.budget:
         return Chosen(sizes.choose(facts, level), level, None)
     level = level._replace(seconds=request.budget, device=local_device(config))
-    log(f"timing this machine, to choose what takes {describe_seconds(request.budget)}")
+    log(f"timing this machine, to choose the largest sizes that fit {describe_seconds(request.budget)}")
     return _within_budget(config, dataset, facts, level)
 
 

@@ -1,6 +1,7 @@
 """`fbpc evaluate --coreset`: networks and image size are those of the coreset's file, and flags win."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,9 @@ def test_images_are_resized_as_they_were_for_the_coreset(pets, tmp_path, capsys)
     assert (stored["image_size"], stored["resize"], stored["chain_eta"]) == (8, "stretch", 0.02)
     result = evaluated(written(tmp_path, stored), pets, tmp_path / "r.json")
     assert result["width"] == 8
-    assert "--image-size 8 --resize stretch --chain-eta 0.02 --no-chain-augment" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--image-size 8 --resize stretch --chain-eta 0.02 --no-chain-augment" in text
+    assert re.search(r"^given: \S+ % of 8 test images right; as many random real images: ", text, re.M)
 
 
 def test_without_settings_nothing_is_taken_and_the_size_is_proposed(pets, tmp_path, capsys):

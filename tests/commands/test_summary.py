@@ -21,8 +21,8 @@ def scores(**accuracies):
     [
         # Two standard errors of .4 against .2 are 200 sqrt((.24 + .16) / n): 18.3 points at 48 images, 13 at 100.
         (0.4, 48, f"the distilled images are 20 points better than random ones; {NLL}"),
-        (0.4, 36, f"no clear difference in accuracy: on 36 test images up to 21 points may be chance; {NLL}"),
-        (0.2, 10**6, f"no clear difference in accuracy: on 1,000,000 test images up to 0 points may be chance; {NLL}"),
+        (0.4, 36, f"no clear difference in accuracy: on 36 images up to 21 points may be chance; {NLL}"),
+        (0.2, 10**6, f"no clear difference in accuracy: on 1,000,000 images up to 0 points may be chance; {NLL}"),
         (0.1, 1000, f"the distilled images are 10 points WORSE than random ones ({NLL}): see docs/faq.md#"),
     ],
 )
@@ -33,6 +33,8 @@ def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images,
     right = f"fbpc: {100 * ours:.1f} % of {images:,} test images right"
     assert first == f"{right}; as many random real images: 20.0 %; guessing: 33.3 %"
     assert second.startswith(verdict)
+    evaluated = summary.describe(scores(random=[0.1, 0.3], fbpc=[ours, ours]), 3, images, "validation", advice=False)
+    assert evaluated.splitlines() == [first.replace("test images", "validation images"), second]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_more_images_than_a_class_has_are_refused():
 def test_a_coreset_is_described_in_three_lines():
     facts = {"method": "fbpc", "data": "digits", "step": "60", "settings": '{"architectures": ["a", "b"], "width": 8}'}
     assert repr(coreset()._replace(facts=facts)).splitlines() == [
-        "Coreset of 6 images of 3 x 4 x 5, 3 classes, one class an image",
+        "Coreset of 6 images of 3 x 4 x 5, 3 classes, hard labels",
         'classes: cat, Hündin, a "b"',
         "distilled by fbpc, from digits, step 60, on a b, width 8",
     ]
