@@ -64,7 +64,7 @@ class Arguments:
 
 
 class Measured(NamedTuple):
-    """Constants of committed files."""
+    """Constants of the cost model, from committed result files."""
 
     unit_seconds: float
     """CPU seconds of the driver a unit, with small images and the most actors."""

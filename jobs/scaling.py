@@ -94,7 +94,7 @@ def scaling(argv: Sequence[str]) -> None:
 def measure_driver(args: Arguments) -> None:
     """Measure the driver's cost of a unit for each number of actors; print and write it."""
     if min(args.actors) < 1 or not 1 <= args.nodes <= max(args.actors):
-        raise UserError(f"--actors {' '.join(map(str, args.actors))}: must be 1 or more, --nodes at most that")
+        raise UserError(f"--actors {' '.join(map(str, args.actors))}: must be 1 or more, the largest at least --nodes")
     import scaling_actors
 
     numbers = tuple(sorted(args.actors))

@@ -73,12 +73,12 @@ def measure(
     Actors beyond `processes` share the processes of the others, in turn: the driver has as many workers and calls.
     """
     processes = min(processes, max(actors))
-    each = -(-processes // nodes)
+    per_node = -(-processes // nodes)
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": each, "include_dashboard": False, "temp_dir": folder}
+        initialize_head=True, head_node_args={"num_cpus": per_node, "include_dashboard": False, "temp_dir": folder}
     )
     for _ in range(nodes - 1):
-        cluster.add_node(num_cpus=each)
+        cluster.add_node(num_cpus=per_node)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()

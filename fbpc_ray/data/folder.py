@@ -99,7 +99,7 @@ def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
 
 
 def _check_read(path: Path, classes: tuple[str, ...], train: Walk) -> None:
-    """Refuse a class all of whose files have suffixes that aren't read."""
+    """Raise UserError for a class none of whose files has a suffix that is read."""
     present = set(train.labels)
     for label, name in enumerate(classes):
         suffixes = sorted(suffix or "no suffix" for suffix, folder_name in train.unread if folder_name == name)

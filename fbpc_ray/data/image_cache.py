@@ -7,9 +7,9 @@ depends on: size, name and time of a source file do not show every change. It ho
     header     JSON: shape, notes, checksum of the values and of the header, padded with spaces
     values     (n, c, h, w) uint8
 
-Its checksums are compared at each start. A damaged file is replaced; without a folder of the user's own, or with a full
-disk, images are decoded at each start. The folder holds at most $FBPC_CACHE_GB, else half of what its disk has for it;
-the files used longest ago are deleted first.
+Its checksums are compared at each start, and a damaged file is replaced. Where other users can write to the folder, or
+the disk is full, images are decoded at each start. The folder holds at most $FBPC_CACHE_GB, else half of what its disk
+has for it; the files used longest ago are deleted first.
 """
 
 import hashlib

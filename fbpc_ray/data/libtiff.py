@@ -1,4 +1,4 @@
-"""Collect the messages that libtiff prints to standard error, past Python."""
+"""Collect the messages that libtiff prints to standard error itself, not by Python's sys.stderr."""
 
 import os
 import tempfile

@@ -68,7 +68,7 @@ def choose(names: Iterable[str], origin: object) -> dict[str, str]:
             and any(f.split == "train" for f in each.values())
         ]  # fmt: skip
         if len(ambiguous) > 1:
-            both = ", ".join(sorted(name for each in ambiguous for name in each))
+            both = ", ".join(sorted(name for names in ambiguous for name in names))
             raise UserError(f"{origin}: {both} are splits of several data sets; keep those of one")
         group = ambiguous[0] if ambiguous else group
     chosen: dict[str, str] = {}

@@ -158,9 +158,9 @@ class Worker:
         """Return a `Gradient` as numpy arrays, which travel between processes without a copy.
 
         Args:
-            expert_side: from the method of that name, where it was computed ahead.
-            start: from `map_start`.
-            soft_labels: (m, d), where the method learns them.
+            expert_side: the block that `expert_side` returned, if it was computed ahead.
+            start: (P,) of `state.map_start`; None: a draw of the prior.
+            soft_labels: (m, d), if the method learns them.
         """
         labels = None if soft_labels is None else torch.tensor(soft_labels, device=self.device)
         optional = {"expert_side": expert_side, "start": start, "soft_labels": labels}

@@ -1,6 +1,6 @@
 """The protocol `calibrated`: temperature and prior of the lowest NLL on the validation split.
 
-They are never chosen on test images, and are reported beside the protocol `paper`.
+Test images never choose them. Their scores are reported beside those of the protocol `paper`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -110,11 +110,11 @@ def gathered(network: Network, samples: Sequence[Params], coreset: Coreset, sett
     """Return trained networks as an ensemble that predicts as they were scored: BatchNorm's statistics are those of
     the coreset with its mirror images, and `last-layer` brings the posterior of its last layer."""
     data = _targets(arrays_of(coreset), network.spec.classes, settings, str(network.device))
-    made = ensemble.gathered(network, samples, coreset._replace(images=data.images))
+    trained_ensemble = ensemble.gathered(network, samples, coreset._replace(images=data.images))
     if settings.inference != "last-layer":
-        return made
-    layer = layer_of(network, samples[0], made.statistics[0], data, settings)
-    return replace(made, last_layer=layer)
+        return trained_ensemble
+    layer = layer_of(network, samples[0], trained_ensemble.statistics[0], data, settings)
+    return replace(trained_ensemble, last_layer=layer)
 
 
 def _batches(size: int, settings: Evaluation, source: torch.Generator) -> Iterator[Tensor | None]:

@@ -104,13 +104,13 @@ def chunk_images(config: Config, problem: Problem, distils: bool) -> int:
     """
     d, budget = config.distillation, parse_size(config.networks.memory_budget)
     fixed = max(_of_steps(config, problem) if distils else 0.0, _of_chains(config, problem))
-    each = PER_ACTIVATION * 4.0 * max(network.activations for network in problem.networks)
-    limit = int((budget - fixed) // each)
+    per_image = PER_ACTIVATION * 4.0 * max(network.activations for network in problem.networks)
+    limit = int((budget - fixed) // per_image)
     if limit < 1:
         raise UserError(
             f"--memory-budget {config.networks.memory_budget}: images, draws and parameters take about "
-            f"{gigabytes(fixed)}, a pass of one image {gigabytes(each)} more; raise it, or lower --ipc, --mc-samples "
-            "or --width"
+            f"{gigabytes(fixed)}, a pass of one image {gigabytes(per_image)} more; raise the budget, or lower --ipc, "
+            "--mc-samples or --width"
         )
     batch = min(d.batch_size, problem.coreset)
     e = config.evaluation

@@ -73,13 +73,13 @@ def wrap_command(words: Sequence[str], width: int = 88) -> str:
 
 def how_to_use(runs: Sequence[EndedRun]) -> list[Block]:
     blocks: list[Block] = [Heading("To use the coreset" if len(runs) == 1 else "To use the coresets")]
-    for each in runs:
-        images, path = each.coreset.images, each.run.coreset_path
+    for run in runs:
+        images, path = run.coreset.images, run.run.coreset_path
         form = REMOTE if isinstance(path, Remote) else LOAD
-        if each.label:
-            blocks.append(Heading(each.name, 3))
-        soft, comment = SOFT if each.coreset.soft_labels is not None else ("", "")
-        facts = {"shape": tuple(images.shape), "count": len(images), "classes": len(each.coreset.classes)}
+        if run.label:
+            blocks.append(Heading(run.name, 3))
+        soft, comment = SOFT if run.coreset.soft_labels is not None else ("", "")
+        facts = {"shape": tuple(images.shape), "count": len(images), "classes": len(run.coreset.classes)}
         code = (form + comment).format(path=str(path), soft=soft, **facts)
         blocks.append(Code(code, "python"))
     run = shlex.quote(str(runs[0].run.folder))

@@ -176,7 +176,7 @@ def picture_of_seconds(table: str, scale: str, rows: list[Row], path: Path) -> b
 
 
 def _title(table: str, scale: str) -> str:
-    """Return the title with the scale, which no line break splits."""
+    """Return the title with the scale; no line break falls inside the scale."""
     return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")
 
 

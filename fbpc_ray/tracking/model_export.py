@@ -115,7 +115,7 @@ def _code_of(name: str) -> Path:
     spec = importlib.util.find_spec(top)
     where = spec and ((spec.submodule_search_locations or [None])[0] or spec.origin)
     if not where:
-        raise UserError(f"{name}: no file of {top} to put into the model")
+        raise UserError(f"{name}: the module {top} has no file to put into the model; move the network to one that has")
     return Path(where)
 
 

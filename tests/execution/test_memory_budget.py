@@ -63,7 +63,7 @@ def test_chains_alone_have_no_batches_of_a_step():
 def test_a_budget_that_is_too_small_is_refused():
     line = (
         r"^--memory-budget 1GB: images, draws and parameters take about 2.7 GB, a pass of one image 0.1 GB more; "
-        "raise it, or lower --ipc, --mc-samples or --width$"
+        "raise the budget, or lower --ipc, --mc-samples or --width$"
     )
     with pytest.raises(UserError, match=line):
         chunk("1GB")

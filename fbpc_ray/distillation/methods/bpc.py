@@ -117,7 +117,7 @@ def _start(context: GradientContext, step: int) -> _Start:
 
 
 def _target(context: GradientContext, start: _Start) -> Params:
-    """Return mu_x."""
+    """Return mu_x, the end of the expert's steps on real images."""
     later = start.epoch + AHEAD[context.settings.method]
     return context.network.parameters_of(context.store.read(start.expert, later))
 

@@ -130,8 +130,8 @@ class CoresetLabels(NamedTuple):
         """Return the lowest possible mean cross-entropy, nats per image, over batches of `size` as in MAP solves."""
         if not self.learned:
             return 0.0
-        each = torch.special.entr(self.fixed).sum(1)
-        return statistics.fmean(part.mean().item() for part in each.split(size))
+        entropies = torch.special.entr(self.fixed).sum(1)
+        return statistics.fmean(part.mean().item() for part in entropies.split(size))
 
     def by_logits(self, by_probabilities: Tensor) -> Tensor:
         """Return the gradient by the logits z, on the CPU, from that by p = softmax(z): p (g - sum_c p_c g_c)."""

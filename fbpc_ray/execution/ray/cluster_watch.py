@@ -63,11 +63,11 @@ class ClusterWatch:
     def __init__(
         self, liveness: Liveness, reaper: Reaper | None = None, connected: Callable[[], bool] = ray.is_initialized
     ):
-        """Start.
+        """Start the thread that watches.
 
         Args:
-            reaper: of the cluster that this process started.
-            connected: returns whether this process is still connected; where it is not, there is nothing to watch.
+            reaper: that of a cluster that this process started.
+            connected: tells whether this process is still connected to Ray; once it isn't, the watch does nothing.
         """
         self._liveness, self._reaper, self._connected = liveness, reaper, connected
         self._stop, self._raised = threading.Event(), threading.Event()
