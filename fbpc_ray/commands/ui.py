@@ -173,7 +173,11 @@ def _wait(
         if process.poll() is not None:
             raise UserError(f"MLflow can't show this store: {_cause(output)}", code=1)
         if timeout and seconds > timeout:
-            raise UserError(f"--timeout: MLflow did not answer within {timeout:g} s: {_cause(output)}", code=1)
+            raise UserError(
+                f"--timeout: MLflow did not answer within {timeout:g} s; give more seconds, or 0 for no limit (its last "
+                f"line: {_cause(output)})",
+                code=1,
+            )
         if seconds >= next_note:
             log(f"MLflow: the server is starting, {seconds:.0f} s so far; Ctrl-C ends it")
             next_note += NOTE_SECONDS

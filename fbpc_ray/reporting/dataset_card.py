@@ -3,9 +3,10 @@
 import json
 import re
 import shlex
+from dataclasses import asdict
 from typing import Any
 
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import Config, Data
 from fbpc_ray.core.presets import to_preset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import denormalise
@@ -56,7 +57,7 @@ def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], r
         f"of {escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
         "everything.", "",
         *_scores(result),
-        *_command(facts),
+        *_command(settings, facts),
         "## How to read it", "", READING[kind], "",
         "Pixels are normalised: those in 0..1 are `pixels * std + mean`, a channel each, and test images must be",
         "normalised by the same numbers.", "",
@@ -135,9 +136,18 @@ def _scores(result: dict[str, Any] | None) -> list[str]:
     ]  # fmt: skip
 
 
-def _command(facts: dict[str, str]) -> list[str]:
-    """Return the command that scores the images; the networks and chains are those that the export names."""
-    command = _unfenced(f"fbpc evaluate --coreset PATH --data {shlex.quote(' '.join(facts['data'].split()))}")
+SPLITTING = ("label_column", "image_column", "normalisation", "validation", "test", "data_seed")
+"""Settings of the data that an evaluation needs, and does not take from the export."""
+
+
+def _command(settings: Config, facts: dict[str, str]) -> list[str]:
+    """Return the command that scores the images on the same splits; networks and chains are those of the export."""
+    used, usual = asdict(settings.data), asdict(Data())
+    words = ["fbpc", "evaluate", "--coreset", "PATH", "--data", " ".join(facts["data"].split())]
+    for name in SPLITTING:
+        if used[name] != usual[name]:
+            words += [f"--{name.replace('_', '-')}", " ".join(str(used[name]).split())]
+    command = _unfenced(shlex.join(words))
     return ["fbpc-ray scores these images, and as many random real ones, by", "", "```sh", command, "```", ""]
 
 

@@ -102,6 +102,14 @@ def test_the_card_says_whose_images_these_are_and_under_which_licence(exported_r
     assert words in card.split("## Licence of the source")[1]
 
 
+def test_the_card_has_the_command_that_scores_the_same_splits(exported_run):
+    settings = read_config(exported_run).updated(test=0.25, data_seed=3)
+    images = coreset.load(RunDirectory(exported_run).coreset_path)
+    card = dataset_card.card(images, "hf", settings, {"data": "folder:my cats"}, None)
+    command = "fbpc evaluate --coreset PATH --data 'folder:my cats' --test 0.25 --data-seed 3"
+    assert f"```sh\n{command}\n```" in card
+
+
 def test_names_in_the_card_are_text(exported_run):
     """Classes, data and facts of somebody else's run: no markup, no line of their own."""
     hostile = "<script>alert(1)</script>\n# heading ```` [a](b)"
