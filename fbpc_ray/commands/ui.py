@@ -174,8 +174,8 @@ def _wait(
             raise UserError(f"MLflow can't show this store: {_cause(output)}", code=1)
         if timeout and seconds > timeout:
             raise UserError(
-                f"--timeout: MLflow did not answer within {timeout:g} s; give more seconds, or 0 for no limit (its last "
-                f"line: {_cause(output)})",
+                f"--timeout: MLflow did not answer within {timeout:g} s; give more seconds, or 0 for no limit; its "
+                f"last line: {_cause(output)}",
                 code=1,
             )
         if seconds >= next_note:

@@ -204,7 +204,7 @@ def _check(source: RawDataset) -> tuple[str, ...]:
     if len(empty):
         raise UserError(
             f"class {classes[empty[0]]!r} (label {empty[0]}) of {source.origin} has no train image; "
-            "add some, or leave the class out and number the labels without gaps"
+            "add some, or remove the class: its folder, or its label, so that the labels have no gap"
         )
     return classes
 

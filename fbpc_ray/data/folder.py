@@ -114,7 +114,8 @@ def _read(path: Path, listing: Walk, resizing: Resizing) -> RawSplit:
     split = read_files(path, listing.files, listing.labels, listing.notes(path), resizing)
     loose = loose_files(path)
     if loose:
-        note = f"{path}: left out {len(loose)} images in no class folder ({listed(file.name for file in loose)})"
+        count = f"{len(loose)} image{'s' if len(loose) > 1 else ''}"
+        note = f"{path}: left out {count} in no class folder ({listed(file.name for file in loose)})"
         split = split._replace(notes=(*split.notes, note))
     return split
 

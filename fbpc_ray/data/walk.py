@@ -87,8 +87,10 @@ class Walk:
                 by_class = {name: n for (end, name), n in sorted(self.unread.items()) if end == suffix}
                 classes = listed(f"{name} {n}" for name, n in by_class.items())
                 texts.append(f"{sum(by_class.values())} {suffix or 'without suffix'} ({classes})")
+            count = self.unread.total()
+            files = "file that is" if count == 1 else "files that are"
             yield (
-                f"{path}: left out {self.unread.total()} files that are not read as images: {', '.join(texts)}; "
+                f"{path}: left out {count} {files} not read as images: {', '.join(texts)}; "
                 "convert images among them to PNG"
             )
         if self.nested:

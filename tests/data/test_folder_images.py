@@ -38,7 +38,7 @@ def test_a_class_of_unread_files_alone_is_refused_with_their_suffix(class_folder
 def test_images_in_no_class_folder_are_named(class_folders):
     write_image(class_folders / "train" / "stray.png")
     assert counts(read(class_folders)) == ([4, 4], [], [3, 3])
-    assert "left out 1 images in no class folder (stray.png)" in notes(read(class_folders))
+    assert "left out 1 image in no class folder (stray.png)" in notes(read(class_folders))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"])
