@@ -2,7 +2,7 @@
 
     python jobs/benchmark_vbpc.py --data parquet:PATH --json benchmarks/results/benchmark-vbpc.json
 
-For each width and number of images a class, in turn on one thread:
+For each width and number of images per class, in turn on one thread:
 
     step        what a worker does for a network of the pool that has been used: a training step on u, features of u
                 and of a real batch, the loss, its gradient by images and labels
@@ -121,7 +121,7 @@ def measure(config: Config, dataset: Dataset, repeats: int) -> dict[str, Any]:
     features, passes_alone = passes_of(worker, state.images, state.soft_labels)
     ways = {
         "step": step_of(worker), "eager": step_of(eager), "passes": passes_alone,
-        "algebra": algebra_of(config, *features, len(dataset.train.labels)),
+        "algebra": algebra_of(config, *features, len(dataset.classes), len(dataset.train.labels)),
     }  # fmt: skip
     with torch_threads(config.workers.threads):
         for way in ways.values():
@@ -164,9 +164,9 @@ def passes_of(worker: Worker, images: Tensor, soft_labels: Tensor) -> tuple[tupl
     return features, run
 
 
-def algebra_of(config: Config, u: Tensor, real: Tensor, count: int) -> Way:
-    """Return what a step computes on features, with its gradient by features and targets, as a function."""
-    d, classes = config.distillation, 10
+def algebra_of(config: Config, u: Tensor, real: Tensor, classes: int, count: int) -> Way:
+    """Return the loss of a step on features with its gradient by features and targets, as a function."""
+    d = config.distillation
     targets = torch.randn(len(u), classes, generator=generator(0, "targets"))
     labels = torch.arange(len(real)) % classes
 

@@ -51,8 +51,10 @@ def _verdict(ours: float, theirs: float, images: int, nll: str) -> str:
 
 def _compare(ours: float, theirs: float) -> str:
     """Compare two NLLs, as printed with two digits."""
-    points = round(ours, 2) - round(theirs, 2)
-    return "better (lower is better)" if points < 0 else "worse (lower is better)" if points > 0 else "equal"
+    difference = round(ours, 2) - round(theirs, 2)
+    if difference == 0:
+        return "equal"
+    return f"{'better' if difference < 0 else 'worse'} (lower is better)"
 
 
 def next_steps(run: Place) -> str:

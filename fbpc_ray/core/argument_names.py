@@ -18,8 +18,8 @@ FLAG = re.compile(
 )
 """A command in backticks, which stays; or a flag with the word after it, or with alternatives such as `a | b`."""
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
-RESUMED = re.compile(r"run (the same command|again) with --resume")
-"""Advice that a function can't follow: it has no run directory."""
+RERUN = re.compile(r"run (the same command( again)?|again)( with --resume)?\b")
+"""Advice to run a command once more; a function has no run directory, which --resume needs."""
 
 OTHER_NAMES = {"data_root": "root", "data_seed": "seed"}
 """{setting: argument of `dataset`} where the names differ."""
@@ -54,7 +54,7 @@ def with_arguments(message: str) -> str:
 
     A flag that two spaces follow is the cell of a table: the columns after it stay where they are.
     """
-    return FLAG.sub(_aligned, RESUMED.sub("call the function again", message))
+    return FLAG.sub(_aligned, RERUN.sub("call the function again", message))
 
 
 def _aligned(match: re.Match[str]) -> str:

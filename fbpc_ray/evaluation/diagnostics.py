@@ -141,7 +141,7 @@ def metrics(all_mixing: Sequence[Mixing], prefix: str) -> dict[str, float]:
 def describe(all_mixing: Sequence[Mixing]) -> str:
     """Return the line that names chains that have not mixed; empty where all have."""
     parts = [
-        f"{max(one.rhat_nll, one.rhat_images):.1f} of {one.coreset} on {one.architecture}"
+        f"{max(one.rhat_nll, one.rhat_images):.2f} of {one.coreset} on {one.architecture}"
         for one in all_mixing
         if not one.mixed
     ]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.core import cache, files
+from fbpc_ray.core.errors import UserError
 
 Function = Callable[..., list[Tensor]]
 
@@ -48,6 +49,7 @@ def compile_function(function: Function, arguments: Sequence[Tensor], folder: Pa
 
     Raises:
         CompileError: there is no compiler, or the compiler failed.
+        UserError: of `function` itself.
     """
     try:
         with warnings.catch_warnings():
@@ -61,6 +63,8 @@ def compile_function(function: Function, arguments: Sequence[Tensor], folder: Pa
             if not path.exists():
                 _compile(graph, arguments, path)
             return torch._inductor.aoti_load_package(str(path))
+    except UserError:  # the network is wrong, not the compiler
+        raise
     except Exception as error:
         raise CompileError(str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)) from error
 

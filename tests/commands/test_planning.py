@@ -183,7 +183,7 @@ def test_a_plan_has_one_estimate(images, capsys, monkeypatch):
     distil(*words)
     text = capsys.readouterr().out
     assert "chosen for at most 4 min; the plan below has the time on this machine" in text
-    assert "the run takes" not in text
+    assert "evaluation take about" not in text
     assert re.search(r"^total +50 min  estimated from passes timed here, right to a factor of two$", text, re.M)
     assert "above the 4 min that a formula chose the sizes for; `--time-budget 240s` chooses them by the timing" in text
     assert len(probes) == 1
@@ -191,7 +191,7 @@ def test_a_plan_has_one_estimate(images, capsys, monkeypatch):
     text = capsys.readouterr().out
     total = describe_seconds(3000 + len(probes))
     assert re.search(f"^total +{total} ", text, re.M)
-    assert "the run takes" not in text and "above the" not in text
+    assert "evaluation take about" not in text and "above the" not in text
     assert len(set(probes)) == len(probes)  # no rung is timed twice
 
 

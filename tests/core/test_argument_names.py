@@ -31,6 +31,8 @@ from fbpc_ray.core.errors import UserError
         ("--memory-budget '' --chunk-images 0", "memory_budget='' chunk_images=0"),
         ("--width   8  wide\n--steps   9  few", "width     8  wide\nsteps     9  few"),
         ("Ray lost a task: run the same command with --resume", "Ray lost a task: call the function again"),
+        ("run the same command again, or with --backend serial", "call the function again, or with backend='serial'"),
+        ("delete it and run again", "delete it and call the function again"),
     ],
 )
 def test_flags_of_settings_become_arguments(message, expected):

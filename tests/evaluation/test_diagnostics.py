@@ -54,10 +54,12 @@ def test_chains_of_one_distribution_have_mixed_and_chains_apart_or_adrift_have_n
     assert apart.samples == 30 and apart.ess_nll < 10
     assert mixing("fbpc", "convnet-in", [noise[0, :3]]) is None
     line = diagnostics.describe([alike, apart])
-    rhat = f"{apart.rhat_nll:.1f}"
+    rhat = f"{apart.rhat_nll:.2f}"
     assert line.startswith(f"note: chains have not mixed: R-hat {rhat} of fbpc on convnet-in (up to 1.2 is good); ")
     assert apart.rhat_nll > apart.rhat_images and "random" not in line
     assert diagnostics.describe([alike]) == ""
+    nearly = diagnostics.describe([alike._replace(rhat_images=1.23)])
+    assert "R-hat 1.23 of random on lenet (up to 1.2 is good)" in nearly
 
 
 def test_traces_are_the_mean_and_images_over_the_whole_split():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fbpc_ray.core import cache
@@ -26,6 +27,7 @@ from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.compiler import CompileError, compile_function
 from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.models.passes import Passes, count_macs
+from fbpc_ray.models.registry import ARCHITECTURES
 
 with_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 
@@ -174,6 +176,15 @@ def test_where_it_cannot_be_compiled_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"convnet-in cannot be compiled here \(division by zero\).*--compiled"):
         Passes(net, tmp_path).loss_and_grad(net.init(generator(0, "params")), some)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_network_without_a_last_linear_layer_is_named_before_it_is_compiled(tmp_path, monkeypatch):
+    """The compiler is not at fault: `--compiled off` would not help."""
+    layers = [nn.Flatten(), nn.Linear(64, 10), nn.Tanh()]
+    monkeypatch.setitem(ARCHITECTURES, "headless", lambda spec: nn.Sequential(*layers))
+    net = network("headless")
+    with pytest.raises(UserError, match=r"^--architectures headless: its logits are not the output"):
+        Passes(net, tmp_path).features(net.init(generator(0, "params")), batch(SIZE).images)
 
 
 @with_compiler
