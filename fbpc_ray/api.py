@@ -271,10 +271,10 @@ def evaluate(
         preset: as for `posterior`.
         backend: serial | ray.
         log: called with each line of the log.
-        **settings: num_chains, net_steps, chain_epochs, width, ...: all flags but those of data, experts and output.
+        **settings: num_chains, net_steps, chain_epochs, width, ...: all settings but those of data, experts and output.
 
     Returns:
-        {network: {score: [one value a seed]}}; None for a chain that diverged.
+        {network: {score: [one value per seed]}}; None for a chain that diverged.
 
     Raises:
         UserError: an argument is wrong.

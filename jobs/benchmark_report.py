@@ -54,7 +54,7 @@ def table(cases: list[dict[str, Any]]) -> str:
         others.append([name_of(case), *spreads, *map(_figure, rest)])
     last = ["GB, ours", "GB, bpc-fkl", "training: ours / bare loop", "first run: reference / ours"]
     return "\n".join([
-        "Seconds a step", "", markdown_table(["", "MAP steps", *ways, *PHASES.values()], seconds), "",
+        "Seconds per step", "", markdown_table(["", "MAP steps", *ways, *PHASES.values()], seconds), "",
         "Ratios, peak memory of a step (GB), first run", "", markdown_table(["", *ratios, *last], others), "",
     ])  # fmt: skip
 

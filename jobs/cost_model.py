@@ -54,7 +54,7 @@ class Arguments:
     expert_epochs: int = 50
     """Their epochs."""
     gpus: tuple[int, ...] = (8, 64, 512)
-    """Numbers of GPUs, a unit each."""
+    """Numbers of GPUs, one unit each."""
     teraflops: tuple[float, ...] = (5.0, 50.0)
     """10^12 floating-point operations a second of a GPU: assumptions."""
     dollars: float = 2.5
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
     """Constants of the cost model, from committed result files."""
 
     unit_seconds: float
-    """CPU seconds of the driver a unit, with small images and the most actors."""
+    """CPU seconds of the driver per unit, with small images and the most actors."""
     byte_seconds: float
     """CPU seconds of the driver for a byte of a gradient, with the most actors."""
     actors: int

@@ -2,7 +2,7 @@
 
     python jobs/scaling.py --json benchmarks/results/scaling.json
 
-Runs each way of --ways for --steps steps from the same first images, --repeats times in turn, on one thread a gradient,
+Runs each way of --ways for --steps steps from the same first images, --repeats times in turn, one thread per gradient,
 checks that all give the same bits, and prints seconds per step (medians) with two ratios, medians over repeats:
 one worker / serial - 1 is the overhead of Ray, one worker / two workers the scaling.
 
@@ -82,7 +82,8 @@ def scaling(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="fr", dir="/tmp", ignore_cleanup_errors=True) as folder:
         report = measure(args, Path(folder))
     s = report["seconds_a_step"]
-    print(f"\n{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats, one thread a gradient")
+    counts = f"{args.steps} steps of {len(ARCHITECTURES)} architectures, {args.repeats} repeats"
+    print(f"\n{counts}, one thread per gradient")
     for way, values in s.items():
         print(f"{way:12} {values['median']:.3f} s per step  ({min(values['all']):.3f} to {max(values['all']):.3f})")
     print(f"overhead of Ray: {report['overhead']['median']:+.1%}  ({_range(report['overhead'], '+.1%')})")

@@ -242,7 +242,7 @@ class Evaluation:
     chain_augment: bool = True
     """Use --augment in the chains too."""
     chain_batch_size: int = 256
-    """Images a step if m is above --chain-full-batch [method]."""
+    """Images per step if m is above --chain-full-batch [method]."""
     chain_full_batch: int = 500
     """Largest m for which a step takes all images at once [method]."""
 

@@ -250,7 +250,7 @@ def most_in_batch(facts: Facts, rung: Rung, device: str) -> int:
 
 
 def alpha(m: int, pixels: int, steps: int) -> float:
-    """Return the learning rate of the pixels: 10 an image of 32x32 as the paper, or 20 in a short run."""
+    """Return the learning rate of the pixels: 10 per image of 32x32 as the paper, or 20 in a short run."""
     value = (20 if steps < 300 else 10) * m * pixels / 1024
     return float(f"{min(1000.0, max(1.0, value)):.1g}")
 

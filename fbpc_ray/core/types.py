@@ -12,7 +12,7 @@ Forward = Callable[[Params, Tensor], Tensor]
 """(parameters, images (b, c, h, w)) -> logits (b, d)."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (b, d), labels of `Batch`) -> () mean of -log p(label | logits), nats per image."""
+"""(outputs (b, d), labels of `Batch`) -> () mean loss, such as -log p(label | logits) in nats per image."""
 
 Augment = Callable[[Tensor], Tensor]
 """One drawn augmentation: images (b, c, h, w) -> images of the same shape. Differentiable."""
@@ -24,8 +24,9 @@ class Batch(NamedTuple):
     images: Tensor
     """(b, c, h, w) float32, normalised."""
     labels: Tensor
-    """(b,) int64, or (b, d) float probabilities of soft labels."""
+    """(b,) int64, or (b, d) float: probabilities of soft labels, or targets of a squared loss."""
 
 
 LossAndGrad = Callable[[Params, Batch], tuple[Tensor, Params]]
-"""(parameters, batch) -> () mean cross-entropy, nats per image, and its gradient by parameter. No graph is left."""
+"""(parameters, batch) -> () mean loss, of cross-entropy in nats per image, and its gradient by parameter. No graph is
+left."""

@@ -27,7 +27,7 @@ class FunctionPosterior(NamedTuple):
 
 
 def loss_and_grad(forward: Forward, criterion: Loss = cross_entropy) -> LossAndGrad:
-    """Return the mean loss of a batch, cross-entropy unless told otherwise, and its gradient, by autograd."""
+    """Return the mean loss of a batch, by default cross-entropy, and its gradient, by autograd."""
 
     def of(params: Params, batch: Batch) -> tuple[Tensor, Params]:
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}

@@ -20,7 +20,7 @@ from fbpc_ray.models.precision import autocast
 
 PART = 64
 """Most images of a pass that `Passes.features` and `squared_loss_and_grad` take without BatchNorm: on a CPU a larger
-one takes up to twice as long an image."""
+one takes up to twice as long per image."""
 
 
 class Passes:
