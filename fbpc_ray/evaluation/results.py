@@ -58,7 +58,7 @@ STORED_QUANTITIES = (*Scores._fields, "batch_nll", "mean_sample_nll")
 """Keys of result.json's scores, without those of --ood."""
 
 NestedScores = Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]]
-"""{coreset: {architecture: {quantity: [one value per seed, None where a chain diverged]}}}as in result.json."""
+"""{coreset: {architecture: {quantity: [one value per seed, None where a chain diverged]}}}, as in result.json."""
 
 
 def to_json(scores: Sequence[ChainScore], quantities: Sequence[str] = ()) -> dict[str, Any]:
