@@ -5,6 +5,7 @@ alone. A network is one vector, so that it travels and is stored as one: paramet
 so far. So any worker computes the same bits, and a run resumes with them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,20 +50,25 @@ def first_uses(number: int, size: int, limit: int) -> int:
     return number * limit // size
 
 
-def load(vector: np.ndarray | None, fresh: Params, number: int, settings: Distillation) -> Member:
-    """Return the network of slot `number`, on the device of `fresh`.
+def load(
+    vector: np.ndarray | None,
+    draw: Callable[[], Params],
+    number: int,
+    settings: Distillation,
+    device: str | torch.device = "cpu",
+) -> Member:
+    """Return the network of slot `number`, on `device`.
 
     Args:
         vector: as `dump` made it; None for a slot that was never used.
-        fresh: a draw of the prior, with which a slot begins, and begins again after `pool_steps` uses.
+        draw: draws from the prior, on `device`: a slot begins with it, and again after `pool_steps` uses.
     """
     if vector is None:
-        return Member(adam_start(flatten(fresh)), first_uses(number, settings.pool_size, settings.pool_steps))
+        return Member(adam_start(flatten(draw())), first_uses(number, settings.pool_size, settings.pool_steps))
     count, uses = (int(value) for value in vector[-2:])
-    start = flatten(fresh)
     if uses >= settings.pool_steps:
-        return Member(adam_start(start), 0)
-    value, first, second = (torch.tensor(part, device=start.device) for part in np.split(vector[:-2], 3))
+        return Member(adam_start(flatten(draw())), 0)
+    value, first, second = (torch.tensor(part, device=device) for part in np.split(vector[:-2], 3))
     return Member(AdamState(value, first, second, count), uses)
 
 

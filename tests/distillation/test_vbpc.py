@@ -113,7 +113,7 @@ def test_a_used_network_takes_one_adam_step_on_the_coreset_first(config, digits)
     outputs = network.forward(leaves, torch.cat([images, images.flip(3)]))
     (0.5 * (outputs - torch.cat([labels, labels])).square().sum(1).mean()).backward()
     optimizer.step()
-    after = network_pool.load(answer.solution, network.init(generator(4)), 0, config.distillation)
+    after = network_pool.load(answer.solution, lambda: network.init(generator(4)), 0, config.distillation)
     assert (after.uses, after.adam.steps, answer.stats.others["pool_uses"]) == (2, 1, 1)
     for name, value in unflatten(after.adam.value, network.shapes).items():
         if name.endswith("weight"):  # the biases before a norm have no gradient but rounding, whose sign Adam follows
@@ -133,11 +133,13 @@ def test_draws_of_a_step_use_different_slots_and_steps_other_ones(config):
 def test_networks_are_begun_anew_after_their_uses_one_after_the_other(config):
     settings = config.updated(pool_size=4, pool_steps=100).distillation
     fresh, trained = {"w": torch.zeros(2)}, AdamState(torch.ones(2), torch.full((2,), 2.0), torch.full((2,), 3.0), 7)
-    assert [network_pool.load(None, fresh, slot, settings).uses for slot in range(4)] == [0, 25, 50, 75]
-    loaded_pool = network_pool.load(network_pool.dump(network_pool.Member(trained, 99)).numpy(), fresh, 1, settings)
+    assert [network_pool.load(None, lambda: fresh, slot, settings).uses for slot in range(4)] == [0, 25, 50, 75]
+    loaded_pool = network_pool.load(
+        network_pool.dump(network_pool.Member(trained, 99)).numpy(), lambda: fresh, 1, settings
+    )
     assert [part.tolist() for part in loaded_pool.adam[:3]] == [[1, 1], [2, 2], [3, 3]]
     assert (loaded_pool.adam.steps, loaded_pool.uses) == (7, 99)
-    anew = network_pool.load(network_pool.dump(network_pool.Member(trained, 100)).numpy(), fresh, 1, settings)
+    anew = network_pool.load(network_pool.dump(network_pool.Member(trained, 100)).numpy(), lambda: fresh, 1, settings)
     assert (anew.adam.value.tolist(), anew.adam.steps, anew.uses) == ([0, 0], 0, 0)
 
 

@@ -44,7 +44,7 @@ def gradient(
     settings, network, clock = context.settings, context.network, Clock(context.network.device)
     u, y = images.detach().requires_grad_(), soft_labels.detach().requires_grad_()
     slot = network_pool.slot(settings, step, context.draw)
-    member = network_pool.load(start, network.init(context.rng(step, "prior")), slot, settings)
+    member = network_pool.load(start, lambda: network.init(context.rng(step, "prior")), slot, settings, network.device)
     if start is not None and member.uses:
         data = _seen(u.detach(), y.detach(), settings)
         member = member._replace(adam=train_step(context.passes, member.adam, data, settings.pool_lr))
