@@ -22,7 +22,7 @@ class Job:
     """90s, 20m, 2h: choose the largest sizes whose run takes no longer, by a short timing of this machine. The estimate
     leaves out the start of Ray and compilation, and is right to within a factor of two."""
     recipe: Literal["paper", "improved"] = "paper"
-    """paper: as printed; improved: --views 4 --image-average 0.98. Other flags change it."""
+    """paper: as printed; improved: --views 8 --learn-labels. Other flags change it."""
     resume: Literal["no", "yes", "auto"] = "no"
     """yes (or --resume alone): continue the run in --out from its last checkpoint. auto: continue the run if --out
     holds one, else start it, so that every attempt of a job is the same command."""

@@ -140,7 +140,7 @@ def with_method(config: Config, method: str, ipc: int) -> Config:
     return config.updated(method=method, **BPC[row] | (BPC_RKL[row] if method == "bpc-rkl" else {}))
 
 
-RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "improved": {"views": 4, "image_average": 0.98}}
+RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "improved": {"views": 8, "learn_labels": True}}
 """{--recipe: settings beside the paper's}."""
 
 

@@ -20,8 +20,9 @@ CORESETS: dict[str, Coreset] = {
     "BPC-fKL": Coreset("bpc-fkl", {}),
     "BPC-W": Coreset("bpc-w", {}),
     "FBPC": Coreset("fbpc", {}),
-    "FBPC improved": Coreset("fbpc", RECIPES["improved"]),
+    "FBPC, averaged images": Coreset("fbpc", {"views": 4, "image_average": 0.98}),
     "FBPC, learned labels": Coreset("fbpc", {"learn_labels": True}),
+    "FBPC improved": Coreset("fbpc", RECIPES["improved"]),
     "FRePo": Coreset("frepo", {}),
     "VBPC": Coreset("vbpc", {}),
 }

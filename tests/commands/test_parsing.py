@@ -98,9 +98,9 @@ def test_every_setting_is_a_flag():
 
 
 def test_a_recipe_sets_its_parts_and_other_flags_change_it():
-    """--recipe improved is views and the average of the images; paper, the default, changes nothing."""
+    """--recipe improved is views and learned labels; paper, the default, changes nothing."""
     words = ["--preset", "cifar10-ipc10"]
     assert distill_arguments([*words, "--recipe", "paper"]).config == distill_arguments(words).config
     improved = distill_arguments([*words, "--recipe", "improved"]).config
-    assert improved == distill_arguments([*words, "--views", "4", "--image-average", "0.98"]).config
+    assert improved == distill_arguments([*words, "--views", "8", "--learn-labels"]).config
     assert distill_arguments([*words, "--recipe", "improved", "--views", "2"]).config == improved.updated(views=2)
