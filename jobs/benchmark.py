@@ -20,7 +20,6 @@ Ratios are medians over repeats of the ratio within a repeat. Needs neither Ray 
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -35,12 +34,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
 import benchmark_peer
-from benchmark_report import PHASES, draw, line, table
+from benchmark_report import PHASES, draw, line, table, write_report
 from benchmark_ways import (
     Case,
     first_run,
     floor_of,
     pool_of,
+    ratios_of,
     reference_seconds,
     spread,
     timed,
@@ -243,12 +243,7 @@ def report_of(case: Case, seconds: dict[str, list[float]], phases: list[Gradient
     return {
         "networks": [spec.architecture for spec in case.specs], "width": config.networks.width,
         "ipc": config.distillation.ipc, "m": len(case.labels), "threads": config.workers.threads,
-        "seconds": {way: {"median": statistics.median(values), "all": values} for way, values in seconds.items()},
-        "ratios": {
-            f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
-            for a, b in RATIOS
-            if a in seconds and b in seconds
-        },
+        "seconds": {way: spread(values) for way, values in seconds.items()}, "ratios": ratios_of(seconds, RATIOS),
         "phases": {name: sum(getattr(stats, key) for stats in phases) for key, name in PHASES.items()},
     }  # fmt: skip
 
@@ -276,12 +271,8 @@ def in_turn(
 
 def write(args: Arguments, cases: list[dict[str, Any]], provenance: Provenance) -> None:
     """Write the file of `--json`, and the table beside it."""
-    path = Path(args.json).absolute()
-    settings = vars(args) | {"experts": "EXPERTS" if args.experts else "", "json": path.name}
-    settings |= {"peer": "CHECKOUT" if args.peer else ""}
-    settings["data"] = re.sub(r"(parquet|folder|npz):.*", r"\1:PATH", args.data)
-    report = {"cases": cases, "settings": settings, **provenance._asdict()}
-    files.write_text(path, json.dumps(report, indent=2) + "\n")
+    places = {"experts": "EXPERTS" if args.experts else "", "peer": "CHECKOUT" if args.peer else ""}
+    path = write_report(vars(args) | places, {"cases": cases}, provenance)
     files.write_text(path.with_suffix(".md"), table(cases))
     draw(cases, path)
 

@@ -12,8 +12,6 @@ seconds, not the peak; the report says how the solve ended. The expert is untrai
 Without --data the images are noise: --image-size, --classes, --per-class. Needs neither Ray nor MLflow.
 """
 
-import json
-import re
 import sys
 import tempfile
 import time
@@ -27,11 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmark import write_untrained
+from benchmark_report import write_report
 
 from fbpc_ray.api import dataset as dataset_of
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
-from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset
 from fbpc_ray.core.provenance import capture
@@ -92,9 +90,7 @@ def benchmark(argv: Sequence[str]) -> None:
         report = measure(args, Path(folder))
     print(describe(report))
     if args.json:
-        path = Path(args.json).absolute()
-        settings = asdict(args) | {"data": re.sub(r":.*", ":PATH", args.data), "json": path.name}
-        files.write_text(path, json.dumps({**report, "settings": settings, **provenance._asdict()}, indent=2) + "\n")
+        write_report(asdict(args), report, provenance)
 
 
 def measure(args: Arguments, folder: Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
+from benchmark_report import with_range
+
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import allocator, files
@@ -225,9 +228,8 @@ def timed_eager(name: str, width: int, kind: str) -> tuple[float, int]:
 
 def line(row: dict[str, Any]) -> str:
     """Format a row for the terminal."""
-    ratios = row["ratio"]["all"]
     text = f"width {row['width']}, {row['name']}: {row['first']['median']:.3g} / {row['second']['median']:.3g} s, "
-    text += f"ratio {row['ratio']['median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    text += f"ratio {with_range(row['ratio'])}"
     return text + (", page faults {:,.0f} / {:,.0f}".format(*row["page_faults"]) if "page_faults" in row else "")
 
 
@@ -236,7 +238,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             str(row["width"]), row["name"], f"{row['first']['median']:.3g}", f"{row['second']['median']:.3g}",
-            f"{row['ratio']['median']:.2f} ({min(row['ratio']['all']):.2f} to {max(row['ratio']['all']):.2f})",
+            with_range(row["ratio"]),
             " / ".join(f"{count:,.0f}" for count in row.get("page_faults", [])),
         ]
         for row in rows

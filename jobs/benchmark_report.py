@@ -1,13 +1,32 @@
-"""Tables and pictures of what jobs/benchmark.py measured."""
+"""What the benchmarks write: the JSON file of all of them, tables and pictures of jobs/benchmark.py."""
 
+import json
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fbpc_ray.core import files
+from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.reporting.charts import comparison
 
 PHASES = {"seconds_x": "x side", "seconds_map": "MAP", "seconds_u": "u side", "seconds_gradient": "Eq. 17"}
+
+
+def write_report(settings: Mapping[str, Any], report: Mapping[str, Any], provenance: Provenance) -> Path:
+    """Write `report` with its settings and provenance to the file of --json, without paths; return the file."""
+    path = Path(settings["json"]).absolute()
+    data = re.sub(r":.*", ":PATH", settings["data"])
+    content = {**report, "settings": {**settings, "data": data, "json": path.name}, **provenance._asdict()}
+    files.write_text(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def with_range(summary: Mapping[str, Any]) -> str:
+    """Format the median of a ratio and its range over the repeats."""
+    return f"{summary['median']:.2f} ({min(summary['all']):.2f} to {max(summary['all']):.2f})"
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
@@ -44,10 +63,7 @@ def table(cases: list[dict[str, Any]]) -> str:
         medians = [_figure(case["seconds"].get(way, {}).get("median")) for way in ways]
         phases = map(_figure, case["phases"].values())
         seconds.append([name_of(case), f"{case['map_steps']:.0f}", *medians, *phases])
-        spreads = [
-            f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" if r else ""
-            for r in (case["ratios"].get(name) for name in ratios)
-        ]
+        spreads = [with_range(case["ratios"][name]) if name in case["ratios"] else "" for name in ratios]
         memory, first = case.get("peak_gb", {}), case.get("first_run", {})
         training = case.get("training", {}).get("ratio", {}).get("median")
         rest = (memory.get("ours"), memory.get("bpc-fkl"), training, first.get("reference / ours"))

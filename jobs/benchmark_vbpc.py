@@ -14,8 +14,6 @@ n is the number of rows of u with its mirror images, h that of features. Ratios 
 within a repeat. Peak memory of a step: growth of the process. Needs neither Ray nor MLflow.
 """
 
-import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +25,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from benchmark_ways import spread
+from benchmark_report import with_range, write_report
+from benchmark_ways import ratios_of, spread
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
@@ -87,10 +86,7 @@ def benchmark(argv: Sequence[str]) -> None:
             cases.append(measure(config, dataset, args.repeats))
             print(table(cases[-1:]))
     if args.json:
-        path = Path(args.json).absolute()
-        settings = asdict(args) | {"data": re.sub(r":.*", ":PATH", args.data), "json": path.name}
-        report = {"cases": cases, "settings": settings, **provenance._asdict()}
-        files.write_text(path, json.dumps(report, indent=2) + "\n")
+        path = write_report(asdict(args), {"cases": cases}, provenance)
         files.write_text(path.with_suffix(".md"), table(cases) + "\n")
         draw(cases, path.with_suffix(".png"))
 
@@ -137,9 +133,7 @@ def measure(config: Config, dataset: Dataset, repeats: int) -> dict[str, Any]:
         "width": config.networks.width, "ipc": config.distillation.ipc, "n": len(features[0]),
         "h": features[0].shape[1], "real_batch_size": len(features[1]), "peak_gb": peak / 1e9,
         "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratios": {
-            f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)]) for a, b in RATIOS
-        },
+        "ratios": ratios_of(seconds, RATIOS),
     }  # fmt: skip
 
 
@@ -194,7 +188,7 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
     rows = []
     for case in cases:
         times = [f"{1000 * case['seconds'][name]['median']:.3g}" for name in names]
-        ratios = [f"{r['median']:.2f} ({min(r['all']):.2f} to {max(r['all']):.2f})" for r in case["ratios"].values()]
+        ratios = map(with_range, case["ratios"].values())
         sizes = [str(case[name]) for name in ("width", "ipc", "n", "h")]
         rows.append([*sizes, *times, *ratios, f"{case['peak_gb']:.2f}"])
     header = ["width", "ipc", "n", "h", *(f"{name}, ms" for name in names), *cases[0]["ratios"], "peak, GB"]

@@ -78,6 +78,15 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "all": values}
 
 
+def ratios_of(seconds: dict[str, list[float]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return {"a / b": spread of the ratios within each repeat} for the pairs of which both were timed."""
+    return {
+        f"{a} / {b}": spread([x / y for x, y in zip(seconds[a], seconds[b], strict=True)])
+        for a, b in pairs
+        if a in seconds and b in seconds
+    }
+
+
 def pool_of(case: Case, device: str, size: int, repeats: int, map_steps: list[int]) -> Callable[[int], None]:
     """Return a function that takes a step of a `--map-init warm` distillation whose solutions all were used twice."""
     config = case.config.updated(map_init="warm", warm_pool_size=size)

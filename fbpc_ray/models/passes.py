@@ -76,8 +76,7 @@ class Passes:
 
     def _chunk_logits(self, params: Params, images: Tensor) -> Tensor:
         arguments = (*(params[name] for name in self.network.shapes), images)
-        run = self._run("logits", images.shape, self._logits, arguments)
-        return self.network.forward(params, images) if run is None else run(*arguments)[0]
+        return self._call("logits", images.shape, self._logits, arguments)[0]
 
     @torch.no_grad()
     def predict(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
