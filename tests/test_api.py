@@ -133,7 +133,9 @@ def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
     assert (result.labels.numpy() == digits.test.labels).mean() == expected["accuracy"][1]
     as_floats = samples.predict(torch.tensor(digits.test.images[:9]) / 255)
     torch.testing.assert_close(as_floats.probabilities, result.probabilities[:9])
+    assert repr(result).startswith("<prediction of 360 images, 10 classes: mean entropy ")
     one = samples.predict(digits.test.images[3])
+    assert repr(one).startswith("<prediction of 1 image, ")
     torch.testing.assert_close(one.entropy, result.entropy[3:4], rtol=1e-4, atol=1e-6)
 
 

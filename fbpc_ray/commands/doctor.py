@@ -124,7 +124,7 @@ def libraries(deep: bool) -> Iterator[Finding]:
     def seconds_left() -> float:
         return DEEP_SECONDS if deep else end - time.monotonic()
 
-    def try_one(library: Library) -> Finding:
+    def try_one(library: Library) -> Finding | None:
         if library.deep and not deep:
             return version_finding(library, lowest.get(library.name, ""))
         if library.name == "torch" and not gpu.result()[0]:
@@ -137,7 +137,16 @@ def libraries(deep: bool) -> Iterator[Finding]:
         others.sort(key=lambda library: library.name in ("ray", "mlflow"))  # the long ones last
         rest = {library.name: pool.submit(try_one, library) for library in others}
         rest |= {name: first.submit(try_one, library) for library in LIBRARIES if (name := library.name) not in rest}
-        yield from (rest[library.name].result() for library in LIBRARIES)
+        silent: list[str] = []
+        for library in LIBRARIES:
+            finding = rest[library.name].result()
+            if finding is None:
+                silent.append(library.name)
+            else:
+                yield finding
+        if silent:
+            message = f"{', '.join(silent)}: {NO_ANSWER} {SECONDS:g} s for all libraries together, the machine is busy"
+            yield Finding("note", message, "fbpc doctor --deep waits longer")
         yield from cuda(*gpu.result())
 
 
@@ -159,10 +168,10 @@ def requirements() -> dict[str, str]:
     return {match[1].lower(): match[2] for match in matches if match}
 
 
-def try_library(library: Library, lowest: str, seconds: float = DEEP_SECONDS, deep: bool = True) -> Finding:
+def try_library(library: Library, lowest: str, seconds: float = DEEP_SECONDS, deep: bool = True) -> Finding | None:
     """Check the version of a library, and run its code in a process of its own.
 
-    No answer within `seconds` is a problem if `deep`, else a note: the machine may be busy.
+    No answer within `seconds` is a problem if `deep`, else None: the machine may be busy.
     """
     finding = version_finding(library, lowest)
     if "is not installed" in finding.message or not library.code:
@@ -170,7 +179,7 @@ def try_library(library: Library, lowest: str, seconds: float = DEEP_SECONDS, de
     error, output = _run(library.code, seconds)
     name, version = library.name, metadata.version(library.name)
     if error.startswith(NO_ANSWER) and not deep:
-        return Finding("note", f"{name} {version}: {error}", "fbpc doctor --deep waits longer")
+        return None
     if error:
         requirement = f"'{name}>={lowest}'" if lowest else name
         fix = f"{sys.executable} -m pip install --force-reinstall {requirement}"

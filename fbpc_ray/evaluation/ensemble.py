@@ -76,6 +76,13 @@ class Prediction(NamedTuple):
     mutual_information: Tensor
     """(n,) nats: the part of it that the samples disagree about, which more images would take away."""
 
+    def __repr__(self) -> str:
+        n, d = self.probabilities.shape
+        return (
+            f"<prediction of {n:,} image{'' if n == 1 else 's'}, {d} classes: mean entropy {self.entropy.mean():.2f}, "
+            f"mean mutual information {self.mutual_information.mean():.2f} nats>"
+        )
+
     @property
     def labels(self) -> Tensor:
         """(n,) int64: the most probable class."""

@@ -33,6 +33,7 @@ class Network:
         self._buffers = dict(self._predicting.named_buffers())
         self.shapes = {name: value.shape for name, value in self._predicting.named_parameters()}
         self.buffer_names = self._buffers.keys()
+        self._tied = _shares_tensors(self._predicting)
 
     def init(self, source: torch.Generator) -> Params:
         """Draw the parameters from the prior pi_0: PyTorch's default initialisation."""
@@ -45,7 +46,7 @@ class Network:
 
     def forward(self, params: Params, images: Tensor) -> Tensor:
         """Return logits (b, d) of normalised images (b, c, h, w); BatchNorm uses the statistics of this batch."""
-        return functional_call(self._training, params, (images,))
+        return self._call(self._training, params, images)
 
     def features(self, params: Params, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last linear layer's inputs (b, h) and logits (b, d); BatchNorm as in `forward`.
@@ -70,7 +71,7 @@ class Network:
 
         handles = [layer.register_forward_hook(keep) for layer in layers]
         try:
-            logits = functional_call(module, tensors, (images,))
+            logits = self._call(module, tensors, images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -86,7 +87,7 @@ class Network:
         """Average BatchNorm's mean and variance over `batches` of images, for `predict`; {} without BatchNorm."""
         buffers = {name: value.clone() for name, value in self._buffers.items()}
         for images in batches if buffers else ():
-            functional_call(self._estimating, {**params, **buffers}, (images,))  # changes `buffers` in place
+            self._call(self._estimating, {**params, **buffers}, images)  # changes `buffers` in place
         return buffers
 
     @torch.no_grad()
@@ -98,7 +99,11 @@ class Network:
         """
         if statistics.keys() != self._buffers.keys():
             raise ValueError(f"{self.spec.architecture}: predict needs the return value of `statistics`")
-        return functional_call(self._predicting, {**params, **statistics}, (images,))
+        return self._call(self._predicting, {**params, **statistics}, images)
+
+    def _call(self, module: nn.Module, tensors: Params, images: Tensor) -> Tensor:
+        """Call `module` with `tensors`; looking for tied ones takes as long as some layers of a small network."""
+        return functional_call(module, tensors, (images,), tie_weights=self._tied)
 
     def parameters_of(self, snapshot: dict[str, Tensor]) -> Params:
         """Take the parameters out of a module's state dict, onto the device.
@@ -122,6 +127,12 @@ class Network:
     @property
     def parameter_count(self) -> int:
         return sum(value.numel() for value in self._predicting.parameters())
+
+
+def _shares_tensors(module: nn.Module) -> bool:
+    """Return whether two layers share a parameter or buffer."""
+    names = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return len({id(tensor) for _, tensor in names}) < len(names)
 
 
 def _with_batch_statistics(module: nn.Module) -> nn.Module:

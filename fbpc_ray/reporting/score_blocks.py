@@ -126,15 +126,17 @@ def mixing_blocks(mixing: Sequence[Mixing]) -> list[Block]:
     """Tabulate split R-hat and effective sample size of what the chains predict; nothing where none is known."""
     if not mixing:
         return []
-    lines = [["network", "coreset", "R-hat, NLL", "R-hat, image", "ESS, NLL", "ESS, image", "samples"]]
+    lines = [["network", "coreset", "R-hat, NLL", "R-hat, image", "ESS, NLL", "ESS, image"]]
     lines += [
         [one.architecture, one.coreset, f"{one.rhat_nll:.2f}", f"{one.rhat_images:.2f}", f"{one.ess_nll:.0f}",
-         f"{one.ess_images:.0f}", str(one.samples)]
+         f"{one.ess_images:.0f}"]
         for one in mixing
     ]  # fmt: skip
+    counts = sorted({one.samples for one in mixing})
+    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     text = (
-        f"Split R-hat and effective sample size of what samples predict: above {MIXED:g} chains have not mixed: "
-        "longer or other chains would score otherwise."
+        f"Split R-hat and effective sample size (ESS) of what the {samples} samples predict. Chains whose R-hat is "
+        f"above {MIXED:g} have not mixed: longer or other chains would score otherwise."
     )
     return [Text(text), Table(lines)]
 

@@ -108,12 +108,11 @@ def test_a_library_that_hangs_is_broken_or_the_machine_is_busy():
     hanging = Library("pyarrow", "import time; time.sleep(60)")
     line = try_library(hanging, "", seconds=0.5)
     assert line.state == "fix" and "no answer" in line.message
-    line = try_library(hanging, "", seconds=0.5, deep=False)
-    assert line.state == "note" and "no answer" in line.message and "--deep" in line.fix
+    assert try_library(hanging, "", seconds=0.5, deep=False) is None
 
 
 def test_without_deep_every_library_is_reported_within_a_time(monkeypatch):
-    """Whatever hangs: Ray and the compiler are not tried, and the libraries have one time together."""
+    """Whatever hangs: Ray and the compiler are not tried; the libraries have one time together, and one note."""
     hanging = [entry._replace(code="import time; time.sleep(60)") for entry in doctor.LIBRARIES]
     monkeypatch.setattr(doctor, "LIBRARIES", hanging)
     monkeypatch.setattr(doctor, "CUDA", hanging[0].code)
@@ -125,9 +124,11 @@ def test_without_deep_every_library_is_reported_within_a_time(monkeypatch):
     assert time.monotonic() - start < 10  # of a process that starts at the last moment, too
     assert lines["ray"].state == "ok" and "--deep imports it" in lines["ray"].message
     assert lines["C++"].state == "ok" and "--deep" in lines["C++"].message
-    for name in ("torch", "torchvision", "tqdm", "CUDA"):
-        assert lines[name].state == "note" and "no answer within" in lines[name].message
-    assert doctor.SECONDS == 1.0 and lines.keys() >= {library.name for library in hanging}
+    names = [library.name for library in hanging if library.name != "ray"]
+    note = lines["numpy,"]
+    assert note.state == "note" and note.fix == "fbpc doctor --deep waits longer"
+    assert note.message == f"{', '.join(names)}: no answer within 1 s for all libraries together, the machine is busy"
+    assert lines["CUDA"].state == "note" and "no answer within" in lines["CUDA"].message
 
 
 def test_the_time_for_all_is_within_15_seconds():

@@ -173,6 +173,8 @@ def test_a_shared_weight_is_one_parameter(nets):
     torch.testing.assert_close(result, logits)
     (one,) = torch.autograd.grad(result.square().sum(), weight)
     torch.testing.assert_close(one, sum(torch.autograd.grad(logits.square().sum(), shared)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.predict(params, {}, images), logits)
+    torch.testing.assert_close(net.features(params, images)[1], logits)
 
 
 def contract_checked(name):
