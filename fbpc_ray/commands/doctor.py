@@ -58,6 +58,7 @@ LIBRARIES = (
     Library("matplotlib", "from matplotlib.backends.backend_agg import FigureCanvasAgg"),
     Library("safetensors", "import safetensors.torch"),
     Library("scikit-learn", "import sklearn.datasets; sklearn.datasets.load_digits()", "needed by --data digits alone"),
+    Library("scipy", "import scipy.special", "needed by fbpc reproduce alone"),
     Library("pillow", "import PIL.Image"),
     Library("jinja2", "import jinja2"),
     Library("filelock", "import filelock"),

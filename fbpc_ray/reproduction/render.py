@@ -2,10 +2,8 @@
 
 import json
 import re
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.tables import markdown_table
@@ -13,73 +11,11 @@ from fbpc_ray.evaluation import protocols
 from fbpc_ray.reporting.charts.comparison import Curve, bars, curves
 from fbpc_ray.reporting.charts.scatter import scatter
 from fbpc_ray.reproduction.paper import PAPER, Value
+from fbpc_ray.reproduction.summaries import LATER, SHOWN, Quantity, Row, Summary, difference, summary
 from fbpc_ray.reproduction.tables import TABLES, Request
 
-Row = dict[str, Any]
-
-
-class Quantity(NamedTuple):
-    """Label, unit and digits of a printed column."""
-
-    label: str
-    scale: float
-    digits: int
-
-
-LATER = {"ood_auroc_entropy", "corruption_accuracy", "make_seconds", "judge_seconds"}
-"""Quantities that rows of earlier versions, or rows without --ood, don't have."""
-
-SHOWN = {
-    "accuracy": Quantity("accuracy %", 100, 1),
-    "nll": Quantity("NLL", 1, 2),
-    "ece": Quantity("ECE", 1, 3),
-    "brier": Quantity("Brier", 1, 3),
-    "degradation": Quantity("degradation %", 100, 1),
-    "peak_gb": Quantity("peak GB", 1, 3),
-    "seconds": Quantity("seconds", 1, 2),
-    "parameters": Quantity("parameters", 1, 0),
-    "logit": Quantity("logit", 1, 2),
-    "ood_auroc_entropy": Quantity("OOD AUROC", 1, 3),
-    "corruption_accuracy": Quantity("accuracy % on corrupted images", 100, 1),
-    "make_seconds": Quantity("CPU seconds to make, without experts", 1, 0),
-    "judge_seconds": Quantity("CPU seconds to judge", 1, 1),
-}
-
-
-class Summary(NamedTuple):
-    """Mean and spread of one quantity over the seeds of a cell, in the printed unit."""
-
-    mean: float
-    evaluation: float | None
-    """Standard deviation over seeds of the evaluation, pooled over seeds of the distillation; None for one seed."""
-    distillation: float | None
-    """Standard deviation of the means of the seeds of the distillation; None for one seed."""
-    values: int
-    diverged: int
-
-
-def summary(rows: Iterable[Row], quantity: str) -> Summary | None:
-    """Summarise `quantity` over the seeds of a cell; return None if no seed has a value."""
-    shown = SHOWN[quantity]
-    by_distillation: dict[int, list[float]] = {}
-    diverged = 0
-    for row in rows:
-        if row[quantity] is None:
-            diverged += quantity not in LATER or row["accuracy"] is None
-        else:
-            by_distillation.setdefault(row["distill_seed"], []).append(shown.scale * row[quantity])
-    groups = list(by_distillation.values())
-    if not groups:
-        return None
-    free = sum(len(group) - 1 for group in groups)
-    within = sum(statistics.variance(group) * (len(group) - 1) for group in groups if len(group) > 1)
-    return Summary(
-        statistics.mean(value for group in groups for value in group),
-        (within / free) ** 0.5 if free else None,
-        statistics.stdev(statistics.mean(group) for group in groups) if len(groups) > 1 else None,
-        sum(map(len, groups)),
-        diverged,
-    )
+BASELINE = "FBPC"
+"""Row whose scores are subtracted from those of the others, where a table has it and several distillations."""
 
 
 def markdown(
@@ -102,9 +38,19 @@ def markdown(
         *(f"![{table}]({image})" for image in images),
         "",
     ]
+    lines += score_tables(rows, shape.quantities, PAPER.get(table, {}), BASELINE if shape.kind == "scores" else "")
+    return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
+
+
+def score_tables(
+    rows: list[Row], quantities: Iterable[str], paper: Mapping[tuple[str, str], Mapping[str, Value]] | None = None,
+    baseline: str = "",
+) -> list[str]:  # fmt: skip
+    """Format a table for each quantity, the paper's row below each of ours, and the differences to `baseline`."""
+    paper, lines = paper or {}, []
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
-    for quantity in shape.quantities:
-        shown, paper = SHOWN[quantity], PAPER.get(table, {})
+    for quantity in quantities:
+        shown = SHOWN[quantity]
         if quantity in LATER and all(row[quantity] is None for row in rows):
             continue
         body = []
@@ -115,7 +61,24 @@ def markdown(
             if any(theirs):
                 body.append(["*paper*", *map(_paper, theirs)])
         lines += [markdown_table([shown.label, *(column or "-" for column in columns)], body), ""]
-    return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
+        differences = [
+            [name, *(_difference(rows, name, baseline, column, quantity) for column in columns)]
+            for name in names
+            if name != baseline
+        ]
+        if any(cell != "-" for line in differences for cell in line[1:]):
+            header = [f"{shown.label}, minus {baseline}", *(column or "-" for column in columns)]
+            lines += [markdown_table(header, differences), ""]
+    return lines
+
+
+def _difference(rows: list[Row], name: str, baseline: str, column: str, quantity: str) -> str:
+    """Format a difference to the baseline, its 95 % interval, and the pairs behind it."""
+    one = difference(_cell(rows, name, column), _cell(rows, baseline, column), quantity)
+    if one is None:
+        return "-"
+    mean, low, high = (f"{value:+.{SHOWN[quantity].digits}f}" for value in one[:3])
+    return f"{mean} ({low} to {high}; {one.pairs} pairs)"
 
 
 def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
@@ -264,6 +227,7 @@ def _legend(rows: list[Row]) -> list[str]:
     return [
         f"Mean over {len(distillations)} seeds of the distillation x {len(evaluations)} of the evaluation; the first ± "
         "is the standard deviation over seeds of the evaluation, the second over those of the distillation. "
+        "Differences are paired by the seed of the distillation, with their 95 % interval (Student's t). "
         "*Italics* are the paper's values.",
         "",
         "Commit " + ", ".join(_order(row["commit"] for row in rows))

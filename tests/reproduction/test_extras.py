@@ -19,8 +19,8 @@ from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models.functional import specify
 from fbpc_ray.reproduction.cost import CpuClock
 from fbpc_ray.reproduction.extras import Extras, extra_columns, extra_notes, score_chain
-from fbpc_ray.reproduction.render import summary
 from fbpc_ray.reproduction.rows import SCHEMA, Rows
+from fbpc_ray.reproduction.summaries import summary
 
 
 @pytest.fixture(scope="module")

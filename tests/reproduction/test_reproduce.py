@@ -20,7 +20,7 @@ from fbpc_ray.core.presets import preset
 from fbpc_ray.data.corruptions import CORRUPTIONS
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
-from fbpc_ray.reproduction.render import _plane, summary
+from fbpc_ray.reproduction.render import _plane
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
@@ -223,18 +223,6 @@ def test_keys_hold_what_a_number_depends_on():
     assert key != cell_key("table1", "FBPC", "ipc 1", "convnet-in", fbpc.updated(chain_eta=0.01))
     assert key != cell_key("table1", "FBPC", "ipc 1", "convnet-bn", fbpc)
     assert key == cell_key("table1", "FBPC", "ipc 1", "convnet-in", fbpc.updated(gpus_per_actor=0.5))
-
-
-def test_summary_by_hand():
-    """Seeds 0: 0.1, 0.3; 1: 0.5, 0.7. Mean 40 %; within each sd sqrt(2) 10 %; means 20 and 60, sd sqrt(800) %."""
-    rows = [{"distill_seed": s, "accuracy": v, "nll": None} for s, v in ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.7))]
-    result = summary(rows, "accuracy")
-    assert result is not None
-    assert result.mean == pytest.approx(40)
-    assert result.evaluation == pytest.approx(math.sqrt(200))
-    assert result.distillation == pytest.approx(math.sqrt(800))
-    assert summary(rows, "nll") is None
-    assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == result._replace(diverged=1)
 
 
 @pytest.mark.slow

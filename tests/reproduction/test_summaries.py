@@ -1,0 +1,50 @@
+"""Mean, spread and differences of a table's cells, by hand and by another library."""
+
+import math
+
+import pytest
+from scipy import stats
+
+from fbpc_ray.reproduction.render import score_tables
+from fbpc_ray.reproduction.summaries import difference, summary
+
+
+def test_summary_by_hand():
+    """Seeds 0: 0.1, 0.3; 1: 0.5, 0.7. Mean 40 %; within each sd sqrt(2) 10 %; means 20 and 60, sd sqrt(800) %."""
+    rows = [{"distill_seed": s, "accuracy": v, "nll": None} for s, v in ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.7))]
+    result = summary(rows, "accuracy")
+    assert result is not None
+    assert result.mean == pytest.approx(40)
+    assert result.evaluation == pytest.approx(math.sqrt(200))
+    assert result.distillation == pytest.approx(math.sqrt(800))
+    assert summary(rows, "nll") is None
+    assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == result._replace(diverged=1)
+
+
+def rows_of(name, *scores, column="ipc 1"):
+    """Rows of (seed of the distillation, accuracy)."""
+    return [{"row": name, "column": column, "distill_seed": s, "accuracy": a, "nll": None} for s, a in scores]
+
+
+OURS = rows_of("FBPC", (0, 0.50), (0, 0.54), (1, 0.56), (2, 0.53), (4, 0.9))
+THEIRS = rows_of("BPC-fKL", (0, 0.50), (1, 0.51), (2, 0.49), (2, 0.51), (3, 0.1))
+
+
+def test_a_difference_is_paired_by_the_seed_of_the_distillation():
+    """Means over chains, then over the seeds that both have: 2, 5 and 3 points, whose t interval scipy has too."""
+    result = difference(OURS, THEIRS, "accuracy")
+    assert result is not None and result.pairs == 3
+    interval = stats.ttest_rel([52, 56, 53], [50, 51, 50]).confidence_interval(0.95)
+    assert result[:3] == pytest.approx((10 / 3, interval.low, interval.high))
+    assert difference(OURS, THEIRS, "nll") is None
+    assert difference(OURS, [row for row in THEIRS if row["distill_seed"] in (0, 3)], "accuracy") is None
+
+
+def test_differences_to_the_baseline_follow_the_scores():
+    rows = [*THEIRS, *OURS, *rows_of("Random", (0, 0.1))]
+    one, two = (line for line in score_tables(rows, ("accuracy",), baseline="FBPC") if line.startswith("|"))
+    assert "| FBPC |" in one and "±" in one
+    assert two.splitlines()[0] == "| accuracy %, minus FBPC | ipc 1 |"
+    assert two.splitlines()[2:] == ["| BPC-fKL | -3.3 (-7.1 to +0.5; 3 pairs) |", "| Random | - |"]
+    for baseline in ("", "another row"):
+        assert len([line for line in score_tables(rows, ("accuracy",), baseline=baseline) if line]) == 1
