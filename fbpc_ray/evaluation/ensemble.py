@@ -29,7 +29,7 @@ from fbpc_ray.inference.last_layer import LastLayer
 from fbpc_ray.inference.metrics import PredictiveStats, Scores, log_mixture, log_probabilities, predictive_stats, scores
 from fbpc_ray.inference.uncertainty import uncertainty_of
 from fbpc_ray.models import custom
-from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.models.functional import Network, Spec, equal_batches
 from fbpc_ray.models.last_layer import closed_form_logits
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def batch_size(shape: Sequence[int]) -> int:
 
 def statistics_of(network: Network, samples: Sequence[Params], coreset: Tensor) -> list[Params]:
     """Estimate BatchNorm's statistics of each sample on `coreset` (m, c, h, w); empty for other networks."""
-    return [network.statistics(params, coreset.split(256)) for params in samples]
+    return [network.statistics(params, equal_batches(coreset)) for params in samples]
 
 
 Predict = Callable[[Params, Params, Tensor], Tensor]

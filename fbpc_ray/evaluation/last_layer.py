@@ -37,7 +37,7 @@ from fbpc_ray.inference.adam import adam_start
 from fbpc_ray.inference.last_layer import LastLayer, one_hot_targets
 from fbpc_ray.inference.vectors import flatten, unflatten
 from fbpc_ray.models import last_layer
-from fbpc_ray.models.functional import Network
+from fbpc_ray.models.functional import Network, equal_batches
 from fbpc_ray.models.last_layer import Targets
 from fbpc_ray.models.passes import Passes
 
@@ -95,7 +95,7 @@ def trained(network: Network, data: Targets, settings: Evaluation, seed: int, me
 
 def closed_form(network: Network, params: Params, data: Targets, settings: Evaluation) -> Logits:
     """Return the function of images to logits (1, b, d) by the last layer's posterior given the coreset."""
-    statistics = network.statistics(params, data.images.split(256))
+    statistics = network.statistics(params, equal_batches(data.images))
     layer = layer_of(network, params, statistics, data, settings)
     return lambda images: last_layer.closed_form_logits(network, params, statistics, layer, images)
 

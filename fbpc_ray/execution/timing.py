@@ -20,7 +20,7 @@ from fbpc_ray.execution.session import Session, cpu_threads, uses_experts
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import sgd_trajectory
 from fbpc_ray.inference.solution import SolverStatus
-from fbpc_ray.models.functional import Network, Spec
+from fbpc_ray.models.functional import Network, Spec, equal_batches
 from fbpc_ray.models.passes import Passes
 
 PROBE_SECONDS = 0.5
@@ -78,7 +78,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
         chain_epoch = _seconds(lambda: next(chain), network)
         test = _first(dataset.test, MOST_PROBE_IMAGES)
         batch = DeviceDataset(*tensors(test, device), dataset.mean, dataset.std).batch(torch.arange(len(test.labels)))
-        buffers = network.statistics(params, images.split(256))
+        buffers = network.statistics(params, equal_batches(images))
         prediction = _seconds(lambda: network.predict(params, buffers, batch.images), network) / len(test.labels)
     with torch_threads(cpu_threads(c)):
 

@@ -17,7 +17,10 @@ from fbpc_ray.core.rng import seeded_globally
 from fbpc_ray.core.types import Params
 from fbpc_ray.models.registry import ARCHITECTURES, Spec, build, canonical, specify
 
-__all__ = ["ARCHITECTURES", "Network", "Spec", "build", "canonical", "specify"]
+__all__ = ["ARCHITECTURES", "Network", "Spec", "build", "canonical", "equal_batches", "specify"]
+
+STATISTICS_BATCH = 256
+"""Most images of a batch over which BatchNorm's statistics are averaged."""
 
 
 class Network:
@@ -127,6 +130,16 @@ class Network:
     @property
     def parameter_count(self) -> int:
         return sum(value.numel() for value in self._predicting.parameters())
+
+
+def equal_batches(images: Tensor, most: int = STATISTICS_BATCH) -> list[Tensor]:
+    """Deal images (n, c, h, w) out, one by one, to the fewest batches of at most `most`, for `Network.statistics`.
+
+    The average weighs batches equally, so their sizes differ by one at most; and each has images of all classes, where
+    a run of a coreset, which is sorted by class, would not.
+    """
+    count = -(-len(images) // most)
+    return [images[number::count] for number in range(count)]
 
 
 def _shares_tensors(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation import scoring
+from fbpc_ray.evaluation import ensemble, scoring
+from fbpc_ray.models.functional import equal_batches
 from fbpc_ray.models.passes import Passes
 
 UNROLLED = ("convnet-none", "convnet-ln", "lenet", "alexnet", "vgg11-in", "vgg11-bn", "resnet18-gn", "resnet18-bn")
@@ -148,6 +149,30 @@ def test_statistics_of_several_batches_are_averaged_with_equal_weight():
         for kind in range(2):
             expected = torch.stack([one[layer][kind] for one in each]).mean(0)
             torch.testing.assert_close(result[layer][kind], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [7, 256, 258, 600])
+def test_statistics_of_a_large_sorted_coreset_are_those_of_all_its_images(count):
+    """258 images, the last two unlike the others: batches of 256 and 2, weighed equally, would take their mean for half
+    of all. Of the first layer, by hand over all images."""
+    net = network("convnet-bn")
+    params, images = random_params(net), images_of(count)
+    images[-2:] += 20
+    images[: count // 2] -= 1
+    seen = []
+    by_hand(params, images, "bn", seen)
+    flat = seen[0].transpose(0, 1).flatten(1)
+    (statistics,) = ensemble.statistics_of(net, [params], images)
+    mean, variance = layer_statistics(statistics)[0]
+    torch.testing.assert_close(mean, flat.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(variance, flat.var(1), rtol=2e-2, atol=1e-4)
+
+
+def test_equal_batches_hold_every_image_once():
+    for count, sizes in ((1, [1]), (256, [256]), (257, [129, 128]), (1000, [250] * 4)):
+        batches = equal_batches(torch.arange(count))
+        assert [len(batch) for batch in batches] == sizes
+        assert torch.equal(torch.cat(batches).sort().values, torch.arange(count))
 
 
 def test_predict_normalises_with_the_statistics_given():
