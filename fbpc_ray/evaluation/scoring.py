@@ -10,7 +10,7 @@ from fbpc_ray.core.types import Params
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
-from fbpc_ray.inference.metrics import PredictiveStats, log_mixture, log_probabilities, losses_of, predictive_stats
+from fbpc_ray.inference.metrics import PredictiveStats, log_mixture, log_probabilities, predictive_stats, sample_losses
 from fbpc_ray.inference.uncertainty import Uncertainty, uncertainty_of
 from fbpc_ray.models.passes import Passes
 
@@ -46,11 +46,6 @@ def _batch_size(images: Tensor) -> int:
     return min(TEST_BATCH, ensemble.batch_size(images.shape))
 
 
-def predictive(passes: Passes, samples: list[Params], coreset: Tensor, test: DeviceDataset) -> Scored:
-    """Score the predictions of `samples` for `test`; BatchNorm's statistics come from `coreset` (m, c, h, w)."""
-    return score(average_of(passes, samples, coreset), test)
-
-
 def score(predictions: Logits, test: DeviceDataset) -> Scored:
     """Score `predictions` for `test`: the one place where scores are computed."""
     parts: list[Scored] = []
@@ -59,7 +54,7 @@ def score(predictions: Logits, test: DeviceDataset) -> Scored:
         log_probs = log_probabilities(predictions(batch.images))
         mean = log_mixture(log_probs)
         stats = predictive_stats(mean, batch.labels)
-        parts.append(Scored(stats, losses_of(log_probs, batch.labels), uncertainty_of(log_probs, mean)))
+        parts.append(Scored(stats, sample_losses(log_probs, batch.labels), uncertainty_of(log_probs, mean)))
     stats, unsure = parts[0].stats, parts[0].uncertainty
     for part in parts[1:]:
         stats, unsure = stats + part.stats, unsure + part.uncertainty

@@ -44,13 +44,8 @@ class Scores(NamedTuple):
     brier: float
 
 
-def log_mean_probability(logits: Tensor) -> Tensor:
-    """Return log p(y | x) (b, d) of the model average of S samples' logits (S, b, d), in float64."""
-    return log_mixture(log_probabilities(logits))
-
-
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Return log p_s(y | x) (S, b, d) of each sample, in float64."""
+    """Return log p_s(y | x) of each sample, in float64, from S samples' logits (S, b, d)."""
     return logits.double().log_softmax(-1)
 
 
@@ -59,13 +54,8 @@ def log_mixture(log_probabilities: Tensor) -> Tensor:
     return log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
 
 
-def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log p_s(y_i | x_i) (S, b), in float64, of S samples' logits (S, b, d) and labels (b,)."""
-    return losses_of(log_probabilities(logits), labels)
-
-
-def losses_of(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return `sample_losses` (S, b), from `log_probabilities` (S, b, d) of the samples."""
+def sample_losses(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return -log p_s(y_i | x_i) (S, b), from `log_probabilities` (S, b, d) of the samples and labels (b,)."""
     return -log_probabilities.gather(-1, labels.expand(len(log_probabilities), -1)[..., None])[..., 0].cpu()
 
 

@@ -83,15 +83,3 @@ def posterior_at(forward: Forward, params: Params, images: Tensor, variance: Ten
     """Return Eq. 15's posterior of logits at `images`, with the `variance` Psi; None gives Psi = I (FBPC-isotropic)."""
     mean = forward({name: value.detach() for name, value in params.items()}, images)
     return FunctionPosterior(mean, torch.ones_like(mean) if variance is None else variance)
-
-
-def function_posterior(
-    forward: Forward, params: Params, samples: Iterable[Params] | None, images: Tensor, logits: Forward | None = None
-) -> FunctionPosterior:
-    """Return the posterior of Eqs. 15-16 at the (augmented) pseudocoreset `images` (m, c, h, w).
-
-    `samples` are theta^(1..K), consumed one by one; None gives Psi = I, the paper's FBPC-isotropic. `logits`: a faster
-    `forward` for them, through which no gradient flows.
-    """
-    psi = None if samples is None else variances(logits or forward, samples, [images.detach()])[0]
-    return posterior_at(forward, params, images, psi)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbpc_ray.inference.metrics import log_mixture, log_probabilities
-
 
 class Uncertainty(NamedTuple):
     """Of n images, in float64 nats. Merge with `+`, which puts the images of one after those of the other."""
@@ -23,19 +21,8 @@ class Uncertainty(NamedTuple):
     mutual_information: Tensor
     """(n,) MI."""
 
-    @property
-    def expected_entropy(self) -> Tensor:
-        """(n,) E."""
-        return self.entropy - self.mutual_information
-
     def __add__(self, other: "Uncertainty") -> "Uncertainty":  # type: ignore[override]
         return Uncertainty._make(torch.cat(pair) for pair in zip(self, other, strict=True))
-
-
-def uncertainty(logits: Tensor) -> Uncertainty:
-    """Return the uncertainty of b images from the logits (S, b, d) of S posterior samples."""
-    log_probs = log_probabilities(logits)
-    return uncertainty_of(log_probs, log_mixture(log_probs))
 
 
 def uncertainty_of(log_probs: Tensor, mean: Tensor) -> Uncertainty:

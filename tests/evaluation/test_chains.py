@@ -16,11 +16,11 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import chains, ensemble, scoring
 from fbpc_ray.evaluation.chains import Chain, posterior_samples, run_chain, values
-from fbpc_ray.evaluation.scoring import predictive
+from fbpc_ray.evaluation.scoring import average_of, score
 from fbpc_ray.execution import session
 from fbpc_ray.inference import metrics
 from fbpc_ray.inference.metrics import scores
-from fbpc_ray.inference.uncertainty import Uncertainty, uncertainty
+from fbpc_ray.inference.uncertainty import Uncertainty, uncertainty_of
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes, count_macs
@@ -77,13 +77,12 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, two_per_
     images that share a batch. 90 images, shuffled and sorted by class."""
     samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", 0)
     images, labels = (tensor[:90] for tensor in tensors(digits.test, "cpu"))
-    full = predictive(
-        Passes(network), samples, two_per_class[0], DeviceDataset(images, labels, digits.mean, digits.std)
-    )
+    predictions = average_of(Passes(network), samples, two_per_class[0])
+    full = score(predictions, DeviceDataset(images, labels, digits.mean, digits.std))
     monkeypatch.setattr(scoring, "TEST_BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
-        outcome = predictive(Passes(network), samples, two_per_class[0], moved)
+        outcome = score(predictions, moved)
         assert scores(outcome.stats) == pytest.approx(scores(full.stats), rel=1e-5)
         torch.testing.assert_close(outcome.losses, full.losses[:, order], rtol=1e-4, atol=1e-5)
         for name in Uncertainty._fields:
@@ -113,9 +112,11 @@ def test_each_batch_is_normalised_once(digits, monkeypatch):
     monkeypatch.setattr(scoring, "log_probabilities", counted)
     scored = scoring.score(lambda _: logits, DeviceDataset(images, labels, digits.mean, digits.std))
     assert len(calls) == 1
-    assert torch.equal(scored.losses, metrics.sample_losses(logits, labels))
-    assert scored.stats.nll == metrics.predictive_stats(metrics.log_mean_probability(logits), labels).nll
-    for name, value in uncertainty(logits)._asdict().items():
+    log_probs = metrics.log_probabilities(logits)
+    mean = metrics.log_mixture(log_probs)
+    assert torch.equal(scored.losses, metrics.sample_losses(log_probs, labels))
+    assert scored.stats.nll == metrics.predictive_stats(mean, labels).nll
+    for name, value in uncertainty_of(log_probs, mean)._asdict().items():
         assert torch.equal(getattr(scored.uncertainty, name), value)
 
 
@@ -131,9 +132,8 @@ def test_the_average_is_over_the_samples(network, two_per_class: Pair, digits):
         ]
     ).mean(0)
     nll = -p[torch.arange(len(p)), batch.labels].log().mean().item()
-    assert scores(predictive(Passes(network), samples, two_per_class[0], test).stats).nll == pytest.approx(
-        nll, rel=1e-6
-    )
+    scored = score(average_of(Passes(network), samples, two_per_class[0]), test)
+    assert scores(scored.stats).nll == pytest.approx(nll, rel=1e-6)
 
 
 def test_a_chain_task_scores_the_split_it_is_given(network, two_per_class: Pair, digits):
@@ -146,9 +146,8 @@ def test_a_chain_task_scores_the_split_it_is_given(network, two_per_class: Pair,
     assert result.stats is not None
     assert result.stats.examples == 50
     samples = posterior_samples(Passes(network), *two_per_class, settings, "dsa", 0)
-    expected = predictive(
-        Passes(network), samples, two_per_class[0], DeviceDataset(*tensors(few, "cpu"), digits.mean, digits.std)
-    )
+    predictions = average_of(Passes(network), samples, two_per_class[0])
+    expected = score(predictions, DeviceDataset(*tensors(few, "cpu"), digits.mean, digits.std))
     assert scores(result.stats) == scores(expected.stats)
     assert result.in_distribution is result.out_of_distribution is None, "sent though nobody asked"
 

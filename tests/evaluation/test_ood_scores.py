@@ -12,7 +12,7 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.ood import ood_split
 from fbpc_ray.evaluation.chains import Chain, ChainResult, posterior_samples, quantities, run_chain, values
 from fbpc_ray.evaluation.evaluate import collect
-from fbpc_ray.evaluation.scoring import predictive
+from fbpc_ray.evaluation.scoring import average_of, score
 from fbpc_ray.inference.metrics import Scores, batch_nll, predictive_stats
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models.functional import specify
@@ -35,10 +35,9 @@ def test_values_of_a_chain_with_ood_images(network, two_per_class: Pair, digits)
     assert tuple(outcome) == quantities(context)
 
     samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", 0)
+    predictions = average_of(Passes(network), samples, two_per_class[0])
     inside, outside = (
-        predictive(
-            Passes(network), samples, two_per_class[0], DeviceDataset(*tensors(split, "cpu"), digits.mean, digits.std)
-        )
+        score(predictions, DeviceDataset(*tensors(split, "cpu"), digits.mean, digits.std))
         for split in (digits.test, outside_split)
     )
     assert len(inside.uncertainty.entropy) == len(digits.test.labels)

@@ -9,7 +9,8 @@ from support import oracles
 from fbpc_ray.inference.metrics import (
     BINS,
     batch_nll,
-    log_mean_probability,
+    log_mixture,
+    log_probabilities,
     predictive_stats,
     sample_losses,
     scores,
@@ -23,7 +24,7 @@ def some_predictions(samples=7, n=60, d=5, seed=0, scale=3.0):
 
 def test_scores_equal_a_slow_loop_over_examples():
     logits, labels = some_predictions()
-    result = scores(predictive_stats(log_mean_probability(logits), labels))._asdict()
+    result = scores(predictive_stats(log_mixture(log_probabilities(logits)), labels))._asdict()
     slow = oracles.scores_slow(logits.double().tolist(), labels.tolist(), BINS)
     assert result == pytest.approx(slow, rel=1e-9)
 
@@ -31,7 +32,7 @@ def test_scores_equal_a_slow_loop_over_examples():
 @pytest.mark.parametrize("sizes", [[60], [1] * 60, [7, 13, 40], [59, 1]])
 def test_any_partition_of_the_test_set_gives_the_same(sizes):
     logits, labels = some_predictions()
-    log_probability = log_mean_probability(logits)
+    log_probability = log_mixture(log_probabilities(logits))
     whole = scores(predictive_stats(log_probability, labels))
     parts = [predictive_stats(p, y) for p, y in zip(log_probability.split(sizes), labels.split(sizes), strict=True)]
     total = parts[0]
@@ -46,15 +47,15 @@ def test_order_of_examples_and_names_of_classes_do_not_matter():
     order, names = torch.randperm(60, generator=source), torch.randperm(5, generator=source)
     renamed = torch.empty_like(logits)
     renamed[..., names] = logits
-    whole = scores(predictive_stats(log_mean_probability(logits), labels))
-    moved = scores(predictive_stats(log_mean_probability(renamed[:, order]), names[labels][order]))
+    whole = scores(predictive_stats(log_mixture(log_probabilities(logits)), labels))
+    moved = scores(predictive_stats(log_mixture(log_probabilities(renamed[:, order])), names[labels][order]))
     assert moved == pytest.approx(whole, rel=1e-9)
 
 
 def test_the_samples_are_mixed_for_each_example_before_the_logarithm():
     """Two samples sure of opposite classes: the average says 1/2, so the NLL is log 2 and not the mean of 0 and 40."""
     logits = torch.tensor([[[40.0, 0.0]], [[0.0, 40.0]]])
-    result = scores(predictive_stats(log_mean_probability(logits), torch.tensor([0])))
+    result = scores(predictive_stats(log_mixture(log_probabilities(logits)), torch.tensor([0])))
     assert result.nll == pytest.approx(0.693147, abs=1e-6)
 
 
@@ -68,7 +69,7 @@ def test_certain_and_right_is_perfect_certain_and_wrong_is_finite():
 def test_uniform_predictions_have_known_scores():
     """p = 1/d: NLL log d, Brier 1 - 1/d, and ECE the gap between accuracy and 1/d."""
     labels = torch.arange(10)
-    result = scores(predictive_stats(log_mean_probability(torch.zeros(3, 10, 10)), labels))
+    result = scores(predictive_stats(log_mixture(log_probabilities(torch.zeros(3, 10, 10))), labels))
     assert result.nll == pytest.approx(2.302585, abs=1e-6)
     assert result.brier == pytest.approx(0.9)
     assert result.ece == pytest.approx(abs(result.accuracy - 0.1), abs=1e-9)
@@ -99,27 +100,30 @@ def test_nothing_scored_is_an_error():
 def test_losses_of_samples_are_their_own_nll():
     """(S, n): of each sample by itself, so that the NLL is -log mean_s exp(-loss)."""
     logits, labels = some_predictions()
-    losses = sample_losses(logits, labels)
+    losses = sample_losses(log_probabilities(logits), labels)
     slow = [[-math.log(oracles.softmax_slow(one)[y]) for one, y in zip(s, labels.tolist(), strict=True)]
             for s in logits.double().tolist()]  # fmt: skip
     torch.testing.assert_close(losses, torch.tensor(slow, dtype=torch.float64))
     nll = math.log(len(losses)) - (-losses).logsumexp(0)
-    assert nll.mean().item() == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
+    assert nll.mean().item() == pytest.approx(
+        scores(predictive_stats(log_mixture(log_probabilities(logits)), labels)).nll
+    )
 
 
 @pytest.mark.parametrize("size", [1, 16, 25, 60, 256])
 def test_the_lineages_nll_equals_a_slow_loop(size):
     """Also where the last batch is smaller, and where one batch holds all."""
-    losses = sample_losses(*some_predictions())
+    logits, labels = some_predictions()
+    losses = sample_losses(log_probabilities(logits), labels)
     assert batch_nll(losses, size) == pytest.approx(oracles.nll_of_batches_slow(losses.tolist(), size), rel=1e-10)
 
 
 def test_the_lineages_nll_is_the_nll_at_size_one_and_grows_with_the_batch():
     """Averaging before mixing only adds (log-mean-exp is convex), up to the mean loss of a sample."""
     logits, labels = some_predictions(n=64)
-    losses = sample_losses(logits, labels)
+    losses = sample_losses(log_probabilities(logits), labels)
     items = [batch_nll(losses, size) for size in (1, 2, 4, 8, 16, 32, 64)]
-    assert items[0] == pytest.approx(scores(predictive_stats(log_mean_probability(logits), labels)).nll)
+    assert items[0] == pytest.approx(scores(predictive_stats(log_mixture(log_probabilities(logits)), labels)).nll)
     assert items == sorted(items)
     assert items[-1] > items[0] + 0.1
     assert items[-1] < losses.mean()

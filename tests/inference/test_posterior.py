@@ -8,7 +8,7 @@ from support import oracles
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.posterior import empirical_variance, function_posterior, loss_and_grad, sgd_trajectory
+from fbpc_ray.inference.posterior import empirical_variance, loss_and_grad, posterior_at, sgd_trajectory, variances
 
 
 def linear(params, images):
@@ -27,6 +27,11 @@ def some_batch(seed=1, count=8, classes=3, dtype=torch.float64):
     source = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 1, 2, 3, generator=source, dtype=dtype)
     return Batch(images, torch.randint(classes, (count,), generator=source))
+
+
+def function_posterior(forward, params, samples, images):
+    """The posterior of Eqs. 15-16 at `images`, put together as `fbpc.gradient` does."""
+    return posterior_at(forward, params, images, variances(forward, samples, [images.detach()])[0])
 
 
 def test_trajectory_is_plain_sgd_on_the_softmax_gradient():
@@ -112,7 +117,7 @@ def test_variance_is_of_the_logits_at_the_images_given():
 
 def test_isotropic_variance_is_one():
     """FBPC-isotropic: Psi = I on both sides."""
-    posterior = function_posterior(linear, linear_params(), None, some_batch().images)
+    posterior = posterior_at(linear, linear_params(), some_batch().images, None)
     assert torch.equal(posterior.variance, torch.ones(8, 3, dtype=torch.float64))
 
 

@@ -7,11 +7,18 @@ import torch
 from sklearn.metrics import roc_auc_score
 from support import oracles
 
-from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty
+from fbpc_ray.inference.metrics import log_mixture, log_probabilities
+from fbpc_ray.inference.uncertainty import Uncertainty, auroc, uncertainty_of
 
 
 def some_logits(samples=5, n=40, d=6, seed=0, scale=3.0):
     return scale * torch.randn(samples, n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def uncertainty(logits):
+    """Of logits (S, b, d)."""
+    log_probs = log_probabilities(logits)
+    return uncertainty_of(log_probs, log_mixture(log_probs))
 
 
 def test_entropies_equal_a_slow_loop():
@@ -20,7 +27,7 @@ def test_entropies_equal_a_slow_loop():
     result = uncertainty(logits)
     slow = oracles.entropies_slow(logits.double().tolist())
     assert result.entropy.tolist() == pytest.approx([h for h, _ in slow], rel=1e-9)
-    assert result.expected_entropy.tolist() == pytest.approx([e for _, e in slow], rel=1e-9)
+    assert (result.entropy - result.mutual_information).tolist() == pytest.approx([e for _, e in slow], rel=1e-9)
     assert result.mutual_information.tolist() == pytest.approx([h - e for h, e in slow], rel=1e-8, abs=1e-12)
     assert result.entropy.dtype == result.mutual_information.dtype == torch.float64
 
@@ -38,7 +45,7 @@ def test_samples_that_are_sure_of_different_classes_disagree_about_everything():
     result = uncertainty(1000 * torch.eye(4)[:, None, :])
     assert result.entropy.item() == pytest.approx(math.log(4))
     assert result.mutual_information.item() == pytest.approx(math.log(4))
-    assert result.expected_entropy.item() == pytest.approx(0, abs=1e-12)
+    assert (result.entropy - result.mutual_information).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_uniform_samples_know_nothing_and_agree():

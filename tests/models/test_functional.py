@@ -98,7 +98,7 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
     def losses(size, chosen, given=coreset_images):
         monkeypatch.setattr(scoring, "TEST_BATCH", size)
         test = DeviceDataset(images[chosen], labels[chosen], digits.mean, digits.std)
-        return scoring.predictive(Passes(net), samples, given, test)
+        return scoring.score(scoring.average_of(Passes(net), samples, given), test)
 
     whole = losses(500, torch.arange(45))
     for size in (45, 16, 1):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from fbpc_ray.inference.metrics import BINS, log_mean_probability, predictive_stats, scores
+from fbpc_ray.inference.metrics import BINS, log_mixture, log_probabilities, predictive_stats, scores
 from fbpc_ray.reporting.charts import comparison, histograms, reliability, steps, style
 
 
@@ -19,7 +19,7 @@ def stats(scale=3.0, n=400, seed=0):
     source = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=source)
     logits = scale * (torch.nn.functional.one_hot(labels, 10) + torch.randn(1, n, 10, generator=source))
-    return predictive_stats(log_mean_probability(logits), labels)
+    return predictive_stats(log_mixture(log_probabilities(logits)), labels)
 
 
 @pytest.fixture
