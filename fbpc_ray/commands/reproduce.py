@@ -12,8 +12,8 @@ from fbpc_ray.core.provenance import home
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.outside_coresets import parse
+from fbpc_ray.reproduction.plan import Options
 from fbpc_ray.reproduction.render import cell_means
-from fbpc_ray.reproduction.run import Options
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request
 from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import default_uri

@@ -10,10 +10,8 @@ tables share their experts and coresets.
 """
 
 import json
-from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
@@ -24,15 +22,13 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
-from fbpc_ray.data.corrupted_splits import notes, official
+from fbpc_ray.data.corrupted_splits import notes
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
-from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import (
-    check_memory,
     expert_store,
     load_data,
     network_specs,
@@ -43,52 +39,22 @@ from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
 from fbpc_ray.reproduction.extras import ExtraColumns, Extras, extra_columns, extra_notes
-from fbpc_ray.reproduction.outside_coresets import OutsideCoreset, read, whitening_of
+from fbpc_ray.reproduction.outside_coresets import whitening_of
+from fbpc_ray.reproduction.plan import Options, Task, by_data, eval_seeds, tasks_of, without_coreset
 from fbpc_ray.reproduction.render import markdown, over_ipc, picture, picture_of_seconds
-from fbpc_ray.reproduction.rows import Rows, cell_key, coreset_key
-from fbpc_ray.reproduction.tables import TABLES, Cell, Request, cells_of
-
-
-class Options(NamedTuple):
-    """Options of a reproduction."""
-
-    table: str
-    scale: str
-    request: Request
-    out: Path
-    only: tuple[str, ...]
-    """Parts of names 'row/column': only cells with one of them are made. Empty: all."""
-    corruptions: Path | None
-    cost_steps: int
-    dry_run: bool
-    ood: str = ""
-    """A data set whose test images are out of distribution, for a grid."""
-    ood_resize: bool = False
-    coreset_rows: dict[str, str] = {}  # noqa: RUF012  nobody changes it
-    """{row of a grid: file or folder of a coreset that others made}."""
-    whitenings: dict[str, str] = {}  # noqa: RUF012
-    """{row of `coreset_rows`: file of the whitening of its images}."""
-
-
-class Task(NamedTuple):
-    """A cell for one seed of the distillation."""
-
-    cell: Cell
-    key: str
-    coreset: Path
-    dataset: Dataset
-    outside: OutsideCoreset | None = None
+from fbpc_ray.reproduction.rows import Rows
+from fbpc_ray.reproduction.tables import TABLES
 
 
 def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     """Make the missing rows of a table; return its Markdown file and its rows. Raises UserError."""
     kind, rows = TABLES[options.table].kind, Rows(options.out / "rows" / options.table)
-    tasks = _tasks(options, log)
-    seeds, columns = _seeds(options), _extra_columns(options, tasks[0].dataset, log)
+    tasks = tasks_of(options, log)
+    seeds, columns = eval_seeds(options), _extra_columns(options, tasks[0].dataset, log)
     present = {(row["key"], row["eval_seed"]) for row in rows.read() if columns is None or columns.describes(row)}
     missing = [(task, seed) for task in tasks for seed in seeds if (task.key, seed) not in present]
     log(f"{options.table}: {len(tasks)} cells, {len(missing)} of {len(tasks) * len(seeds)} rows to make")
-    unmade = _unmade(tasks) if kind == "picture" else _unmade([task for task, _ in missing])
+    unmade = without_coreset(tasks) if kind == "picture" else without_coreset([task for task, _ in missing])
     if options.dry_run:
         log(f"{len(unmade) if kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
         return options.out / f"{options.table}.md", []
@@ -103,14 +69,6 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
         raise UserError(f"{len(failures)} of the coresets could not be made: {folder.name}: {reason}{rest}", code=1)
     assert path is not None
     return path, ordered
-
-
-def _seeds(options: Options) -> range:
-    """Return the numbers of a cell's rows: chains, or measured steps."""
-    kind = TABLES[options.table].kind
-    if kind == "cost":
-        return range(options.cost_steps)
-    return range(0 if kind == "picture" else options.request.scale.num_chains)
 
 
 def _fill(
@@ -138,81 +96,13 @@ def _extra_columns(options: Options, dataset: Dataset, log: Log) -> ExtraColumns
     return extra_columns(dataset, other, options.ood_resize, options.corruptions, options.request.scale.extra_images)
 
 
-def _tasks(options: Options, log: Log) -> list[Task]:
-    """Return the chosen cells for every seed of the distillation; load data, check networks."""
-    cells, outside = cells_of(options.table, options.request), _outside(options, log)
-    cells += [cell for one in outside.values() for cell in one.cells(cells[0])]
-    names = [f"{cell.row}/{cell.column}" for cell in cells]
-    chosen = [
-        cell
-        for cell, name in zip(cells, names, strict=True)
-        if not options.only or any(o in name for o in options.only)
-    ]
-    if not chosen:
-        raise UserError(
-            f"--only {' '.join(options.only)}: no such cell in {options.table}; choose from {', '.join(names)}"
-        )
-    datasets: dict[str, Dataset] = {}
-    tasks = []
-    for cell in chosen:
-        source = cell.config.data.data
-        if source not in datasets:
-            datasets[source] = load_data(cell.config, log)
-            if TABLES[options.table].kind in ("corruptions", "grid") and options.corruptions:
-                official(options.corruptions, datasets[source])  # raises if the folder doesn't fit the data
-        dataset = datasets[source]
-        validation.check(cell.config)
-        network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
-        check_memory(cell.config, dataset, network_specs(cell.config, dataset))
-        if one := outside.get(cell.row):
-            key = cell_key(options.table, one.folder_name, cell.column, cell.judged_on, cell.config)
-            tasks.append(Task(cell, key, options.out / "coresets" / one.folder_name, dataset, one))
-            continue
-        for seed in range(options.request.scale.distill_seeds):
-            config = cell.config.updated(seed=seed)
-            key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config)
-            method, ipc = config.distillation.method, config.distillation.ipc
-            folder = options.out / "coresets" / f"{method}-ipc{ipc}-{coreset_key(config)}"
-            tasks.append(Task(cell._replace(config=config), key, folder, dataset))
-    return tasks
-
-
-def _outside(options: Options, log: Log) -> dict[str, OutsideCoreset]:
-    """Read the coresets that others made, by row. Raises UserError."""
-    if not options.coreset_rows and not options.whitenings:
-        return {}
-    if TABLES[options.table].kind != "grid":
-        raise UserError(f"--coreset-row, --whitening: {options.table} has no such rows; use grid or grid-cifar100")
-    cells = cells_of(options.table, options.request)
-    clashes = {cell.row for cell in cells} & options.coreset_rows.keys()
-    if clashes:
-        raise UserError(f"--coreset-row {min(clashes)}=...: the grid has a row of this name; give another name")
-    coresets, notes = read(options.coreset_rows, options.whitenings, load_data(cells[0].config, log))
-    for note in notes:
-        log(f"note: {note}")
-    return {one.name: one for one in coresets}
-
-
-def _unmade(tasks: Iterable[Task]) -> list[Task]:
-    """Return one task for each missing coreset."""
-    first = {task.coreset: task for task in reversed(list(tasks))}
-    return [task for path, task in reversed(first.items()) if not RunDirectory(path).coreset_path.exists()]
-
-
-def _by_data(tasks: Iterable[Task]) -> Iterable[tuple[Dataset, list[Task]]]:
-    ordered = sorted(tasks, key=lambda task: task.dataset.name)
-    for _, group in groupby(ordered, key=lambda task: task.dataset.name):
-        members = list(group)
-        yield members[0].dataset, members
-
-
 def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log) -> dict[Path, str]:
     """Train missing experts, then distil each coreset; return why coresets failed, by folder."""
     failures = {}
     for task in tasks:
         if task.outside:
             task.outside.copy_to(task.coreset)
-    for dataset, group in _by_data(task for task in tasks if not task.outside):
+    for dataset, group in by_data(task for task in tasks if not task.outside):
         _train_experts([task.cell.config for task in group], dataset, workers, log)
         items = [work.CoresetTask(task.cell.config, task.coreset, commit) for task in group]
         with progress("distil", len(items), "coreset", log=log) as bar:
