@@ -1,4 +1,4 @@
-"""Plan a reproduction: the chosen cells for every seed of the distillation, and the coresets that are missing."""
+"""Plan a reproduction: the cells for every seed of the distillation, and the missing coresets."""
 
 from collections.abc import Iterable
 from itertools import groupby
