@@ -81,7 +81,7 @@ def flags_of(kind: type) -> set[str]:
 FOREIGN = {
     "--help", "--version", "--runtime-env-json", "--working-dir", "--again", "--repo-type", "--target", "--baseline",
 }  # fmt: skip
-"""Of Ray's and the Hub's commands, of jobs/kill_runs.py and compare_rows.py, those that all have, one of earlier code."""
+"""Of Ray's and the Hub's commands, of kill_runs.py and compare_rows.py, those that all have, one of earlier code."""
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
