@@ -225,7 +225,7 @@ def posterior(
     networks = {"width": width, "depth": depth, "augment": augment}
     changes = settings | {name: value for name, value in networks.items() if value is not None}
     chosen = keyword_settings.of_evaluation(coreset, architecture, preset, changes)
-    chosen = chosen.updated(architectures=chosen.networks.architectures[:1])
+    chosen = chosen.updated(architectures=chosen.networks.architectures[:1], inference="sghmc")
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
     memory_estimate.check(chosen, [spec], ["evaluation"], coreset=len(coreset.labels), source="coreset")
@@ -251,7 +251,7 @@ def evaluate(
     data: Any,
     architectures: Architecture | Sequence[Architecture] | None = None,
     *,
-    inference: str = "sghmc",
+    inference: str | None = None,
     split: str = "test",
     preset: str = "",
     backend: str = "serial",
@@ -266,7 +266,7 @@ def evaluate(
         coreset: the images to train on.
         data: a data set of `dataset`, or its first argument.
         architectures: one network or several. None: those that the coreset was distilled on.
-        inference: sghmc | last-layer | mse | ensemble.
+        inference: sghmc | last-layer | mse | ensemble. None: that of the distillation, sghmc where it is unknown.
         split: test | validation.
         preset: as for `posterior`.
         backend: serial | ray.
@@ -285,7 +285,7 @@ def evaluate(
     others = (config.Data, config.Experts, config.Distillation, config.Output)
     keyword_settings.check_names(settings, "evaluate", without=others)
     _check_coreset(coreset)
-    changes = settings | {"inference": inference, "backend": backend}
+    changes = settings | {"backend": backend} | ({} if inference is None else {"inference": inference})
     chosen = keyword_settings.of_evaluation(coreset, architectures, preset, changes)
     chosen = validation.validate(chosen)
     source = source._replace(mean=coreset.mean, std=coreset.std)

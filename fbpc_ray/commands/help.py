@@ -64,7 +64,7 @@ PAGES = {
         ),
     ),
     "evaluate --coreset": Page(
-        "Networks, width, depth, augmentation, image size and settings of chains are those that the coreset was "
+        "Networks, width, depth, augmentation, image size, inference and its settings are those that the coreset was "
         "distilled with, where its file has them; a line names them, and your flags win.",
         (
             ("fbpc evaluate --coreset my-coreset --data digits", "what `fbpc export` wrote"),

@@ -108,25 +108,24 @@ class Session:
 def coreset_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a coreset's metadata keeps, which an evaluation of the coreset begins with.
 
-    These are preset, networks, the image size if it was chosen, and the settings of chains that differ from the
-    defaults.
+    These are preset, networks, the image size if it was chosen, and the settings of its evaluation that differ from
+    the defaults, but for the number of chains.
     """
     n, d, defaults = config.networks, config.data, Evaluation()
     preset, _ = start_of(config)
-    chains = {
+    evaluation = {
         name: value for name, value in asdict(config.evaluation).items()
-        if name.startswith("chain_") and value != getattr(defaults, name)
+        if name != "num_chains" and value != getattr(defaults, name)
     }  # fmt: skip
     return {
         **({"preset": preset} if preset else {}),
         "architectures": list(n.architectures), "width": n.width, "depth": n.depth, "augment": n.augment,
-        **({"image_size": d.image_size, "resize": d.resize} if d.image_size else {}), **chains,
+        **({"image_size": d.image_size, "resize": d.resize} if d.image_size else {}), **evaluation,
     }  # fmt: skip
 
 
-OF_EVALUATIONS = {f.name for f in fields(Networks)} | {
-    f.name for f in fields(Evaluation) if f.name.startswith("chain_")
-} | {"image_size", "resize"}  # fmt: skip
+OF_EVALUATIONS = {f.name for group in (Networks, Evaluation) for f in fields(group)} - {"num_chains"}
+OF_EVALUATIONS |= {"image_size", "resize"}
 """Settings of `coreset_settings` that an evaluation takes over."""
 
 

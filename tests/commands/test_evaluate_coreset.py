@@ -59,14 +59,30 @@ def pets(tmp_path) -> str:
 def test_a_committed_coreset_brings_its_network(path, cifar, tmp_path, capsys):
     result = evaluated(path, cifar, tmp_path / "r.json")
     assert (result["width"], result["architectures"]) == (32, ["convnet-in"])
+    stored = coreset_reader.settings_of(path).get("inference", "sghmc")
+    assert stored == ("last-layer" if path.stem.endswith(("vbpc", "frepo")) else "sghmc")
     line = "as the coreset was distilled: --architectures convnet-in --width 32 --depth 0 --augment dsa"
-    assert line in capsys.readouterr().out.splitlines()
+    assert line in capsys.readouterr().out
 
 
 def test_a_flag_wins(cifar, tmp_path, capsys):
     result = evaluated(COMMITTED[0], cifar, tmp_path / "r.json", "--width", "8", "--architectures=convnet-ln")
     assert (result["width"], result["architectures"]) == (8, ["convnet-ln"])
     assert "as the coreset was distilled: --depth 0 --augment dsa\n" in capsys.readouterr().out
+
+
+def test_inference_is_that_of_the_distillation(pets, tmp_path, capsys):
+    """Its settings too, but for the number of chains; a flag wins."""
+    config = Config().updated(width=8, image_size=8, inference="last-layer", net_steps=3, net_target_scale=1.4)
+    stored = coreset_settings(config.updated(num_chains=5))
+    assert (stored["inference"], stored["net_steps"], stored["net_target_scale"]) == ("last-layer", 3, 1.4)
+    assert "num_chains" not in stored
+    words = ["evaluate", "--coreset", str(written(tmp_path, stored)), "--data", pets, "--backend", "serial"]
+    words += ["--threads", "1", "--chain-epochs", "2", "--chain-every", "1", "--json", str(tmp_path / "r.json")]
+    for flags, expected in ((["--num-chains", "2"], "last-layer"), (["--inference", "sghmc"], "sghmc")):
+        main.main([*words, *flags])
+        assert json.loads((tmp_path / "r.json").read_text())["inference"] == expected
+    assert "--inference last-layer --net-steps 3 --net-target-scale 1.4\n" in capsys.readouterr().out
 
 
 def test_images_are_resized_as_they_were_for_the_coreset(pets, tmp_path, capsys):
