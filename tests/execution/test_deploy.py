@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_what_rayignore_leaves_out_is_not_copied_to_the_nodes_either():
     patterns = {line.strip("/") for line in described("cluster.yaml")["rsync_exclude"]}
     assert patterns <= ignored
     assert {".git", ".venv", "experts", "data", "outputs", "mlflow.db*"} <= patterns
+
+
+def test_every_file_of_the_package_is_copied_to_the_nodes():
+    """A pattern of rsync without a slash in front leaves out every folder of that name, such as fbpc_ray/data."""
+    patterns = described("cluster.yaml")["rsync_exclude"]
+    at_any_depth = [pattern.strip("/") for pattern in patterns if not pattern.startswith("/")]
+    modules = [path.relative_to(ROOT) for path in (ROOT / "fbpc_ray").rglob("*.py")]
+    assert Path("fbpc_ray/data/datasets.py") in modules
+    for pattern in at_any_depth:
+        assert [path for path in modules if any(fnmatch(part, pattern) for part in path.parts)] == []
 
 
 RAYJOB = {
