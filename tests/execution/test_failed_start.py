@@ -2,10 +2,12 @@
 
 import pytest
 import ray
+from ray._private.utils import check_version_info
 from ray.exceptions import AuthenticationError
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import connection
+from fbpc_ray.execution.ray.ray_errors import version_mismatch
 
 TIMED_OUT = "The current node timed out during startup. This could happen because the GCS has become overloaded."
 
@@ -29,6 +31,52 @@ def test_every_exception_of_ray_is_one_line(monkeypatch, error, address, code, s
     line = str(raised.value)
     assert line.startswith(f"{start} (The current node timed out during startup.") and line.endswith(fix)
     assert raised.value.code == code and "\n" not in line
+
+
+MISMATCH = """Version mismatch: The cluster was started with:
+    Ray: 2.59.1
+    Python: 3.11.9
+This process on 10.0.0.7:0 was started with:
+    Ray: 2.60.0
+    Python: 3.11.2
+"""
+"""As ray._private.utils.check_version_info words it."""
+
+
+def test_a_cluster_of_other_versions_is_named_as_such(monkeypatch):
+    """The cluster answers: --address is right."""
+
+    def init(**options: object) -> None:
+        raise RuntimeError(MISMATCH)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connection, "probe", lambda address: None)
+    with pytest.raises(UserError) as raised:
+        connection.connect("10.0.0.1:6379", {}, print)
+    assert str(raised.value) == (
+        "the Ray cluster runs Ray 2.59.1 and Python 3.11.9, this process Ray 2.60.0 and Python 3.11.2: install the "
+        "cluster's versions here, or run on one of its nodes by `ray job submit`"
+    )
+
+
+def test_ray_words_a_mismatch_of_versions_as_we_read_it():
+    """The text is private to Ray: ray is pinned."""
+    with pytest.raises(RuntimeError) as raised:
+        check_version_info({"ray_version": "1.0", "python_version": "3.11.9"}, "10.0.0.7:0")
+    assert "the Ray cluster runs Ray 1.0 and Python 3.11.9, this process" in str(version_mismatch(raised.value))
+
+
+@pytest.mark.parametrize("flag, address, variable", [
+    ("--address", "http://127.0.0.1:8265", ""), ("RAY_ADDRESS", "", "http://127.0.0.1:8265"),
+])  # fmt: skip
+def test_the_address_of_a_dashboard_is_named_as_such(monkeypatch, flag, address, variable):
+    """Ray's own documentation tells to export RAY_ADDRESS for jobs."""
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    with pytest.raises(UserError) as raised:
+        connection.connect(address, {}, print)
+    assert str(raised.value).startswith(
+        f"{flag}: must be HOST:6379 of the cluster's head, got http://127.0.0.1:8265, a dashboard;"
+    )
 
 
 def test_a_cluster_whose_nodes_are_all_dead_is_one_line(monkeypatch):

@@ -1,7 +1,16 @@
 """The pool on a fake cluster and a fake clock: workers that die, hang, come late or never."""
 
+from unittest import mock
+
 import pytest
-from ray.exceptions import LocalRayletDiedError, ObjectStoreFullError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    LocalRayletDiedError,
+    ObjectStoreFullError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from support.fake_ray import NEVER, FakeCluster, job
 
 from fbpc_ray.core.errors import UserError
@@ -96,6 +105,34 @@ def test_a_constructor_that_raises_ends_the_run():
     cluster = FakeCluster(starts=[(1.0, InitFailed())])
     with pytest.raises(InitFailed):
         cluster.await_ready(2)
+
+
+NOT_INSTALLED = RuntimeError(
+    "The actor with name Worker failed to import on the worker. This may be because needed library dependencies are "
+    "not installed in the worker environment:\n\nTraceback (most recent call last):\n"
+    "ModuleNotFoundError: No module named 'fbpc_ray'"
+)
+"""As Ray words it (ray._private.function_manager)."""
+TASK_ERROR = RayTaskError("Worker.__init__", f'  File "x.py"\n{NOT_INSTALLED}', NOT_INSTALLED)
+
+
+@pytest.mark.parametrize("phase", ["start", "call", "task"])
+def test_a_node_without_the_code_of_the_run_is_one_line(phase, monkeypatch):
+    """A driver that joins a cluster ships no code, as `ray job submit --working-dir` does."""
+    with pytest.raises(UserError) as caught:
+        if phase == "task":
+            monkeypatch.setattr("ray.get", mock.Mock(side_effect=TASK_ERROR))
+            connection.get("reference")
+        starts = [(1.0, ActorDiedError(TASK_ERROR))] if phase == "start" else []
+        cluster = FakeCluster(wanted=1, starts=starts)
+        cluster.await_ready(1)
+        cluster.pool.submit(job("a", TASK_ERROR))
+        cluster.results()
+    assert str(caught.value) == (
+        "a Ray worker cannot import the code of the run (ModuleNotFoundError: No module named 'fbpc_ray'): install it "
+        "on every node, or submit the run with `ray job submit --working-dir .`"
+    )
+    assert caught.value.code == 1
 
 
 def test_a_worker_that_dies_as_it_starts_is_replaced():

@@ -18,8 +18,8 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import set_environment
 from fbpc_ray.execution.ray.placement import Node
 from fbpc_ray.execution.ray.probe import probe, refused
+from fbpc_ray.execution.ray.ray_errors import STORE_FULL, first_line, raise_cause, version_mismatch
 from fbpc_ray.execution.ray.reaper import Reaper
-from fbpc_ray.execution.ray.worker_pool import STORE_FULL, first_line, raise_cause
 
 
 def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -> Reaper | None:
@@ -29,6 +29,11 @@ def connect(address: str, options: dict[str, Any], log: Callable[[str], None]) -
     """
     set_environment()
     requested = address or os.environ.get("RAY_ADDRESS", "")
+    if requested.startswith(("http://", "https://")):
+        raise UserError(
+            f"{'--address' if address else 'RAY_ADDRESS'}: must be HOST:6379 of the cluster's head, got {requested}, a "
+            "dashboard; give that address to `ray job submit --address` alone"
+        )
     loopback = on_loopback if requested.rpartition(":")[0] in ("127.0.0.1", "localhost") else nullcontext
     with _join_errors(requested), loopback():
         # Ray's annotation forbids None, its documentation doesn't
@@ -80,12 +85,14 @@ def _join_errors(requested: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _as_user_error(failure: str, fix: str, code: int = 2) -> Iterator[None]:
-    """Raise an exception of Ray as `refused` for a refused token, else as UserError: `failure`, the cause and `fix`."""
+    """Raise an exception of Ray as UserError: that of a refused token or other versions, or `failure`, cause, `fix`."""
     try:
         yield
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except Exception as error:
+        if mismatch := version_mismatch(error):
+            raise mismatch from error
         raise UserError(f"{failure} ({first_line(error)}): {fix}", code=code) from error
 
 

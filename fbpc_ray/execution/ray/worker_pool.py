@@ -7,26 +7,14 @@ compute, and reaches Ray only through `Runtime`, which tests replace.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ray
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import ObjectLostError, RayTaskError
 
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray.ray_errors import STORE_FULL, WORKER_LOST, first_line, innermost, raise_cause
 from fbpc_ray.execution.ray.waiting import Wait
 
-WORKER_LOST = (RayActorError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError, WorkerCrashedError)
-STORE_FULL = (ObjectStoreFullError, OutOfDiskError)
 CAPACITY_INTERVAL = 2.0
 """Seconds between checks of the cluster's capacity."""
 LOG_AFTER = 10.0
@@ -241,7 +229,7 @@ class WorkerPool:
             worker.ready = True
         except WORKER_LOST as error:
             if getattr(error, "actor_init_failed", False):
-                raise
+                raise_cause(error)
             self._remove(worker)
 
     def _finish_job(self, worker: PooledWorker) -> JobResult:
@@ -281,26 +269,3 @@ class WorkerPool:
     def _remove(self, worker: PooledWorker) -> None:
         self._runtime.kill(worker.actor)
         self.workers.remove(worker)
-
-
-def innermost(error: RayTaskError) -> BaseException:
-    """Return what a remote function raised."""
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError):
-        cause = cause.cause
-    return cause
-
-
-def raise_cause(error: RayTaskError) -> NoReturn:
-    """Raise a worker's UserError or OSError as itself, the latter with the worker's traceback; else `error`."""
-    cause = innermost(error)
-    if isinstance(cause, UserError):
-        raise cause from None
-    if isinstance(cause, OSError):
-        raise cause from error
-    raise error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters; its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
