@@ -73,7 +73,7 @@ class RayBackend:
             return map_on_pool(function, shared, items, self.workers.pool, self.check)
         need = self.need(len(items), 1)
         self._check_capacity(need)
-        return map_as_tasks(function, shared, items, self.device, need, self.check)
+        return map_as_tasks(function, shared, items, self.device, need, self._check_while_pending(need))
 
     def start_workers(self, group: WorkerGroupSpec) -> None:
         x = self.settings
@@ -142,9 +142,9 @@ class RayBackend:
             log_after=OWN_CLUSTER_LOG_AFTER if self.owns_cluster else LOG_AFTER,
         )
 
-    def _wait_for(self, reference: Any, need: Resources) -> None:
-        """Wait for a task that takes `need`. Raises UserError after --placement-timeout."""
-        wait = Wait(
+    def _wait(self, need: Resources) -> Wait:
+        """Begin to wait for a task's `need`: its `check` raises UserError after --placement-timeout."""
+        return Wait(
             time.monotonic, self.log, log_after=LOG_AFTER, patience=self.settings.placement_timeout,
             message=lambda: f"waiting for {need}; the Ray cluster has {free()} free",
             error=lambda seconds: (
@@ -152,6 +152,10 @@ class RayBackend:
                 "--placement-timeout"
             ),
         )  # fmt: skip
+
+    def _wait_for(self, reference: Any, need: Resources) -> None:
+        """Wait for a task that takes `need`. Raises UserError after --placement-timeout."""
+        wait = self._wait(need)
         try:
             while not ray.wait([reference], timeout=0.5)[0]:
                 self.check()
@@ -159,6 +163,22 @@ class RayBackend:
         except UserError:
             ray.cancel(reference)
             raise
+
+    def _check_while_pending(self, need: Resources) -> Callable[[], None]:
+        """Return `check`, which also raises UserError after --placement-timeout without a node that has `need`.
+
+        Ray keeps tasks that fit on no node pending without end, for instance after their node died.
+        """
+        wait = self._wait(need)
+
+        def check() -> None:
+            self.check()
+            if capacity(nodes(), need):
+                wait.restart()
+            else:
+                wait.check()
+
+        return check
 
     def _check_capacity(self, need: Resources) -> None:
         """Raise UserError if not one worker fits on the cluster as it is, and the cluster does not grow."""
