@@ -6,11 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from support.processes import alive, kill, soon
 
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.execution.ray import cluster_watch
 from fbpc_ray.execution.ray.cluster_watch import PATIENCE, ClusterWatch, Liveness
 from fbpc_ray.execution.ray.reaper import Reaper
 
@@ -61,6 +64,49 @@ def test_a_process_that_disconnected_watches_nothing():
     watch._thread.join(10)
     watch.check()
     watch.close()
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """The statuses with which the watch ends this process, after no grace."""
+    statuses: list[int] = []
+    monkeypatch.setattr(cluster_watch, "GRACE", 0.2)
+    monkeypatch.setattr(cluster_watch, "os", SimpleNamespace(_exit=statuses.append))
+    return statuses
+
+
+def test_a_driver_that_does_not_come_to_check_is_ended(exits, capsys):
+    watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: True)
+    watch._thread.join(10)
+    watch.close()
+    assert exits == [1]
+    assert capsys.readouterr().err.startswith("error: Ray's process raylet ended")
+
+
+def test_a_driver_that_has_closed_is_not_ended(exits, capsys):
+    """Another exception of the dead cluster came first: a notebook, or the end of an MLflow run, goes on."""
+    watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: True)
+    assert soon(lambda: bool(watch.message), 10)
+    watch.close()
+    watch._thread.join(10)
+    assert exits == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_look_that_ends_after_the_close_finds_nothing(exits):
+    """The processes of its own cluster end by ray.shutdown, while the thread looks at them."""
+    looks, closed = threading.Event(), threading.Event()
+
+    def dead_process():
+        looks.set()
+        return "raylet" if closed.wait(10) else ""
+
+    watch = ClusterWatch(Liveness(dead_process, lambda: True), connected=lambda: True)
+    assert looks.wait(10)
+    watch.close()
+    closed.set()
+    watch._thread.join(10)
+    assert (watch.message, exits) == ("", [])
 
 
 CLUSTER = """

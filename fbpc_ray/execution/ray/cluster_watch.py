@@ -20,7 +20,7 @@ INTERVAL = 0.5
 PATIENCE = 30.0
 """Seconds without an answer of the cluster's head after which it counts as dead; Ray waits for 60."""
 GRACE = 5.0
-"""Seconds for the driver to come to `check`; a call that waits for a dead cluster keeps it from there."""
+"""Seconds for the driver to come to `check` or `close`; a call that waits for a dead cluster keeps it from there."""
 FIX = "run the same command with --resume"
 DEAD = f"Ray's process {{name}} ended (killed, or out of memory): {FIX}"
 
@@ -56,8 +56,8 @@ class Liveness:
 class ClusterWatch:
     """Looks at the cluster from a thread. `check` raises UserError once it is dead.
 
-    Where the driver does not come to `check` within GRACE seconds, the thread prints the message and ends the process,
-    as Ray would.
+    Where the driver comes neither to `check` nor to `close` within GRACE seconds, the thread prints the message and
+    ends the process, as Ray would.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ClusterWatch:
             connected: tells whether this process is still connected to Ray; once it isn't, the watch does nothing.
         """
         self._liveness, self._reaper, self._connected = liveness, reaper, connected
-        self._stop, self._raised = threading.Event(), threading.Event()
+        self._stop, self._handled = threading.Event(), threading.Event()
         self.message = ""
         """Why the cluster is dead; empty while it lives."""
         self._thread = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
@@ -79,12 +79,13 @@ class ClusterWatch:
     def check(self) -> None:
         """Raise UserError if the cluster is dead."""
         if self.message:
-            self._raised.set()
+            self._handled.set()
             raise UserError(self.message, code=1)
 
     def close(self) -> None:
         """Stop looking. A dead cluster is left alone from then on."""
         self._stop.set()
+        self._handled.set()
         if self.message:
             atexit.unregister(worker.shutdown)  # it would wait for a minute
             if ray.is_initialized():
@@ -94,12 +95,13 @@ class ClusterWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL) and self._connected():
-            if fault := self._liveness.fault():
+            fault = self._liveness.fault()
+            if fault and not self._stop.is_set():  # closed meanwhile: ray.shutdown ends the processes
                 self.message = fault
                 if self._reaper:
                     self._reaper.explain(f"error: {fault}")
                     self._reaper.reap()  # at once: Ray's agents print the log of a dead raylet
-                if not self._raised.wait(GRACE):
+                if not self._handled.wait(GRACE):
                     print(f"error: {fault}", file=sys.stderr, flush=True)
                     if self._reaper:
                         self._reaper.dismiss()
