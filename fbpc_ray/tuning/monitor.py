@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config, Sweep
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Progress, log, progress
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
@@ -98,6 +99,9 @@ class SweepMonitor:
         log(f"trial {number} {now.status}{f': {now.reason}' if now.reason else ''} ({self.count_statuses()})")
         self._advance()
         if child := self._children.pop(number, None):
+            for result in now.record.validations:
+                if result.step > self._steps[number]:  # written just before the process of the trial was lost
+                    _send(child, result, self._sweep.plan.settings.metric)
             self._finish(child, now)
         self._summary()
 
@@ -125,6 +129,13 @@ class SweepMonitor:
     def close(self, status: str) -> None:
         """End all open MLflow runs: those of trials, also of earlier processes, and the sweep's."""
         self.close_bar()
+        try:
+            self._close_children(status)
+        finally:
+            self.parent.finish(status)
+
+    def _close_children(self, status: str) -> None:
+        """End the runs of trials that are open, and tag the sweep's run with the page that compares the best."""
         for child in self._children.values():
             child.finish(status)
         self._children.clear()
@@ -144,7 +155,6 @@ class SweepMonitor:
             ids = [runs[key].run_id for key in keys]
             self._page = compare_url(self.parent.uri, runs[keys[0]].experiment_id, ids)
             self.parent.set_tags({"compare": self._page})
-        self.parent.finish(status)
 
     def print_addresses(self) -> None:
         if self.parent.in_store:
@@ -189,7 +199,10 @@ class SweepMonitor:
             return
         child.set_tags({"ended": f"{outcome.status} {outcome.reason}".strip()})
         if outcome.last:
-            child.log_artifact(self._picture(outcome))
+            try:
+                child.log_artifact(self._picture(outcome))
+            except (UserError, OSError) as error:  # the sweep does not depend on it
+                log(f"note: MLflow gets no picture of trial {outcome.number}: {error}")
         child.finish("FAILED" if outcome.status in ("failed", "lost") else "FINISHED")
 
     def _picture(self, outcome: Outcome) -> Place:

@@ -1,0 +1,126 @@
+"""The MLflow runs of a sweep: what they get where a trial, its checkpoint or MLflow fails. Without Ray and MLflow."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fbpc_ray.core.config import Sweep
+from fbpc_ray.tuning import monitor, trial
+from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning.trial import Record, ValidationResult
+
+
+class Recorder:
+    """A tracker that keeps what it gets; no `NullTracker`, to which the monitor sends nothing."""
+
+    run_id, uri, in_store, delivered = "r", "sqlite:///m.db", True, True
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.points, self.tags, self.status = options, {}, {}, ""
+
+    def wait(self, seconds):
+        return True
+
+    def log_metrics(self, values, step):
+        self.points.setdefault(step, {}).update(values)
+
+    def log_artifact(self, path, folder=None):
+        assert path.exists()
+
+    def set_tags(self, values):
+        self.tags.update(values)
+
+    def finish(self, status):
+        self.status = self.status or status
+
+
+class Store:
+    """The module `tracking.tracker` of a store that has the runs of `running`."""
+
+    def __init__(self) -> None:
+        self.trackers: list[Recorder] = []
+        self.running: dict[str, Any] = {}
+
+    def MlflowTracker(self, *where: str, **options: Any) -> Recorder:
+        self.trackers.append(Recorder(**options))
+        return self.trackers[-1]
+
+    def find_runs(self, *query: str) -> dict[str, Any]:
+        return self.running
+
+
+@pytest.fixture
+def sweep(small, tmp_path):
+    """A sweep of two trials of four steps."""
+    base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
+    opened = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
+    tuning._write_plan(opened)
+    return opened
+
+
+def validation(step: int) -> ValidationResult:
+    return ValidationResult(step, 1.0 + step, 0.5, 0.1, 0.2, [[step, 7.0]])
+
+
+def folder_of(sweep: Any, number: int) -> Path:
+    return Path(sweep.task.configs[number].output.out)
+
+
+def test_a_validation_whose_trial_died_before_its_report_is_sent_at_its_end(sweep):
+    """The trial wrote steps 2 and 4 and was killed; the process that continued it had nothing left to validate."""
+    store = Store()
+    board = monitor.SweepMonitor(sweep, Recorder(), store)  # type: ignore[arg-type]
+    board.trial_started(0)
+    board.trial_validated(0, validation(2))
+    trial.write_record(folder_of(sweep, 0), Record([0, 4], [validation(2), validation(4)]))
+    board.trial_ended(0, "")
+    (child,) = store.trackers
+    assert {step: values["val/nll"] for step, values in child.points.items()} == {2: 3.0, 4: 5.0}
+    assert child.points[4]["training/loss"] == 7.0
+    assert child.status == "FINISHED"
+
+
+def test_a_picture_that_cannot_be_made_ends_no_sweep(sweep, capsys):
+    store = Store()
+    board = monitor.SweepMonitor(sweep, Recorder(), store)  # type: ignore[arg-type]
+    board.trial_started(0)
+    trial.write_record(folder_of(sweep, 0), Record([0], [validation(4)]))
+    state = folder_of(sweep, 0) / "checkpoint" / "state.safetensors"
+    state.parent.mkdir()
+    state.write_bytes(b"damaged")
+    board.trial_ended(0, "")
+    assert store.trackers[0].status == "FINISHED"
+    assert "note: MLflow gets no picture of trial 0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_the_run_of_the_sweep_ends_also_where_that_of_a_trial_cannot(sweep, error, monkeypatch):
+    """A second Ctrl-C comes while the first waits for MLflow."""
+    store, parent = Store(), Recorder()
+    board = monitor.SweepMonitor(sweep, parent, store)  # type: ignore[arg-type]
+    board.trial_started(0)
+    monkeypatch.setattr(store.trackers[0], "finish", lambda status: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        board.close("KILLED")
+    assert parent.status == "KILLED"
+
+
+def test_runs_that_an_earlier_process_left_running_are_ended(sweep):
+    """Trial 0 was stopped by the scheduler just before the kill, trial 1 had not ended; a run that ended stays."""
+    store, parent = Store(), Recorder()
+    trial.write_end(folder_of(sweep, 0), "stopped", "worse")
+    board = monitor.SweepMonitor(sweep, parent, store)  # type: ignore[arg-type]
+    store.running = {
+        f"{sweep.plan.id}/{number}": SimpleNamespace(running=True, run_id=str(number), experiment_id="1")
+        for number in (0, 1)
+    }
+    board.close("KILLED")
+    assert [child.options["key"] for child in store.trackers] == [f"{sweep.plan.id}/0", f"{sweep.plan.id}/1"]
+    assert [child.status for child in store.trackers] == ["FINISHED", "KILLED"]
+    store.trackers.clear()
+    for run in store.running.values():
+        run.running = False
+    board.close("KILLED")
+    assert store.trackers == []
