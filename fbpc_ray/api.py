@@ -27,12 +27,10 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import progress
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place
-from fbpc_ray.core.threads import torch_threads
-from fbpc_ray.data import arrays, datasets
 from fbpc_ray.data import coreset as coresets
+from fbpc_ray.data import sources
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
-from fbpc_ray.data.resize import Resizing
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import chains, ensemble
@@ -44,7 +42,6 @@ from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import Session, network_specs, open_backend, open_session
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models.functional import Network
-from fbpc_ray.models.passes import Passes
 from fbpc_ray.reporting import value_pictures  # noqa: F401  registers `plot`
 from fbpc_ray.tracking import model_export
 
@@ -77,8 +74,9 @@ def dataset(
 
     Args:
         train: a name, as in --data (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors; or a
-            torch Dataset of (image, label). Pixels are uint8, or floats in 0..1, not normalised. A Dataset's transforms
-            are applied once. Labels are integers from 0, names of classes, or one-hot rows.
+            torch Dataset of (image, label). Tensors are (n, c, h, w), arrays that or (n, h, w, c). Pixels are uint8, or
+            floats in 0..1, not normalised. A Dataset's transforms are applied once. Labels are integers from 0, names
+            of classes, or one-hot rows.
         test: as `train`, or the share of each class that becomes the test split, at least one image of each class of
             two or more, drawn with `seed`; by default a fifth.
         validation: as `train`, or the share of each class that becomes the validation split.
@@ -98,22 +96,11 @@ def dataset(
     Raises:
         UserError: an argument or a file is wrong.
     """
-    shares = [value if isinstance(value, float | int) else 0.0 for value in (test, validation)]
-    splits = [None if isinstance(value, float | int) else value for value in (test, validation)]
-    if isinstance(train, str):
-        if splits != [None, None] or classes is not None:
-            raise UserError(f"{train} brings its test images and classes: leave out test and classes")
-        loaded = datasets.load(
-            train, root=root, download=download, normalisation=normalisation, validation=shares[1], seed=seed,
-            label_column=label_column, image_column=image_column, image_size=image_size, resize=resize, test=shares[0],
-        )  # fmt: skip
-    else:
-        if label_column or image_column:
-            raise UserError("--label-column, --image-column: only parquet:PATH has columns; leave them out")
-        resizing = Resizing(image_size, resize)
-        resizing.check()
-        source = arrays.read(train, splits[0], splits[1], classes, resizing)
-        loaded = datasets.assemble(source, name, normalisation, shares[1], seed, shares[0])
+    options = config.Config().updated(
+        data=name, image_size=image_size, resize=resize, label_column=label_column, image_column=image_column,
+        normalisation=normalisation, data_seed=seed, data_root=str(root), download=download,
+    )  # fmt: skip
+    loaded = sources.load(train, test, validation, classes, options.data)
     for note in loaded.notes:
         log(f"note: {note}")
     return loaded
@@ -127,7 +114,7 @@ def distill(
     ipc: int | None = None,
     method: str | None = None,
     preset: str = "",
-    time_budget: str = "",
+    time_budget: str | float = "",
     backend: str = "serial",
     log: Callable[[str], None] = print,
     on_step: Callable[[dict[str, float], int], None] | None = None,
@@ -145,8 +132,8 @@ def distill(
         preset: quick | laptop | gpu (sizes chosen from the data) | paper | a row of Table 4 | digits; `settings`
             override it. Empty: paper for the names of Table 4, digits for digits, else laptop, or gpu where torch has
             one.
-        time_budget: such as 20m: choose the largest sizes that take no longer, evaluation included, by timing this
-            machine.
+        time_budget: such as 20m, or a number of minutes: choose the largest sizes that take no longer, evaluation
+            included, by timing this machine.
         backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
         log: called with each line of the log.
         on_step: called after each step with the step's metrics and number.
@@ -225,24 +212,13 @@ def posterior(
     networks = {"width": width, "depth": depth, "augment": augment}
     changes = settings | {name: value for name, value in networks.items() if value is not None}
     chosen = keyword_settings.of_evaluation(coreset, architecture, preset, changes)
-    chosen = chosen.updated(architectures=chosen.networks.architectures[:1], inference="sghmc")
+    first = chosen.networks.architectures[:1]
+    chosen = chosen.updated(architectures=first, inference="sghmc", num_chains=num_chains, seed=seed)
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
     memory_estimate.check(chosen, [spec], ["evaluation"], coreset=len(coreset.labels), source="coreset")
     network = Network(spec, Serial(device, Interruption(())).device)
-    images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
-    e, samples = chosen.evaluation, []
-    with progress("sample", num_chains * (e.chain_epochs // e.chain_every), "sample") as bar, torch_threads(1):
-        for number in range(seed, seed + num_chains):
-            for params in chains.sampling(Passes(network), images, labels, e, chosen.networks.augment, number):
-                if not ensemble.finite([params]):
-                    raise UserError(
-                        f"the chain of seed {number} on {spec.architecture} diverged: lower chain_eta, or use "
-                        "chain_noise='consistent'"
-                    )
-                samples.append(params)
-                bar.update()
-    return ensemble.gathered(network, samples, coreset)
+    return chains.sample_posterior(network, coreset, chosen.evaluation, chosen.networks.augment, seed)
 
 
 @names_arguments
@@ -306,11 +282,18 @@ def save(item: Coreset | Ensemble, path: str | Path) -> None:
     Args:
         item: the coreset or the samples.
         path: a path, s3://... or gs://...
+
+    Raises:
+        UserError: `item` is neither, or `path` is a folder.
     """
+    target = place(str(path))
+    if isinstance(target, Path) and target.is_dir():
+        raise UserError(f"{target} is a folder: name a file in it")
     if isinstance(item, Ensemble):
-        ensemble.save(item, place(str(path)))
+        ensemble.save(item, target)
     else:
-        coresets.save(item, place(str(path)))
+        _check_coreset(item)
+        coresets.save(item, target)
 
 
 @names_arguments
@@ -329,6 +312,8 @@ def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any)
     Raises:
         UserError: the folder exists, or the model can't be written.
     """
+    if not isinstance(samples, Ensemble):
+        raise UserError(f"not posterior samples (a {type(samples).__name__}): give what posterior returns")
     return model_export.save(samples, model_export.target(str(folder)), facts, np.asarray(images))
 
 
@@ -355,5 +340,6 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
 
 
 def _check_coreset(coreset: Coreset) -> None:
-    if wrong := coresets.problem(coreset):
+    is_coreset = isinstance(coreset, Coreset)
+    if wrong := coresets.problem(coreset) if is_coreset else f"a {type(coreset).__name__}":
         raise UserError(f"not a coreset ({wrong}): give what distill or load_coreset returns")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fbpc_ray.core import inputs
@@ -12,10 +13,13 @@ from fbpc_ray.core.ranges import INTEGER
 from fbpc_ray.core.settings import Data, Distillation, Evaluation, Experts, Networks, Output, Workers
 from fbpc_ray.core.storage import Place, place
 
+NUMBERS: dict[Any, Any] = {int: Integral, float: Real}
+"""Type of a setting -> what it may be given as: numpy's numbers, too."""
+
 
 def _cast(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as the type `kind` of the field `name`. Raises UserError if it is of another type."""
-    flag = f"--{name.replace('_', '-')}"
+    flag, accepted = f"--{name.replace('_', '-')}", NUMBERS.get(kind, kind)
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -23,7 +27,7 @@ def _cast(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool):
+    elif isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
         if kind is int and not INTEGER.holds(value):
             raise UserError(f"{flag}: must be an integer of 64 bits, got one of {len(str(abs(value))[:4300])} digits")
         try:

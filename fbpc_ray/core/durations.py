@@ -27,9 +27,9 @@ def describe_seconds(seconds: float) -> str:
     return f"{hours} h" if hours < 48 else f"{round(whole / 86400):,} days"
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of 90s, 20m, 20 (minutes) or 1.5h. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(s|m|min|h|)", text.strip().lower())
+def parse_duration(text: str | float) -> float:
+    """Return the seconds of 90s, 20m, 20 (minutes, also as a number) or 1.5h. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) *(s|m|min|h|)", str(text).strip().lower())
     if not match or not 1 <= (seconds := float(match[1]) * UNITS[match[2]]) <= 1e7:
         raise UserError(f"--time-budget: must be a duration such as 90s, 20m or 1.5h, got {text!r}")
     return seconds

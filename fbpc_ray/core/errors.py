@@ -19,7 +19,8 @@ def closest(name: str, known: list[str]) -> str:
     """List the names nearest to `name`, then all known ones: 'did you mean a or b? known: ...'."""
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    lower = {one.lower(): one for one in reversed(known)}
+    near = [lower[one] for one in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}known: {', '.join(known)}"
 

@@ -79,7 +79,7 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
     return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else base.distillation.ipc)
 
 
-def size_request(data: str | None, row: str, budget: str, flags: Collection[str]) -> SizeRequest | None:
+def size_request(data: str | None, row: str, budget: str | float, flags: Collection[str]) -> SizeRequest | None:
     """Return the request to choose sizes; None where a preset fixes them.
 
     Without --preset, sizes are chosen for data that is a path or arrays; cifar10 and other names of Table 4 have the

@@ -254,9 +254,12 @@ def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str,
             f"{'negative; labels start at 0' if label < 0 else f'out of range; {fits}'}; correct or remove the row"
         )
     if part.images.shape[1:] != train.images.shape[1:]:
+        fix = "size: resize them, such as by --image-size 32"
+        if part.images.shape[1] != train.images.shape[1]:
+            fix = "number of channels: convert them"
         raise UserError(
             f"{part.place(0)}: the {split} image is {size(part.images)}, the train images ({train.place(0)}) are "
-            f"{size(train.images)}; all images must have one size: resize them, such as by --image-size 32"
+            f"{size(train.images)}; all images must have one {fix}"
         )
 
 
@@ -296,6 +299,8 @@ def _hold_out(
         members = order[split.labels[order] == label]
         held_out[members[: min(max(least, round(share * len(members))), len(members) - 1)]] = True
     if not held_out.any():
+        if np.bincount(split.labels).max() == 1:
+            raise UserError(f"{origin}: each class has one image, so none can be held out; add images")
         raise UserError(
             f"{origin}: {share:g} of each train class is less than one image; give a larger share, or add images"
         )

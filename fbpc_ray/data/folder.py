@@ -6,9 +6,11 @@ from pathlib import Path
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.raw import RawDataset, RawSplit
 from fbpc_ray.data.resize import UNCHANGED, Resizing
-from fbpc_ray.data.shards import check_is_not_saved_to_disk
+from fbpc_ray.data.shards import check_is_not_saved_to_disk, has_parquet
 from fbpc_ray.data.splits import choose, describe, listed, parse
 from fbpc_ray.data.walk import Walk, by_class, loose_files, read_files, subfolders, walk
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def folder(path: Path, resizing: Resizing = UNCHANGED) -> RawDataset:
@@ -56,7 +58,8 @@ def split_folders(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 def _check_root(path: Path) -> None:
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give the folder that holds train and test")
+        unpack = ", after unpacking it" if path.suffix.lower() in ARCHIVES else ""
+        raise UserError(f"{path} is not a folder; give the folder that holds train and test{unpack}")
     if path.resolve() == Path(path.resolve().anchor):
         raise UserError(f"{path} is the root of the file system; give the folder that holds train and test")
     check_is_not_saved_to_disk(path)
@@ -76,7 +79,11 @@ def _unwrap(path: Path, split: str) -> Path:
 def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
     """Refuse a folder whose subfolders can't be classes."""
     if not classes:
-        raise UserError(f"no class folders in {path}; put the images in one folder per class")
+        if has_parquet(path):
+            raise UserError(f"{path} holds Parquet files, not folders of images; give parquet:{path}")
+        loose = len(loose_files(path))
+        images = f" ({loose} image{'s' if loose > 1 else ''} in no folder)" if loose else ""
+        raise UserError(f"no class folders in {path}{images}; put the images in one folder per class")
     same = {unicodedata.normalize("NFC", name) for name in classes}
     if len(same) < len(classes):
         raise UserError(f"{path}: two class folders differ only in Unicode form (NFC, NFD); merge them")
@@ -103,6 +110,8 @@ def _check_read(path: Path, classes: tuple[str, ...], train: Walk) -> None:
     present = set(train.labels)
     for label, name in enumerate(classes):
         suffixes = sorted(suffix or "no suffix" for suffix, folder_name in train.unread if folder_name == name)
+        if label not in present and suffixes == [".parquet"]:
+            raise UserError(f"{path / name} holds Parquet files, not images; give parquet:{path}")
         if label not in present and suffixes:
             raise UserError(
                 f"class {name!r} (label {label}) of {path} has no train image: its files have {listed(suffixes)}, "

@@ -88,13 +88,13 @@ def decode(
             "255; scale the images to 8 bits"
         )
     texts = {
-        "turned": "are turned as their EXIF orientation says",
         "hidden": "have all of their picture in the transparency, which is not read; paste them onto a background",
         "deep": "have 16 bits per channel, of which the upper 8 are read",
         "damaged": "are damaged TIFF files, read as far as they go; look at them",
     }
+    turned = (turned_note(origin, counts["turned"], count),) if counts["turned"] else ()
     notes = (f"{origin}: {counts[key]} of {count} images {text}" for key, text in texts.items() if counts[key])
-    return images, (*notes, *sizes.notes(origin))
+    return images, (*turned, *notes, *sizes.notes(origin))
 
 
 def check_depth(image: Image.Image) -> None:
@@ -132,8 +132,7 @@ def _read(data: bytes, resizing: Resizing) -> Pixels:
     with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as opened:
         deep = _has_16_bits(opened)
         opened.load()
-        orientation = _orientation(opened)
-        image = ImageOps.exif_transpose(opened) if orientation != 1 else opened
+        image, orientation = upright(opened)
         rgb = to_rgb(image)
         values = np.asarray(rgb).transpose(2, 0, 1)
         hidden = _is_hidden(image, values)
@@ -151,6 +150,17 @@ def _has_16_bits(image: Image.Image) -> bool:
         if tile.codec_name.startswith("ppm") and isinstance(values[-1], int) and values[-1] > 255:
             return True
     return False
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, int]:
+    """Return the image turned as its EXIF orientation says, and that orientation, 1 for an upright image."""
+    orientation = _orientation(image)
+    return (image if orientation == 1 else ImageOps.exif_transpose(image)), orientation
+
+
+def turned_note(origin: str, turned: int, count: int) -> str:
+    """Write the note on the images that `upright` turned."""
+    return f"{origin}: {turned} of {count} images are turned as their EXIF orientation says"
 
 
 def _orientation(image: Image.Image) -> int:

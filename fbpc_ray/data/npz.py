@@ -1,5 +1,6 @@
 """One NumPy archive with the arrays of each split."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.conversion import to_split
-from fbpc_ray.data.labels import number_names
+from fbpc_ray.data.labels import to_numbers
 from fbpc_ray.data.raw import RawDataset, check_is_not_pointer, line
 from fbpc_ray.data.splits import listed
 
@@ -16,7 +17,11 @@ NPZ_KEYS = {
         ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("X_train", "y_train"),
         ("images", "targets"), ("imgs", "labels"), ("data", "labels"), ("data", "targets"),
     ),
-    "validation": (("x_val", "y_val"), ("val_images", "val_labels"), ("X_val", "y_val")),
+    "validation": (
+        ("x_val", "y_val"), ("val_images", "val_labels"), ("X_val", "y_val"), ("x_valid", "y_valid"),
+        ("valid_images", "valid_labels"), ("X_valid", "y_valid"), ("x_validation", "y_validation"),
+        ("validation_images", "validation_labels"), ("X_validation", "y_validation"),
+    ),
     "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("X_test", "y_test")),
 }  # fmt: skip
 """Split -> names of (images, labels); the first pair that the file has."""
@@ -27,13 +32,15 @@ def npz(path: Path) -> RawDataset:
 
     Labels are integers from 0, names of classes, or one-hot rows (n, d). Raises UserError.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give npz:FILE, or folder:{path} for folders of images")
     try:
         with path.open("rb") as file:
             check_is_not_pointer(path, file.read(64))
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not a whole archive of numpy.savez")
             file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise ValueError("one array, not an archive")
             pairs = {split: _pair(known, archive.files) for split, known in NPZ_KEYS.items()}
             missing = [key for pair in pairs.values() if pair for key in pair if key not in archive]
             if not pairs["train"] or missing:
@@ -48,11 +55,11 @@ def npz(path: Path) -> RawDataset:
     except Exception as error:  # a damaged archive fails in any way
         raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)}); save it again") from error
     notes = (f"{path}: left out the arrays {listed(left_out)}",) if left_out else ()
-    labels, classes = number_names({split: entry[2] for split, entry in arrays.items()}, path)
+    numbered = to_numbers({split: labels for split, (_, _, labels) in arrays.items()}, path)
     parts = {
-        split: to_split(str(path), keys, images, labels[split]) for split, (keys, images, _) in arrays.items()
-    }  # fmt: skip
-    return RawDataset(str(path), classes, parts, notes)
+        split: to_split(str(path), keys, images, numbered.labels[split]) for split, (keys, images, _) in arrays.items()
+    }
+    return RawDataset(str(path), numbered.classes, parts, notes + numbered.notes)
 
 
 def _pair(known: Sequence[tuple[str, str]], names: Sequence[str]) -> tuple[str, str] | None:

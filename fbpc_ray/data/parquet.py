@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.image_cache import cached
 from fbpc_ray.data.images import decode
-from fbpc_ray.data.labels import from_one_hot, number_names
+from fbpc_ray.data.labels import from_one_hot, to_numbers
 from fbpc_ray.data.raw import RawDataset, RawSplit, check_is_not_pointer, line
 from fbpc_ray.data.resize import UNCHANGED, Resizing
 from fbpc_ray.data.shards import check_is_not_saved_to_disk, find_shards
+from fbpc_ray.data.splits import listed
 
 IMAGE_COLUMNS = ("img", "image", "imgs", "images")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "target", "targets", "class", "classes")
@@ -45,8 +46,19 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = U
     check_is_not_saved_to_disk(path)
     shards, notes = find_shards(path)
     heads = {split: [_head(file, columns) for file in files] for split, files in shards.items()}
-    first, *rest = [head for group in heads.values() for head in group]
-    for head in rest:
+    first = heads["train"][0]
+    names = _check_agreement([head for group in heads.values() for head in group])
+    if first.other_labels and not columns.label:
+        notes += (f"{path}: labels are of the column {first.label}, not of {', '.join(first.other_labels)}",)
+    labels, classes, more = to_numbers({split: _all_labels(group) for split, group in heads.items()}, path, names)
+    parts = {split: _part(group, labels[split], resizing) for split, group in heads.items()}
+    return RawDataset(str(path), classes, parts, notes + more)
+
+
+def _check_agreement(heads: "list[_Head]") -> tuple[str, ...] | None:
+    """Return the class names of the files, None where none has them. Raises UserError where two files differ."""
+    first = heads[0]
+    for head in heads[1:]:
         if head.form != first.form:
             raise UserError(
                 f"{first.file} has {first.form} as labels, {head.file} {head.form}; use one form in all files"
@@ -56,19 +68,14 @@ def parquet(path: Path, columns: Columns = USUAL_COLUMNS, resizing: Resizing = U
                 f"{first.file} has the column {first.label}, {head.file} {head.label}: their labels don't mean "
                 "the same; give all files one column of labels"
             )
-    named = [(head.file, head.classes) for head in (first, *rest) if head.classes]
-    for file, classes in named[1:]:
-        if classes != named[0][1]:
+    named = [head for head in heads if head.classes]
+    for head in named[1:]:
+        if head.classes != named[0].classes:
             raise UserError(
-                f"{named[0][0]} and {file} name different classes: their labels don't mean the same; "
+                f"{named[0].file} and {head.file} name different classes: their labels don't mean the same; "
                 "write both with the same names"
             )
-    if first.other_labels and not columns.label:
-        notes += (f"{path}: labels are of the column {first.label}, not of {', '.join(first.other_labels)}",)
-    values = {split: np.concatenate([_labels(head) for head in group]) for split, group in heads.items()}
-    labels, classes = number_names(values, path, named[0][1] if named else None)
-    parts = {split: _part(group, labels[split], resizing) for split, group in heads.items()}
-    return RawDataset(str(path), classes, parts, notes)
+    return named[0].classes if named else None
 
 
 class _Head(NamedTuple):
@@ -95,19 +102,16 @@ def _head(file: Path, columns: Columns) -> _Head:
         raise UserError(f"{file}: not a readable parquet file ({line(error)}); download it again") from error
     image_names = (columns.image,) if columns.image else IMAGE_COLUMNS
     label_names = (columns.label,) if columns.label else LABEL_COLUMNS
-    image, label = (
-        next((name for name in names if name in schema.names), None) for names in (image_names, label_names)
-    )
-    if image is None or label is None:
-        lacks, flag = (image_names, "--image-column") if image is None else (label_names, "--label-column")
-        raise UserError(
-            f"{file}: no column {' or '.join(lacks)} (found {', '.join(schema.names)}); name the column with {flag}"
-        )
+    image = _column(file, schema.names, image_names, "--image-column")
+    label = _column(file, schema.names, label_names, "--label-column")
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"{file}: column {image} is {kind}; it must hold the bytes of image files, or a struct of them")
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+        raise UserError(
+            f"{file}: column {image} is {kind}; it must hold the bytes of image files, or a struct of them; write it "
+            "again, or name another column with --image-column"
+        )
     if not (form := _form(schema.field(label).type)):
         raise UserError(
             f"{file}: column {label} is {schema.field(label).type}; it must hold integers from 0, names of classes, or "
@@ -117,13 +121,25 @@ def _head(file: Path, columns: Columns) -> _Head:
     return _Head(file, rows, image, label, form, _class_names(file, schema, label), others)
 
 
+def _column(file: Path, columns: Sequence[str], names: Sequence[str], flag: str) -> str:
+    """Return the first of `names` among `columns`. Raises UserError if there is none, or more than one of it."""
+    name = next((name for name in names if name in columns), None)
+    if name is None:
+        raise UserError(
+            f"{file}: no column {' or '.join(names)} (found {listed(columns, 20)}); name the column with {flag}"
+        )
+    if columns.count(name) > 1:
+        raise UserError(f"{file}: has {columns.count(name)} columns {name}; rename all but one")
+    return name
+
+
 def _form(kind: Any) -> str:
     """Return the form of labels of a type; "" for a type that holds no labels."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_integer(kind):
         return "integers"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return "names"
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
@@ -151,7 +167,7 @@ def _class_names(file: Path, schema: Any, label: str) -> tuple[str, ...] | None:
 def _part(heads: list[_Head], labels: np.ndarray, resizing: Resizing) -> RawSplit:
     ends = list(accumulate(head.rows for head in heads))
     if not ends[-1]:
-        raise UserError(f"{heads[0].file}: has no row; write it again")
+        raise UserError(f"{heads[0].file}: has no row; write it again, or remove it")
 
     def place(index: int) -> str:
         shard = bisect_right(ends, index)
@@ -164,6 +180,15 @@ def _part(heads: list[_Head], labels: np.ndarray, resizing: Resizing) -> RawSpli
 
     images, notes = cached(decoded, [head.file for head in heads], heads[0].image, ends[-1], origin, resizing)
     return RawSplit(images, labels, place, notes)
+
+
+def _all_labels(heads: list[_Head]) -> np.ndarray:
+    """Return the labels of the files of a split: numbers (n,), names (n,) or one-hot rows (n, d)."""
+    parts = [_labels(head) for head in heads]
+    parts = [values for values in parts if len(values)] or parts[:1]
+    if len({values.shape[1:] for values in parts}) > 1:
+        raise UserError(f"{heads[0].file.parent}: the one-hot lists of its files differ in length; make them agree")
+    return np.concatenate(parts)
 
 
 def _labels(head: _Head) -> np.ndarray:
@@ -198,14 +223,14 @@ def _names(head: _Head, values: list[str]) -> np.ndarray:
 
 
 def _one_hot(head: _Head, rows: list[list[Any]]) -> np.ndarray:
-    """Return the class numbers of one-hot lists. Raises UserError for the first list that is none."""
+    """Return one-hot lists as rows (n, d). Raises UserError for the first list that is none."""
     for number, row in enumerate(rows):
         if len(row) != len(rows[0]) or from_one_hot(np.array([row])) is None:
             raise UserError(
                 f"{head.file}, row {number}: column {head.label} holds {str(row)[:40]}, not one-hot (a single 1 among "
                 "0, as many values in each row); write class numbers"
             )
-    return np.array([row.index(1) for row in rows], np.int64)
+    return np.array(rows, np.int64)
 
 
 def _blobs(head: _Head) -> Iterator[bytes | None]:

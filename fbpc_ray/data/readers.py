@@ -32,6 +32,9 @@ AT_PATH: dict[str, Callable[[Path, Columns, Resizing], RawDataset]] = {
 }
 """Kind, as in kind:PATH -> reader(path, columns, resizing); images of one size may stay as they are."""
 
+SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".pq": "parquet"}
+"""End of a file's name (lower case) -> its kind."""
+
 
 def read(
     name: str, root: Path, download: bool, columns: Columns = USUAL_COLUMNS, resizing: Resizing = UNCHANGED
@@ -48,6 +51,8 @@ def _read(name: str, root: Path, download: bool, columns: Columns, resizing: Res
         if name in NAMED:
             return NAMED[name](root, download)
         if kind in AT_PATH and path:
+            if "://" in path:
+                raise UserError(f"{name}: data is read from this machine alone; copy the files, and give {kind}:PATH")
             if not (at := Path(path).expanduser()).exists():
                 raise UserError(f"{at} does not exist; check the path after {kind}:")
             if not (at.is_dir() or at.is_file()):
@@ -57,8 +62,18 @@ def _read(name: str, root: Path, download: bool, columns: Columns, resizing: Res
         raise UserError(f"{name!r}: cannot read the data: {line(error)}") from error
     if kind in AT_PATH:
         raise UserError(f"data {name!r} lacks its path; write {kind}:PATH")
-    if (at := Path(name).expanduser()).exists():
-        ends = {".npz": "npz", ".parquet": "parquet"}
-        kind = ends.get(at.suffix) or ("parquet" if has_parquet(at) else "folder")
-        raise UserError(f"data {name!r} is a path: write its kind before it, e.g. {kind}:{name}")
-    raise UserError(f"unknown data {name!r}; {closest(name, [*NAMED, *(f'{kind}:PATH' for kind in AT_PATH)])}")
+    raise UserError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    """Return what is wrong with a name that is neither a data set nor kind:PATH."""
+    kinds = [f"{kind}:PATH" for kind in AT_PATH]
+    if name.strip() and (at := Path(name).expanduser()).exists():
+        kind = SUFFIXES.get(at.suffix.lower()) if at.is_file() else "parquet" if has_parquet(at) else "folder"
+        if kind is None:
+            return f"data {name!r} is a file of a kind that is not read; give {', '.join(kinds)}"
+        return f"data {name!r} is a path: write its kind before it, e.g. {kind}:{name}"
+    kind, colon, path = name.partition(":")
+    if colon and kind.strip().lower() in AT_PATH:
+        return f"unknown data {name!r}; write {kind.strip().lower()}:{path.strip()}"
+    return f"unknown data {name!r}; {closest(name, [*NAMED, *kinds])}"

@@ -113,7 +113,8 @@ def _no_train(path: Path, files: list[Path]) -> UserError:
             f"no train split in {path}: it has {listed(sorted(file.name for file in files))}; name its files "
             "train*.parquet, e.g. train-00000-of-00001.parquet"
         )
-    inner = [child for child in subfolders(path) if parquet_files(child) or parquet_files(child / "data")]
+    inner_folders = subfolders(path)
+    inner = [child for child in inner_folders if parquet_files(child) or parquet_files(child / "data")]
     if "train" in choose([child.name for child in inner], path):
         return UserError(
             f"no .parquet file in {path}, but in {listed(child.name for child in inner)}: move the files of train to "
@@ -124,7 +125,8 @@ def _no_train(path: Path, files: list[Path]) -> UserError:
             f"no .parquet file in {path} or {path / 'data'}, but in the folders {listed(at.name for at in inner)}; "
             f"give one of them, e.g. parquet:{inner[0]}"
         )
-    return UserError(f"no .parquet file in {path} or {path / 'data'}; name the folder that holds them")
+    fix = f"give folder:{path} for folders of images" if inner_folders else "name the folder that holds them"
+    return UserError(f"no .parquet file in {path} or {path / 'data'}; {fix}")
 
 
 def _natural(file: Path) -> list[str | int]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
-from fbpc_ray.core.progress import set_part
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.progress import progress, set_part
 from fbpc_ray.core.rng import generator
+from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.coreset import Coreset
@@ -20,6 +22,7 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.whitening import WhitenedDataset, Whitening
 from fbpc_ray.evaluation import ensemble
 from fbpc_ray.evaluation.diagnostics import traces_of
+from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.evaluation.scoring import Logits, Scored, average_of, score
 from fbpc_ray.inference.metrics import (
     PredictiveStats,
@@ -114,6 +117,26 @@ def sampling(
     for step, params in enumerate(islice(chain, last), 1):
         if step % (settings.chain_every * steps_per_epoch) == 0:
             yield params
+
+
+def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, augment: str, seed: int) -> Ensemble:
+    """Run `settings.num_chains` chains on `coreset`, of the seeds `seed`, `seed` + 1, ...; return all their samples.
+
+    Raises UserError if a chain diverged.
+    """
+    images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
+    samples, count = list[Params](), settings.num_chains * (settings.chain_epochs // settings.chain_every)
+    with progress("sample", count, "sample") as bar, torch_threads(1):
+        for number in range(seed, seed + settings.num_chains):
+            for params in sampling(Passes(network), images, labels, settings, augment, number):
+                if not ensemble.finite([params]):
+                    raise UserError(
+                        f"the chain of seed {number} on {network.spec.architecture} diverged: lower --chain-eta, or "
+                        "use --chain-noise consistent"
+                    )
+                samples.append(params)
+                bar.update()
+    return ensemble.gathered(network, samples, coreset)
 
 
 def default_step_size(m: int) -> float:

@@ -134,6 +134,8 @@ class Ensemble:
 
         Tensors or arrays: uint8, or floats in 0..1 as of torchvision's ToTensor. Raises UserError for others.
         """
+        if not isinstance(images, Tensor | np.ndarray):
+            raise UserError(f"images are a {type(images).__name__}: give a tensor or an array (n, c, h, w)")
         pixels = torch.as_tensor(images)
         shape = self.spec.image_shape
         if tuple(pixels.shape) == shape:

@@ -1,6 +1,6 @@
 """Configurations from the keyword arguments of the public functions (api.py)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +26,7 @@ def of_distillation(
     changes: Mapping[str, Any],
     method: str | None,
     preset: str,
-    time_budget: str,
+    time_budget: str | float,
     backend: str,
     log: Callable[[str], None],
 ) -> Config:
@@ -35,6 +35,7 @@ def of_distillation(
     Raises UserError.
     """
     flags = _with_names(changes)
+    _check_preset(preset)
     base = presets.default(source.name, str(flags["ipc"]) if "ipc" in flags else None, preset, method)
     config = validation.canonical(base.updated(**flags, backend=backend))
     request = presets.size_request(source.name, preset, time_budget, set(current_names(flags)))
@@ -59,6 +60,7 @@ def of_evaluation(
 
     Raises UserError.
     """
+    _check_preset(preset)
     if preset in LEVELS:
         raise UserError(
             f"--preset {preset}: chooses the sizes of a distillation from its data; leave it out, or give paper"
@@ -70,10 +72,17 @@ def of_evaluation(
     return start.updated(**_with_names({**changes, "architectures": architectures} if named else changes))
 
 
+def _check_preset(preset: object) -> None:
+    if not isinstance(preset, str):
+        raise UserError(f"--preset: must be of type str, got {preset!r:.80}")
+
+
 def network_names(architectures: Architecture | Sequence[Architecture]) -> tuple[str, ...]:
     """Return the names of networks; functions are registered under theirs."""
     custom.search_current_folder()
     items = [architectures] if isinstance(architectures, str) or callable(architectures) else architectures
+    if not isinstance(items, Iterable):
+        raise UserError(f"architectures: must be a name, a function or a list of them, got {items!r:.80}")
     return tuple(one if isinstance(one, str) else custom.register(one) for one in items)
 
 

@@ -15,6 +15,9 @@ def coreset_png(coreset: Coreset, title: str = "", max_per_class: int = 10, max_
     """Draw the images by class. Raises UserError for images that are neither grey nor in colour."""
     from fbpc_ray.reporting import image_grids
 
+    for name, count in (("max_per_class", max_per_class), ("max_classes", max_classes)):
+        if count < 1:
+            raise UserError(f"{name}: must be 1 or more, got {count}")
     if coreset.image_shape[0] not in image_grids.PICTURED:
         raise UserError(f"images of {coreset.image_shape[0]} channels cannot be drawn: they must have 1 or 3 channels")
     pixels = denormalise(coreset.images, coreset.mean, coreset.std).numpy()

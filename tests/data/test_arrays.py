@@ -192,6 +192,43 @@ def test_arrays_that_are_refused(tmp_path, values, message):
     assert message in refusal(from_npz, tmp_path, **values)
 
 
+@pytest.mark.parametrize("word", ["val", "valid", "validation"])
+@pytest.mark.parametrize("form", ["x_{}", "X_{}", "{}_images"])
+def test_names_of_validation_arrays(tmp_path, word, form):
+    images = form.format(word)
+    labels = images.replace("x_", "y_").replace("X_", "y_").replace("images", "labels")
+    data = from_npz(tmp_path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, y_test=LABELS, **{
+        images: IMAGES[:6], labels: LABELS[:6]})  # fmt: skip
+    assert len(data.validation.labels) == 6 and not data.notes
+
+
+def test_an_empty_split_is_refused_as_such(tmp_path):
+    empty = {"x_test": IMAGES[:0], "y_test": LABELS[:0]}
+    assert "x_test is empty; add images, or leave out this split" in refusal(
+        from_npz, tmp_path, x_train=IMAGES, y_train=LABELS, **empty
+    )
+
+
+def test_a_one_hot_column_without_an_image_is_refused(tmp_path):
+    rows = np.eye(14, dtype=np.uint8)[LABELS]
+    assert "class '3' (label 3)" in refusal(from_npz, tmp_path, train_images=IMAGES, train_labels=rows)
+
+
+def test_columns_of_names_are_names(tmp_path):
+    names = np.array(["cat", "dog", "eel"])[LABELS][:, None]
+    data = from_npz(tmp_path, x_train=IMAGES, y_train=names, x_test=IMAGES, y_test=names)
+    assert data.classes == ("cat", "dog", "eel") and data.train.labels.tolist() == LABELS.tolist()
+
+
+def test_files_of_another_kind_are_refused_without_advice_to_unpickle(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    (tmp_path / "b.npz").write_bytes(b"PAR1" * 9)
+    for name in ("a.npy", "b.npz"):
+        message = refusal(load, f"npz:{tmp_path / name}")
+        assert "not a whole archive of numpy.savez" in message and "pickle" not in message
+    assert f"is a folder; give npz:FILE, or folder:{tmp_path}" in refusal(load, f"npz:{tmp_path}")
+
+
 def test_arrays_that_are_not_read_are_named(tmp_path):
     data = from_npz(tmp_path, x_train=IMAGES, y_train=LABELS, x_test=IMAGES, y_test=LABELS, masks=IMAGES)
     assert "left out the arrays masks" in data.notes[0]
@@ -257,7 +294,7 @@ def test_names_from_python(form):
 def test_one_hot_rows_are_class_numbers(tmp_path, rows):
     data = from_npz(tmp_path, x_train=IMAGES, y_train=np.asarray(rows), x_test=IMAGES, y_test=LABELS)
     assert data.train.labels.tolist() == LABELS.tolist()
-    assert "y_train are one-hot, read as the numbers of 3 classes" in data.notes[0]
+    assert "labels of train are one-hot, read as the numbers of 3 classes" in data.notes[0]
     for split in ((IMAGES, rows), pairs(IMAGES, rows)):
         assert from_python(split, (IMAGES, LABELS)).train.labels.tolist() == LABELS.tolist()
 

@@ -91,6 +91,11 @@ def folder_with(folder: Path, where: str, image: np.ndarray | bytes) -> str:
     return f"folder:{folder}"
 
 
+def write_flat(folder: Path) -> str:
+    write_images(folder, pixels(3))
+    return f"folder:{folder}"
+
+
 def empty_class(folder: Path) -> str:
     (folder / "train" / "cow").mkdir(parents=True)
     return folder_with(folder, "train/ant/9.png", pixels(1)[0])
@@ -136,6 +141,32 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "kind without path": (lambda at: "parquet", {}, r"data 'parquet' lacks its path; write parquet:PATH"),
     "empty path": (lambda at: "npz:", {}, r"data 'npz:' lacks its path; write npz:PATH"),
     "path without kind": (lambda at: str(at), {}, r"is a path: write its kind before it, e\.g\. folder:/"),
+    "path in capitals": (
+        lambda at: unreadable(at / "a.PARQUET"),
+        {},
+        r"write its kind before it, e\.g\. parquet:.*a\.PARQUET",
+    ),
+    "table of names": (
+        lambda at: unreadable(at / "labels.csv"),
+        {},
+        r"labels\.csv' is a file of a kind",
+    ),
+    "kind in capitals": (lambda at: f"Folder: {at}", {}, r"unknown data 'Folder: .*; write folder:/"),
+    "name in capitals": (lambda at: "CIFAR10", {}, r"unknown data 'CIFAR10'; did you mean cifar10"),
+    "no name": (lambda at: "", {}, r"unknown data ''; known: digits"),
+    "address": (
+        lambda at: "folder:s3://bucket/images",
+        {},
+        r"s3://bucket/images: data is read from this machine",
+    ),
+    "archive": (lambda at: f"folder:{unreadable(at / 'a.zip')}", {}, r"a\.zip is not a folder; .* after unpacking it"),
+    "parquet as folder": (lambda at: f"folder:{write_pair(at, train=0)}", {}, r"holds Parquet files.*; give parquet:/"),
+    "parquet in data as folder": (
+        lambda at: f"folder:{write_pair(at / 'data', train=0).parent}",
+        {},
+        r"data holds Parquet files, not images; give parquet:/",
+    ),
+    "images in no folder": (lambda at: write_flat(at), {}, r"no class folders in .* \(3 images in no folder\)"),
     "unknown kind": (lambda at: f"zip:{at}", {}, r"unknown data 'zip:"),
     "missing path": (lambda at: f"parquet:{at / 'none'}", {}, r"none does not exist"),
     "validation one": (lambda at: "digits", {"validation": 1.0}, r"0 <= validation < 1, got 1\.0"),
@@ -256,7 +287,7 @@ BAD: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
     "npz nan": (
         lambda at: whole_npz(at / "a.npz", x_train=np.full((8, 4, 4), np.nan)),
         {},
-        r"x_train holds values outside 0\.\.1",
+        r"x_train holds NaN \(float64\)",
     ),
     "npz shape": (lambda at: whole_npz(at / "a.npz", x_train=np.zeros((8, 5, 5, 5), np.uint8)), {}, r"\(8, 5, 5, 5\)"),
     "npz flat": (lambda at: whole_npz(at / "a.npz", x_train=np.zeros((8, 64), np.uint8)), {}, r"has shape \(8, 64\)"),

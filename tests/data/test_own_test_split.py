@@ -62,6 +62,14 @@ def test_with_a_validation_split_the_test_split_is_drawn_from_train(tmp_path):
     assert counts(load(f"folder:{root}", test=0.25)) == ([3, 3], [3, 3], [1, 1])
 
 
+def test_classes_of_one_image_have_none_to_hold_out(tmp_path):
+    """A larger share would not help."""
+    data = f"folder:{write_classes(tmp_path, count=1)}"
+    for share in (0.0, 0.9):
+        with pytest.raises(UserError, match="each class has one image, so none can be held out; add images"):
+            load(data, test=share)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_shares_that_leave_nothing_are_refused(plain, share):
     with pytest.raises(UserError, match="test must be a share of the train split"):

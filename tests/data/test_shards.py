@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.data_files import encode, picture, rows, write_table
+from support.data_files import encode, picture, rows, write_splits, write_table
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.datasets import Dataset, load
@@ -278,6 +278,51 @@ def test_plural_names_of_columns_are_read(tmp_path, image, label):
     pq.write_table(table, tmp_path / "train.parquet")
     pq.write_table(table, tmp_path / "test.parquet")
     assert read(tmp_path).train.labels.tolist() == [number for _, number in data]
+
+
+def test_one_hot_lists_have_a_value_for_each_class(tmp_path):
+    """Files that disagree are refused, and a class without an image is missed."""
+    data = rows(4)
+    wide = [(image, [int(label == column) for column in range(4)]) for image, label in data]
+    narrow = [(image, [1 - label, label]) for image, label in data]
+    write_table(tmp_path / "train-0.parquet", narrow, None, kind=pa.list_(pa.int64()))
+    write_table(tmp_path / "train-1.parquet", wide, None, kind=pa.list_(pa.int64()))
+    assert "the one-hot lists of its files differ in length" in refusal(tmp_path)
+    (tmp_path / "train-0.parquet").unlink()
+    assert "class '2' (label 2)" in refusal(tmp_path)
+    write_table(tmp_path / "train-1.parquet", narrow, None, kind=pa.list_(pa.int64()))
+    write_table(tmp_path / "test.parquet", wide, None, kind=pa.list_(pa.int64()))
+    assert "different numbers of columns (train 2, test 4)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, name):
+    data = rows(4)
+    columns = {"image": pa.array([blob for blob, _ in data]), "label": pa.array([label for _, label in data])}
+    names = [*columns, name]
+    pq.write_table(pa.Table.from_arrays([columns[one] for one in names], names=names), tmp_path / "train.parquet")
+    assert f"train.parquet: has 2 columns {name}; rename all but one" in refusal(tmp_path)
+
+
+def test_columns_of_views_are_read(tmp_path):
+    """Some writers store texts and bytes as views."""
+    data = rows(4)
+    images, labels = [blob for blob, _ in data], ["ab"[label] for _, label in data]
+    table = pa.table({"image": pa.array(images, pa.binary_view()), "label": pa.array(labels, pa.string_view())})
+    pq.write_table(table, tmp_path / "train.parquet")
+    pq.write_table(table, tmp_path / "test.parquet")
+    loaded = read(tmp_path)
+    assert loaded.classes == ("a", "b") and loaded.train.labels.tolist() == [label for _, label in data]
+
+
+def test_a_split_without_a_row_is_refused(tmp_path):
+    write_table(tmp_path / "train.parquet", rows(4))
+    write_table(tmp_path / "test.parquet", [])
+    assert "test.parquet: has no row; write it again, or remove it" in refusal(tmp_path)
+
+
+def test_folders_of_images_are_refused_with_their_kind(tmp_path):
+    assert f"give folder:{tmp_path} for folders of images" in refusal(write_splits(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""The Python API with arguments of a wrong kind: a UserError that names the argument, and numbers of numpy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.runs import silent
+
+from fbpc_ray import api
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data.coreset import Coreset
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(12) % 3
+OWN = IMAGES, LABELS
+
+
+@pytest.fixture(scope="module")
+def coreset() -> Coreset:
+    images = torch.zeros(3, 3, 8, 8)
+    return Coreset(images, torch.arange(3), (0.5,) * 3, (0.25,) * 3, ("a", "b", "c"))
+
+
+def refusal(function: Any, *values: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*values, **options)
+    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": "8"}, "image_size: must be of type int, got '8'"),
+        ({"image_size": (8, 8)}, "image_size: must be of type int, got (8, 8)"),
+        ({"image_size": 8, "resize": "pad"}, "resize: got 'pad'; known: crop, stretch"),
+        ({"normalisation": None}, "normalisation: must be of type str, got None"),
+        ({"seed": 1.5}, "seed: must be of type int, got 1.5"),
+        ({"test": "digits"}, "test is a str"),
+        ({"validation": torch.tensor(0.5)}, "validation is a Tensor"),
+    ],
+)
+def test_arguments_of_dataset_have_types(options, message):
+    assert message in refusal(api.dataset, OWN, log=silent, **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options: dict[str, Any] = {"seed": np.int64(3), "image_size": np.int32(4), "log": silent}
+    data = api.dataset(OWN, np.float32(0.25), np.float16(0.25), **options)
+    assert (len(data.test.labels), len(data.validation.labels), data.image_shape) == (3, 3, (3, 4, 4))
+
+
+def test_a_path_is_taken_as_its_text(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS)
+    assert f"write its kind before it, e.g. npz:{tmp_path / 'a.npz'}" in refusal(api.dataset, tmp_path / "a.npz")
+
+
+def test_a_data_set_is_not_made_again():
+    data = api.dataset(OWN, log=silent)
+    assert "train is a data set already" in refusal(api.dataset, data)
+
+
+@pytest.mark.parametrize("value", [None, "coreset.safetensors", (IMAGES, LABELS)], ids=["none", "path", "images"])
+def test_what_is_no_coreset_is_refused(value, tmp_path):
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (api.posterior, (value,)), (api.evaluate, (value, OWN)), (api.save, (value, tmp_path / "a.safetensors")),
+    ]  # fmt: skip
+    for function, values in calls:
+        message = refusal(function, *values)
+        assert message == f"not a coreset (a {type(value).__name__}): give what distill or load_coreset returns"
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_wrong_values_are_one_line(coreset, tmp_path):
+    assert refusal(api.save, coreset, tmp_path) == f"{tmp_path} is a folder: name a file in it"
+    message = refusal(api.save_model, coreset, tmp_path / "model", IMAGES)
+    assert message == "not posterior samples (a Coreset): give what posterior returns"
+    assert "num_chains: must be 1 or more, got 0" in refusal(api.posterior, coreset, num_chains=0)
+    assert "seed: must be of type int, got 'x'" in refusal(api.posterior, coreset, seed="x")
+    assert "max_per_class: must be 1 or more" in refusal(coreset.plot, max_per_class=0)
+    assert "preset: must be of type str, got None" in refusal(api.distill, OWN, preset=None, log=silent)
+    assert "architectures: must be a name, a function" in refusal(api.distill, OWN, architectures=3, log=silent)
+
+
+def test_predictions_of_what_is_no_array_are_refused(coreset):
+    samples = api.posterior(coreset, "convnet-in", width=4, chain_epochs=1, chain_every=1)
+    for images in (None, [IMAGES[0]], Path("a.png")):
+        assert f"images are a {type(images).__name__}: give a tensor or an array" in refusal(samples.predict, images)
