@@ -39,6 +39,16 @@ def test_it_stops_at_the_first_loss_at_or_below_the_threshold():
     assert cross_entropy(linear(one_less.value, SEPARABLE.images), SEPARABLE.labels).item() > 0.05
 
 
+def test_a_loss_equal_to_the_threshold_ends_the_solve():
+    """Of 0.5, 0.25, 0.125 with gamma = 0.25: at most gamma, so the second ends it, after one step."""
+    losses = iter([0.5, 0.25, 0.125])
+    solution = map_solve(
+        lambda params, batch: (torch.tensor(next(losses)), params), {"w": torch.zeros(4, 3)}, repeat(SEPARABLE),
+        threshold=0.25, learning_rate=0.01, max_steps=100,
+    )  # fmt: skip
+    assert (solution.status, solution.stats.steps, solution.stats.loss) == (SolverStatus.CONVERGED, 1, 0.25)
+
+
 def test_a_start_below_the_threshold_takes_no_step():
     good = {"w": 20.0 * torch.eye(3)[SEPARABLE.labels]}
     solution = solve(params=good)

@@ -91,6 +91,14 @@ def test_bins_are_closed_on_the_right():
     assert stats.bin_count[[7, 13, 14]].tolist() == [1, 1, 2]
 
 
+def test_a_confidence_at_the_edge_of_two_bins_counts_in_the_lower():
+    """3/5 = 9/15 lies in (8/15, 9/15], the ninth bin; the next number above it in the tenth."""
+    p = torch.tensor([0.6, math.nextafter(0.6, 1) + 1e-15], dtype=torch.float64)
+    assert p[0].log().exp() * BINS == 9  # or the test could not tell
+    stats = predictive_stats(torch.stack([p, 1 - p], 1).log(), torch.tensor([0, 0]))
+    assert stats.bin_count.nonzero().flatten().tolist() == [8, 9]
+
+
 def test_nothing_scored_is_an_error():
     empty = predictive_stats(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="no example"):
