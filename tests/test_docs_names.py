@@ -1,5 +1,6 @@
 """What README, docs/ and --help name is there: files, headings, flags, languages; each command has examples."""
 
+import ast
 import re
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
@@ -54,6 +55,30 @@ def test_files_of_this_repository_that_are_named_exist(page):
     for row in rows:
         for token in re.findall(r"`([\w-]+\.py)`", row):
             assert token in known, row
+
+
+def numbers_of(text: str) -> set[str]:
+    """Equations and algorithms that a text names: "Eqs. 5-7, Algorithm 1" are 5, 6, 7 and Algorithm 1."""
+    numbers = set(re.findall(r"Algorithm 1|App\. C\.\d", text))
+    for listed in re.findall(r"Eqs?\. ([\d, -]*\d)", text):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed):
+            numbers |= {str(number) for number in range(int(first), int(last or first) + 1)}
+    return numbers
+
+
+def test_functions_that_hold_an_equation_exist_and_name_it():
+    """Rows of docs/paper.md: each function stands in its file, whose docstring or its own names the row's equation."""
+    rows = re.findall(r"^\| (.*) \| (.*) \| `(\S+\.py)` \|$", (ROOT / "docs/paper.md").read_text(), re.M)
+    assert len(rows) > 15
+    for title, functions, file in rows:
+        tree = ast.parse((ROOT / file).read_text())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        definitions = {node.name: node for node in nodes}
+        for name in re.findall(r"`(\w+)`", functions):
+            assert name in definitions, f"{file} has no {name}"
+            text = f"{ast.get_docstring(tree)} {ast.get_docstring(definitions[name])}"
+            of_row = numbers_of(title)
+            assert not of_row or of_row & numbers_of(text), f"{file}: {name} does not name {title}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -81,7 +81,7 @@ def average_images(state: State, before: State, decay: float) -> State:
 
 
 def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) -> tuple[State, Tensor]:
-    """Draw real images, balanced over classes, as the pseudocoreset before step 1; return the state and (m,) labels."""
+    """Draw Algorithm 1's first u, real images balanced over classes; return it with (m,) labels."""
     real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     images, labels = real.batch(coreset.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
     return State(0, images, torch.zeros_like(images), inner_lr), labels

@@ -1,4 +1,4 @@
-"""Eq. 17: the Monte-Carlo gradient of the forward KL divergence between function-space posteriors.
+"""Eqs. 8-10 by Eq. 17: Monte-Carlo gradient of the forward KL between function-space posteriors.
 
     grad_u KL(nu_x | nu_u) ~= grad_u 1/S sum_s [ -log p(y | mean_x + Psi_x^(1/2) eps_x^(s))
                                                  +log p(y | mean_u + Psi_u^(1/2) eps_u^(s)) ]
@@ -39,7 +39,10 @@ class Divergence(NamedTuple):
 def expected_cross_entropy(
     posterior: FunctionPosterior, labels: Tensor, samples: int, source: torch.Generator
 ) -> Tensor:
-    """() mean over S = `samples` draws f ~ N(mean, Psi) and m images of -log p(label | f); labels as in `Batch`."""
+    """Estimate () E_q[-log p(y | f)] of Eq. 17 by S = `samples` draws f = mean + Psi^(1/2) eps.
+
+    It is the mean over draws and m images; `labels` are as in `Batch`.
+    """
     mean, variance = posterior
     noise = torch.randn((samples, *mean.shape), generator=source).to(mean)  # (S, m, d)
     logits = mean + variance.sqrt() * noise
@@ -53,7 +56,7 @@ def forward_kl(
     samples: int,
     source: torch.Generator,
 ) -> Divergence:
-    """Eq. 17 for `labels`, (m,) or probabilities (m, d), with S = `samples` independent draws a side."""
+    """Estimate Eq. 17 by S = `samples` independent draws a side; `labels` (m,) or (m, d) as in `Batch`."""
     expected_x = expected_cross_entropy(posterior_x, labels, samples, source)
     expected_u = expected_cross_entropy(posterior_u, labels, samples, source)
     return Divergence(expected_x - expected_u, expected_x.detach(), expected_u.detach())

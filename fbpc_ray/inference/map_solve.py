@@ -34,7 +34,10 @@ def map_solve(
     max_steps: int,
     batches_per_pass: int = 1,
 ) -> Solution[Params, SolveStats]:
-    """Minimise the mean cross-entropy by Adam until its mean over one pass is at most gamma.
+    """Run Algorithm 1's inner loop: Adam until the mean loss of a pass is at most gamma.
+
+    The objective is the mean cross-entropy, without a log-prior, as App. C.2's training loss: the prior is where
+    `params` are drawn.
 
     Args:
         loss_and_grad: the mean cross-entropy of a batch and its gradient.

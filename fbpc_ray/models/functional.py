@@ -39,7 +39,7 @@ class Network:
         self._tied = _shares_tensors(self._predicting)
 
     def init(self, source: torch.Generator) -> Params:
-        """Draw the parameters from the prior pi_0: PyTorch's default initialisation."""
+        """Draw theta_0 of Algorithm 1 from the prior pi_0: PyTorch's default initialisation."""
         return {name: value.detach() for name, value in self.module(source).named_parameters()}
 
     def module(self, source: torch.Generator) -> nn.Module:

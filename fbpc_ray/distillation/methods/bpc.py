@@ -43,7 +43,7 @@ def reverse(
     """Differentiate BPC-rKL: the covariance of the potentials under q_u."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
-    mu_u = _trained(context, step, images, labels.fixed, start.theta_0, inner_lr)
+    mu_u = _mu_u(context, step, images, labels.fixed, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
     authors = settings.rkl_estimator == "authors"
     augment = "none" if authors else context.augment
@@ -69,8 +69,8 @@ def forward(
     """Differentiate BPC-fKL, Eq. 7."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
-    mu_x = _target(context, start)
-    mu_u = _trained(context, step, images, labels.fixed, start.theta_0, inner_lr)
+    mu_x = _mu_x(context, start)
+    mu_u = _mu_u(context, step, images, labels.fixed, start.theta_0, inner_lr)
     seconds_u, chosen = clock.lap(), context.batch(step)
     draws, count = context.rng(step, "augment"), settings.views or settings.mc_samples
     views = [AUGMENTATIONS[context.augment](len(chosen), draws) for _ in range(count)]
@@ -93,7 +93,7 @@ def distance(
     """Differentiate BPC-W: the distance of the means, through unrolled steps whose learning rate is learned."""
     settings, clock = context.settings, Clock(context.network.device)
     start, labels = _start(context, step), coreset_labels(context.labels, soft_labels)
-    mu_x = _target(context, start)
+    mu_x = _mu_x(context, start)
     u, rate = images.detach().requires_grad_(), torch.tensor(inner_lr, device=images.device, requires_grad=True)
     batches = coreset_batches(u, labels.targets, settings.batch_size, context.augment, context.rng(step, "coreset"))
     mu_u = unrolled_sgd(context.network.forward, start.theta_0, islice(batches, settings.syn_steps), rate)
@@ -110,22 +110,23 @@ def distance(
 
 
 def _start(context: GradientContext, step: int) -> _Start:
+    """Draw theta_0, the snapshot of a random expert from which mu_x and mu_u are a few steps away."""
     s = context.settings
     epochs = expert_epochs(s.start_epoch, s.start_rule, context.store.recipe.epochs, AHEAD[s.method])
     expert, epoch = draw_expert(context.expert_count, epochs, context.rng(step, "expert"))
     return _Start(context.network.parameters_of(context.store.read(expert, epoch)), expert, epoch)
 
 
-def _target(context: GradientContext, start: _Start) -> Params:
-    """Return mu_x, the end of the expert's steps on real images."""
+def _mu_x(context: GradientContext, start: _Start) -> Params:
+    """Return mu_x of Eq. 6, the snapshot at which the expert's steps on real images from theta_0 end."""
     later = start.epoch + AHEAD[context.settings.method]
     return context.network.parameters_of(context.store.read(start.expert, later))
 
 
-def _trained(
+def _mu_u(
     context: GradientContext, step: int, images: Tensor, labels: Tensor, theta_0: Params, inner_lr: float
 ) -> Params:
-    """Return mu_u, without a graph."""
+    """Return mu_u of Eq. 6, theta_0 after `syn_steps` SGD steps on the pseudocoreset; no graph is left."""
     s = context.settings
     batches = coreset_batches(images, labels, s.batch_size, context.augment, context.rng(step, "coreset"))
     steps = islice(sgd_trajectory(context.passes.loss_and_grad, theta_0, batches, inner_lr), s.syn_steps)

@@ -145,16 +145,17 @@ def coreset_labels(labels: Tensor, soft_labels: Tensor | None) -> CoresetLabels:
 
 
 Method = Callable[..., Gradient]
-"""(problem, step, images (m, c, h, w) on the device, inner learning rate, and what was made before) -> Gradient.
+"""(context, step, images (m, c, h, w) on the device, inner learning rate, and what was made before) -> Gradient.
 Pure."""
 
 ExpertSide = Callable[[GradientContext, int], np.ndarray]
-"""(problem, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
+"""(context, step) -> what a method's gradient needs that does not depend on u, to be computed ahead of it. Pure."""
 
 
 def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
     """Return the epochs from which an expert's snapshot is drawn, each followed by `ahead` more.
 
+    With T = `start` and the rule `from` they are T..`epochs` (App. C.2: "from T epoch onwards"), with `before` 0..T-1.
     Raises UserError where there is none.
     """
     last = epochs - ahead
@@ -173,7 +174,7 @@ def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
 
 
 def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int, int]:
-    """Draw a trajectory and an epoch, uniform over both."""
+    """Draw a trajectory and an epoch, uniform over both: Algorithm 1's theta_x in E^(a)."""
     trajectory = int(torch.randint(count, (), generator=source))
     return trajectory, epochs[int(torch.randint(len(epochs), (), generator=source))]
 
