@@ -6,7 +6,6 @@ import json
 import sys
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from fbpc_ray.tracking.mlflow_client import (
     MAX_METRICS,
@@ -19,7 +18,7 @@ from fbpc_ray.tracking.mlflow_client import (
     open_store,
     stored_value,
 )
-from fbpc_ray.tracking.uri import VIEW_TAG, database
+from fbpc_ray.tracking.uri import VIEW_TAG, artifact_folder, database
 
 COLUMNS = (
     "metrics.`test/accuracy`", "metrics.`test/nll`", "metrics.`val/accuracy`", "metrics.`val/nll`", "tags.`method`",
@@ -56,11 +55,10 @@ class MlflowRun:
 
     def open(self) -> MlflowClient:
         """Find or create experiment and run. May be called again after it raised anywhere."""
-        file = database(self.uri)
-        client = open_store(self.uri, file, self._note)
+        client = open_store(self.uri, database(self.uri), self._note)
         run = self._existing(client)
         if run is None:
-            experiment_id = self._open_experiment(client, file.parent if file else None)
+            experiment_id = self._open_experiment(client)
             run = self._of_session(client, experiment_id) or self._create(client, experiment_id)
         if run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
@@ -83,11 +81,11 @@ class MlflowRun:
             return None
         return run
 
-    def _open_experiment(self, client: MlflowClient, folder: Path | None) -> str:
+    def _open_experiment(self, client: MlflowClient) -> str:
         """Return the experiment's id; create the experiment if missing, restore it if deleted."""
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
-            return self._create_experiment(client, folder)
+            return self._create_experiment(client)
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
             self._note("restored", f"MLflow: experiment {self._experiment!r} was deleted; it is restored.")
@@ -95,9 +93,9 @@ class MlflowRun:
             client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, EXPERIMENT_TAGS[VIEW_TAG])
         return experiment.experiment_id
 
-    def _create_experiment(self, client: MlflowClient, folder: Path | None) -> str:
-        # MLflow's own default is relative to the working directory, which may be a temporary one.
-        artifacts = (folder / "mlartifacts").as_uri() if folder else None
+    def _create_experiment(self, client: MlflowClient) -> str:
+        folder = artifact_folder(self.uri)
+        artifacts = folder.as_uri() if folder else None
         try:
             return client.create_experiment(self._experiment, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
         except MlflowException:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from fbpc_ray.core.addresses import redacted
+from fbpc_ray.core.provenance import home
 
 SQLITE = "sqlite:///"
 TRAINING = "workflowType=machine_learning"
@@ -41,6 +43,16 @@ def absolute(uri: str) -> str:
 def database(uri: str) -> Path | None:
     """Return the file of a SQLite store; None for any other."""
     return Path(unquote(urlsplit(uri).path[1:])) if uri.startswith(SQLITE) else None
+
+
+def artifact_folder(uri: str) -> Path | None:
+    """Return where the artifacts of a database's new experiment go; None for a server, which chooses itself.
+
+    MLflow's own choice is relative to the current folder, which in a submitted Ray job is a temporary copy.
+    """
+    if file := database(uri):
+        return file.parent / "mlartifacts"
+    return home() / "mlartifacts" if re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri) else None
 
 
 def remote(uri: str) -> bool:

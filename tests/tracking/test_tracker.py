@@ -13,6 +13,7 @@ from support.mlflow_records import PICTURE, history, images, wait_for
 
 from fbpc_ray.tracking import mlflow_client
 from fbpc_ray.tracking import uri as mlflow_uri
+from fbpc_ray.tracking.mlflow_run import MlflowRun
 from fbpc_ray.tracking.tracker import Metric, MlflowClient, MlflowTracker
 
 
@@ -202,6 +203,33 @@ def test_names_and_uris(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert mlflow_uri.ui_command("sqlite:////r.db").startswith(f"{Path(sys.executable).with_name('fbpc')} ui ")
     names = {"a/b": "a/b", "/a//../b/": "a/b", "x@y,z": "x_y_z", "": "_", "..": "_", "n" * 249 + "/x": "n" * 249}
     assert {name: mlflow_client.valid_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize("uri, folder", [
+    ("sqlite:////r/a%20b/mlflow.db", "file:///r/a%20b/mlartifacts"),
+    ("postgresql+psycopg2://user:word@db:5432/mlflow", "file:///home/me/fbpc-ray/mlartifacts"),
+    ("mysql://user:word@db/mlflow", "file:///home/me/fbpc-ray/mlartifacts"),
+    ("http://127.0.0.1:5000", None),
+    ("databricks", None),
+])  # fmt: skip
+def test_artifacts_never_go_to_the_current_folder(uri, folder, monkeypatch):
+    """In a submitted job it is a temporary copy, and MLflow keeps an experiment's address of artifacts for good."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("FBPC_HOME", raising=False)
+    locations = []
+
+    class Client:
+        def get_experiment_by_name(self, name):
+            return None
+
+        def create_experiment(self, name, artifact_location, tags):
+            locations.append(artifact_location)
+            return "1"
+
+    run = MlflowRun(uri, "fbpc", "r", None, "", lambda kind, line: None)
+    run._open_experiment(Client())  # type: ignore[arg-type]
+    assert locations == [folder]
 
 
 @pytest.mark.slow
