@@ -13,6 +13,11 @@ class TaskRunner(Protocol):
     device: str
     """cpu or cuda."""
 
+    @property
+    def uses_other_machines(self) -> bool:
+        """Whether tasks may run where the local paths of this process name other folders."""
+        ...
+
     def map(
         self, function: Callable[[Any, Item, str], Result], shared: Any, items: Sequence[Item]
     ) -> Iterator[tuple[int, Result]]:

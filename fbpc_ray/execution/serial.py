@@ -29,6 +29,8 @@ def gradient_of(answer: GradientArrays) -> Gradient:
 class Serial:
     """Runs all work in this process, one piece after the other. A `Backend`."""
 
+    uses_other_machines = False
+
     def __init__(self, device: str, interruption: Interruption):
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")

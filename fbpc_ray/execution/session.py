@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.settings import Workers
 from fbpc_ray.core.signals import Interruption, deferred_interrupt
-from fbpc_ray.core.storage import place
+from fbpc_ray.core.storage import Place, place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import datasets
 from fbpc_ray.data.coreset import Coreset
@@ -89,6 +90,9 @@ class Session:
         """Train the trajectories that are missing; none for a method without experts."""
         if not self.stores:
             return
+        root = expert_root(self.config)
+        if isinstance(root, Path) and workers.uses_other_machines:
+            log(shared_folder_note(root, "--experts"))
         count = self.config.experts.expert_count
         train_missing_experts(self.stores, self.specs, count, self.dataset, workers, log)
 
@@ -221,8 +225,18 @@ def expert_store(config: Config, dataset: Dataset, spec: Spec) -> ExpertStore:
         batch_size=e.expert_batch_size, augment=config.networks.augment, dtype=e.expert_dtype, seed=e.expert_seed,
         precision=config.networks.precision,
     )  # fmt: skip
-    root = place(e.experts) if e.experts else home() / "experts"
-    return open_store(root.absolute(), recipe)
+    return open_store(expert_root(config), recipe)
+
+
+def expert_root(config: Config) -> Place:
+    """Return the folder that holds the experts of all recipes, absolute."""
+    experts = config.experts.experts
+    return (place(experts) if experts else home() / "experts").absolute()
+
+
+def shared_folder_note(folder: Path, flag: str) -> str:
+    """Return the note on a local folder that processes on several machines read and write."""
+    return f"note: all nodes must see {folder}; where they don't share it (NFS), give {flag} s3://BUCKET/PREFIX"
 
 
 def cpu_threads(config: Config) -> int:

@@ -21,11 +21,11 @@ from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place as located
-from fbpc_ray.execution.ray.connection import free, nodes, num_nodes
+from fbpc_ray.execution.ray.connection import free, nodes
 from fbpc_ray.execution.ray.placement import Resources, capacity, infeasible_message, share
 from fbpc_ray.execution.ray.ray_backend import RayBackend
 from fbpc_ray.execution.ray.waiting import Wait
-from fbpc_ray.execution.session import num_steps
+from fbpc_ray.execution.session import num_steps, shared_folder_note
 from fbpc_ray.tuning.trial import MODES, Outcome, Task, ValidationResult, run_trial
 
 ATTEMPTS = 3
@@ -75,8 +75,8 @@ def run(
     need, workers = place(task, len(unfinished), backend)
     parallel = min(len(unfinished), capacity(nodes(), need) // workers) or 1
     out = located(task.configs[0].output.out)
-    if isinstance(out, Path) and num_nodes() > 1:
-        log(f"note: all nodes must see {out.parent.parent}; where they don't share it (NFS), give --out s3://...")
+    if isinstance(out, Path) and backend.uses_other_machines:
+        log(shared_folder_note(out.parent.parent, "--out"))
     size = f"{workers} worker{'s' * (workers != 1)} of {need}"
     log(f"{len(unfinished)} trials to run, {parallel} at a time, each on {size}")
     for name, value in ENVIRONMENT.items():

@@ -29,7 +29,7 @@ from fbpc_ray.core.config import (
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.presets import to_preset
 from fbpc_ray.core.progress import log, resume_hint
-from fbpc_ray.core.provenance import Provenance, capture, home, new_output
+from fbpc_ray.core.provenance import Provenance, capture, new_output
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.core.storage import Place, place
@@ -40,6 +40,7 @@ from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import (
     check_memory,
     cpu_threads,
+    expert_root,
     load_data,
     network_specs,
     num_steps,
@@ -163,8 +164,7 @@ def _prepare(
         plan = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
     if resume and not trusted:
         _refuse_untrusted(plan, base, folder)
-    root = place(base.experts.experts) if base.experts.experts else home() / "experts"
-    placed = base.updated(experts=str(root.absolute()))  # a trial has another working directory
+    placed = base.updated(experts=str(expert_root(base)))  # a trial has another working directory
     configs = [trial.trial_config(placed, flags, settings, folder, number) for number, flags in enumerate(plan.trials)]
     specs = {config.networks: network_specs(config, dataset) for config in {c.networks: c for c in configs}.values()}
     for config in configs:

@@ -77,6 +77,22 @@ def test_what_another_run_trained_meanwhile_is_not_trained_again(small, digits, 
     assert files() == trainings[0]
 
 
+class OnACluster(Serial):
+    """Says that its tasks run on other machines."""
+
+    uses_other_machines = True
+
+
+@pytest.mark.parametrize("kind, noted", [(Serial, False), (OnACluster, True)])
+def test_a_local_folder_of_experts_is_noted_where_other_machines_train_them(kind, noted, small, digits, tmp_path):
+    """An expert that a node wrote on its own disk is missing on the others."""
+    lines: list[str] = []
+    own = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_epochs=1, start_epoch=0)
+    session.open_session(own, lines.append, digits).train_experts(kind("cpu", Interruption()), lines.append)
+    note = f"note: all nodes must see {tmp_path}; where they don't share it (NFS), give --experts s3://BUCKET/PREFIX"
+    assert [line for line in lines if "all nodes" in line] == [note] * noted
+
+
 def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     """1,437 images in batches of 256 are 6 steps per epoch: 12 in two epochs, and 102 in 17."""
     lines, stores = trained(small.updated(experts=str(tmp_path), expert_epochs=2, expert_batch_size=256), digits)

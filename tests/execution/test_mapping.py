@@ -58,3 +58,11 @@ def test_a_node_that_comes_back_within_the_timeout_ends_the_wait(monkeypatch):
     cluster = Cluster(monkeypatch, dies=10.0, back=50.0, end=500.0)
     assert dict(cluster.backend.map(max, None, ["a", "b"])) == {0: "a", 1: "b"}
     assert cluster.cancelled == []
+
+
+@pytest.mark.parametrize("autoscale, num_nodes, others", [(False, 1, False), (False, 2, True), (True, 1, True)])
+def test_a_cluster_that_has_or_starts_other_nodes_uses_other_machines(monkeypatch, autoscale, num_nodes, others):
+    backend = object.__new__(RayBackend)
+    backend.settings = Workers(autoscale=autoscale)
+    monkeypatch.setattr(ray_backend, "num_nodes", lambda: num_nodes)
+    assert backend.uses_other_machines is others

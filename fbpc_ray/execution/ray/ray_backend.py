@@ -68,6 +68,10 @@ class RayBackend:
             )
         self.device = "cuda" if wants_gpu or (gpus and settings.device == "auto") else "cpu"
 
+    @property
+    def uses_other_machines(self) -> bool:
+        return self.settings.autoscale or num_nodes() > 1
+
     def map(self, function, shared, items):
         if self.workers:
             return map_on_pool(function, shared, items, self.workers.pool, self.check)
