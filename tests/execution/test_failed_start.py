@@ -2,12 +2,13 @@
 
 import pytest
 import ray
+from ray._private import services
 from ray._private.utils import check_version_info
 from ray.exceptions import AuthenticationError
 
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import connection
-from fbpc_ray.execution.ray.ray_errors import version_mismatch
+from fbpc_ray.execution.ray.ray_errors import join_failure
 
 TIMED_OUT = "The current node timed out during startup. This could happen because the GCS has become overloaded."
 
@@ -63,7 +64,24 @@ def test_ray_words_a_mismatch_of_versions_as_we_read_it():
     """The text is private to Ray: ray is pinned."""
     with pytest.raises(RuntimeError) as raised:
         check_version_info({"ray_version": "1.0", "python_version": "3.11.9"}, "10.0.0.7:0")
-    assert "the Ray cluster runs Ray 1.0 and Python 3.11.9, this process" in str(version_mismatch(raised.value))
+    assert "the Ray cluster runs Ray 1.0 and Python 3.11.9, this process" in str(join_failure(raised.value))
+
+
+def test_a_machine_without_a_node_of_the_cluster_is_named_as_such(monkeypatch):
+    """`fbpc distill --address HEAD:6379` on a laptop: the head answers, and Ray looks for a node here in vain."""
+    monkeypatch.setattr(services, "find_node_ids", list)
+
+    def init(**options: object) -> None:
+        services.get_node_to_connect_for_driver(None, timeout_seconds=0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connection, "probe", lambda address: None)
+    with pytest.raises(UserError) as raised:
+        connection.connect("10.0.0.1:6379", {}, print)
+    assert str(raised.value) == (
+        "the Ray cluster has no node on this machine, which a driver needs: run `ray start --address=HEAD:6379` here, "
+        "or submit the run with `ray job submit`"
+    )
 
 
 @pytest.mark.parametrize("flag, address, variable", [

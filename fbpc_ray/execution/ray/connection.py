@@ -18,7 +18,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import set_environment
 from fbpc_ray.execution.ray.placement import Node
 from fbpc_ray.execution.ray.probe import probe, refused
-from fbpc_ray.execution.ray.ray_errors import STORE_FULL, first_line, raise_cause, version_mismatch
+from fbpc_ray.execution.ray.ray_errors import STORE_FULL, first_line, join_failure, raise_cause
 from fbpc_ray.execution.ray.reaper import Reaper
 
 
@@ -85,14 +85,14 @@ def _join_errors(requested: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _as_user_error(failure: str, fix: str, code: int = 2) -> Iterator[None]:
-    """Raise an exception of Ray as UserError: that of a refused token or other versions, or `failure`, cause, `fix`."""
+    """Raise an exception of Ray as UserError: `refused`, `join_failure`, or else `failure`, its cause and `fix`."""
     try:
         yield
     except RayAuthenticationError as error:
         raise refused(first_line(error)) from error
     except Exception as error:
-        if mismatch := version_mismatch(error):
-            raise mismatch from error
+        if known := join_failure(error):
+            raise known from error
         raise UserError(f"{failure} ({first_line(error)}): {fix}", code=code) from error
 
 

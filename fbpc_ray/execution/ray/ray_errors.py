@@ -60,12 +60,18 @@ def import_failure(error: BaseException) -> UserError | None:
     )
 
 
-def version_mismatch(error: BaseException) -> UserError | None:
-    """Return the error for a cluster of other versions than this process; None if `error` has another cause."""
-    if not str(error).startswith("Version mismatch"):
-        return None
-    versions = [" ".join(pair) for pair in re.findall(r"(Ray|Python): (\S+)", str(error))]
-    return UserError(
-        f"the Ray cluster runs {' and '.join(versions[:2])}, this process {' and '.join(versions[2:])}: install the "
-        "cluster's versions here, or run on one of its nodes by `ray job submit`"
-    )
+def join_failure(error: BaseException) -> UserError | None:
+    """Return the error for a cluster that answers and that this process cannot join; None for another cause."""
+    text = str(error)
+    if text.startswith("Version mismatch"):
+        versions = [" ".join(pair) for pair in re.findall(r"(Ray|Python): (\S+)", text)]
+        return UserError(
+            f"the Ray cluster runs {' and '.join(versions[:2])}, this process {' and '.join(versions[2:])}: install "
+            "the cluster's versions here, or run on one of its nodes by `ray job submit`"
+        )
+    if text.startswith("No node info found"):
+        return UserError(
+            "the Ray cluster has no node on this machine, which a driver needs: run `ray start --address=HEAD:6379` "
+            "here, or submit the run with `ray job submit`"
+        )
+    return None
