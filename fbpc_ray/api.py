@@ -35,6 +35,7 @@ from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import chains, ensemble
 from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
+from fbpc_ray.evaluation.evaluate import check_split_name
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
 from fbpc_ray.execution import advice, keyword_settings, memory_budget, memory_estimate, validation
 from fbpc_ray.execution.keyword_settings import Architecture
@@ -255,8 +256,7 @@ def evaluate(
     Raises:
         UserError: an argument is wrong.
     """
-    if split not in ("test", "validation"):
-        raise UserError(f"--split {split}: must be test or validation")
+    check_split_name(split)
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     others = (config.Data, config.Experts, config.Distillation, config.Output)
     keyword_settings.check_names(settings, "evaluate", without=others)

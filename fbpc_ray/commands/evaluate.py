@@ -19,7 +19,7 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation.calibration import Calibrated
-from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation
+from fbpc_ray.evaluation.evaluate import EvaluationResult, check_split, check_split_name, describe_evaluation
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.models.functional import Spec
@@ -47,12 +47,13 @@ class Options(NamedTuple):
 
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
     """Evaluate the coreset of the run in `folder` and its random coreset, on the networks of `config`."""
-    if options.split not in ("test", "validation"):
-        raise UserError(f"--split {options.split}: must be test or validation")
+    check_split_name(options.split)
     run, config = RunDirectory(folder), validation.validate(config)
     session, coresets = _open(run, config)
     config = session.config
-    calibration.check(options.protocol, config.evaluation, session.dataset, "distil with --validation 0.1")
+    fix = "distil with --validation 0.1"
+    check_split(session.dataset, options.split, fix)
+    calibration.check(options.protocol, config.evaluation, session.dataset, fix)
     target = model_export.optional_target(options.save_model, session.specs)
     ood = _ood_images(session, options) if options.ood else None
     if dry_run:

@@ -18,7 +18,7 @@ from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.evaluation import calibration, protocols, results
-from fbpc_ray.evaluation.evaluate import describe_evaluation
+from fbpc_ray.evaluation.evaluate import check_split, check_split_name, describe_evaluation
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
 from fbpc_ray.execution.session import (
@@ -60,8 +60,7 @@ def stored_settings(source: str, given: Set[str]) -> dict[str, Any]:
 
 def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
     """Evaluate the coreset at `source` and as many random real images, on the networks of `config`."""
-    if options.split not in ("test", "validation"):
-        raise UserError(f"--split {options.split}: must be test or validation")
+    check_split_name(options.split)
     config = validation.validate(config)
     session, candidates, ipc = _open(source, config.updated(download=False) if dry_run else config, options)
     config = session.config
@@ -99,6 +98,7 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[
     """
     coreset_reader.check_size(place(source))
     dataset = load_data(config, log)
+    check_split(dataset, options.split)
     calibration.check(options.protocol, config.evaluation, dataset, "give --validation 0.1")
     given, notes = coreset_reader.load(place(source), dataset, options.pixels)
     for note in notes:

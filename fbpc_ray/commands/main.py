@@ -197,6 +197,8 @@ def _evaluate_coreset(words: Sequence[str]) -> None:
     args = parse(CoresetArguments, words, program)
     if not args.data.data:
         raise UserError("--data: missing; name the data set whose test images score the coreset")
+    if not args.coreset:
+        raise UserError("--coreset: the path is empty; give a file or a folder")
     _loading()
     from fbpc_ray.commands import evaluate_coreset as commands
 

@@ -221,16 +221,16 @@ def problem(coreset: Coreset) -> str | None:
         return f"images are {images.dtype} {tuple(images.shape)}, expected float32 (m, c, h, w)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         return f"labels are {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)"
-    if not images.isfinite().all():
-        return "some pixels are not finite"
     if wrong := _problem_of_facts(mean, std, classes, images.shape[1]):
         return wrong
+    if not images.isfinite().all():
+        return "some pixels are not finite"
     if soft_labels is not None:
         shape = len(images), len(classes)
         if soft_labels.dtype != torch.float32 or soft_labels.shape != shape or not soft_labels.isfinite().all():
             return f"soft labels are {soft_labels.dtype} {tuple(soft_labels.shape)}, expected finite float32 {shape}"
     if labels.min() < 0 or labels.max() >= len(classes):
-        return f"labels from {int(labels.min())} to {int(labels.max())}, but {len(classes)} classes"
+        return f"labels from {labels.min()} to {labels.max()}, but {len(classes)} classes, numbered from 0"
     return None
 
 

@@ -1,5 +1,6 @@
 """Encoded images -> uint8 pixels, upright, in RGB; and which PIL images have no 8 bits per channel."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -129,7 +130,10 @@ def _decode_one(data: bytes | None, resizing: Resizing) -> Pixels:
 
 
 def _read(data: bytes, resizing: Resizing) -> Pixels:
-    with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as opened:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the size is an error
+        opened = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
+    with opened:
         deep = _has_16_bits(opened)
         opened.load()
         image, orientation = upright(opened)

@@ -64,11 +64,11 @@ class RunDirectory(Generic[Where]):
         """Raise UserError unless the folder is empty, or holds only files of a process killed before config.json."""
         if not self.folder.exists():
             return
+        if isinstance(self.folder, Path) and self.folder.is_file():
+            raise UserError(f"{self.folder} is a file: give a folder as --out")
         leftovers = (".config.json.*.tmp", ".sweep.json.*.tmp", "sweep.json", files.LOCK)
         with suppress(FileNotFoundError):  # removed meanwhile, by the process that had it
-            if not self.folder.is_dir() or any(
-                not any(entry.match(name) for name in leftovers) for entry in self.folder.iterdir()
-            ):
+            if any(not any(entry.match(name) for name in leftovers) for entry in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
     def remove_leftovers(self) -> None:

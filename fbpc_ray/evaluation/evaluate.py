@@ -74,6 +74,18 @@ def collect(chains: Sequence[Chain], results: Sequence[ChainResult], quantities:
     return evaluation
 
 
+def check_split_name(split: str) -> None:
+    """Raise UserError for other splits than test and validation."""
+    if split not in ("test", "validation"):
+        raise UserError(f"--split {split}: must be test or validation")
+
+
+def check_split(dataset: Dataset, split: str, fix: str = "give --validation 0.1") -> None:
+    """Raise UserError for a split without images; `fix` says how to get a validation split."""
+    if not len(getattr(dataset, split).labels):
+        raise UserError(f"the {split} split is empty: {fix if split == 'validation' else 'choose another data set'}")
+
+
 def evaluate(
     coresets: dict[str, Coreset], specs: Sequence[Spec], dataset: Dataset, split: str, config: Config,
     workers: TaskRunner, log: Log, ood: Split | None = None, keep_samples_of: str = "",
@@ -99,9 +111,7 @@ def evaluate(
         config.workers.compiled_chains,
         config.networks.chunk_images,
     )
-    if not len(context.split.labels):
-        fix = "give --validation 0.1" if split == "validation" else "choose another data set"
-        raise UserError(f"the {split} split is empty: {fix}")
+    check_split(dataset, split)
     chains = [
         Chain(name, spec, seed, keep_samples=name == keep_samples_of and seed == 0)
         for name in coresets

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.runs import refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.core import memory
@@ -143,6 +144,20 @@ def test_every_export_keeps_the_settings(kind, finished_run, tmp_path, capsys):
 def test_a_file_that_cannot_be_read_has_no_settings(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK")
     assert coreset_reader.settings_of(tmp_path / "x.npz") == coreset_reader.settings_of(tmp_path / "none") == {}
+
+
+# ---- what is missing
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_split_without_images_is_refused_before_the_work(cifar, tmp_path, capsys, dry):
+    words = ("--coreset", str(COMMITTED[0]), "--data", cifar, *SHORT, "--split", "validation", *dry)
+    assert refused(capsys, *words, command="evaluate") == "error: the validation split is empty: give --validation 0.1"
+
+
+def test_an_empty_path_is_not_the_current_folder(cifar, capsys):
+    message = refused(capsys, "--coreset", "", "--data", cifar, command="evaluate")
+    assert message == "error: --coreset: the path is empty; give a file or a folder"
 
 
 # ---- memory

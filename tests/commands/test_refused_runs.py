@@ -46,6 +46,23 @@ def test_a_folder_that_is_removed_as_one_looks_into_it_is_free(tmp_path, monkeyp
     assert not tmp_path.exists()
 
 
+def test_a_file_as_out_is_refused_as_such(tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    message = refused(capsys, *SERIAL, "--method", "random", "--out", str(tmp_path / "run"))
+    assert message == f"error: {tmp_path / 'run'} is a file: give a folder as --out"
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_without_a_validation_split_is_not_evaluated_on_it(finished_run, dry, capsys):
+    """Refused before an MLflow run is made."""
+    before = set(finished_run.rglob("*"))
+    words = (str(finished_run), "--backend", "serial", "--split", "validation", *dry)
+    message = refused(capsys, *words, command="evaluate")
+    assert message == "error: the validation split is empty: distil with --validation 0.1"
+    assert set(finished_run.rglob("*")) == before
+
+
 SERIAL = ("--backend", "serial", "--no-tracking")
 
 

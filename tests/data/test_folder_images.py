@@ -35,6 +35,14 @@ def test_a_class_of_unread_files_alone_is_refused_with_their_suffix(class_folder
     assert "class 'c'" in refusal(class_folders) and ".heic" in refusal(class_folders)
 
 
+def test_an_image_of_many_pixels_is_read_without_a_warning(class_folders, monkeypatch):
+    """Pillow warns above a size and refuses above twice that size."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    assert counts(read(class_folders)) == ([4, 4], [], [3, 3])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    assert "exceeds limit of 40 pixels" in refusal(class_folders)
+
+
 def test_images_in_no_class_folder_are_named(class_folders):
     write_image(class_folders / "train" / "stray.png")
     assert counts(read(class_folders)) == ([4, 4], [], [3, 3])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.data_files import write_splits
 from support.exports import NAMES, write_export
 from support.traps import Trap
 
@@ -14,7 +15,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
-from fbpc_ray.data.datasets import normalise
+from fbpc_ray.data.datasets import Dataset, normalise
 
 
 def test_a_file_of_unknown_content_and_suffix_is_refused(colour_data, tmp_path):
@@ -100,7 +101,7 @@ BAD = {
     "text.safetensors": (lambda trap: b"hello", "no code in it was run"),
     "number.pt": (lambda trap: bytes_of(lambda file: torch.save(3, file)), "no code in it was run"),
     "alone.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_X.pt"),
-    "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "labels_1.pt: coreset not found"),
+    "images_1.pt": (lambda trap: bytes_of(lambda file: torch.save(GOOD, file)), "without labels: .*labels_1.pt is"),
     "flags.pt": (lambda trap: pair(GOOD, torch.zeros(3, 3, dtype=torch.bool)), "must be class numbers"),
     "soft.pt": (lambda trap: pair(GOOD, torch.zeros(3, 2)), "soft labels are"),
     "four.pt": (lambda trap: pair(GOOD, LABELS + 1), "labels from 1 to 3, but 3 classes"),
@@ -109,7 +110,7 @@ BAD = {
     "none.pt": (lambda trap: pair(GOOD[:0], LABELS[:0]), "is not a coreset"),
     "large.pt": (lambda trap: pair(torch.zeros(3, 3, 8, 8) - 1, LABELS), "--data"),
     "sparse.pt": (lambda trap: pair(GOOD.to_sparse(), LABELS), "plain tensor"),
-    "integers.pt": (lambda trap: pair(GOOD.long(), LABELS), "uint8 or floats"),
+    "integers.pt": (lambda trap: pair(GOOD.long(), LABELS), r"outside 0\.\.255 \(int64\)"),
     "names.npz": (lambda trap: arrays(x=GOOD.numpy()), "no array images"),
     "it.txt": (lambda trap: b"hello", ".safetensors, .npz, .pt"),
 }  # fmt: skip
@@ -143,3 +144,90 @@ def test_a_bad_folder_is_one_line(original, colour_data, tmp_path):
     other = write_export(original._replace(classes=("a", "b", "c")), "npz", tmp_path / "it.npz")
     with pytest.raises(UserError, match="other classes than mine"):
         coreset_reader.load(other, colour_data)
+
+
+# ---- arrays as people save them
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
+
+
+def saved(folder: Path, **values: object) -> Path:
+    np.savez(folder / "own.npz", **({"images": IMAGES, "labels": np.arange(3)} | values))  # type: ignore[arg-type]
+    return folder / "own.npz"
+
+
+def refusal(path: Path, data: Dataset) -> str:
+    with pytest.raises(UserError) as caught:
+        coreset_reader.load(path, data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"images": IMAGES.astype(np.int64)}, {"images": IMAGES.astype(np.uint16)}, {"labels": np.arange(3)[:, None]},
+        {"labels": np.eye(3, dtype=int)}, {"labels": np.eye(3, dtype=bool)}, {"classes": np.array(NAMES)},
+    ],
+    ids=["int64", "uint16", "a column", "one-hot", "one-hot of bool", "names alone"],
+)  # fmt: skip
+def test_integers_and_one_hot_rows_of_others_are_read(colour_data, tmp_path, values):
+    expected = coreset_reader.load(saved(tmp_path), colour_data).coreset
+    result = coreset_reader.load(saved(tmp_path, **values), colour_data).coreset
+    assert torch.equal(result.images, expected.images) and result.labels.tolist() == [0, 1, 2]
+    assert result.soft_labels is None
+
+
+def test_soft_labels_of_64_bits_are_read(colour_data, tmp_path):
+    result = coreset_reader.load(saved(tmp_path, soft_labels=np.eye(3)), colour_data).coreset
+    assert result.soft_labels is not None and torch.equal(result.soft_labels, torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": IMAGES * 1.0}, "images are floats from 0 to 255; save uint8, or divide them by 255"),
+        ({"images": IMAGES > 9}, "images is bool"),
+        ({"labels": np.array(["a", "b", "c"])}, "labels are names; write class numbers"),
+        ({"labels": np.arange(3) + 1}, "labels from 1 to 3, but 3 classes, numbered from 0"),
+        ({"mean": [0.5] * 3}, "has one of the arrays mean and std"),
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "are not a normalisation"),
+        ({"classes": ["x", "y", "z"]}, "has other classes than mine"),
+    ],
+)
+def test_arrays_of_others_that_make_no_coreset_are_refused_with_the_cause(colour_data, tmp_path, values, message):
+    images = values.get("images")
+    if images is not None and images.dtype == float:
+        images.flat[:2] = 0, 255
+    assert message in refusal(saved(tmp_path, **values), colour_data)
+
+
+def test_floats_of_255_that_are_said_to_be_normalised_are_taken_as_such(colour_data, tmp_path):
+    result = coreset_reader.load(saved(tmp_path, images=IMAGES * 1.0), colour_data, "normalised").coreset
+    assert torch.equal(result.images, torch.tensor(IMAGES).permute(0, 3, 1, 2).float())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"x": torch.zeros(3)}, "has no images and labels (it has x): rename its entries"),
+        ([torch.zeros(3, 3, 5, 4)], "must hold images and labels, a pair or a dict"),
+    ],
+)
+def test_files_of_other_tensors_are_refused_with_what_they_hold(colour_data, tmp_path, content, message):
+    torch.save(content, tmp_path / "it.PT")
+    assert message in refusal(tmp_path / "it.PT", colour_data)
+
+
+def test_a_path_with_the_kind_of_a_data_set_is_refused_with_the_path(colour_data, tmp_path):
+    path = saved(tmp_path)
+    assert refusal(Path(f"npz:{path}"), colour_data) == f"npz:{path}: coreset not found; write its path alone, {path}"
+
+
+def test_notes_of_a_folder_of_images_are_kept(colour_data, tmp_path):
+    data = colour_data._replace(classes=("a", "b"))
+    write_splits(tmp_path, size=(4, 5))
+    (tmp_path / "train" / "a" / "x.heic").write_bytes(b"x")
+    result = coreset_reader.load(tmp_path, data)
+    assert any("left out 1 file" in note for note in result.notes)
+    assert f"{tmp_path}: the test split is left out" in result.notes

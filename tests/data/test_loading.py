@@ -338,7 +338,7 @@ def test_no_module_can_unpickle_or_evaluate():
                 assert function not in RUN, where
                 assert function not in ("pd.read_pickle", "np.fromfile"), where
                 if function == "torch.load":
-                    assert path.name == "coreset_reader.py", where
+                    assert path.name == "coreset_files.py", where
                     assert "weights_only" in {word.arg for word in node.keywords}, where
                 if function.endswith(("import_module", "resolve_name")):
                     assert path.name == "custom.py", where

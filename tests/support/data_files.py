@@ -26,24 +26,31 @@ def encode(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) 
     return buffer.getvalue()
 
 
-def write_image(path: Path, label: int = 0, number: int = 99, form: str = "PNG") -> Path:
+def write_image(
+    path: Path, label: int = 0, number: int = 99, form: str = "PNG", size: tuple[int, int] = (8, 8)
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(picture(label, number), form))
+    path.write_bytes(encode(picture(label, number, size), form))
     return path
 
 
-def write_classes(root: Path, names: Iterable[str] = ("a", "b"), count: int = 4, first: int = 0) -> Path:
+def write_classes(
+    root: Path, names: Iterable[str] = ("a", "b"), count: int = 4, first: int = 0, size: tuple[int, int] = (8, 8)
+) -> Path:  # fmt: skip
     """root/NAME/NNN.png: `count` images for each name, numbered from `first`."""
     for label, name in enumerate(names):
         for number in range(first, first + count):
-            write_image(root / name / f"{number:03d}.png", label, number)
+            write_image(root / name / f"{number:03d}.png", label, number, size=size)
     return root
 
 
-def write_splits(root: Path, train: str = "train", test: str = "test", names: Sequence[str] = ("a", "b")) -> Path:
+def write_splits(
+    root: Path, train: str = "train", test: str = "test", names: Sequence[str] = ("a", "b"),
+    size: tuple[int, int] = (8, 8),
+) -> Path:  # fmt: skip
     """4 images per class in root/TRAIN and 3 in root/TEST."""
-    write_classes(root / train, names)
-    write_classes(root / test, names, 3, first=50)
+    write_classes(root / train, names, size=size)
+    write_classes(root / test, names, 3, first=50, size=size)
     return root
 
 
