@@ -142,7 +142,7 @@ def passes_of(worker: Worker, images: Tensor, soft_labels: Tensor) -> tuple[tupl
     context = worker._context(TASK)
     passes, settings = context.passes, context.settings
     params = context.network.init(generator(0, "benchmark"))
-    u = vbpc._seen(images, soft_labels, settings)
+    u = vbpc._regression_data(images, soft_labels, settings)
     real = vbpc._real_batch(context, 0).images
     with torch.no_grad():
         features = scaled(passes.features(params, u.images)), scaled(passes.features(params, real))

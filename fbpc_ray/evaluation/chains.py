@@ -200,7 +200,7 @@ class Predictor(NamedTuple):
     """Parameters behind the predictions, on the device."""
 
 
-def sampled(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
+def sample_predictor(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
     """Sample one chain; return its model average, None for a chain that diverged."""
     passes = passes_of(context, chain, device)
     images, samples = sample_chain(context, chain, passes, device)
@@ -210,7 +210,7 @@ def sampled(context: EvaluationContext, chain: Chain, device: str) -> Predictor 
 def run_chain(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
     """Sample one chain and score its model average."""
     start = time.perf_counter()
-    predictor = sampled(context, chain, device)
+    predictor = sample_predictor(context, chain, device)
     return chain_result(context, chain, predictor, device, start)
 
 

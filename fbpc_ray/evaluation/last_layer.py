@@ -29,7 +29,7 @@ from fbpc_ray.evaluation.chains import (
     Predictor,
     arrays_of,
     chain_result,
-    sampled,
+    sample_predictor,
 )
 from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.evaluation.scoring import Logits, average_of
@@ -45,14 +45,14 @@ from fbpc_ray.models.passes import Passes
 def run_networks(context: EvaluationContext, chain: Chain, device: str) -> ChainResult:
     """Train the networks of one seed on the coreset, and score their predictions; as `run_chain`."""
     start = time.perf_counter()
-    return chain_result(context, chain, fitted(context, chain, device), device, start)
+    return chain_result(context, chain, fit_networks(context, chain, device), device, start)
 
 
-def fitted(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
+def fit_networks(context: EvaluationContext, chain: Chain, device: str) -> Predictor | None:
     """Train the networks of one seed on the coreset; return what they predict, None where training diverged."""
     settings, network = context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
-    samples = [trained(network, data, settings, chain.seed, member) for member in range(_num_networks(settings))]
+    samples = [train_network(network, data, settings, chain.seed, member) for member in range(_num_networks(settings))]
     if not ensemble.finite(samples):
         return None
     if settings.inference == "last-layer":
@@ -79,7 +79,7 @@ def _targets(arrays: CoresetArrays, classes: int, settings: Evaluation, device: 
     return data.with_mirror_images() if settings.net_mirror else data
 
 
-def trained(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
+def train_network(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
     """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
     name = network.spec.architecture
     passes = Passes(network)
@@ -130,6 +130,6 @@ RUNNERS: dict[str, Callable[[EvaluationContext, Chain, str], ChainResult]] = {
 """Values of `--inference`, beside sghmc."""
 
 PREDICTORS: dict[str, Callable[[EvaluationContext, Chain, str], Predictor | None]] = {
-    "sghmc": sampled, **dict.fromkeys(RUNNERS, fitted)
+    "sghmc": sample_predictor, **dict.fromkeys(RUNNERS, fit_networks)
 }  # fmt: skip
 """Inference alone, without its scores, for every value of `--inference`."""

@@ -36,7 +36,7 @@ class WeightDivergence(NamedTuple):
     """(m, d), with respect to labels that are probabilities and require a gradient."""
 
 
-def perturbed(params: Params, scale: float, source: torch.Generator) -> Params:
+def perturb(params: Params, scale: float, source: torch.Generator) -> Params:
     """Draw from N(params, scale^2 I), Eq. 6."""
     return {
         name: value.detach() + scale * torch.randn(value.shape, generator=source).to(value)
@@ -65,8 +65,8 @@ def forward_kl(
     gradients, sum_x, sum_u = [torch.zeros_like(value) for value in wanted], 0.0, 0.0
     for view in views:
         view_images = view(u)
-        loss_x = loss(forward(perturbed(mu_x, scale, source), view_images), labels)
-        loss_u = loss(forward(perturbed(mu_u, scale, source), view_images), labels)
+        loss_x = loss(forward(perturb(mu_x, scale, source), view_images), labels)
+        loss_u = loss(forward(perturb(mu_u, scale, source), view_images), labels)
         parts = torch.autograd.grad(loss_x - loss_u, wanted)
         gradients = [total + part for total, part in zip(gradients, parts, strict=True)]
         sum_x, sum_u = sum_x + loss_x.item(), sum_u + loss_u.item()
@@ -103,7 +103,7 @@ def reverse_kl(
     mean_gap, sum_x, sum_u = 0.0, 0.0, 0.0
     means, covariances = ([torch.zeros_like(value) for value in wanted] for _ in range(2))
     for count in range(1, samples + 1):
-        theta = perturbed(mu_u, scale, source)
+        theta = perturb(mu_u, scale, source)
         with torch.no_grad():
             loss_x = loss(forward(theta, real.images), real.labels).item()
         leaves = [value.detach().requires_grad_() for value in wanted]

@@ -17,7 +17,7 @@ from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.evaluation import last_layer, scoring
 from fbpc_ray.evaluation.chains import Chain, CoresetArrays, sample_chain
 from fbpc_ray.evaluation.evaluate import evaluate
-from fbpc_ray.evaluation.last_layer import closed_form, run_networks, targets_of, trained
+from fbpc_ray.evaluation.last_layer import closed_form, run_networks, targets_of, train_network
 from fbpc_ray.evaluation.scoring import score
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.inference.metrics import scores
@@ -62,7 +62,7 @@ def test_the_closed_form_is_dense_regression_on_the_trained_features(digits, cor
     chain, network = Chain("x", spec, 0), Network(spec)
     data = targets_of(shared, chain, "cpu")
     assert (len(data.images), data.targets.sum(1).abs().max() < 1e-5) == (40, True)
-    params = trained(network, data, SETTINGS, 0, 0)
+    params = train_network(network, data, SETTINGS, 0, 0)
     real = DeviceDataset(*tensors(digits.test, "cpu"), digits.mean, digits.std)
     images = real.batch(torch.arange(50)).images
     statistics = network.statistics(params, [data.images])
@@ -99,11 +99,11 @@ def test_training_is_gradient_descent_on_the_squared_loss_by_adam(digits, corese
         optimizer.zero_grad()
         (0.5 * (network.forward(leaves, data.images) - data.targets).square().sum(1).mean()).backward()
         optimizer.step()
-    outcome = trained(network, data, settings, 1, 0)
+    outcome = train_network(network, data, settings, 1, 0)
     for name, value in leaves.items():
         if name.endswith("weight"):  # the biases before a norm have no gradient but rounding, whose sign Adam follows
             torch.testing.assert_close(outcome[name], value.detach(), rtol=0, atol=0.05 * settings.net_lr)
-    other = trained(network, data, settings, 1, 1)
+    other = train_network(network, data, settings, 1, 1)
     assert not torch.equal(other["head.weight"], outcome["head.weight"])
 
 
@@ -117,7 +117,7 @@ def test_a_target_scale_multiplies_all_targets_and_with_them_the_posterior_mean(
         for scale in (1.0, 2.0)
     )
     assert torch.equal(double.targets, 2 * one.targets)
-    params, images = trained(network, one, SETTINGS, 0, 0), one.images[:5]
+    params, images = train_network(network, one, SETTINGS, 0, 0), one.images[:5]
     single, twice = (closed_form(network, params, data, SETTINGS)(images) for data in (one, double))
     torch.testing.assert_close(twice, 2 * single, rtol=1e-4, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_every_member_and_seed_has_random_batches_of_its_own(digits, coreset, mo
     monkeypatch.setattr(last_layer.last_layer, "train_step", step)
     data = targets_of(context(digits, coreset, settings), Chain("x", spec, 0), "cpu")
     for seed, member in ((0, 0), (0, 1), (1, 0)):
-        trained(Network(spec), data, settings, seed, member)
+        train_network(Network(spec), data, settings, seed, member)
     assert len(set(batches)) == len(batches) == 9
 
 
@@ -253,7 +253,7 @@ def test_a_saved_ensemble_predicts_as_the_networks_were_scored(digits, coreset, 
     settings = replace(SETTINGS, inference=inference)
     spec, images = spec_of(digits, "convnet-bn"), digits.test.images[:50]
     shared, chain = context(digits, coreset, settings), Chain("x", spec, 0)
-    predictor = last_layer.fitted(shared, chain, "cpu")
+    predictor = last_layer.fit_networks(shared, chain, "cpu")
     assert predictor is not None
     real = DeviceDataset(*tensors(digits.test, "cpu"), digits.mean, digits.std)
     expected = probabilities(predictor.logits(real.batch(torch.arange(50)).images))

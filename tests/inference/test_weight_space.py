@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fbpc_ray.core.types import Batch
-from fbpc_ray.inference.weight_space import forward_kl, perturbed, reverse_kl, unrolled_sgd, wasserstein
+from fbpc_ray.inference.weight_space import forward_kl, perturb, reverse_kl, unrolled_sgd, wasserstein
 
 DRAWS = 4000
 
@@ -133,7 +133,7 @@ def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate
     )  # fmt: skip
     source, gaps, gradients = torch.Generator().manual_seed(0), [], []
     for _ in range(3):
-        theta, u = perturbed(mu_u, c.scale, source), c.u.clone().requires_grad_()
+        theta, u = perturb(mu_u, c.scale, source), c.u.clone().requires_grad_()
         loss_u = gaussian_loss(gaussian_forward(theta, u), c.y)
         gradients.append(torch.autograd.grad(loss_u, u)[0])
         gaps.append((gaussian_loss(gaussian_forward(theta, c.x), c.t) - loss_u).detach())
@@ -189,7 +189,7 @@ def test_the_real_potential_counts_every_image(conjugate):
 
 def test_perturbed_parameters_have_the_scale():
     params = {"a": torch.zeros(200, 100), "b": torch.full((3,), 7.0)}
-    drawn = perturbed(params, 0.01, torch.Generator().manual_seed(0))
+    drawn = perturb(params, 0.01, torch.Generator().manual_seed(0))
     assert drawn["a"].std().item() == pytest.approx(0.01, rel=0.02)  # 20,000 draws: 0.5 % standard error
     assert (drawn["b"] - 7).abs().max() < 0.06
 

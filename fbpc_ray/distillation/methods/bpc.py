@@ -60,7 +60,7 @@ def reverse(
         source=context.rng(step, "monte-carlo"),
         scaled=not authors,
     )
-    return _scattered(divergence, chosen, images, labels, start, seconds_u, clock)
+    return _full_gradient(divergence, chosen, images, labels, start, seconds_u, clock)
 
 
 def forward(
@@ -84,7 +84,7 @@ def forward(
         scale=settings.weight_noise,
         source=context.rng(step, "monte-carlo"),
     )
-    return _scattered(divergence, chosen, images, labels, start, seconds_u, clock)
+    return _full_gradient(divergence, chosen, images, labels, start, seconds_u, clock)
 
 
 def distance(
@@ -133,7 +133,7 @@ def _mu_u(
     return deque(steps, maxlen=1).pop()
 
 
-def _scattered(
+def _full_gradient(
     divergence: WeightDivergence, chosen: Tensor, images: Tensor, labels: CoresetLabels, start: _Start,
     seconds_u: float, clock: Clock,
 ) -> Gradient:  # fmt: skip

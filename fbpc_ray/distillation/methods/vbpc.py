@@ -46,7 +46,7 @@ def gradient(
     slot = network_pool.slot(settings, step, context.draw)
     member = network_pool.load(start, lambda: network.init(context.rng(step, "prior")), slot, settings, network.device)
     if start is not None and member.uses:
-        data = _seen(u.detach(), y.detach(), settings)
+        data = _regression_data(u.detach(), y.detach(), settings)
         member = member._replace(adam=train_step(context.passes, member.adam, data, settings.pool_lr))
     seconds_u = clock.lap()
 
@@ -54,9 +54,10 @@ def gradient(
     real = _real_batch(context, step)
     with torch.no_grad():
         real_features = scaled(context.passes.features(params, real.images))
-    data = _seen(u, y, settings)
+    data = _regression_data(u, y, settings)
     features = scaled(context.passes.features(params, data.images))
-    layer = posterior(features, data.targets, settings.ridge, settings.prior_precision, settings.method == "frepo")
+    relative = settings.method == "frepo"
+    layer = posterior(features, data.targets, settings.ridge, settings.prior_precision, relative=relative)
     loss, expected, others = LOSSES[settings.method](layer, real_features, real.labels, y, settings, len(context.real))
     by_images, by_labels = (value.cpu() for value in torch.autograd.grad(loss, (u, y)))
     stats = GradientStats(
@@ -67,7 +68,8 @@ def gradient(
     return Gradient(by_images, stats, solution=network_pool.dump(used), soft_labels=by_labels)
 
 
-def _seen(images: Tensor, labels: Tensor, settings: Distillation) -> Targets:
+def _regression_data(images: Tensor, labels: Tensor, settings: Distillation) -> Targets:
+    """Return u and, with `--mirror`, its mirror images, with the targets Y of the last layer's regression."""
     data = Targets(images, labels)
     return data.with_mirror_images() if settings.mirror else data
 
