@@ -1,0 +1,61 @@
+"""jobs/gallery.py: every file by every inference, once, and one table."""
+
+import json
+
+import gallery
+import numpy as np
+import pytest
+import torch
+
+from fbpc_ray.commands import main
+from fbpc_ray.core.rng import generator
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+
+FEW = {"architectures": ["convnet-in"], "width": 8, "image_size": 8, "net_steps": 2, "ensemble_size": 2}
+
+
+def write(path, seed=0):
+    images = torch.randn(2, 3, 8, 8, generator=generator(seed, "coreset"))
+    made = Coreset(images, torch.tensor([0, 1]), (0.5,) * 3, (0.25,) * 3, ("ant", "bee"))
+    coreset.save(made, path, {"settings": json.dumps(FEW), "method": "vbpc", "step": "7"})
+    return str(path)
+
+
+@pytest.fixture
+def pets(tmp_path) -> str:
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    labels = np.array(["ant", "bee"])[np.arange(8) % 2]
+    np.savez(tmp_path / "pets.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return f"npz:{tmp_path / 'pets.npz'}"
+
+
+def test_each_file_is_evaluated_once_by_each_inference(pets, tmp_path, capsys):
+    files = [write(tmp_path / "one.safetensors"), write(tmp_path / "two.safetensors", seed=1)]
+    words = ["--data", pets, "--inference", "last-layer:2", "ensemble:1", "--json", str(tmp_path / "all.json")]
+    gallery.gallery([*files, *words])
+    results = json.loads((tmp_path / "all.json").read_text())
+    both = ["last-layer", "ensemble"]
+    assert {name: list(result) for name, result in results.items()} == {"one": both, "two": both}
+    first = results["one"]["last-layer"]
+    assert (first["data"], first["coreset"], first["inference"]) == ("npz:PATH", "one.safetensors", "last-layer")
+    assert str(tmp_path) not in json.dumps(results)
+    scores = first["coresets"]["given"]["convnet-in"]
+    accuracy, nll, ece = (np.mean(scores[name]) for name in ("accuracy", "nll", "ece"))
+    printed = capsys.readouterr().out
+    assert f"| `one` | `vbpc` | 2 | 7 | {100 * accuracy:.1f}, {nll:.2f}, {ece:.3f} |" in printed
+
+    write(tmp_path / "two.safetensors", seed=2)
+    gallery.gallery([*files, *words])
+    again = json.loads((tmp_path / "all.json").read_text())
+    evaluations = capsys.readouterr().out.count("evaluating on the test split")
+    assert evaluations == 2 and again["one"] == results["one"]
+    assert again["two"]["ensemble"]["coresets"]["given"] != results["two"]["ensemble"]["coresets"]["given"]
+
+
+@pytest.mark.parametrize("word", ["last-layer", "last-layer:0", "last-layer:many"])
+def test_an_inference_without_a_count_is_one_line(pets, tmp_path, capsys, word):
+    file = write(tmp_path / "one.safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        main.run(gallery.gallery, [file, "--data", pets, "--inference", word])
+    assert stopped.value.code == 2 and f"--inference {word}: give INFERENCE:COUNT" in capsys.readouterr().err
