@@ -1,11 +1,9 @@
 """`fbpc export RUN`: the coreset of a run in a common format."""
 
-from pathlib import Path
-
 from fbpc_ray.core.config import read_config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log
-from fbpc_ray.core.provenance import home
+from fbpc_ray.core.provenance import home, without_folders
 from fbpc_ray.core.storage import Place, local_folder
 from fbpc_ray.data import coreset, coreset_formats
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -17,7 +15,7 @@ def export(folder: Place, kind: str, out: str) -> None:
     """Write the coreset of the run in `folder` to `out`, a new path, in format `kind`; print the path."""
     run, settings = RunDirectory(folder), read_config(folder)
     pseudocoreset = run.read_coreset(settings)
-    data = _short(settings.data.data)
+    data = without_folders(settings.data.data)
     metadata = coreset.metadata(run.coreset_path)
     names = "method", "step", "commit", "fingerprint", "settings"
     facts = {name: metadata[name] for name in names if name in metadata} | {"data": data}
@@ -42,9 +40,3 @@ def export(folder: Place, kind: str, out: str) -> None:
         )
         if pseudocoreset.soft_labels is not None:
             log("note: png leaves the learned soft labels out; the other formats have them")
-
-
-def _short(data: str) -> str:
-    """Return the name of a data set without the folders of this machine."""
-    kind, colon, path = data.partition(":")
-    return f"{kind}:{Path(path).name}" if colon else data

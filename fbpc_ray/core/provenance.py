@@ -25,6 +25,13 @@ def home() -> Path:
     return Path.home() / "fbpc-ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 
+def without_folders(data: str) -> str:
+    """Return the name of a data set without the folders of this machine: folder:/a/pets -> folder:pets."""
+    kind, colon, path = data.partition(":")
+    name = Path(path).name
+    return f"{kind}:{Path(path).resolve().name if name in ('', '..') else name}" if colon else data
+
+
 def new_output(what: str, data: str, ipc: int) -> Path:
     """Return the folder of a run that names none: outputs/TIME-WHAT-DATA-ipcN, ending in -2, -3 ... if that exists.
 
@@ -32,7 +39,8 @@ def new_output(what: str, data: str, ipc: int) -> Path:
         what: method or command.
         data: as --data names it.
     """
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{what}-{Path(data.split(':')[-1]).name}-ipc{ipc}"
+    data = without_folders(data).rpartition(":")[2]
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{what}-{data}-ipc{ipc}"
     folders = (home() / "outputs" / f"{name}{suffix}" for suffix in chain([""], (f"-{n}" for n in count(2))))
     return next(folder for folder in folders if not folder.exists())
 

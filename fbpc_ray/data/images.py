@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from typing import NamedTuple
 
@@ -78,24 +78,36 @@ def decode(
                 turned=pixels.orientation != 1, hidden=pixels.hidden, deep=pixels.deep, damaged=pixels.damaged
             )
             bar.update()
-    if count and counts["hidden"] == count:
+    _refuse_unseen(images, counts, origin)
+    return images, (*_notes(counts, count, origin), *sizes.notes(origin))
+
+
+def _refuse_unseen(images: np.ndarray, counts: Counter[str], origin: str) -> None:
+    """Raise UserError where what all images show is in bits that are not read."""
+    if not len(images):
+        return
+    if counts["hidden"] == len(images):
         raise UserError(
             f"{origin}: all images have their picture in the transparency, which is not read; paste the images onto a "
             "background"
         )
-    if count and counts["deep"] == count and images.max() < DARK:
+    if counts["deep"] == len(images) and images.max() < DARK:
         raise UserError(
             f"{origin}: the images have 16 bits per channel, of which the upper 8 are read and stay below {DARK} of "
             "255; scale the images to 8 bits"
         )
+
+
+def _notes(counts: Counter[str], count: int, origin: str) -> Iterator[str]:
+    """Yield notes on images that are not read as they are."""
+    if counts["turned"]:
+        yield turned_note(origin, counts["turned"], count)
     texts = {
         "hidden": "have all of their picture in the transparency, which is not read; paste them onto a background",
         "deep": "have 16 bits per channel, of which the upper 8 are read",
         "damaged": "are damaged TIFF files, read as far as they go; look at them",
     }
-    turned = (turned_note(origin, counts["turned"], count),) if counts["turned"] else ()
-    notes = (f"{origin}: {counts[key]} of {count} images {text}" for key, text in texts.items() if counts[key])
-    return images, (*turned, *notes, *sizes.notes(origin))
+    yield from (f"{origin}: {counts[key]} of {count} images {text}" for key, text in texts.items() if counts[key])
 
 
 def check_depth(image: Image.Image) -> None:

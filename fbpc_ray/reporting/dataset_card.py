@@ -47,15 +47,13 @@ PICTURE, CONFIG, PROVENANCE, SCORES = "images.png", "config.json", "provenance.j
 
 def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], result: dict[str, Any] | None) -> str:
     """Return README.md of an export: picture, scores, how to read it, what made it, and the source's licence."""
-    m, c, h, w = coreset.images.shape
+    m, c = coreset.images.shape[:2]
     lines = _hub_header(coreset, facts) if kind == "hf" else []
     lines += [f"# {escape(_title(facts, m, coreset))}", ""]
     if kind == "hf" and c in PICTURED:
         lines += [f"![the images, by class]({PICTURE})", ""]
     lines += [
-        f"{m} synthetic images ({c} x {h} x {w}) of {len(coreset.classes)} classes that stand for all training images",
-        f"of {escape(facts['data'])}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
-        "everything.", "",
+        *_summary(facts, coreset), "",
         *_scores(result),
         *_command(settings, facts),
         "## How to read it", "", READING[kind], "",
@@ -68,6 +66,19 @@ def card(coreset: Coreset, kind: str, settings: Config, facts: dict[str, str], r
         "## Licence of the source", "", f"The images are derived from {_licence(facts)[1]}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _summary(facts: dict[str, str], coreset: Coreset) -> list[str]:
+    """Describe the images in a sentence."""
+    size, data = " x ".join(map(str, coreset.image_shape)), escape(facts["data"])
+    images = f"images ({size}) of {len(coreset.classes)} classes"
+    if facts.get("method") == "random":
+        return [f"{len(coreset.labels)} real {images}, drawn at random from the training images of {data}."]
+    return [
+        f"{len(coreset.labels)} synthetic {images} that stand for all training images",
+        f"of {data}: a Bayesian pseudocoreset, on which networks are sampled, or trained, as on",
+        "everything.",
+    ]
 
 
 def companions(
@@ -183,7 +194,9 @@ def _unfenced(text: str) -> str:
 
 def _title(facts: dict[str, str], m: int, coreset: Coreset) -> str:
     name, ipc = facts["data"].rpartition(":")[2], m / len(coreset.classes)
-    return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} per class, by {facts.get('method', 'fbpc-ray')}"
+    method = facts.get("method", "fbpc-ray")
+    origin = "drawn at random" if method == "random" else f"by {method}"
+    return f"{name}, {ipc:g} image{'' if ipc == 1 else 's'} per class, {origin}"
 
 
 INFERENCES = {

@@ -13,7 +13,7 @@ from fbpc_ray.reporting.run_facts import LAST_BITS, method_name
 from fbpc_ray.reporting.run_reader import EndedRun
 
 WORDS = {
-    "data": "data set", "validation": "validation share", "data_seed": "seed of the validation split",
+    "data": "data set", "validation": "validation share", "data_seed": "seed of the drawn splits",
     "seed": "seed", "expert_seed": "seed of the experts", "augment": "augmentation",
     "num_chains": "number of chains", "chain_epochs": "epochs of a chain", "chain_every": "epochs between samples",
 }  # fmt: skip

@@ -15,7 +15,7 @@ METHODS = {
     "bpc-w": "BPC-W: Wasserstein distance of weight-space posteriors",
     "vbpc": "VBPC: a Bayesian last layer in closed form, on a pool of networks; learned labels, no experts",
     "frepo": "FRePo: ridge regression on the features of a pool of networks; learned labels, no experts",
-    "random": "random real images, nothing is learned",
+    "random": "Random real images: nothing is learned",
 }
 
 LAST_BITS = {"threads", "device", "compiled", "compiled_chains"}

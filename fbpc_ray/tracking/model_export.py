@@ -11,7 +11,7 @@ import numpy as np
 
 from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.provenance import Provenance
+from fbpc_ray.core.provenance import Provenance, without_folders
 from fbpc_ray.core.storage import local_folder
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.expert_store import slug
@@ -59,9 +59,8 @@ def ensemble_of(
 
 def facts(config: Config, split: str, score: ChainScore, provenance: Provenance) -> dict[str, Any]:
     """Return a model's metadata: what it was sampled on, and the scores of its chain on `split`."""
-    kind, colon, path = config.data.data.partition(":")
     return {
-        "data": f"{kind}:{Path(path).name}" if colon else kind, "method": config.distillation.method,
+        "data": without_folders(config.data.data), "method": config.distillation.method,
         "ipc": config.distillation.ipc, "inference": config.evaluation.inference, "seed": 0,
         "split": split, "commit": provenance.commit,
         "scores": score.values,

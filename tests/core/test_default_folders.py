@@ -2,7 +2,7 @@
 
 import re
 
-from fbpc_ray.core.provenance import new_output
+from fbpc_ray.core.provenance import new_output, without_folders
 
 
 def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
@@ -21,6 +21,16 @@ def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
 def test_the_folder_is_named_by_the_time(tmp_path, monkeypatch):
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     assert re.fullmatch(r"\d{8}-\d{6}-tune-digits-ipc1", new_output("tune", "digits", 1).name)
+
+
+def test_data_is_named_without_folders_and_the_current_folder_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "pets" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pets")
+    names = {"digits": "digits", "folder:/a/cats": "folder:cats", "folder:.": "folder:pets", "folder:./": "folder:pets"}
+    assert {data: without_folders(data) for data in names} == names
+    monkeypatch.chdir("train")
+    assert without_folders("folder:..") == "folder:pets"
+    assert new_output("fbpc", "folder:..", 1).name.endswith("-fbpc-pets-ipc1")
 
 
 class _Clock:

@@ -67,6 +67,13 @@ def test_the_folder_is_a_data_set(folder, finished_run, tmp_path, monkeypatch):
     assert torch.equal(loaded["train"].with_format("torch")[:]["pixels"], saved.images)
 
 
+def test_random_images_are_called_real():
+    images = Coreset(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]), (0.5,), (0.25,), ("a", "b"))
+    text = dataset_card.card(images, "png", Config(), {"data": "folder:pets", "method": "random"}, None)
+    assert "# pets, 1 image per class, drawn at random" in text and "synthetic" not in text
+    assert "2 real images (1 x 4 x 4) of 2 classes, drawn at random from the training images of folder:pets." in text
+
+
 def test_images_of_two_channels_have_no_picture_and_a_run_without_result_no_scores():
     outcome = Coreset(torch.randn(4, 2, 3, 3), torch.arange(4), (0.5, 0.5), (0.2, 0.2), ("a", "b", "c", "d"))
     facts = {"data": "folder:cats"}
