@@ -88,16 +88,18 @@ def reverse_kl(
     source: torch.Generator,
     loss: Loss = cross_entropy,
     scaled: bool = True,
+    coreset_count: int | None = None,
 ) -> WeightDivergence:
     """Estimate the rKL's gradient by S = `samples` draws of q_u, divided by m.
 
     One `view` of the images and one `real` batch (of `real_count` images) serve all draws: were they drawn anew for
-    each, their own variation would enter the covariance. Unbiased (1 / (S - 1)). Without `scaled`, as in the
-    authors' code: the gap of mean losses, without the numbers of images, and 1 / S. Raises ValueError for S < 2.
+    each, their own variation would enter the covariance. `images` may be a batch of a coreset of m = `coreset_count`,
+    as `real` is of its data set: both potentials are counts times means. Unbiased (1 / (S - 1)). Without `scaled`, as
+    in the authors' code: the gap of mean losses, without the numbers of images, and 1 / S. Raises ValueError for S < 2.
     """
     if samples < 2:
         raise ValueError("a covariance needs at least two draws (S >= 2)")
-    u, m = images.detach().requires_grad_(), len(labels)
+    u, m = images.detach().requires_grad_(), coreset_count or len(labels)
     view_images = view(u)
     wanted = (view_images, labels) if labels.requires_grad else (view_images,)
     mean_gap, sum_x, sum_u = 0.0, 0.0, 0.0

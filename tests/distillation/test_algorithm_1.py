@@ -240,8 +240,25 @@ def test_map_minibatches_walk_over_all_of_u():
     walk = coreset_batches(images, labels, 4, "none", torch.Generator())
     seen = [next(walk) for _ in range(6)]
     assert [len(batch.labels) for batch in seen] == [4, 4, 2, 4, 4, 2]
-    assert torch.equal(torch.cat([batch.labels for batch in seen[:3]]), labels)
+    first, second = (torch.cat([batch.labels for batch in part]) for part in (seen[:3], seen[3:]))
+    assert torch.equal(first.sort().values, labels)
+    assert torch.equal(second.sort().values, labels)
     assert all(torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels) for batch in seen)
+
+
+def test_minibatches_of_a_sorted_coreset_have_images_of_many_classes():
+    """10 classes of 10 images, batches of 10: in the order of u each would be of one class; shuffled, of 6.5 in the
+    mean. Passes differ; where a batch is all of u, it stays in order and draws nothing."""
+    labels, source = torch.arange(10).repeat_interleave(10), torch.Generator().manual_seed(0)
+    walk = coreset_batches(torch.zeros(100, 1, 2, 2), labels, 10, "none", source)
+    passes = [[next(walk).labels for _ in range(10)] for _ in range(5)]
+    classes = [len(batch.unique()) for one in passes for batch in one]
+    assert sum(classes) / len(classes) > 6
+    assert not torch.equal(torch.cat(passes[0]), torch.cat(passes[1]))
+    before = source.get_state()
+    whole = next(coreset_batches(torch.zeros(100, 1, 2, 2), labels, 100, "none", source))
+    assert torch.equal(whole.labels, labels)
+    assert torch.equal(source.get_state(), before)
 
 
 def test_epochs_of_theta_x_are_those_the_rule_names():

@@ -124,6 +124,21 @@ def test_the_gradient_by_labels_is_exact_on_a_conjugate_model(conjugate, directi
     agrees(items, exact)
 
 
+def test_the_potential_of_a_batch_of_u_counts_all_of_u(conjugate):
+    """A batch of 2 of the 4 images, each twice in u: with m = 4 the gradient is that of all of u, whose images 1, 3 and
+    2, 4 are the same, at one of each pair: twice a quarter's."""
+    c, (_, mu_u) = conjugate, means(conjugate)
+    twice, y = c.u[:2].repeat(2, 1), c.y[:2].repeat(2)
+
+    def gradient(u, labels, **more):
+        return reverse_kl(
+            gaussian_forward, mu_u, u, labels, same, Batch(c.x, c.t), len(c.x), samples=5, scale=c.scale,
+            source=torch.Generator().manual_seed(0), loss=gaussian_loss, **more,
+        ).gradient  # fmt: skip
+
+    torch.testing.assert_close(gradient(c.u[:2], c.y[:2], coreset_count=4), 2 * gradient(twice, y)[:2])
+
+
 def test_the_authors_estimate_of_the_reverse_kl_is_ours_without_counts(conjugate):
     """By hand from its draws: -1/S sum (gap - mean gap) (gradient - mean gradient), the gap of mean losses."""
     c, (_, mu_u) = conjugate, means(conjugate)

@@ -59,6 +59,7 @@ def reverse(
         scale=settings.weight_noise,
         source=context.rng(step, "monte-carlo"),
         scaled=not authors,
+        coreset_count=len(context.labels),
     )
     return _full_gradient(divergence, chosen, images, labels, start, seconds_u, clock)
 

@@ -1,6 +1,5 @@
 """Arguments, results and first draws that the gradients of all methods share."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -126,12 +125,9 @@ class CoresetLabels(NamedTuple):
         """Return the labels that have a gradient, beside the images: the probabilities, or none."""
         return (self.targets,) if self.targets.requires_grad else ()
 
-    def entropy(self, size: int) -> float:
-        """Return the lowest possible mean cross-entropy, nats per image, over batches of `size` as in MAP solves."""
-        if not self.learned:
-            return 0.0
-        entropies = torch.special.entr(self.fixed).sum(1)
-        return statistics.fmean(part.mean().item() for part in entropies.split(size))
+    def entropy(self) -> float:
+        """Return the lowest possible mean cross-entropy, nats per image."""
+        return torch.special.entr(self.fixed).sum(1).mean().item() if self.learned else 0.0
 
     def by_logits(self, by_probabilities: Tensor) -> Tensor:
         """Return the gradient by the logits z, on the CPU, from that by p = softmax(z): p (g - sum_c p_c g_c)."""
@@ -182,9 +178,14 @@ def draw_expert(count: int, epochs: range, source: torch.Generator) -> tuple[int
 def coreset_batches(
     images: Tensor, labels: Tensor, size: int, augment: str, source: torch.Generator
 ) -> Iterator[Batch]:
-    """Yield endless freshly augmented batches of u: all of it if m <= size, else minibatches in turn."""
+    """Yield endless freshly augmented batches of u: all of it if m <= size, else minibatches, each pass shuffled.
+
+    u is sorted by class: minibatches in its order would have images of few classes each.
+    """
+    m = len(labels)
     while True:
-        for index in torch.arange(len(labels)).split(size):
+        order = torch.arange(m) if m <= size else torch.randperm(m, generator=source)
+        for index in order.split(size):
             drawn = AUGMENTATIONS[augment](len(index), source)
             yield Batch(drawn(images[index]), labels[index])
 
