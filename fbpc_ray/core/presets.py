@@ -66,7 +66,8 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
         row: name or file of a preset; a key of `LEVELS`, whose sizes are chosen later; PAPER; or "".
         method: a method other than the preset's brings its own settings.
     """
-    of_data = f"{data}-ipc{ipc or 1}"
+    count = int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else 1
+    of_data = row_of(data or "", count)
     if row in LEVELS:
         name = ""
     elif row == PAPER:
@@ -76,7 +77,12 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
     base = preset(name) if name in PRESETS or row not in ("", PAPER, *LEVELS) else Config()
     if method in (None, base.distillation.method):
         return base
-    return with_method(base, method, int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else base.distillation.ipc)
+    return with_method(base, method, count if ipc else base.distillation.ipc)
+
+
+def row_of(data: str, ipc: int) -> str:
+    """Return the row of Table 4 for `ipc` images per class of `data`, that of 1, 10 or 50 up to ipc; or ""."""
+    return f"{data}-ipc{1 if ipc < 10 else 10 if ipc < 50 else 50}" if data in TABLE_4_DATA else ""
 
 
 def size_request(data: str | None, row: str, budget: str | float, flags: Collection[str]) -> SizeRequest | None:
@@ -147,5 +153,5 @@ RECIPES: dict[str, dict[str, Any]] = {"paper": {}, "improved": {"views": 8, "lea
 def start_of(config: Config) -> tuple[str, Config]:
     """Return (name, preset) for the data set and ipc of a configuration; ("", defaults) if there is none."""
     data = config.data.data
-    row = "digits" if data == "digits" else f"{data}-ipc{config.distillation.ipc}"
+    row = "digits" if data == "digits" else row_of(data, config.distillation.ipc)
     return (row, preset(row)) if row in PRESETS else ("", Config())

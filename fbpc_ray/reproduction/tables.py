@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.presets import preset, with_method
+from fbpc_ray.core.presets import preset, row_of, with_method
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.reproduction import grid
 
@@ -105,8 +105,7 @@ def _config(
     request: Request, data: str, ipc: int, method: str, architectures: Sequence[str] = CONVNET, augment: str = "dsa"
 ) -> Config:
     """Return the paper's settings, changed by the scale, then by the request."""
-    row = ipc if ipc in (1, 10, 50) else 1 if ipc < 10 else 10 if ipc < 50 else 50
-    config = with_method(preset(f"{data}-ipc{row}").updated(ipc=ipc), method, ipc)
+    config = with_method(preset(row_of(data, ipc)).updated(ipc=ipc), method, ipc)
     changes = request.scale.changes | request.overrides
     if method in network_pool.METHODS:  # they need no experts, and their cheap steps stay as they are
         changes = {name: value for name, value in changes.items() if name != "real_batch_size"} | request.overrides

@@ -11,7 +11,7 @@ import pytest
 from fbpc_ray.core import settings
 from fbpc_ray.core.config import GROUPS, MAY_CHANGE_ON_RESUME, Config, from_json, read_config, to_json
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.presets import PRESETS, preset, with_method
+from fbpc_ray.core.presets import PRESETS, default, preset, start_of, with_method
 from fbpc_ray.distillation.worker import METHODS
 from fbpc_ray.evaluation.chains import default_step_size
 from fbpc_ray.execution.validation import check
@@ -68,6 +68,18 @@ def test_presets_are_table_4():
         assert {field: flat[field] for field in values} == values, name
         changed = {field for field, value in Config().flat().items() if flat[field] != value}
         assert changed <= set(values), name  # a row of Table 4 changes nothing else
+
+
+@pytest.mark.parametrize(
+    ("ipc", "row"), [(None, 1), ("1", 1), ("9", 1), ("10", 10), ("20", 10), ("49", 10), ("50", 50), ("200", 50)]
+)
+def test_images_per_class_between_the_rows_of_table_4_take_the_row_below(ipc, row):
+    """A batch of 10 images, as of ipc 1, would be a twentieth of the 200 of ipc 20."""
+    expected = preset(f"cifar10-ipc{row}")
+    assert default("cifar10", ipc, "", None) == default("cifar10", ipc, "paper", None) == expected
+    if ipc:
+        assert start_of(expected.updated(ipc=int(ipc))) == (f"cifar10-ipc{row}", expected)
+    assert default("parquet:PATH", ipc, "paper", None) == Config()
 
 
 def test_defaults_are_the_papers_constants():
