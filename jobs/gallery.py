@@ -3,7 +3,8 @@
     python jobs/gallery.py benchmarks/coresets/*.safetensors --data parquet:PATH --json benchmarks/results/gallery.json
 
 Each file is evaluated as by `fbpc evaluate --coreset FILE --inference NAME --num-chains COUNT`. The JSON gets a result
-as it ends; the same command evaluates what it lacks. A file with other bytes is evaluated anew.
+as it ends; the same command evaluates what it lacks. A file with other bytes is evaluated anew. --dry-run evaluates
+nothing, and prints the table of what the JSON has.
 """
 
 import hashlib
@@ -37,12 +38,14 @@ class Arguments:
     """Files of coresets."""
     data: str = "cifar10"
     """As `fbpc evaluate`."""
-    inference: tuple[str, ...] = ("sghmc:1", "last-layer:3", "ensemble:3")
+    inference: tuple[str, ...] = ("sghmc:1", "last-layer:3", "ensemble:1")
     """INFERENCE:COUNT, as --inference and --num-chains of `fbpc evaluate`."""
     backend: str = "serial"
     """As `fbpc evaluate`."""
     threads: int = 1
     """As `fbpc evaluate`."""
+    dry_run: bool = False
+    """Print the results that the JSON has, and evaluate nothing."""
     json: str = ""
     """File of all results: {name of the file: {inference: what `fbpc evaluate --json` writes}}."""
 
@@ -52,7 +55,7 @@ def gallery(argv: Sequence[str]) -> None:
     counts = dict(map(parse_inference, args.inference))
     path = Path(args.json) if args.json else None
     results = json.loads(path.read_text()) if path and path.exists() else {}
-    for name in args.coresets:
+    for name in () if args.dry_run else args.coresets:
         checksum = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
         for inference, count in counts.items():
             of_file = results.setdefault(Path(name).stem, {})
@@ -87,13 +90,14 @@ def evaluate(args: Arguments, name: str, inference: str, count: int) -> dict[str
 
 
 def table(paths: Sequence[Path], results: Mapping[str, Any], counts: Mapping[str, int]) -> str:
-    """Format a row for each file: its method, images and steps, and the scores under each inference."""
+    """Format a row for each file: its method, images and steps, and the scores under each inference; - for none."""
     header = ["coreset", "method", "images", "steps"]
     header += [f"`{inference}`: {', '.join(SHOWN[score].label for score in SCORES)}" for inference in counts]
     rows = []
     for path in paths:
         facts, images = coreset.metadata(path), len(coreset.load(path).images)
-        scores = [cell(results[path.stem][inference]) for inference in counts]
+        of_file = results.get(path.stem, {})
+        scores = [cell(of_file[inference]) if inference in of_file else "-" for inference in counts]
         rows.append([f"`{path.stem}`", f"`{facts.get('method', '')}`", str(images), facts.get("step", ""), *scores])
     return markdown_table(header, rows)
 

@@ -59,7 +59,7 @@ EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc doctor", "parse", "half a minute, and it judges this machine: test_doctor.py"),
     (r"fbpc ui", "parse", "it serves until it is stopped: tested in a browser"),
     (
-        r"python jobs/(benchmark|scaling|chaos|kill_runs|fuzz|calibrate_sghmc)\.py",
+        r"python jobs/(benchmark|scaling|chaos|kill_runs|fuzz|calibrate_sghmc|gallery)\.py",
         "parse",
         "minutes to hours; each has its test",
     ),
