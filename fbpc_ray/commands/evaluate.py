@@ -113,7 +113,19 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
             raise UserError(
                 f"the {name} coreset of {run.folder} was not distilled from {dataset.name}: give a run on this data set"
             )
+    _note_other_images(coresets[config.distillation.method], dataset)
     return session, coresets
+
+
+def _note_other_images(distilled: Coreset, dataset: Dataset) -> None:
+    """Log a note if the training images are not those that the coreset was distilled from."""
+    stored = distilled.facts.get("fingerprint", dataset.fingerprint)
+    if stored != dataset.fingerprint:
+        log(
+            f"note: the training images of {dataset.name} are not those of the run (fingerprint {dataset.fingerprint}, "
+            f"then {stored}): the data has changed, a relative path is of another folder, or another version of a "
+            "decoder read the files; test images may be others too"
+        )
 
 
 def _ood_images(session: Session, options: Options) -> Split:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.data_files import write_classes
 from support.runs import distil, flags, refused
 
 from fbpc_ray.commands import distill, main
@@ -61,6 +62,24 @@ def test_a_run_without_a_validation_split_is_not_evaluated_on_it(finished_run, d
     message = refused(capsys, *words, command="evaluate")
     assert message == "error: the validation split is empty: distil with --validation 0.1"
     assert set(finished_run.rglob("*")) == before
+
+
+def test_a_run_on_a_relative_path_is_not_silently_evaluated_on_other_images(tmp_path, small, monkeypatch, capsys):
+    """Two folders of the same classes; the run's data is `folder:.`."""
+    for number, name in enumerate(("first", "second")):
+        write_classes(tmp_path / name, count=8, first=50 * number)
+    monkeypatch.chdir(tmp_path / "first")
+    run = tmp_path / "run"
+    chains = {"num_chains": 1, "chain_epochs": 2, "chain_every": 1, "architectures": ("convnet-in",)}
+    main.main(["distill", *flags(small, data="folder:.", method="random", backend="serial", out=str(run), **chains)])
+    for name, is_noted in (("first", False), ("second", True)):
+        monkeypatch.chdir(tmp_path / name)
+        capsys.readouterr()
+        main.main(["evaluate", str(run), "--backend", "serial", "--dry-run"])
+        noted = (
+            "note: the training images of folder:. are not those of the run (fingerprint " in capsys.readouterr().out
+        )
+        assert noted == is_noted
 
 
 SERIAL = ("--backend", "serial", "--no-tracking")
