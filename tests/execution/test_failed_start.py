@@ -1,13 +1,17 @@
 """What a user reads where Ray's own processes do not start, or no cluster answers."""
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 from ray._private import services
 from ray._private.utils import check_version_info
 from ray.exceptions import AuthenticationError
 
+from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.execution.ray import connection
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.execution.ray import connection, ray_backend
 from fbpc_ray.execution.ray.ray_errors import join_failure
 
 TIMED_OUT = "The current node timed out during startup. This could happen because the GCS has become overloaded."
@@ -100,6 +104,7 @@ def test_the_address_of_a_dashboard_is_named_as_such(monkeypatch, flag, address,
 def test_a_cluster_whose_nodes_are_all_dead_is_one_line(monkeypatch):
     """Ray marks a node as dead that was too busy to answer; nobody has to lower --cpus-per-actor for that."""
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False, "Resources": {}}])
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)  # which would start a cluster here
     with pytest.raises(
         UserError, match="no node of the Ray cluster answers: run the same command with --resume"
     ) as one:
@@ -144,3 +149,26 @@ def test_a_start_that_fails_or_is_interrupted_leaves_no_process(monkeypatch, err
     with pytest.raises(raised) as caught:
         connection.connect("local", {}, print)
     assert calls == ["reap", "dismiss"] and str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("nodes, device, message", [
+    ([{"Alive": False, "Resources": {}}], "cpu", "no node of the Ray cluster answers"),
+    ([{"Alive": True, "Resources": {"CPU": 2.0}}], "cuda", "--device cuda, but the Ray cluster has no GPU"),
+])  # fmt: skip
+def test_a_cluster_that_is_of_no_use_is_left_again(monkeypatch, nodes, device, message):
+    """A notebook would otherwise keep the cluster that it started, and the thread that watches it."""
+    calls, connected = [], [False]
+
+    def connect(*arguments: object) -> None:
+        connected[0] = True
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: connected[0])
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(ray_backend, "connect", connect)
+    watch = SimpleNamespace(close=lambda: calls.append("watch"), message="")
+    monkeypatch.setattr(ray_backend, "watch", lambda reaper: watch)
+    with pytest.raises(UserError, match=message):
+        ray_backend.RayBackend(Workers(device=device), Interruption())  # type: ignore[arg-type]
+    assert calls == ["watch", "shutdown"]

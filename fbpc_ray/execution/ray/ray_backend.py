@@ -58,15 +58,21 @@ class RayBackend:
         self.owns_cluster = reaper is not None
         """Whether this process started the cluster: a missing worker is then starting, not waiting for resources."""
         self.watch = watch(reaper)
-        gpus = sum(node.gpus for node in nodes())
-        wants_gpu = settings.device == "cuda"
-        if wants_gpu and not gpus and not settings.autoscale:
+        try:
+            self.device = self._choose_device()
+        except BaseException:
             self.close()
+            raise
+
+    def _choose_device(self) -> str:
+        """Return cuda if the cluster has or starts GPUs and --device allows it, else cpu. Raises UserError."""
+        gpus, x = sum(node.gpus for node in nodes()), self.settings
+        if x.device == "cuda" and not gpus and not x.autoscale:
             raise UserError(
                 "--device cuda, but the Ray cluster has no GPU: use --device cpu, add a GPU node, or add --autoscale "
                 "if the cluster starts nodes itself"
             )
-        self.device = "cuda" if wants_gpu or (gpus and settings.device == "auto") else "cpu"
+        return "cuda" if x.device == "cuda" or (gpus and x.device == "auto") else "cpu"
 
     @property
     def uses_other_machines(self) -> bool:
