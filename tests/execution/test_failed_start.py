@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private.utils import check_version_info
 from ray.exceptions import AuthenticationError
 
@@ -132,7 +132,7 @@ def test_the_probe_speaks_for_itself(monkeypatch):
 )
 def test_a_start_that_fails_or_is_interrupted_leaves_no_process(monkeypatch, error, raised, message):
     """The reaper kills what Ray has started and ends, before the error goes on."""
-    calls = []
+    calls, before = [], ray_constants.ENABLE_RAY_CLUSTER
 
     class FakeReaper:
         def reap(self) -> None:
@@ -149,6 +149,7 @@ def test_a_start_that_fails_or_is_interrupted_leaves_no_process(monkeypatch, err
     with pytest.raises(raised) as caught:
         connection.connect("local", {}, print)
     assert calls == ["reap", "dismiss"] and str(caught.value).startswith(message)
+    assert ray_constants.ENABLE_RAY_CLUSTER is before  # else this process would start every later cluster on loopback
 
 
 @pytest.mark.parametrize("nodes, device, message", [

@@ -97,6 +97,21 @@ def test_the_slowest_gradient_starts_first():
     assert [task.architecture for task, _, _ in fleet.used] == [0, 1, 1, 0, 1, 0]
 
 
+def test_a_gradient_is_a_copy_of_what_lies_in_the_object_store():
+    """A view of it would be read-only, and would keep its block in the store."""
+    fleet, zeros = Fleet(), torch.zeros(1, 1, 2, 2)
+    stored = GradientArrays(
+        np.ones((1, 1, 2, 2), np.float32), GradientStats(loss=0.0), solution=np.ones(3, np.float32),
+        soft_labels=np.ones((1, 2), np.float32),
+    )  # fmt: skip
+    fleet.cluster.answer = lambda method, arguments: (1.0, stored)
+    for gradient in fleet.workers.gradients(State(0, zeros, zeros, 0.0)):
+        assert gradient and gradient.solution is not None and gradient.soft_labels is not None
+        assert torch.equal(gradient.value, torch.ones(1, 1, 2, 2))
+        for name in ("value", "solution", "soft_labels"):
+            assert not np.shares_memory(getattr(gradient, name).numpy(), getattr(stored, name))
+
+
 def test_a_lost_gradient_is_computed_again_and_changes_no_value():
     fleet, errors = Fleet(), [RayActorError(), RayActorError()]
     fleet.seconds = lambda task, step: errors.pop() if step == 2 and task.architecture == 1 and errors else 1.0

@@ -7,6 +7,7 @@ from ray.exceptions import (
     ActorDiedError,
     LocalRayletDiedError,
     ObjectStoreFullError,
+    OutOfDiskError,
     RayActorError,
     RayTaskError,
     WorkerCrashedError,
@@ -230,4 +231,15 @@ def test_a_task_that_ray_lost_is_one_line(monkeypatch, error):
     monkeypatch.setattr("ray.get", lost)
     with pytest.raises(UserError, match=r"^Ray lost a task \(.*\): run the same command with --resume$") as caught:
         connection.get("reference")
+    assert caught.value.code == 1
+
+
+@pytest.mark.parametrize("error", [ObjectStoreFullError("full"), OutOfDiskError("no space")])
+def test_a_full_object_store_is_one_line(monkeypatch, error):
+    """Of the driver's node, where it cannot move objects to disk."""
+    monkeypatch.setattr("ray.put", mock.Mock(side_effect=error))
+    with pytest.raises(
+        UserError, match=r"^Ray's object store is full \(.*\): free memory or disk, .*--resume$"
+    ) as caught:
+        connection.put(1)
     assert caught.value.code == 1

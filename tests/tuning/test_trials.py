@@ -16,6 +16,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.execution import session
+from fbpc_ray.execution.ray.placement import Node, Resources
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning import trial as sweep
@@ -171,15 +172,50 @@ def test_what_trials_get_holds_no_test_image(digits, tmp_path):
     assert not {row.tobytes() for row in dataset.validation.images} & {row.tobytes() for row in dataset.test.images}
 
 
-def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path):
+@pytest.mark.parametrize("metric, better, worse", [("nll", 0.9, 1.1), ("accuracy", 1.1, 0.9)])
+def test_asha_knows_what_was_found_before_a_resume(small, digits, tmp_path, metric, better, worse):
     """A trial worse than the median of ended ones is stopped; to a scheduler without a past it is the best."""
     from fbpc_ray.tuning import ray_tune as on_ray
 
     task = task_of(small, digits, tmp_path, *[{}] * 4)
-    past = [outcome(n, "finished", (float(n), 0.5)) for n in range(3)]
+    task = task._replace(settings=replace(task.settings, metric=metric))
+    past = [outcome(n, "finished", (float(n), float(n))) for n in range(3)]
     past = [report._replace(record=Record([0], [report.record.validations[0]._replace(step=2)])) for report in past]
     trial = SimpleNamespace(trial_id="x", config={"number": 3})
-    for known, nll, decision in ((past, 0.9, "CONTINUE"), (past, 1.1, "STOP"), ([], 1.1, "CONTINUE")):
+    for known, value, decision in ((past, better, "CONTINUE"), (past, worse, "STOP"), ([], worse, "CONTINUE")):
         asha = on_ray._scheduler(task, [*known, outcome(3, "open")])
         asha.on_trial_add(None, trial)
-        assert asha.on_trial_result(None, trial, {"step": 2, "nll": nll}) == decision
+        assert asha.on_trial_result(None, trial, {"step": 2, metric: value}) == decision
+
+
+def test_more_workers_per_trial_than_fit_are_refused(small, digits, tmp_path, monkeypatch):
+    """Their placement group would never be placed; a cluster that starts nodes may come to have room."""
+    from fbpc_ray.tuning import ray_tune as on_ray
+
+    monkeypatch.setattr(on_ray, "nodes", lambda: [Node(2, 0), Node(1, 0)])
+    task = task_of(small, digits, tmp_path, {})
+
+    def placed(workers: int, **settings: Any) -> int:
+        backend = SimpleNamespace(settings=config.Workers(**settings), need=lambda workers, threads: Resources(1, 0))
+        chosen = task._replace(settings=replace(task.settings, workers_per_trial=workers))
+        return on_ray.place(chosen, 1, backend)[1]  # type: ignore[arg-type]
+
+    assert placed(3) == 3
+    with pytest.raises(UserError, match="--workers-per-trial 4 of 1 CPU each, but the Ray cluster has room for 3:"):
+        placed(4)
+    assert placed(4, autoscale=True) == 4
+
+
+@pytest.mark.parametrize("error, reason", [
+    (
+        "Traceback (most recent call last):\nValueError: first\n\nray.exceptions.ActorDiedError: The actor died.\n"
+        "\tclass_name: Trial\nThe actor is dead because its node has died.",
+        "ray.exceptions.ActorDiedError: The actor died.",
+    ),
+    ("no line that names one\n\n", "no line that names one"),
+    (None, "its process or its machine ended"),
+])  # fmt: skip
+def test_of_the_error_of_a_lost_trial_the_last_line_that_names_one_is_logged(error, reason):
+    from fbpc_ray.tuning import ray_tune as on_ray
+
+    assert on_ray._reason(SimpleNamespace(get_error=lambda: error)) == reason

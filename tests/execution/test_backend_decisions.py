@@ -1,4 +1,4 @@
-"""Independent tasks on Ray, on a fake cluster and a fake clock: what the driver does while none ends."""
+"""What `RayBackend` decides, on a fake cluster and a fake clock: waits, resources, number of workers."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 from fbpc_ray.core.config import Workers
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.execution.ray import mapping, ray_backend
-from fbpc_ray.execution.ray.placement import Node
+from fbpc_ray.execution.ray.placement import Node, Resources
 from fbpc_ray.execution.ray.ray_backend import RayBackend
 
 
@@ -66,3 +66,27 @@ def test_a_cluster_that_has_or_starts_other_nodes_uses_other_machines(monkeypatc
     backend.settings = Workers(autoscale=autoscale)
     monkeypatch.setattr(ray_backend, "num_nodes", lambda: num_nodes)
     assert backend.uses_other_machines is others
+
+
+@pytest.mark.parametrize("autoscale, nodes, gpus, workers", [
+    (True, [Node(0, 0)], 1.0, 4),  # the head alone: the workers that do not fit make the cluster start nodes
+    (True, [Node(0, 0), Node(4, 1)], 1.0, 4),
+    (False, [Node(0, 0), Node(4, 1)], 0.25, 4),  # four share the only GPU
+    (False, [Node(4, 1), Node(4, 1)], 0.5, 4),
+])  # fmt: skip
+def test_a_cluster_that_starts_nodes_is_asked_for_a_gpu_for_each_worker(monkeypatch, autoscale, nodes, gpus, workers):
+    backend = object.__new__(RayBackend)
+    backend.settings, backend.device = Workers(autoscale=autoscale, device="cuda"), "cuda"
+    backend.check, backend.log, backend.owns_cluster = lambda: None, print, False
+    monkeypatch.setattr(ray_backend, "nodes", lambda: nodes)
+    need = backend.need(4, 1)
+    assert need == Resources(1.0, gpus)
+    options, limits = [], []
+    actor = SimpleNamespace(remote=lambda **arguments: None)
+    monkeypatch.setattr(ray_backend, "_Worker", SimpleNamespace(options=lambda **needs: options.append(needs) or actor))
+    monkeypatch.setattr(
+        ray_backend, "WorkerPool", lambda start, wanted, capacity, *rest, **more: limits.append((wanted, capacity()))
+    )
+    backend._worker_pool(SimpleNamespace(worker=SimpleNamespace(_asdict=dict)), 4, need)  # type: ignore[arg-type]
+    assert options == [{"num_cpus": 1.0, "num_gpus": gpus}]
+    assert limits == [(4, workers)]
