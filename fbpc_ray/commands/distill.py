@@ -168,7 +168,9 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
         run_logging.log_steps(tracker, rows)
     validator = Validator(live)
     _show_images(live, state)
-    if not state.step:
+    if state.step:
+        validator.catch_up(state, rows)
+    else:
         columns = validator.validate(state)
         rows += [{"step": 0, "architecture": name, "draw": 0, **values} for name, values in columns.items()]
     start = time.perf_counter()
@@ -195,10 +197,17 @@ class Validator:
 
     def __call__(self, step: Step) -> None:
         """Validate if due; add the scores to the step's rows."""
-        due = self.every and (step.state.step % self.every == 0 or step.state.step == self.live.session.num_steps)
-        columns = self.validate(step.state) if due else {}
-        for row in step.rows:
-            row |= columns.get(row["architecture"], {})
+        if self._due(step.state):
+            _add_columns(step.rows, self.validate(step.state))
+
+    def catch_up(self, state: State, rows: list[Row]) -> None:
+        """Validate a restored state whose validation a signal ended; add the scores to the rows of its step."""
+        last = [row for row in rows if row["step"] == state.step]
+        if self._due(state) and all(row.get("val_nll") is None for row in last):
+            _add_columns(last, self.validate(state))
+
+    def _due(self, state: State) -> bool:
+        return bool(self.every) and (state.step % self.every == 0 or state.step == self.live.session.num_steps)
 
     def validate(self, state: State) -> dict[str, dict[str, float]]:
         """Log the scores of `state`; return them by architecture, as columns of metrics.parquet."""
@@ -217,6 +226,12 @@ class Validator:
             nll, accuracy = means["val/nll"], 100 * means["val/accuracy"]
             log(f"step {state.step}: validation NLL {nll:.4g}, accuracy {accuracy:.1f} %")
         return columns
+
+
+def _add_columns(rows: list[Row], columns: dict[str, dict[str, float]]) -> None:
+    """Add to each row the columns of its architecture."""
+    for row in rows:
+        row |= columns.get(row["architecture"], {})
 
 
 def _show_images(live: LiveRun, state: State) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import torch
 from support.runs import distil, flags, images_of, refused
 
 from fbpc_ray.commands import main
+from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.tracking import run_reference
+from fbpc_ray.tuning import trial
 
 
 def test_the_files_of_a_run_say_what_was_done(finished_run, small, digits):
@@ -206,6 +209,29 @@ def test_the_validation_split_is_scored_before_and_after_the_steps(small, tmp_pa
     ]  # fmt: skip
     lines = re.findall(r"^step (\d): validation NLL \S+, accuracy (\S+) %$", capsys.readouterr().out, re.M)
     assert [step for step, _ in lines] == ["0", "2"] and lines[1][1] == f"{50 * sum(last):.1f}"
+
+
+def test_a_validation_that_a_signal_ended_is_made_on_resume(small, tmp_path, monkeypatch):
+    """The metrics are those of a run without the signal."""
+    folder, validate = tmp_path / "run", trial.validate
+    words = flags(small, backend="serial", validation=0.1, val_every=2, steps=4, num_chains=1)
+
+    def stopped_at_step_2(session, state, *more):
+        if state.step == 2:
+            raise Interrupted(signal.SIGTERM)
+        return validate(session, state, *more)
+
+    distil(*words, "--out", str(tmp_path / "whole"))
+    monkeypatch.setattr(trial, "validate", stopped_at_step_2)
+    with pytest.raises(SystemExit):
+        distil(*words, "--out", str(folder))
+    monkeypatch.setattr(trial, "validate", validate)
+    distil("--out", str(folder), "--resume")
+    scores, whole = (
+        {(row["step"], row["architecture"]): row["val_nll"] for row in RunDirectory(run).read_metrics()}
+        for run in (folder, tmp_path / "whole")
+    )
+    assert scores == whole and scores[2, "convnet-bn"] is not None
 
 
 def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
