@@ -38,7 +38,7 @@ class Arguments:
     """Files of coresets."""
     data: str = "cifar10"
     """As `fbpc evaluate`."""
-    inference: tuple[str, ...] = ("sghmc:1", "last-layer:3", "ensemble:1")
+    inference: tuple[str, ...] = ("sghmc:1", "last-layer:3")
     """INFERENCE:COUNT, as --inference and --num-chains of `fbpc evaluate`."""
     backend: str = "serial"
     """As `fbpc evaluate`."""
