@@ -1,5 +1,6 @@
 """Evaluate a coreset by SGHMC chains on it (Eq. 27), and score their model average on test data."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -305,7 +306,7 @@ def values(result: ChainResult) -> dict[str, float]:
     """Return a chain's numbers by name; empty for a chain that diverged.
 
     They are those of `metrics.Scores`, the lineage's NLL, the mean NLL of a sample, and with out-of-distribution images
-    the AUROC of each uncertainty.
+    the AUROC of each uncertainty, NaN where an uncertainty is.
     """
     if result.stats is None:
         return {}
@@ -316,7 +317,9 @@ def values(result: ChainResult) -> dict[str, float]:
     inside, outside = result.in_distribution, result.out_of_distribution
     if inside is not None and outside is not None:
         for name in Uncertainty._fields:
-            numbers[f"ood_auroc_{name}"] = auroc(getattr(inside, name), getattr(outside, name))
+            pair = getattr(inside, name), getattr(outside, name)
+            has_nan = any(bool(side.isnan().any()) for side in pair)  # as the NLL then is
+            numbers[f"ood_auroc_{name}"] = math.nan if has_nan else auroc(*pair)
     return numbers
 
 

@@ -7,7 +7,7 @@ MI = H - E = 1/S sum_s KL(p_s || p)                         what the samples dis
 AUROC = P(OOD score > in-distribution score) + P(equal) / 2   (Mann-Whitney's U, exact with ties)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,14 +33,30 @@ def uncertainty_of(log_probs: Tensor, mean: Tensor) -> Uncertainty:
     return Uncertainty(entropy.cpu(), divergence.clamp(min=0).cpu())
 
 
-def auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> float:
+def auroc(in_distribution: Any, out_of_distribution: Any) -> float:
     """Return the AUROC of scores (n,) and (k,): 1 if all out-of-distribution ones are higher, 1/2 by chance.
 
-    Raises ValueError where either is empty.
+    Args:
+        in_distribution: numbers, as a tensor, an array or a list.
+        out_of_distribution: as `in_distribution`.
+
+    Raises ValueError where either is empty, is not (n,), or has NaN.
     """
-    if not len(in_distribution) or not len(out_of_distribution):
-        raise ValueError(f"got {len(in_distribution)} and {len(out_of_distribution)} scores: both must be above 0")
-    ordered = in_distribution.sort().values
-    below = torch.searchsorted(ordered, out_of_distribution)
-    not_above = torch.searchsorted(ordered, out_of_distribution, right=True)
-    return float((below + not_above).sum()) / (2 * len(in_distribution) * len(out_of_distribution))
+    inside = _scores("in_distribution", in_distribution)
+    outside = _scores("out_of_distribution", out_of_distribution)
+    if not len(inside) or not len(outside):
+        raise ValueError(f"got {len(inside)} and {len(outside)} scores: both must be above 0")
+    ordered = inside.sort().values
+    below = torch.searchsorted(ordered, outside)
+    not_above = torch.searchsorted(ordered, outside, right=True)
+    return float((below + not_above).sum()) / (2 * len(inside) * len(outside))
+
+
+def _scores(name: str, values: Any) -> Tensor:
+    """Return `values` as a tensor (n,) in float64 on the CPU. Raises ValueError for another shape, and for NaN."""
+    scores = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if scores.ndim != 1:
+        raise ValueError(f"{name}: must be scores (n,), got the shape {tuple(scores.shape)}")
+    if count := int(scores.isnan().sum()):
+        raise ValueError(f"{name}: {count} of {len(scores)} scores are NaN; leave those images out")
+    return scores

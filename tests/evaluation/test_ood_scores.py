@@ -1,5 +1,7 @@
 """Images of another data set: the scores of a chain on them, and which images are refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,14 @@ def test_the_histogram_shows_the_uncertainty_of_the_first_chain():
     ((key, (inside, outside)),) = evaluation.uncertainty.items()
     assert key == ("x", "convnet-in") and (inside.entropy == 0).all() and (outside.entropy == 0.5).all()
     assert evaluation.stats[key].examples == 9
+
+
+def test_a_chain_whose_predictions_are_nan_has_no_auroc():
+    """Finite parameters whose passes overflow: its NLL is NaN, and so is its AUROC, not 1."""
+    numbers, nans = torch.tensor([0.1, 0.2]).double(), torch.full((2,), math.nan).double()
+    stats = predictive_stats(torch.full((2, 10), math.nan), torch.tensor([0, 1]))
+    result = ChainResult(stats, 1.0, in_distribution=Uncertainty(nans, numbers))
+    result = result._replace(out_of_distribution=Uncertainty(numbers, numbers))
+    outcome = values(result)
+    assert math.isnan(outcome["nll"]) and math.isnan(outcome["ood_auroc_entropy"])
+    assert outcome["ood_auroc_mutual_information"] == 0.5

@@ -91,3 +91,24 @@ def test_auroc_at_its_ends():
     for pair in ((low, high[:0]), (low[:0], high)):
         with pytest.raises(ValueError, match="must be above 0"):
             auroc(*pair)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.float, torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_auroc_takes_tensors_arrays_and_lists_of_any_numbers(form):
+    """Two types of numbers too: 4 of 6 pairs are in order, one is a tie."""
+    inside, outside = torch.tensor([0.0, 2.0, 4.0], dtype=torch.float64), torch.tensor([2.0, 5.0], dtype=torch.float64)
+    assert auroc(form(inside), outside) == auroc(inside, form(outside)) == auroc(form(inside), form(outside)) == 4.5 / 6
+
+
+def test_auroc_refuses_nan_and_other_shapes():
+    """NaN sorts above all numbers: it would count as a high score."""
+    numbers, some = [0.1, 0.2, 0.3], [math.nan, 0.5, math.nan]
+    with pytest.raises(ValueError, match=r"^out_of_distribution: 2 of 3 scores are NaN; leave those images out$"):
+        auroc(numbers, some)
+    with pytest.raises(ValueError, match=r"^in_distribution: 2 of 3 scores are NaN"):
+        auroc(torch.tensor(some), numbers)
+    with pytest.raises(ValueError, match=r"^in_distribution: must be scores \(n,\), got the shape \(2, 2\)$"):
+        auroc([numbers[:2], numbers[1:]], numbers)
+    with pytest.raises(ValueError, match="got 3 and 0 scores: both must be above 0"):
+        auroc(numbers, [])
+    assert auroc(numbers, [math.inf, -math.inf]) == 0.5
