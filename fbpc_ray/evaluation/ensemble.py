@@ -41,6 +41,9 @@ BATCH = 500
 BATCH_PIXELS = BATCH * 32 * 32
 """Most pixels of one forward pass, whose activation at width 128 takes 250 MiB."""
 
+MIN_PROBABILITY = torch.finfo(torch.float64).tiny
+"""Smallest normal float64, 2.2e-308; the log of smaller ones depends on whether torch flushes denormals."""
+
 
 def batch_size(shape: Sequence[int]) -> int:
     """Return the images (..., h, w) of one forward pass. Scores depend on it by no more than rounding."""
@@ -89,14 +92,18 @@ class Prediction(NamedTuple):
         return self.probabilities.argmax(-1)
 
     def scores(self, labels: Tensor | np.ndarray) -> Scores:
-        """Return accuracy, nll, ece and brier against the true `labels` (n,)."""
+        """Return accuracy, nll, ece and brier against the true `labels` (n,).
+
+        Probabilities below `MIN_PROBABILITY` underflow: an image with a larger NLL than 708 nats counts as 708, where
+        `fbpc evaluate` takes its value.
+        """
         return scores(self.stats(labels))
 
     def stats(self, labels: Tensor | np.ndarray) -> PredictiveStats:
         """Return the sums over images behind `scores`, among them those of the reliability diagram's bins."""
         if len(labels) != len(self.probabilities):
             raise UserError(f"got {len(labels)} labels for {len(self.probabilities)} images")
-        return predictive_stats(self.probabilities.log(), torch.as_tensor(labels))
+        return predictive_stats(self.probabilities.clamp(min=MIN_PROBABILITY).log(), torch.as_tensor(labels))
 
     def plot(self, labels: Tensor | np.ndarray | None = None, title: str = "") -> "Image.Image":
         """Draw the reliability diagram against the true `labels` (n,), or without them the uncertainties."""
