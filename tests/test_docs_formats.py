@@ -61,7 +61,7 @@ def test_formats_says_what_a_run_leaves(desk):
             assert {*file.keys()} | {*file.metadata()} == set(first_columns("coreset.safetensors"))
     with safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
         assert {*file.keys()} == set(first_columns("state.safetensors"))
-        assert {*file.metadata()} == {"step", "checksum"}
+        assert {*file.metadata()} == {"step", "fingerprint", "checksum"}
     assert pq.read_schema(run / "metrics.parquet").names == first_columns("metrics.parquet")
     result = json.loads((run / "result.json").read_text())
     scores = next(iter(next(iter(result["coresets"].values())).values()))

@@ -54,6 +54,10 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
     start = config.updated(download=False) if dry_run else config
     sized = open_sized_session(start, sizes, log, planned=dry_run)
     session = sized.session
+    if resume:
+        consequence = "the run goes on with these images: stop it if it should not"
+        if note := advice.changed_images_note(session.dataset, run.read_fingerprint(), "the run", consequence):
+            log(note)
     if dry_run:
         planning.describe(session, run=run.folder, limit=sized.limit, measured=sized.measured)
         return
@@ -174,7 +178,9 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
         columns = validator.validate(state)
         rows += [{"step": 0, "architecture": name, "draw": 0, **values} for name, values in columns.items()]
     start = time.perf_counter()
-    checkpointer = Checkpointer(live.run, state, rows, d, on_checkpoint=lambda saved: _show_images(live, saved))
+    checkpointer = Checkpointer(
+        live.run, state, rows, d, lambda saved: _show_images(live, saved), session.dataset.fingerprint
+    )
     with progress("distil", d.steps, "step", state.step) as bar:
 
         def track(step: Step) -> None:

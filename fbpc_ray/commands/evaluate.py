@@ -20,7 +20,7 @@ from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.evaluate import EvaluationResult, check_split, check_split_name, describe_evaluation
-from fbpc_ray.execution import memory_budget, memory_estimate, validation
+from fbpc_ray.execution import advice, memory_budget, memory_estimate, validation
 from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
@@ -113,19 +113,10 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
             raise UserError(
                 f"the {name} coreset of {run.folder} was not distilled from {dataset.name}: give a run on this data set"
             )
-    _note_other_images(coresets[config.distillation.method], dataset)
+    fingerprint = coresets[config.distillation.method].facts.get("fingerprint", "")
+    if note := advice.changed_images_note(dataset, fingerprint, "the run", "test images may be others too"):
+        log(note)
     return session, coresets
-
-
-def _note_other_images(distilled: Coreset, dataset: Dataset) -> None:
-    """Log a note if the training images are not those that the coreset was distilled from."""
-    stored = distilled.facts.get("fingerprint", dataset.fingerprint)
-    if stored != dataset.fingerprint:
-        log(
-            f"note: the training images of {dataset.name} are not those of the run (fingerprint {dataset.fingerprint}, "
-            f"then {stored}): the data has changed, a relative path is of another folder, or another version of a "
-            "decoder read the files; test images may be others too"
-        )
 
 
 def _ood_images(session: Session, options: Options) -> Split:

@@ -128,7 +128,8 @@ def distill_steps(
 class Checkpointer:
     """Saves a run every `every` steps, after the last step, and when its block is left by a failure or a signal.
 
-    `rows`, the metrics so far, grows with the steps. Without a `run` nothing is saved.
+    `rows`, the metrics so far, grows with the steps. Without a `run` nothing is saved. `fingerprint` is that of the
+    data set, which a resumed run compares.
     """
 
     def __init__(
@@ -138,9 +139,10 @@ class Checkpointer:
         rows: list[Row],
         settings: Distillation,
         on_checkpoint: Callable[[State], None] = lambda state: None,
+        fingerprint: str = "",
     ):
         self.run, self.state, self.rows, self.settings = run, state, rows, settings
-        self.on_checkpoint = on_checkpoint
+        self.on_checkpoint, self.fingerprint = on_checkpoint, fingerprint
         self._unsaved = False
 
     def __enter__(self) -> "Checkpointer":
@@ -166,7 +168,7 @@ class Checkpointer:
     def _save(self) -> None:
         self._unsaved = False
         if self.run:
-            self.run.save(self.state, self.rows)
+            self.run.save(self.state, self.rows, self.fingerprint)
 
 
 def follow(

@@ -81,8 +81,12 @@ class RunDirectory(Generic[Where]):
     def write_config(self, settings: Config) -> None:
         files.write_checked_json(self.config_path, settings.flat())
 
-    def save(self, state: State, rows: list[dict[str, Any]]) -> None:
-        """Write a checkpoint: metrics first, state last, each atomically. An OSError leaves the last one intact."""
+    def save(self, state: State, rows: list[dict[str, Any]], fingerprint: str = "") -> None:
+        """Write a checkpoint: metrics first, state last, each atomically. An OSError leaves the last one intact.
+
+        Args:
+            fingerprint: of the data set that the last step has seen.
+        """
         if rows:
             files.write_bytes(self.metrics_path, _parquet(rows))
         inner = torch.tensor([state.inner_lr, state.inner_velocity], dtype=torch.float64)
@@ -91,7 +95,8 @@ class RunDirectory(Generic[Where]):
         tensors |= {f"{_MOMENT}{name}": value for name, value in state.moments.items()}
         if state.soft_labels is not None:
             tensors["soft_labels"] = state.soft_labels
-        files.write_bytes(self.state_path, tensor_files.dumps(tensors, {"step": str(state.step)}))
+        facts = {"step": str(state.step), **({"fingerprint": fingerprint} if fingerprint else {})}
+        files.write_bytes(self.state_path, tensor_files.dumps(tensors, facts))
 
     def restore(self, labels: Tensor, image_shape: tuple[int, int, int]) -> tuple[State, list[dict[str, Any]]] | None:
         """Read the last checkpoint and the metrics up to it; None before the first one. Raises UserError for damage."""
@@ -108,6 +113,16 @@ class RunDirectory(Generic[Where]):
             reason = (str(error).splitlines() or ["no reason"])[0]
             raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}): {fix}") from None
         return state, rows
+
+    def read_fingerprint(self) -> str:
+        """Read the fingerprint that `save` wrote; empty without one, and for damage, which `restore` names."""
+        if not self.state_path.exists():
+            return ""
+        try:
+            with storage.local(self.state_path) as path, tensor_files.open_checked(path) as file:
+                return (file.metadata() or {}).get("fingerprint", "")
+        except (safetensors.SafetensorError, ValueError, OSError, UserError):
+            return ""
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the rows of metrics.parquet; none where the run has no steps. Raises UserError for damage."""

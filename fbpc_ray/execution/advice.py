@@ -2,6 +2,7 @@
 
 import math
 
+from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.expert_training import short_training_note
 from fbpc_ray.execution.session import Session, num_steps
 
@@ -22,6 +23,26 @@ def training_notes(session: Session) -> list[str]:
     count, images = session.config.experts.expert_count, len(session.dataset.train.labels)
     missing = [store for store in session.stores if store.missing(count)]
     return sorted({short_training_note(store.recipe, images) for store in missing} - {""})
+
+
+def changed_images_note(dataset: Dataset, fingerprint: str, owner: str, consequence: str) -> str:
+    """Return the note that the training images had another `fingerprint` earlier; empty where they had not.
+
+    It is a note and no error, since another decoder, or another CPU's rounding of the mean, gives another fingerprint
+    to the same files.
+
+    Args:
+        fingerprint: that of the data when `owner` was made; empty where its files have none.
+        owner: the run or the sweep.
+        consequence: what the change means for the command.
+    """
+    if fingerprint in ("", dataset.fingerprint):
+        return ""
+    return (
+        f"note: the training images of {dataset.name} are not those of {owner} (fingerprint {dataset.fingerprint}, "
+        f"then {fingerprint}): the data has changed, a relative path is of another folder, or another version of a "
+        f"decoder or another kind of CPU read the files; {consequence}"
+    )
 
 
 def _start(session: Session) -> str:

@@ -61,7 +61,8 @@ def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
                 clock.save()
 
         try:
-            state = follow(steps, Checkpointer(run, state, rows, config.distillation), [report], interruption)
+            checkpointer = Checkpointer(run, state, rows, config.distillation, fingerprint=dataset.fingerprint)
+            state = follow(steps, checkpointer, [report], interruption)
         finally:
             clock.save()
     facts = {

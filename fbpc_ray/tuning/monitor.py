@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     settings: Sweep
     trials: list[dict[str, Any]]
     """Flags of each trial that differ from the base configuration."""
+    fingerprint: str = ""
+    """Of the data set; sweeps of earlier code have none."""
 
 
 class OpenSweep(NamedTuple):

@@ -36,7 +36,7 @@ from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import calibration, protocols, results
-from fbpc_ray.execution import validation
+from fbpc_ray.execution import advice, validation
 from fbpc_ray.execution.session import (
     check_memory,
     cpu_threads,
@@ -161,7 +161,12 @@ def _prepare(
         base = with_sizes(base, dataset, sizes, log)
         validation.check(base)
     if plan is None:
-        plan = Plan(folder.name, uuid.uuid4().hex, settings, _draw(base, settings, len(dataset.classes)))
+        trials = _draw(base, settings, len(dataset.classes))
+        plan = Plan(folder.name, uuid.uuid4().hex, settings, trials, dataset.fingerprint)
+    else:
+        consequence = "the trials go on with these images: do not compare their scores with earlier ones"
+        if note := advice.changed_images_note(dataset, plan.fingerprint, "the sweep", consequence):
+            log(note)
     if resume and not trusted:
         _refuse_untrusted(plan, base, folder)
     placed = base.updated(experts=str(expert_root(base)))  # a trial has another working directory
@@ -241,7 +246,8 @@ def read_plan(folder: Place) -> Plan:
         plan = inputs.read_checked_json(path)
         settings = {**current_names(plan["settings"]), "grid": tuple(plan["settings"]["grid"])}
         settings.pop("val_every", None)  # of earlier code, see `read_base`
-        return Plan(plan["name"], plan["id"], Sweep(**settings), [current_names(flags) for flags in plan["trials"]])
+        trials = [current_names(flags) for flags in plan["trials"]]
+        return Plan(plan["name"], plan["id"], Sweep(**settings), trials, plan.get("fingerprint", ""))
 
 
 def read_base(folder: Place) -> Config:

@@ -194,7 +194,7 @@ def _distill(
     interval, last = config.distillation.checkpoint_every, record.validations[-1].step if record.validations else 0
     if state.step > last and (state.step % interval == 0 or state.step == session.num_steps):
         validate_and_report(state)  # the trial was killed between its checkpoint and its validation
-    checkpointer = Checkpointer(run, state, rows, config.distillation, on_checkpoint=validate_and_report)
+    checkpointer = Checkpointer(run, state, rows, config.distillation, validate_and_report, session.dataset.fingerprint)
     follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 

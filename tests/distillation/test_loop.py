@@ -21,7 +21,7 @@ class Folder:
         self.attempts: list[int] = []
         self.broken = broken
 
-    def save(self, state: State, rows: list[dict[str, Any]]) -> None:
+    def save(self, state: State, rows: list[dict[str, Any]], fingerprint: str) -> None:
         self.attempts.append(state.step)
         assert [row["step"] for row in rows] == list(range(1, state.step + 1))
         if state.step == self.broken:
