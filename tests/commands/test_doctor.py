@@ -63,13 +63,19 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     assert not list(tmp_path.glob(".fbpc-doctor*"))
 
 
+def finding_of(library: Library, lowest: str, seconds: float = doctor.DEEP_SECONDS) -> doctor.Finding:
+    finding = try_library(library, lowest, seconds)
+    assert finding
+    return finding
+
+
 @pytest.mark.slow
 def test_what_is_installed_here_works():
     """The libraries that hold the bits, in their own processes; nms is really called."""
     bounds = doctor.requirements()
     for library in doctor.LIBRARIES:
         if library.name in ("torchvision", "pyarrow"):
-            line = try_library(library, bounds[library.name])
+            line = finding_of(library, bounds[library.name])
             assert line.state == "ok", line
             assert ("compiled operators run" in line.message) == (library.name == "torchvision")
 
@@ -93,12 +99,12 @@ def test_lowest_versions_are_those_of_the_project(monkeypatch):
 
 def test_old_and_missing_libraries():
     ok = Library("pyarrow", "pass")
-    assert try_library(ok, "1.0").state == "ok"
-    line = try_library(ok, "999.1")
+    assert finding_of(ok, "1.0").state == "ok"
+    line = finding_of(ok, "999.1")
     assert line.state == "fix" and "older than 999.1" in line.message and "pip install 'pyarrow>=999.1'" in line.fix
-    line = try_library(Library("no-such-library", "pass", "goes without"), "1.0")
+    line = finding_of(Library("no-such-library", "pass", "goes without"), "1.0")
     assert line.state == "note" and "not installed; goes without" in line.message and "no-such-library>=1.0" in line.fix
-    assert try_library(Library("pyarrow", "1 / 0"), "").message.endswith(
+    assert finding_of(Library("pyarrow", "1 / 0"), "").message.endswith(
         "does not work (ZeroDivisionError: division by zero)"
     )
     assert doctor._numbers("2.14.1+cu128") == (2, 14, 1) > doctor._numbers("2.9") and doctor._numbers("3.0") == (3,)
@@ -106,7 +112,7 @@ def test_old_and_missing_libraries():
 
 def test_a_library_that_hangs_is_broken_or_the_machine_is_busy():
     hanging = Library("pyarrow", "import time; time.sleep(60)")
-    line = try_library(hanging, "", seconds=0.5)
+    line = finding_of(hanging, "", seconds=0.5)
     assert line.state == "fix" and "no answer" in line.message
     assert try_library(hanging, "", seconds=0.5, deep=False) is None
 
