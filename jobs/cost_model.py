@@ -152,7 +152,7 @@ def constant_rows(args: Arguments, work: Work, constants: Measured) -> str:
             ["forward pass of an image", f"{work.forward / 1e9:.2f} GFLOP", "counted from the layers"],
             ["a unit (gradient)", f"{work.unit / 1e12:.0f} TFLOP", f"counted, with {args.map_steps} MAP steps"],
             ["an expert", f"{work.expert / 1e15:.1f} PFLOP", "counted from the layers"],
-            ["MAP steps", f"{args.map_steps}", "**assumed**; 18 to 140 were measured at 32x32"],
+            ["MAP steps", f"{args.map_steps}", "**assumed**; 14 to 140 were measured at 32x32"],
             ["a GPU", " or ".join(f"{rate:g} TFLOP/s" for rate in args.teraflops), "**assumed**: no GPU was measured"],
             ["an hour of a GPU", f"${args.dollars:g}", "**assumed**"],
             ["a node's network", f"{args.network_gb:g} GB/s", "**assumed**"],
