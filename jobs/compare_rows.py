@@ -22,6 +22,7 @@ from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.provenance import without_folders
 from fbpc_ray.core.storage import place
 from fbpc_ray.reproduction.render import score_tables
 from fbpc_ray.reproduction.rows import SCHEMA, Rows
@@ -55,7 +56,7 @@ def compare(argv: Sequence[str]) -> None:
     print("\n".join(score_tables(rows, args.quantities, baseline=args.baseline)))
     if args.write:
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist([without_folders(row) for row in rows], schema=SCHEMA), sink)
+        pq.write_table(pa.Table.from_pylist([without_paths(row) for row in rows], schema=SCHEMA), sink)
         files.write_bytes(place(args.write), sink.getvalue().to_pybytes())
 
 
@@ -68,12 +69,11 @@ def rows_of(word: str) -> list[dict[str, Any]]:
     return [row | {"row": name} if name else row for row in rows]
 
 
-def without_folders(row: dict[str, Any]) -> dict[str, Any]:
+def without_paths(row: dict[str, Any]) -> dict[str, Any]:
     """Replace the paths in a row's settings by their last part."""
     settings = json.loads(row["config"])
-    kind, _, path = settings["data"].rpartition(":")
-    changes = {"data": f"{kind}:{Path(path).name}" if kind else path}
-    changes |= {name: Path(settings[name]).name for name in ("experts", "data_root", "out") if settings[name]}
+    changes = {name: Path(settings[name]).name for name in ("experts", "data_root", "out") if settings[name]}
+    changes["data"] = without_folders(settings["data"])
     return row | {"config": json.dumps(settings | changes)}
 
 

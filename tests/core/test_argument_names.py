@@ -69,8 +69,8 @@ OF_COMMANDS = {
     "--dry-run", "--format", "--json", "--out", "--pixels", "--resume", "--ood-resize", "--protocol", "--coreset",
 }  # fmt: skip
 """Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images."""
-OF_OTHER_PROGRAMS = {"--porcelain", "--short", "--untracked-files", "--version"}
-"""Flags of git and the compiler."""
+OF_OTHER_PROGRAMS = {"--porcelain", "--short", "--untracked-files", "--version", "--working-dir"}
+"""Flags of git, the compiler and Ray."""
 
 
 def literals(path: Path) -> list[str]:

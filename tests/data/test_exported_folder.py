@@ -9,10 +9,10 @@ import torch
 import yaml
 from support.exports import NAMES, same
 
-from fbpc_ray.commands import export as exports
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.provenance import without_folders
 from fbpc_ray.data import coreset, coreset_formats, coreset_reader
 from fbpc_ray.data.datasets import Split, denormalise, normalise
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -72,7 +72,7 @@ def test_the_card_says_what_made_it_and_names_no_folder_of_this_machine(exported
                  f"torch {result['versions']['torch']}", "UCI", "convnet-bn"):  # fmt: skip
         assert word in text
     settings = read_config(exported_run).updated(data=f"folder:{tmp_path}/cats")
-    facts = {"data": exports._short(settings.data.data)}
+    facts = {"data": without_folders(settings.data.data)}
     other_card = dataset_card.card(outcome, "pt", settings, facts, result)
     assert "folder:cats" in other_card
     for card in (text, other_card):
