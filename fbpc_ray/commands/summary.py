@@ -9,7 +9,6 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.evaluation.results import ChainScore, mean_scores, select, unique
 
 UNCLEAR = "no clear difference in accuracy"
-ADVICE = "more test images tell more; a larger --ipc or --time-budget, or --method vbpc, may raise the accuracy"
 FAQ = "docs/faq.md#it-is-worse-than-random-images"
 
 
@@ -36,7 +35,13 @@ def describe(
         f"{100 * theirs:.1f} %; guessing: {100 / classes:.1f} %"
     )
     verdict = _verdict(ours, theirs, images, nll)
-    return "\n".join([line, verdict, *([ADVICE] if advice and verdict.startswith(UNCLEAR) else [])])
+    unclear = advice and verdict.startswith(UNCLEAR)
+    return "\n".join([line, verdict, *([_advice(names[0])] if unclear else [])])
+
+
+def _advice(method: str) -> str:
+    other = "" if method == "vbpc" else ", or --method vbpc,"
+    return f"more test images tell more; a larger --ipc or --time-budget{other} may raise the accuracy"
 
 
 def _verdict(ours: float, theirs: float, images: int, nll: str) -> str:

@@ -38,6 +38,14 @@ def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images,
 
 
 @pytest.mark.parametrize(
+    "method, advice", [("fbpc", "a larger --ipc or --time-budget, or --method vbpc, may"), ("vbpc", "-budget may raise")]
+)
+def test_the_advice_names_no_method_that_was_used(method, advice):
+    text = summary.describe(scores(**{"random": [0.2], method: [0.2]}), 3, 48).splitlines()[-1]
+    assert advice in text and ("--method vbpc" in text) == (method != "vbpc")
+
+
+@pytest.mark.parametrize(
     "nll, words",
     [(0.5, "NLL 0.50 against 1.00 is better (lower is better)"), (2.0, "NLL 2.00 against 1.00 is worse (lower is"),
      (1.001, "NLL 1.00 against 1.00 is equal")],
