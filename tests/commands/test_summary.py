@@ -38,7 +38,8 @@ def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images,
 
 
 @pytest.mark.parametrize(
-    "method, advice", [("fbpc", "a larger --ipc or --time-budget, or --method vbpc, may"), ("vbpc", "-budget may raise")]
+    "method, advice",
+    [("fbpc", "a larger --ipc or --time-budget, or --method vbpc, may"), ("vbpc", "-budget may raise")],
 )
 def test_the_advice_names_no_method_that_was_used(method, advice):
     text = summary.describe(scores(**{"random": [0.2], method: [0.2]}), 3, 48).splitlines()[-1]
