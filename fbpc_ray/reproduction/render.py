@@ -39,7 +39,8 @@ def markdown(
         "",
     ]
     lines += score_tables(rows, shape.quantities, PAPER.get(table, {}), BASELINE if shape.kind == "scores" else "")
-    return "\n".join([*lines, *_legend(rows), *(f"\nNote: {note}." for note in notes), ""])
+    differs = any(f", minus {BASELINE}" in line for line in lines)
+    return "\n".join([*lines, *_legend(rows, differs), *(f"\nNote: {note}." for note in notes), ""])
 
 
 def score_tables(
@@ -220,15 +221,16 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
     return f"{kind}: {size}."
 
 
-def _legend(rows: list[Row]) -> list[str]:
+def _legend(rows: list[Row], differs: bool) -> list[str]:
+    """Say what the numbers are, and what made them; `differs`: there are tables of differences."""
     if not rows:
         return []
+    paired = "Differences are paired by the seed of the distillation, with their 95 % interval (Student's t). "
     distillations, evaluations = ({row[name] for row in rows} for name in ("distill_seed", "eval_seed"))
     return [
         f"Mean over {len(distillations)} seeds of the distillation x {len(evaluations)} of the evaluation; the first ± "
         "is the standard deviation over seeds of the evaluation, the second over those of the distillation. "
-        "Differences are paired by the seed of the distillation, with their 95 % interval (Student's t). "
-        "*Italics* are the paper's values.",
+        f"{paired if differs else ''}*Italics* are the paper's values.",
         "",
         "Commit " + ", ".join(_order(row["commit"] for row in rows))
         + "".join(f"; coresets made at {commit}" for commit in _order(row["coreset_commit"] for row in rows) if commit)

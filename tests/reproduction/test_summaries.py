@@ -5,8 +5,10 @@ import math
 import pytest
 from scipy import stats
 
-from fbpc_ray.reproduction.render import score_tables
+from fbpc_ray.core.config import Config
+from fbpc_ray.reproduction.render import markdown, score_tables
 from fbpc_ray.reproduction.summaries import difference, summary
+from fbpc_ray.reproduction.tables import SCALES, Request
 
 
 def test_summary_by_hand():
@@ -48,3 +50,12 @@ def test_differences_to_the_baseline_follow_the_scores():
     assert two.splitlines()[2:] == ["| BPC-fKL | -3.3 (-7.1 to +0.5; 3 pairs) |", "| Random | - |"]
     for baseline in ("", "another row"):
         assert len([line for line in score_tables(rows, ("accuracy",), baseline=baseline) if line]) == 1
+
+
+def test_the_legend_explains_differences_where_there_are_some():
+    request = Request(SCALES["small"], {"cifar10": "digits"}, (1,), {}, Config())
+    facts = {"eval_seed": 0, "commit": "c0ffee", "coreset_commit": None, "device": "cpu", "versions": "{}"}
+    rows = [row | facts | {"nll": 1.0} for row in (*THEIRS, *OURS)]
+    for some, expected in ((rows, True), (rows[-1:], False)):
+        text = markdown("table1", "small", request, [], some, [], ())
+        assert ("minus FBPC" in text) == ("paired by the seed" in text) == expected
