@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
-from fbpc_ray.core import files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import without_folders
 from fbpc_ray.core.storage import place
 from fbpc_ray.reproduction.render import score_tables
-from fbpc_ray.reproduction.rows import SCHEMA, Rows
+from fbpc_ray.reproduction.rows import Rows, write_rows
 from fbpc_ray.reproduction.summaries import SHOWN
 
 SCORES = ("accuracy", "nll", "ece", "brier")
@@ -55,9 +52,7 @@ def compare(argv: Sequence[str]) -> None:
         raise UserError(f"--baseline {args.baseline}: choose from {', '.join(names)}")
     print("\n".join(score_tables(rows, args.quantities, baseline=args.baseline)))
     if args.write:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist([without_paths(row) for row in rows], schema=SCHEMA), sink)
-        files.write_bytes(place(args.write), sink.getvalue().to_pybytes())
+        write_rows(place(args.write), [without_paths(row) for row in rows])
 
 
 def rows_of(word: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from fbpc_ray.core import files
 from fbpc_ray.core.config import ELSEWHERE, OLD_NAMES, Config, Distillation, Evaluation, original_names
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.storage import Place
 from fbpc_ray.distillation import network_pool
 
 QUANTITIES = (
@@ -118,9 +119,7 @@ class Rows:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Write the rows of one cell and evaluation seed, all or none."""
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
-        files.write_bytes(self.folder / f"{rows[0]['key']}-{rows[0]['eval_seed']}.parquet", buffer.getvalue())
+        write_rows(self.folder / f"{rows[0]['key']}-{rows[0]['eval_seed']}.parquet", rows)
 
     def read(self) -> list[dict[str, Any]]:
         """Read all rows, in no order. Raises UserError for a damaged or foreign file."""
@@ -137,6 +136,13 @@ class Rows:
                     f"{path} cannot be read ({line}): delete it, and run again to compute its cell"
                 ) from None
         return rows
+
+
+def write_rows(path: Place, rows: list[dict[str, Any]]) -> None:
+    """Write rows to one Parquet file, whole or not at all."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+    files.write_bytes(path, buffer.getvalue())
 
 
 def _read(path: Path) -> pa.Table:

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.data_files import write_npz
 from support.runs import refused
 
 from fbpc_ray.commands import main
@@ -25,11 +25,8 @@ SHORT = ["--inference", "last-layer", "--net-steps", "2", "--num-chains", "1", "
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory) -> str:
     """Two random images of each class of CIFAR-10 in each split, as --data takes them."""
-    path, classes = tmp_path_factory.mktemp("data") / "cifar.npz", coreset.load(COMMITTED[0]).classes
-    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    labels = np.array(classes)[np.arange(20) % 10]
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return f"npz:{path}"
+    classes = coreset.load(COMMITTED[0]).classes
+    return write_npz(tmp_path_factory.mktemp("data") / "cifar.npz", classes, 20, 32)
 
 
 def evaluated(source: Path, data: str, out: Path, *words: str) -> dict:
@@ -47,10 +44,7 @@ def written(folder: Path, settings: dict, side: int = 8) -> Path:
 
 @pytest.fixture
 def pets(tmp_path) -> str:
-    images = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
-    labels = np.array(["ant", "bee"])[np.arange(8) % 2]
-    np.savez(tmp_path / "pets.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return f"npz:{tmp_path / 'pets.npz'}"
+    return write_npz(tmp_path / "pets.npz", ("ant", "bee"), 8, 24)
 
 
 # ---- what the file says

@@ -1,5 +1,6 @@
 """What a user reads where Ray's own processes do not start, or no cluster answers."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -48,17 +49,22 @@ This process on 10.0.0.7:0 was started with:
 """As ray._private.utils.check_version_info words it."""
 
 
+def join_error(monkeypatch: pytest.MonkeyPatch, init: Callable[..., None]) -> str:
+    """Return the line for a cluster that answers, where `ray.init` is `init`."""
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connection, "probe", lambda address: None)
+    with pytest.raises(UserError) as raised:
+        connection.connect("10.0.0.1:6379", {}, print)
+    return str(raised.value)
+
+
 def test_a_cluster_of_other_versions_is_named_as_such(monkeypatch):
     """The cluster answers: --address is right."""
 
     def init(**options: object) -> None:
         raise RuntimeError(MISMATCH)
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(connection, "probe", lambda address: None)
-    with pytest.raises(UserError) as raised:
-        connection.connect("10.0.0.1:6379", {}, print)
-    assert str(raised.value) == (
+    assert join_error(monkeypatch, init) == (
         "the Ray cluster runs Ray 2.59.1 and Python 3.11.9, this process Ray 2.60.0 and Python 3.11.2: install the "
         "cluster's versions here, or run on one of its nodes by `ray job submit`"
     )
@@ -78,11 +84,7 @@ def test_a_machine_without_a_node_of_the_cluster_is_named_as_such(monkeypatch):
     def init(**options: object) -> None:
         services.get_node_to_connect_for_driver(None, timeout_seconds=0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(connection, "probe", lambda address: None)
-    with pytest.raises(UserError) as raised:
-        connection.connect("10.0.0.1:6379", {}, print)
-    assert str(raised.value) == (
+    assert join_error(monkeypatch, init) == (
         "the Ray cluster has no node on this machine, which a driver needs: run `ray start --address=HEAD:6379` here, "
         "or submit the run with `ray job submit`"
     )

@@ -6,6 +6,7 @@ import gallery
 import numpy as np
 import pytest
 import torch
+from support.data_files import write_npz
 
 from fbpc_ray.commands import main
 from fbpc_ray.core.rng import generator
@@ -24,10 +25,7 @@ def write(path, seed=0):
 
 @pytest.fixture
 def pets(tmp_path) -> str:
-    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
-    labels = np.array(["ant", "bee"])[np.arange(8) % 2]
-    np.savez(tmp_path / "pets.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return f"npz:{tmp_path / 'pets.npz'}"
+    return write_npz(tmp_path / "pets.npz", ("ant", "bee"), 8, 8)
 
 
 def test_each_file_is_evaluated_once_by_each_inference(pets, tmp_path, capsys):
