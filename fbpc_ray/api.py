@@ -16,6 +16,7 @@ experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def distill(
     method: str | None = None,
     preset: str = "",
     time_budget: str | float = "",
+    initial_coreset: Coreset | str | Path | None = None,
     backend: str = "serial",
     log: Callable[[str], None] = print,
     on_step: Callable[[dict[str, float], int], None] | None = None,
@@ -135,6 +137,8 @@ def distill(
             one.
         time_budget: such as 20m, or a number of minutes: choose the largest sizes that take no longer, evaluation
             included, by timing this machine.
+        initial_coreset: a coreset, or its path as `fbpc evaluate --coreset` takes it, whose images the steps begin
+            with, and its soft labels where the method learns labels. None: real images, as in Algorithm 1.
         backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
         log: called with each line of the log.
         on_step: called after each step with the step's metrics and number.
@@ -146,10 +150,15 @@ def distill(
     """
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     keyword_settings.check_names(settings, "distill", without=(config.Data, config.Output))
-    changes: dict[str, Any] = {"ipc": ipc, "architectures": architectures}
+    given = initial_coreset if isinstance(initial_coreset, Coreset) else None
+    path = str(initial_coreset) if isinstance(initial_coreset, Path) else initial_coreset
+    changes: dict[str, Any] = {"ipc": ipc, "architectures": architectures, "initial_coreset": None if given else path}
     changes = settings | {name: value for name, value in changes.items() if value is not None}
     chosen = keyword_settings.of_distillation(source, changes, method, preset, time_budget, backend, log)
-    session = open_session(chosen, log, source)
+    session = replace(open_session(chosen, log, source), given=given)
+    if given:
+        _check_coreset(given)
+        validation.check_initial_coreset(chosen.distillation.method)
     for note in advice.notes(session):
         log(note)
     return session.coreset(_run_steps(session, log, on_step) if session.num_steps else session.initial[0])

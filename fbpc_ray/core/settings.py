@@ -99,6 +99,9 @@ class Distillation:
     """N: updates of the pseudocoreset [Table 4]."""
     seed: int = 0
     """Seed of the distillation: initial images and every draw."""
+    initial_coreset: str = ""
+    """Coreset to begin with, its images and, where the method learns labels, its soft labels: a file or a run, as
+    `evaluate --coreset` takes it. Empty: real images [Algorithm 1]."""
     alpha: float = 100.0
     """alpha: SGD learning rate of the pixels, in normalised pixel space [Table 4]."""
     momentum: float = 0.5

@@ -62,6 +62,11 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
         ) from error
 
 
+def fit(given: Coreset, dataset: Dataset, source: str) -> Loaded:
+    """Check that a coreset has the classes and the image size of `dataset`. Raises UserError, which names `source`."""
+    return _fitted(RawCoreset(given.images, given.labels, given._asdict(), given.soft_labels), dataset, source, "auto")
+
+
 def _advice(where: str) -> str:
     """Return the fix for a path that does not exist."""
     kind, _, path = where.partition(":")

@@ -142,8 +142,12 @@ def standardise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
 
 def denormalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Undo `normalise` exactly: images (b, c, h, w) float -> uint8, rounded and clamped, without gradient."""
-    pixels = images.detach().float() * _per_channel(std, images) + _per_channel(mean, images)
-    return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
+    return (to_unit(images.detach().float(), mean, std) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_unit(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Undo `standardise`: images (b, c, h, w) float32 -> pixels, which for real images are in 0..1."""
+    return images * _per_channel(std, images) + _per_channel(mean, images)
 
 
 def tensors(split: Split, device: torch.device | str) -> tuple[Tensor, Tensor]:

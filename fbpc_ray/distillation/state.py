@@ -12,7 +12,8 @@ from fbpc_ray.core.config import Distillation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset
-from fbpc_ray.data.datasets import Dataset, tensors
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.datasets import Dataset, standardise, tensors, to_unit
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import network_pool, warm_start
 from fbpc_ray.distillation.methods.common import Gradient
@@ -85,6 +86,34 @@ def initial_state(dataset: Dataset, ipc: int, seed: int, inner_lr: float = 0.0) 
     real = DeviceDataset(*tensors(dataset.train, "cpu"), dataset.mean, dataset.std)
     images, labels = real.batch(coreset.balanced(real.labels, ipc, dataset.classes, generator(seed, "coreset")))
     return State(0, images, torch.zeros_like(images), inner_lr), labels
+
+
+def begin_as(state: State, labels: Tensor, given: Coreset, dataset: Dataset) -> State:
+    """Replace the images of a state before step 1 by those of a coreset, and its soft labels where both have some.
+
+    Args:
+        labels: (m,), those of `state`, class by class.
+        given: a coreset of the classes and the image size of `dataset`, in any order.
+
+    Raises UserError for a coreset of another number of images per class.
+    """
+    order = given.labels.argsort(stable=True)
+    if not torch.equal(given.labels[order], labels):
+        ipc = len(labels) // len(dataset.classes)
+        counts = given.labels.bincount(minlength=len(dataset.classes))
+        least, most = int(counts.min()), int(counts.max())
+        has, fix = (
+            (f"{least}", f"give --ipc {least}") if least == most else (f"{least} to {most}", "choose another one")
+        )
+        raise UserError(f"--initial-coreset: it has {has} images per class, --ipc is {ipc}: {fix}")
+    images = given.images
+    if (given.mean, given.std) != (dataset.mean, dataset.std):
+        images = standardise(to_unit(images, given.mean, given.std), dataset.mean, dataset.std)
+    state = state._replace(images=images[order])
+    if state.soft_labels is None or given.soft_labels is None:
+        return state
+    logits = given.soft_labels[order]
+    return state._replace(soft_labels=logits - logits.mean(1, keepdim=True))
 
 
 def with_soft_labels(state: State, labels: Tensor, classes: int, scale: float) -> State:

@@ -14,7 +14,7 @@ WIDE_ERROR = 3.0
 
 def notes(session: Session) -> list[str]:
     """Return the notes on a run that begins."""
-    candidates = (_start(session), _nothing_saved(session), _test_images(session))
+    candidates = (_start(session), *_initial_coreset(session), _nothing_saved(session), _test_images(session))
     return [f"note: {note}" for note in candidates if note]
 
 
@@ -57,6 +57,16 @@ def _start(session: Session) -> str:
         f"experts have taken only {d.start_epoch * per_epoch} SGD steps at --start-epoch {d.start_epoch} and know "
         f"little by then: try --start-epoch {min(e.expert_epochs, -(-FEW_SGD_STEPS // per_epoch))}"
     )
+
+
+def _initial_coreset(session: Session) -> list[str]:
+    """Note what was assumed of --initial-coreset, and soft labels of it that the method can't use."""
+    if session.initial_coreset is None:
+        return []
+    notes = [f"--initial-coreset: {note}" for note in session.initial_coreset.notes]
+    if session.initial_coreset.coreset.soft_labels is not None and session.initial[0].soft_labels is None:
+        notes.append("--initial-coreset: its soft labels are left out; add --learn-labels to begin with them")
+    return notes
 
 
 def _nothing_saved(session: Session) -> str:

@@ -21,8 +21,9 @@ from fbpc_ray.core.settings import Workers
 from fbpc_ray.core.signals import Interruption, deferred_interrupt
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.core.tasks import TaskRunner
-from fbpc_ray.data import datasets
+from fbpc_ray.data import coreset_reader, datasets
 from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.coreset_reader import Loaded
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.expert_format import Recipe
@@ -31,6 +32,7 @@ from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
 from fbpc_ray.distillation.state import (
     State,
+    begin_as,
     coreset_images,
     gradient_tasks,
     initial_state,
@@ -55,6 +57,8 @@ class Session:
     specs: list[Spec]
     stores: list[ExpertStore]
     """The experts of each network; none for a method without experts."""
+    given: Coreset | None = None
+    """What --initial-coreset names, where Python gives a coreset in the place of a path."""
 
     @property
     def num_steps(self) -> int:
@@ -63,7 +67,26 @@ class Session:
 
     @cached_property
     def initial(self) -> tuple[State, Tensor]:
-        """The state before step 1, and the labels (m,)."""
+        """The state before step 1, and the labels (m,). Raises UserError for a wrong --initial-coreset."""
+        state, labels = self.real
+        if self.initial_coreset is not None:
+            state = begin_as(state, labels, self.initial_coreset.coreset, self.dataset)
+        return state, labels
+
+    @cached_property
+    def initial_coreset(self) -> Loaded | None:
+        """What --initial-coreset names; None for real images. Raises UserError."""
+        if self.given is not None:
+            return coreset_reader.fit(self.given, self.dataset, "--initial-coreset")
+        path = self.config.distillation.initial_coreset
+        return coreset_reader.load(place(path), self.dataset) if path else None
+
+    @cached_property
+    def real(self) -> tuple[State, Tensor]:
+        """Real images as a state, with the soft labels that a method begins with, and their labels (m,).
+
+        Algorithm 1 begins with them, and results are compared with them.
+        """
         d = self.config.distillation
         state, labels = initial_state(self.dataset, d.ipc, d.seed, d.inner_lr)
         if d.method in network_pool.METHODS:
@@ -75,7 +98,7 @@ class Session:
 
     @property
     def labels(self) -> Tensor:
-        return self.initial[1]
+        return self.real[1]
 
     def coreset(self, state: State) -> Coreset:
         """Return the pseudocoreset of `state`."""

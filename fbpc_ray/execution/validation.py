@@ -3,6 +3,7 @@
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.ranges import check_ranges
+from fbpc_ray.core.storage import place
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.methods.bpc import AHEAD
 from fbpc_ray.distillation.methods.common import expert_epochs
@@ -18,7 +19,10 @@ def validate(config: Config) -> Config:
 
 
 def canonical(config: Config) -> Config:
-    """Give each network its canonical name, so that equal networks have equal names. Raises UserError."""
+    """Give each network its canonical name, so that equal networks have equal names, and paths that workers read.
+
+    Raises UserError.
+    """
     names = config.networks.architectures
     if not names:
         raise UserError("--architectures: must name a network, got none")
@@ -26,7 +30,10 @@ def canonical(config: Config) -> Config:
     repeated = [name for name in canonical_names if canonical_names.count(name) > 1]
     if repeated:
         raise UserError(f"--architectures {' '.join(names)}: {repeated[0]} is given twice; name each network once")
-    return config.updated(architectures=canonical_names)
+    initial = config.distillation.initial_coreset
+    return config.updated(
+        architectures=canonical_names, initial_coreset=str(place(initial).absolute()) if initial else ""
+    )
 
 
 def check(config: Config) -> None:
@@ -49,8 +56,19 @@ def check(config: Config) -> None:
         expert_epochs(flat["start_epoch"], flat["start_rule"], flat["expert_epochs"], AHEAD.get(method, 0))
     if method in network_pool.METHODS and flat["precision"] != "fp32":
         raise UserError(f"--precision {flat['precision']}: --method {method} supports fp32 alone; use --precision fp32")
+    if flat["initial_coreset"]:
+        check_initial_coreset(method)
     if flat["learn_labels"] and method == "random":
         raise UserError("--learn-labels: --method random learns nothing; choose another method, or --no-learn-labels")
     memory_budget.check(config)
     if method == "bpc-rkl" and flat["mc_samples"] < 2:
         raise UserError("--mc-samples: must be 2 or more for the covariance of bpc-rkl, got 1")
+
+
+def check_initial_coreset(method: str) -> None:
+    """Raise UserError for a method without steps that would begin with --initial-coreset."""
+    if method == "random":
+        raise UserError(
+            "--initial-coreset: --method random learns nothing; choose another method, or score the coreset by "
+            "`fbpc evaluate --coreset`"
+        )

@@ -50,9 +50,9 @@ def evaluate_run(live: LiveRun, state: State, rows: list[Row]) -> dict[str, Any]
 
 
 def _write_coresets(live: LiveRun, state: State) -> dict[str, coreset.Coreset]:
-    """Write the distilled coreset and the random one that it began as; return both by name."""
+    """Write the distilled coreset, and random images, as which it began by default; return both by name."""
     session, run, method = live.session, live.run, live.session.config.distillation.method
-    coresets = {"random": session.coreset(session.initial[0]), method: session.coreset(state)}
+    coresets = {"random": session.coreset(session.real[0]), method: session.coreset(state)}
     facts = {"commit": live.provenance.commit}
     coreset.save(coresets[method], run.coreset_path, facts)
     coreset.save(coresets["random"], run.random_path, {**facts, "method": "random", "step": "0"})
@@ -66,7 +66,8 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
     title = f"{d.method}, {dataset.name}, {d.ipc} per class, step {state.step}"
     image_grids.coreset_grid(pixels_of(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
     if rows:
-        title = f"real images, before step 1 of {d.method}"
+        origin = "images of --initial-coreset" if session.initial_coreset else "real images"
+        title = f"{origin}, before step 1 of {d.method}"
         first = pixels_of(session.initial[0], dataset)
         image_grids.coreset_grid(first, labels.numpy(), dataset.classes, run.before_path, title)
         run_figures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")

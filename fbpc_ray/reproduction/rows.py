@@ -85,6 +85,7 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"image_column"}, flat["image_column"] != ""),
         ({"image_size", "resize"}, flat["image_size"] != 0),
         ({"test"}, flat["test"] != 0),
+        ({"initial_coreset"}, flat["initial_coreset"] != ""),
         ({"views"}, flat["views"] != 0),
         ({"gamma_window"}, flat["gamma_window"] != 1),
         ({"alpha_decay"}, flat["alpha_decay"] != 0),

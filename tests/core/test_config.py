@@ -210,7 +210,7 @@ def test_what_may_change_on_resume_exists_and_changes_no_step():
         "views", "gamma_window", "alpha_decay", "image_average", "rkl_estimator", "learn_labels", "label_confidence",
         "compiled", "map_init", "warm_pool_size", "warm_pool_uses",
         "image_lr", "label_lr", "lr_decay", "label_scale", "ridge",
-        "prior_precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
+        "initial_coreset", "prior_precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
     }  # fmt: skip
     assert names - MAY_CHANGE_ON_RESUME == fixed
 

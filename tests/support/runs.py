@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,12 @@ def assert_same(one, other):
 
 def flags(config: Config, **changes: object) -> list[str]:
     """The configuration as command-line flags."""
+    return flags_of(config.updated(**changes).flat())
+
+
+def flags_of(settings: Mapping[str, object]) -> list[str]:
     words: list[str] = []
-    for name, value in config.updated(**changes).flat().items():
+    for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])

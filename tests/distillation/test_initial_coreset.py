@@ -1,0 +1,124 @@
+"""`--initial-coreset`: the state before step 1 is a coreset's, that of the comparison stays real images."""
+
+import pytest
+import torch
+from support.runs import SMALL_VBPC, flags_of, images_of, refused, silent
+
+from fbpc_ray import api
+from fbpc_ray.commands import main
+from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import begin_as, initial_state, with_soft_labels
+from fbpc_ray.execution import advice, session
+
+SETTINGS = SMALL_VBPC | {"steps": 2, "checkpoint_every": 1, "num_chains": 1, "net_steps": 2, "backend": "serial"}
+
+
+def given_for(digits, ipc=1, seed=5, classes=None) -> Coreset:
+    """Real images of another seed, its classes in reverse order, with soft labels."""
+    first, labels = initial_state(digits, ipc, seed)
+    soft = torch.arange(10.0 * len(labels)).reshape(-1, 10)
+    return Coreset(first.images.flip(0), labels.flip(0), digits.mean, digits.std, classes or digits.classes, soft)
+
+
+@pytest.fixture
+def path(digits, tmp_path):
+    where = tmp_path / "given.safetensors"
+    coreset.save(given_for(digits), where)
+    return where
+
+
+def opened_with(digits, path, **changes):
+    return session.open_session(Config().updated(**SETTINGS | changes, initial_coreset=str(path)), silent, digits)
+
+
+def test_images_in_the_order_of_the_labels(digits):
+    state, labels = initial_state(digits, 2, 0)
+    given = given_for(digits, ipc=2)
+    begun = begin_as(state, labels, given, digits)
+    for label in range(10):
+        assert torch.equal(begun.images[labels == label], given.images[given.labels == label])
+    assert not torch.equal(begun.images, state.images)
+    assert begun.step == 0 and not begun.velocity.any()
+
+
+def test_another_normalisation_is_converted(digits):
+    state, labels = initial_state(digits, 1, 0)
+    first, _ = initial_state(digits, 1, 5)
+    pixels = first.images * digits.std[0] + digits.mean[0]
+    given = Coreset((pixels - 0.25) / 2.0, labels, (0.25,), (2.0,), digits.classes)
+    begun = begin_as(state, labels, given, digits)
+    assert torch.allclose(begun.images, first.images, atol=1e-5)
+
+
+def test_soft_labels_are_centred_logits_of_methods_that_learn_them(digits):
+    state, labels = initial_state(digits, 1, 0)
+    given = given_for(digits)
+    assert begin_as(state, labels, given, digits).soft_labels is None
+    learning = with_soft_labels(state, labels, 10, 1.0)
+    begun = begin_as(learning, labels, given, digits).soft_labels
+    assert begun is not None and given.soft_labels is not None
+    assert torch.equal(begun, torch.arange(10.0).expand(10, 10) - 4.5)  # each row rises by 1 from class to class
+    without = begin_as(learning, labels, given._replace(soft_labels=None), digits).soft_labels
+    assert without is learning.soft_labels
+
+
+def test_other_numbers_of_images_are_refused(digits):
+    state, labels = initial_state(digits, 1, 0)
+    with pytest.raises(UserError, match="it has 2 images per class, --ipc is 1: give --ipc 2"):
+        begin_as(state, labels, given_for(digits, ipc=2), digits)
+    uneven = given_for(digits)._replace(labels=torch.tensor([0, *range(1, 9), 8]))
+    with pytest.raises(UserError, match="it has 0 to 2 images per class, --ipc is 1: choose another one"):
+        begin_as(state, labels, uneven, digits)
+
+
+def test_a_session_begins_with_it_and_is_compared_with_real_images(digits, path):
+    plain = session.open_session(Config().updated(**SETTINGS), silent, digits)
+    opened = opened_with(digits, path)
+    assert torch.equal(opened.initial[0].images, given_for(digits).images.flip(0))
+    assert torch.equal(opened.real[0].images, plain.initial[0].images)
+    assert torch.equal(opened.labels, plain.labels)
+
+
+@pytest.mark.slow
+def test_a_run(digits, path, tmp_path, monkeypatch):
+    """Relative path, resumed elsewhere; Python gives the same bits by a path and by a coreset."""
+    folder = tmp_path / "run"
+    words = [*flags_of(SETTINGS), "--out", str(folder), "--initial-coreset"]
+    monkeypatch.chdir(path.parent)
+    main.main(["distill", *words, path.name, "--steps", "1"])
+    monkeypatch.chdir("/")
+    main.main(["distill", *words, str(path), "--resume"])
+    assert torch.equal(coreset.load(RunDirectory(folder).random_path).images, initial_state(digits, 1, 0)[0].images)
+    settings = {name: value for name, value in SETTINGS.items() if name != "tracking"}
+    for given in (path, given_for(digits)):
+        again = api.distill(digits, initial_coreset=given, log=silent, **settings)
+        assert torch.equal(again.images, images_of(folder))
+    assert not torch.equal(api.distill(digits, log=silent, **settings).images, images_of(folder))
+
+
+def test_notes(digits, path):
+    left_out = "note: --initial-coreset: its soft labels are left out; add --learn-labels to begin with them"
+    assert left_out in advice.notes(opened_with(digits, path, method="fbpc"))
+    assert left_out not in advice.notes(opened_with(digits, path, method="fbpc", learn_labels=True))
+    assert left_out not in advice.notes(opened_with(digits, path))
+
+
+def test_wrong_ones_are_one_line(digits, path, tmp_path, capsys):
+    assert "nowhere.npz: coreset not found" in refused(capsys, "--initial-coreset", "nowhere.npz", "--dry-run")
+    line = refused(
+        capsys, "--initial-coreset", str(path), "--ipc", "2", "--method", "vbpc", "--out", str(tmp_path / "a")
+    )
+    assert "it has 1 images per class, --ipc is 2: give --ipc 1" in line
+    assert not (tmp_path / "a").exists()
+    assert "--method random learns nothing" in refused(capsys, "--initial-coreset", str(path), "--method", "random")
+    with pytest.raises(UserError, match="initial_coreset: method='random' learns nothing"):
+        api.distill(digits, method="random", initial_coreset=given_for(digits), log=silent)
+    others = given_for(digits, classes=tuple("abcdefghij"))
+    with pytest.raises(UserError, match="initial_coreset has other classes than digits"):
+        api.distill(digits, method="vbpc", initial_coreset=others, log=silent)
+    with pytest.raises(UserError, match="initial_coreset"):
+        api.distill(digits, method="vbpc", initial_coreset=3, log=silent)  # type: ignore[arg-type]
