@@ -11,7 +11,9 @@ CPU seconds of the process, not seconds of a clock, so that programs on other co
     prediction, kept        500 images: the same
     prediction, batches     one batch of 500 images / ten of 50
 
-The machine's row: GFLOP/s of a matrix product in both formats. The images are noise of 3x32x32.
+The limit of the machine, in GFLOP/s of fp32: a matrix product, the network's widest convolution alone, forwards, and
+the pass of the distillation, counted as three forward passes. Without bfloat16 instructions the rows of bf16 are left
+out. The images are noise of 3x32x32.
 """
 
 import ctypes
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import conv2d, cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))  # where runpy runs this file
 from benchmark_report import with_range
@@ -42,8 +44,8 @@ from fbpc_ray.core.types import Batch
 from fbpc_ray.execution.serial import device_name
 from fbpc_ray.models import compiler
 from fbpc_ray.models.functional import Network, specify
-from fbpc_ray.models.passes import Passes
-from fbpc_ray.models.precision import require
+from fbpc_ray.models.passes import Passes, count_macs
+from fbpc_ray.models.precision import supports_bf16
 
 EXPERT_BATCH, TEST_BATCH = 256, 500
 Call = Callable[[], object]
@@ -77,14 +79,18 @@ class Arguments:
 
 def benchmark(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "jobs/benchmark_passes.py", about=__doc__)
-    if not args.coreset:
-        require("bf16", "cpu")
     torch.set_num_threads(1)
     allocator.keep_freed_memory()
-    provenance, rows = capture(device_name("cpu")), list[dict[str, Any]]()
-    gflops = {str(dtype).removeprefix("torch."): product_gflops(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    provenance, rows, limits = capture(device_name("cpu")), list[dict[str, Any]](), list[dict[str, Any]]()
+    dtypes = [torch.float32, *([torch.bfloat16] if supports_bf16("cpu") else [])]
+    gflops = {str(dtype).removeprefix("torch."): product_gflops(dtype) for dtype in dtypes}
     print("matrix product, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in gflops.items()), flush=True)
+    if len(dtypes) == 1:
+        print("this CPU has no bfloat16 instructions: the rows of bf16 are left out", flush=True)
     for width in args.widths:
+        for count in args.images if not args.coreset else ():
+            limits.append(limit(args, width, count))
+            print(limit_line(limits[-1]), flush=True)
         for name, first, second in pairs(args, width):
             rows.append({"name": name, "width": width, **compare(first, second, args.repeats)})
             print(line(rows[-1]), flush=True)
@@ -94,8 +100,9 @@ def benchmark(argv: Sequence[str]) -> None:
         if args.json:
             path = Path(args.json).absolute()
             settings = vars(args) | {"json": path.name}
-            files.write_json(path, {"gflops": gflops, "rows": rows, "settings": settings, **provenance._asdict()})
-            files.write_text(path.with_suffix(".md"), table(rows))
+            report = {"gflops": gflops, "limits": limits, "rows": rows, "settings": settings, **provenance._asdict()}
+            files.write_json(path, report)
+            files.write_text(path.with_suffix(".md"), table(rows, "Passes on one thread") + limit_table(limits))
 
 
 def product_gflops(dtype: torch.dtype, size: int = 1024, repeats: int = 7) -> float:
@@ -104,35 +111,67 @@ def product_gflops(dtype: torch.dtype, size: int = 1024, repeats: int = 7) -> fl
     return 2e-9 * size**3 / min(seconds(lambda: matrix @ matrix) for _ in range(repeats))
 
 
+def limit(args: Arguments, width: int, count: int, repeats: int = 9) -> dict[str, Any]:
+    """Time a training pass of `count` images, the network's widest convolution and a matrix product, in turn."""
+    network = build(args.network, width, args.classes)
+    passes, params, batch = Passes(network, compiling(args)), network.init(generator(0, "init")), noise(count)
+    source = generator(0, "images")
+    images, weight = (
+        torch.randn(count, width, 16, 16, generator=source),
+        torch.randn(width, width, 3, 3, generator=source),
+    )
+    matrix = torch.randn(1024, 1024, generator=source)
+    work = {
+        "product": (2 * 1024**3, lambda: matrix @ matrix),
+        "convolution": (2 * 9 * width**2 * 16**2 * count, lambda: conv2d(images, weight, padding=1)),
+        "pass": (6 * count_macs(network) * count, lambda: passes.loss_and_grad(params, batch)),
+    }
+    timed: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(repeats + 1):
+        for name, (operations, call) in work.items():
+            gflops = 1e-9 * operations / seconds(call)
+            if number:  # the first is the warm-up
+                timed[name].append(gflops)
+    gflops = {name: {"median": statistics.median(values), "all": values} for name, values in timed.items()}
+    shares = [a / b for a, b in zip(timed["pass"], timed["product"], strict=True)]
+    return {
+        "width": width, "images": count, "gflops": gflops,
+        "pass / product": {"median": statistics.median(shares), "all": shares},
+    }  # fmt: skip
+
+
+def compiling(args: Arguments) -> Path | None:
+    return compiler.folder() if args.compiled else None
+
+
 def pairs(args: Arguments, width: int) -> list[tuple[str, Call, Call]]:
     """Return (name, first, second) of the pairs in this process."""
     network = build(args.network, width, args.classes)
-    folder = compiler.folder() if args.compiled else None
+    folder = compiling(args)
     params = network.init(generator(0, "init"))
     if args.coreset:
         whole = noise(args.coreset)
         large, small = (Passes(network, folder, chunk_images=size) for size in (args.chunk_images, args.small_chunks))
         name = f"pass of {args.coreset:,}, chunks of: {args.chunk_images} / {args.small_chunks}"
         return [(name, lambda: large.loss_and_grad(params, whole), lambda: small.loss_and_grad(params, whole))]
-    fp32, bf16 = (Passes(network, folder, precision) for precision in ("fp32", "bf16"))
-    calls: list[tuple[str, Call, Call]] = []
-    for count in args.images:
-        batch = noise(count)
-        calls.append((
-            f"pass of {count}: fp32 / bf16", lambda batch=batch: fp32.loss_and_grad(params, batch),
-            lambda batch=batch: bf16.loss_and_grad(params, batch),
-        ))  # fmt: skip
+    fp32, bf16, eager = Passes(network, folder), Passes(network, folder, "bf16"), Passes(network)
     batch, test = noise(EXPERT_BATCH), noise(TEST_BATCH).images
-    eager, statistics_ = Passes(network), network.statistics(params, [batch.images])
-    calls.append((
-        "expert batch: fp32 / bf16", lambda: eager.loss_and_grad(params, batch),
-        lambda: bf16.loss_and_grad(params, batch),
-    ))  # fmt: skip
-    calls.append((
-        "prediction, batches: 500 / 50", lambda: network.predict(params, statistics_, test),
-        lambda: [network.predict(params, statistics_, part) for part in test.split(50)],
-    ))  # fmt: skip
-    return calls
+    statistics_ = network.statistics(params, [batch.images])
+    batches = [(f"pass of {count}", fp32, noise(count)) for count in args.images] + [("expert batch", eager, batch)]
+    formats: list[tuple[str, Call, Call]] = [
+        (
+            f"{name}: fp32 / bf16", lambda first=first, batch=batch: first.loss_and_grad(params, batch),
+            lambda batch=batch: bf16.loss_and_grad(params, batch),
+        )
+        for name, first, batch in batches
+    ]  # fmt: skip
+    return [
+        *(formats if supports_bf16("cpu") else []),
+        (
+            "prediction, batches: 500 / 50", lambda: network.predict(params, statistics_, test),
+            lambda: [network.predict(params, statistics_, part) for part in test.split(50)],
+        ),
+    ]  # fmt: skip
 
 
 def build(name: str, width: int, classes: int = 10) -> Network:
@@ -233,7 +272,27 @@ def line(row: dict[str, Any]) -> str:
     return text + (", page faults {:,.0f} / {:,.0f}".format(*row["page_faults"]) if "page_faults" in row else "")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def limit_line(row: dict[str, Any]) -> str:
+    """Format a row of `limit` for the terminal."""
+    values = ", ".join(f"{name} {value['median']:.0f}" for name, value in row["gflops"].items())
+    share = with_range(row["pass / product"])
+    return f"width {row['width']}, {row['images']} images, GFLOP/s: {values}; pass / product {share}"
+
+
+def limit_table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows of `limit` as a Markdown table."""
+    heads = ["width", "images", "product, GFLOP/s", "convolution, GFLOP/s", "pass, GFLOP/s", "pass / product"]
+    cells = [
+        [
+            str(row["width"]), str(row["images"]), *(f"{value['median']:.0f}" for value in row["gflops"].values()),
+            with_range(row["pass / product"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return f"\n{markdown_table(heads, cells)}\n" if rows else ""
+
+
+def table(rows: list[dict[str, Any]], title: str) -> str:
     """Format the rows as a Markdown table."""
     cells = [
         [
@@ -244,7 +303,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]  # fmt: skip
     heads = ["width", "pair", "first, CPU s", "second, CPU s", "ratio", "page faults"]
-    return f"Passes on one thread\n\n{markdown_table(heads, cells)}\n"
+    return f"{title}\n\n{markdown_table(heads, cells)}\n"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import pytest
 import torch
 from support.runs import ENVIRONMENT
 
+from fbpc_ray.commands import main
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.models.precision import supports_bf16
+
 JOBS = Path(__file__).parents[2] / "jobs"
 
 
@@ -76,23 +80,29 @@ def test_a_step_of_vbpc_is_timed_beside_its_passes_and_its_algebra(tmp_path):
 
 @pytest.mark.slow
 def test_passes_are_timed_in_both_formats_and_with_both_limits(tmp_path):
+    """On a CPU without bfloat16 instructions the rows of bf16 are left out, with a line that says so."""
     report = tmp_path / "passes.json"
     words = ("--widths", "8", "--images", "10", "--repeats", "2", "--no-compiled", "--json", str(report))
     process = run("benchmark_passes.py", *words)
-    if "has no bfloat16 instructions" in process.stderr:
-        pytest.skip("this CPU has no bfloat16 instructions")
     assert process.returncode == 0, process.stderr
     output = json.loads(report.read_text())
+    has_bf16 = supports_bf16("cpu")
+    assert ("this CPU has no bfloat16 instructions" in process.stdout) is not has_bf16
+    formats = ["pass of 10: fp32 / bf16", "expert batch: fp32 / bf16"] if has_bf16 else []
     assert [row["name"] for row in output["rows"]] == [
-        "pass of 10: fp32 / bf16", "expert batch: fp32 / bf16", "prediction, batches: 500 / 50",
+        *formats, "prediction, batches: 500 / 50",
         "expert batch, kept: 64 MiB / 1 GiB", "prediction, kept: 64 MiB / 1 GiB",
     ]  # fmt: skip
     for row in output["rows"]:
         first, second, ratios = (row[key]["all"] for key in ("first", "second", "ratio"))
         assert ratios == [a / b for a, b in zip(first, second, strict=True)]
-    assert set(output["gflops"]) == {"float32", "bfloat16"}
+    assert set(output["gflops"]) == {"float32", *(["bfloat16"] if has_bf16 else [])}
+    (limit,) = output["limits"]
+    product, whole = (limit["gflops"][name]["all"] for name in ("product", "pass"))
+    assert limit["pass / product"]["all"] == [a / b for a, b in zip(whole, product, strict=True)]
     assert output["settings"]["json"] == "passes.json"
-    assert "| 8 | pass of 10: fp32 / bf16 |" in report.with_suffix(".md").read_text()
+    assert "| 8 | prediction, batches: 500 / 50 |" in report.with_suffix(".md").read_text()
+    assert "| 8 | 10 |" in report.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow
@@ -181,3 +191,17 @@ def test_a_missing_gpu_is_one_line():
     assert (process.returncode, process.stderr.strip()) == (
         2, "error: --device cuda, but torch finds no CUDA device here: use --device cpu",
     )  # fmt: skip
+
+
+def test_another_checkout_is_timed_by_commands_that_both_know(digits, tmp_path, capsys, monkeypatch):
+    """Here the flags are those of today's parser; the file of `write_images` is data, and a coreset of it."""
+    monkeypatch.syspath_prepend(str(JOBS))
+    import benchmark_versions
+
+    data, coreset = benchmark_versions.write_images(digits, tmp_path)
+    for case in benchmark_versions.cases("convnet-in", 8, data, coreset):
+        assert case.few < case.many
+        main.main([*case.words, case.flag, str(case.many), "--dry-run"])
+        assert "nothing was written" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--before nowhere: must be a checkout of this repository"):
+        benchmark_versions.benchmark(["--before", "nowhere"])
