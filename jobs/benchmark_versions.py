@@ -80,7 +80,8 @@ def benchmark(argv: Sequence[str]) -> None:
         for width in args.widths:
             for case in cases(args.network, width, data, coreset):
                 timed = [
-                    tuple(seconds(code, case, Path(folder)) for code in (before, HERE)) for _ in range(args.repeats)
+                    (seconds(before, case, Path(folder)), seconds(HERE, case, Path(folder)))
+                    for _ in range(args.repeats)
                 ]
                 rows.append({"name": case.name, "width": width, **summary(timed)})
                 print(line(rows[-1]), flush=True)
