@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors import safe_open
 from support.docs import (
     ROOT,
@@ -18,6 +19,15 @@ from fbpc_ray.core.config import Sweep
 from fbpc_ray.core.presets import preset
 from fbpc_ray.data import coreset_formats
 from fbpc_ray.distillation.expert_format import Recipe
+from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.distillation.state import (
+    State,
+    SummedGradient,
+    average_images,
+    update,
+    update_by_adam,
+    with_soft_labels,
+)
 from fbpc_ray.reproduction.rows import SCHEMA
 from fbpc_ray.tuning import sweep
 
@@ -66,6 +76,24 @@ def test_formats_says_what_a_run_leaves(desk):
     result = json.loads((run / "result.json").read_text())
     scores = next(iter(next(iter(result["coresets"].values())).values()))
     assert sorted([*result, *scores]) == sorted(first_columns("result.json"))
+
+
+def test_formats_names_the_tensors_that_settings_add_to_a_checkpoint(tmp_path):
+    """After one step of --learn-labels with --image-average, and one of vbpc."""
+    (text,) = re.findall(r"^## state.safetensors\n(.*?)(?=^## )", (ROOT / "docs/formats.md").read_text(), re.M | re.S)
+    images = torch.zeros(4, 1, 8, 8)
+    begin = with_soft_labels(State(0, images, images, 0.0), torch.tensor([0, 0, 1, 1]), 2, 1.0)
+    gradients = [SummedGradient(torch.ones_like(images), soft_labels=torch.ones(4, 2))]
+    learned = update(begin, gradients, alpha=1.0, momentum=0.5, inner_alpha=0.0, label_lr=0.1)
+    states = (average_images(learned, begin, 0.9), update_by_adam(begin, gradients, image_lr=0.1, label_lr=0.1))
+    added = set()
+    for number, state in enumerate(states):
+        RunDirectory(tmp_path / f"{number}").save(state, [])
+        with safe_open(tmp_path / f"{number}" / "checkpoint" / "state.safetensors", "pt") as file:
+            added |= {*file.keys()} - set(first_columns("state.safetensors"))
+    moments = {"images/average", "images/second", "labels/first", "labels/second"}
+    assert added == {"soft_labels", *(f"moment/{name}" for name in moments)}
+    assert added == set(re.findall(r"`(soft_labels|moment/[\w/]+)`", text))
 
 
 def test_formats_says_what_experts_and_tables_are_made_of(desk):
