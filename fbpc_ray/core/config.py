@@ -45,7 +45,8 @@ class Sweep:
     space: str = ""
     """MODULE:NAME of the search space, a dict of flags, importable from the current folder. Its values are domains of
     ray.tune (loguniform(1, 100), choice([...]), grid_search([...])), functions of the trial's other values, or plain
-    values. Empty: T, gamma, lambda_x, lambda_u, N, alpha and B of Table 4, around the values of preset and flags."""
+    values. Empty: T, gamma, lambda_x, lambda_u, N, alpha and B of Table 4, around the values of preset and flags; for
+    vbpc and frepo --image-lr, --label-lr, --label-scale and --ridge."""
     grid: tuple[str, ...] = ()
     """FLAG=VALUE,VALUE ...: all combinations, instead of --space or on top of it; alone, each combination once."""
     num_trials: int = 0

@@ -32,8 +32,8 @@ class Data:
     validation: float = 0.0
     """Fraction of each class of the training set that is held out, drawn by --data-seed."""
     test: float = 0.0
-    """Fraction of each class of the training set that becomes the test split, at least an image of each class of two or
-    more, drawn by --data-seed, where the data have no test split; 0: the validation split, or a fifth."""
+    """Where the data have no test split: fraction of each class of the training set that becomes it, drawn by
+    --data-seed, at least one image of each class with two or more; 0: the validation split, or a fifth."""
     data_seed: int = 0
     """Seed of the validation and test splits that are drawn."""
 
@@ -78,7 +78,7 @@ class Experts:
     expert_lr: float = 0.01
     """SGD learning rate, no momentum, no decay [paper: 0.01]."""
     expert_batch_size: int = 256
-    """Images a batch [method]."""
+    """Images per batch [method]."""
     expert_dtype: Literal["float32", "float16"] = "float32"
     """Type of stored weights; float16 halves the disk space and changes Psi^(1/2) by 7e-5."""
     expert_seed: int = 0
@@ -124,7 +124,7 @@ class Distillation:
     warm_pool_size: int = 10
     """With --map-init warm: solutions that the run keeps for each architecture and draw, also in its checkpoint."""
     warm_pool_uses: int = 3
-    """With --map-init warm: uses of a solution before one from the prior replaces it. More are faster, and worse."""
+    """With --map-init warm: uses of a solution before one from the prior replaces it; more: faster, less exact."""
     posterior_steps: int = 30
     """K: SGD steps whose logits give Psi, Eq. 16 [App. C.2]."""
     lambda_x: float = 0.05
@@ -142,8 +142,8 @@ class Distillation:
     label_confidence: float = 0.9
     """With --learn-labels: probability of an image's own class at the start."""
     views: int = 0
-    """V: augmentations of u a step, over which the gradient is averaged (fbpc, fbpc-isotropic, bpc-fkl); 0: one, the
-    paper's, but for bpc-fkl one for each of --mc-samples, its authors'."""
+    """V: augmentations of u per step, over which the gradient is averaged (fbpc, fbpc-isotropic, bpc-fkl alone); 0: one
+    [paper], for bpc-fkl one for each of --mc-samples, as in its authors' code."""
     gamma_window: int = 1
     """Passes over u whose mean loss is compared with --gamma [paper: 1]. With more, a single easy augmentation
     cannot end a solve."""
@@ -165,7 +165,7 @@ class Distillation:
     """bpc-fkl, bpc-rkl: standard deviation of the weights under q_x and q_u, Eq. 6."""
     draws_per_step: int = 1
     """M: independent draws of (theta_x, theta_u) for each architecture and step, whose gradients are averaged [paper:
-    1]; vbpc, frepo: networks of the pool that a step uses. More use more workers."""
+    1]; vbpc, frepo: networks of the pool that a step uses. More draws keep more workers busy."""
     image_lr: float = 0.003
     """vbpc, frepo: Adam learning rate of the pixels, in normalised pixel space [tuned]."""
     label_lr: float = 0.01
@@ -252,8 +252,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Workers:
-    """The machines. These settings change no result, except --device, --threads and --compiled in the last bits, and
-    --skip-stragglers."""
+    """The machines. These settings change no result, except --device, --threads, --compiled and --compiled-chains in
+    the last bits, and --skip-stragglers."""
 
     backend: Literal["ray", "serial"] = "ray"
     """ray: one actor for each architecture and draw, or as many as fit, here or on a cluster; serial: this process
@@ -261,15 +261,15 @@ class Workers:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto | cpu | cuda. auto uses CUDA if the worker has a GPU."""
     threads: int = 0
-    """CPU threads of a gradient; 0 means half the cores that this process may use / architectures. It changes the last
-    bits of results."""
+    """CPU threads of a gradient; 0: half of the cores that this process may use, divided by the number of
+    architectures. It changes the last bits of results."""
     compiled: Literal["auto", "on", "off"] = "auto"
     """Compile the networks' passes for the CPU, cached in $FBPC_CACHE or the user's cache folder; auto: if the run is
     long enough to save more time than that takes. It changes the last bits of results."""
     compiled_chains: Literal["auto", "on", "off"] = "auto"
     """The same for the passes and predictions of SGHMC chains."""
     trajectory_cache_gb: float = 20.0
-    """Gigabytes of each node's disk for the K steps from each theta_x, in a cache that runs on the same experts share;
+    """Gigabytes of each node's disk for a cache of the K steps from each theta_x, which runs on the same experts share;
     0: none."""
     address: str = ""
     """Ray cluster: empty joins RAY_ADDRESS or a running cluster, else starts one here; local always starts one here."""
@@ -283,10 +283,11 @@ class Workers:
     placement_timeout: float = 300.0
     """Seconds to wait for the first worker, or for a new one after all are lost, before the run fails."""
     prefetch: int = 2
-    """Steps whose theta_x and K steps idle workers compute ahead; 0: none. Limited by the object store, too."""
+    """Number of later steps whose theta_x and K steps idle workers compute ahead, as far as the object store has room;
+    0: none."""
     step_deadline: float = 0.0
-    """Seconds after which the run replaces a worker that doesn't answer and computes its gradient again, with twice the
-    time; 0 means 20 times the longest call so far and at least 300; 1,800 for the first call."""
+    """Seconds after which the run replaces a worker that doesn't answer, computes its gradient again, and allows twice
+    the time; 0: 1,800 for the first call, then 20 times the longest so far, at least 300."""
     skip_stragglers: float = 0.0
     """Leave out a gradient that takes this many times its usual time, and scale up the others; 0: wait for it. Above 0
     a run depends on timing, and a repetition gives other bits."""
