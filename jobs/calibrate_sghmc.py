@@ -7,12 +7,12 @@ and NLL with the paper's:
     distance = root mean square, over ipc and {accuracy, NLL}, of (ours - paper's) / tolerance
     tolerance: 1.5 points of accuracy, 0.15 nats of NLL
 
-The NLL is taken once per example and once as the lineage computes it (metrics.batch_nll, batches of 128).
+The NLL is taken once per example and once as earlier code computes it (metrics.batch_nll, batches of 128).
 
 --grid lists the values of each knob (d, eta, prior, init, dsa, noise, friction); the first one is the base. A number
-followed by m is multiplied by m = ipc x classes: eta=0.0009m is the step size of the lineage, prior=0.0005m a weight
-decay of 0.0005 on the mean loss (without m, one Gaussian prior for every ipc). init is own or the
-std of N(0, s^2); eta=auto is the default of `fbpc evaluate`.
+followed by m is multiplied by m = ipc x classes: eta=0.0009m is the step size of earlier code, prior=0.0005m a weight
+decay of 0.0005 on the mean loss (without m, one Gaussian prior for every ipc). init is own or the standard deviation of
+N(0, s^2); eta=auto is the default of `fbpc evaluate`.
 
     --grid d=0.01,0,1e-3 eta=0.03,0.0009m prior=0.05,3 init=own,0.1 dsa=on,off --search one-at-a-time
 

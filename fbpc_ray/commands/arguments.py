@@ -51,7 +51,7 @@ class ExpertArguments:
     time_budget: str = ""
     """As for `distill`."""
     ipc: int = 1
-    """Images per class of the distillation that will take these experts: chosen sizes depend on it."""
+    """Images per class of the distillation that will use these experts: chosen sizes depend on it."""
     data: Data = field(default_factory=Data)
     networks: Networks = field(default_factory=Networks)
     experts: Experts = field(default_factory=Experts)
@@ -82,13 +82,14 @@ class EvaluateArguments:
     """A second data set, as --data takes it: also score how well entropy and mutual information separate its test
     images from those of the run (AUROC)."""
     ood_resize: bool = False
-    """Resize its images to the size of the run's."""
+    """Resize the images of --ood to the size of the run's."""
     data_root: str = ""
     """As for `distill`; empty means that of the run."""
     download: bool = False
     """As for `distill`."""
     tracking_uri: str = ""
-    """MLflow store; empty means MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db. A run's own file chooses none."""
+    """MLflow store; empty: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in $FBPC_HOME, else in the current
+    folder; never one that only a file of the run names."""
     save_model: str = ""
     """Also save the posterior samples of the first chain on the run's coreset as an MLflow model, in this new folder
     (and in the run's MLflow run), for mlflow models serve and mlflow.pyfunc.load_model. Needs one network, see
@@ -136,8 +137,8 @@ class ExportArguments:
     labels_best.pt | png: class folders of image files, rounded to 8 bits | npz. All but png are exact; `fbpc evaluate
     --coreset` reads all."""
     out: str = ""
-    """A new local file or folder; empty means HOME/exports/RUN-FORMAT. safetensors and npz, each one file, get their
-    suffix where the name lacks it; the others are folders."""
+    """A new local file or folder; empty: exports/RUN-FORMAT in $FBPC_HOME, else in the current folder. safetensors and
+    npz, each one file, get their suffix where the name lacks it; the others are folders."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class UiArguments:
     port: int = 0
     """Port on 127.0.0.1; 0 means 5000, or a free one if 5000 is taken."""
     tracking_uri: str = ""
-    """MLflow store; empty means the one that runs are logged to: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+    """MLflow store; empty: the one that runs are logged to, MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in
+    $FBPC_HOME, else in the current folder."""
     timeout: float = 0.0
     """Seconds to wait for the server's first answer; 0 waits as long as the server lives."""
 

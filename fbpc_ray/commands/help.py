@@ -28,13 +28,19 @@ FIRST = (
 )
 """Examples of `fbpc --help`."""
 
+SOURCES = (
+    "Where values are from: [paper], [App. C.2], [Table 4]: the paper; [method]: our choice where it is silent; "
+    "[earlier code]: the baselines' code; [tuned]: validation images; [calibrated]: the paper's Random rows."
+)
+
 PAGES = {
     "distill": Page(
         "Trains the missing experts, learns the images, samples Bayesian networks on them and on as many real images, "
         "and writes a run directory (coreset, pictures, result.json, metrics.parquet) and a run in MLflow. Ctrl-C "
         "saves a checkpoint first. For your own images the run chooses its sizes from the data and this machine, and "
         "prints them; flags override them, and docs/settings.md says how. The defaults below depend on the other "
-        "flags: those of the small digits preset for --data digits, else the paper's, before sizes are chosen.",
+        "flags: those of the small digits preset for --data digits, else the paper's, before sizes are chosen. "
+        f"{SOURCES}",
         (
             ("fbpc distill --out runs/first", "handwritten digits, four networks"),
             ("fbpc distill --out runs/first --resume", "continue after Ctrl-C or a crash"),
@@ -55,7 +61,7 @@ PAGES = {
     ),
     "evaluate": Page(
         "For the coreset of another program: `fbpc evaluate --coreset PATH --data DATA`; `fbpc evaluate --coreset PATH "
-        "--help` prints its flags.",
+        f"--help` prints its flags. {SOURCES}",
         (
             ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it was not distilled with"),
             ("fbpc evaluate runs/first --num-chains 10", "more chains, a smaller error bar"),

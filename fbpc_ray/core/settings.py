@@ -1,6 +1,7 @@
 """Settings of a run, in groups; flags and their help are made from these classes.
 
-Values marked [paper] are the paper's; [method] are readings of what the paper leaves open.
+Marks of values: [paper], or a part of it: the paper's; [method]: our choice where the paper is silent; [earlier code]:
+the baselines' code; [tuned]: chosen on validation images; [calibrated]: on the paper's Random rows.
 """
 
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ class Experts:
     """Expert trajectories (App. C.1)."""
 
     experts: str = ""
-    """Folder of the experts of all data sets and networks, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty means
-    HOME/experts."""
+    """Folder of the experts of all data sets and networks, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty: experts
+    in $FBPC_HOME, else in the current folder."""
     expert_count: int = 100
     """Trajectories for each architecture [paper: 100]."""
     expert_epochs: int = 50
@@ -228,7 +229,7 @@ class Evaluation:
     chain_every: int = 100
     """Epochs between two posterior samples [paper: 100]."""
     chain_eta: float = 0.0
-    """eta: step size; 0 means 0.0009 m [lineage], at least 0.009 and at most 0.03 [paper: 0.03]: a coreset of ten
+    """eta: step size; 0 means 0.0009 m [earlier code], at least 0.009 and at most 0.03 [paper: 0.03]: a coreset of ten
     images needs the smaller one in a wide network [calibrated]."""
     chain_friction: float = 0.1
     """alpha of Eq. 27: friction [paper: 0.1]."""
@@ -240,8 +241,8 @@ class Evaluation:
     """Strength of the Gaussian prior: weight decay on the mean loss, times m, so that every ipc has the same prior
     [calibrated: jobs/calibrate_sghmc.py]."""
     chain_init: float = 0.0
-    """Standard deviation of N(0, s^2), from which every parameter of a chain starts [lineage: 0.1]; 0: the network's
-    own initialisation [calibrated]."""
+    """Standard deviation of N(0, s^2), from which every parameter of a chain starts [earlier code: 0.1]; 0: the
+    network's own initialisation [calibrated]."""
     chain_augment: bool = True
     """Use --augment in the chains too."""
     chain_batch_size: int = 256
@@ -298,9 +299,10 @@ class Output:
     """The output."""
 
     out: str = ""
-    """Run directory: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty makes a new folder in HOME/outputs."""
+    """Run directory: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; empty: a new folder in outputs, in $FBPC_HOME,
+    else in the current folder."""
     tracking: bool = True
-    """Log to MLflow: MLFLOW_TRACKING_URI, else SQLite at HOME/mlflow.db."""
+    """Log to MLflow: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in $FBPC_HOME, else in the current folder."""
     experiment: str = "fbpc"
     """MLflow experiment."""
     val_every: int = 0

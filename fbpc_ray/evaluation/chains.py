@@ -69,7 +69,7 @@ class ChainResult(NamedTuple):
     stats: PredictiveStats | None
     seconds: float
     batch_nll: float | None = None
-    """The lineage's NLL (`metrics.batch_nll`) of the same predictions, in the order of the split."""
+    """The NLL of earlier code (`metrics.batch_nll`) of the same predictions, in the order of the split."""
     mean_sample_nll: float | None = None
     """Mean NLL of a posterior sample by itself: what the model average gains is the difference."""
     in_distribution: Uncertainty | None = None
@@ -145,9 +145,9 @@ def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, a
 
 
 def default_step_size(m: int) -> float:
-    """Return eta for a coreset of m images: the lineage's 0.03^2 m, at least 0.009 and at most the paper's 0.03.
+    """Return eta for a coreset of m images: the 0.03^2 m of earlier code, at least 0.009 and at most the paper's 0.03.
 
-    A step on the sum of m losses, as the lineage takes it, is m times one on their mean. With eta = 0.03 chains of ten
+    A step on the sum of m losses, as earlier code takes it, is m times one on their mean. With eta = 0.03 chains of ten
     images at width 128 leave their start for good, with 0.0009 m those of a hundred end further from the paper's
     Random rows (`jobs/calibrate_sghmc.py`).
     """
@@ -305,8 +305,8 @@ def quantities(context: EvaluationContext) -> tuple[str, ...]:
 def values(result: ChainResult) -> dict[str, float]:
     """Return a chain's numbers by name; empty for a chain that diverged.
 
-    They are those of `metrics.Scores`, the lineage's NLL, the mean NLL of a sample, and with out-of-distribution images
-    the AUROC of each uncertainty, NaN where an uncertainty is.
+    They are those of `metrics.Scores`, the NLL of earlier code, the mean NLL of a sample, and with out-of-distribution
+    images the AUROC of each uncertainty, NaN where an uncertainty is.
     """
     if result.stats is None:
         return {}
