@@ -1,9 +1,10 @@
-"""Does it know what it doesn't know? Networks sampled on ten distilled digits see photographs, noise and odd digits.
+"""Out-of-distribution (OOD) images: are networks sampled on ten distilled digits less certain of photos and noise?
 
     python examples/ood.py                   # about a minute on two cores; --quick shows in seconds that it runs
 
-AUROC: the chance that a strange image gets a higher score than a digit; 1/2 is a guess, below 1/2 is misled. Entropy is
-all uncertainty, mutual information what the posterior samples disagree about.
+AUROC: the probability that an OOD image gets a higher uncertainty than a digit. At 1/2 the uncertainty tells nothing;
+below 1/2 the networks are more certain of OOD images than of digits. Entropy is all uncertainty, mutual information
+the part that comes from posterior samples that disagree.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from fbpc_ray import auroc, dataset, distill, posterior
 ROWS = "{:<11}{:<11}{:<19}{:<19}"
 
 
-def strangers(digits: np.ndarray) -> dict[str, np.ndarray]:
-    """As many images (n, 1, 8, 8) uint8 of each kind as there are digits; all of them are made from a seed."""
+def ood_images(digits: np.ndarray) -> dict[str, np.ndarray]:
+    """Return as many images (n, 1, 8, 8) uint8 of each kind as there are digits, drawn from a fixed seed."""
     source, count = np.random.default_rng(0), len(digits)
-    photos: list[np.ndarray] = load_sample_images().images  # a temple and a flower, of scikit-learn
+    photos: list[np.ndarray] = load_sample_images().images  # a temple and a flower, from scikit-learn
     patches = []
     for number in range(count):
         photo = photos[number % 2].mean(-1)
@@ -40,35 +41,37 @@ def main(architecture: str, steps: int, chains: int, experts: str, quick: bool) 
     settings: dict[str, Any] = {"preset": "digits", "width": 16, "steps": steps, "experts": experts}
     if quick:
         settings |= {"expert_count": 1, "expert_epochs": 5, "gamma": 0.5, "posterior_steps": 3, "mc_samples": 3}
-    rivals = {
+    coresets = {
         "random": distill(data, architecture, method="random", **settings),
         "distilled": distill(data, architecture, **settings),
     }
-    n, kinds = len(data.test.labels), strangers(data.test.images)
-    print(
-        f"\n{architecture}, {n} digits and {n} strange images of each kind, mean (lowest to highest) of {chains} chains"
-    )
-    print(ROWS.format("10 images", "strange", "AUROC entropy", "AUROC mutual information").rstrip())
-    for name, coreset in rivals.items():
-        found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-        right = []
+    n, kinds = len(data.test.labels), ood_images(data.test.images)
+    print(f"\n{architecture}, {n} digits and {n} OOD images of each kind, mean (lowest to highest) of {chains} chains")
+    print(ROWS.format("10 images", "OOD", "AUROC entropy", "AUROC mutual information").rstrip())
+    for name, coreset in coresets.items():
+        aurocs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+        accuracies = []
         for seed in range(chains):
             short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
             samples = posterior(coreset, architecture, seed=seed, **short)
-            familiar = samples.predict(data.test.images)
-            right.append(familiar.scores(data.test.labels).accuracy)
+            of_digits = samples.predict(data.test.images)
+            accuracies.append(of_digits.scores(data.test.labels).accuracy)
             for kind, images in kinds.items():
-                strange = samples.predict(images)
-                found[kind].append((
-                    auroc(familiar.entropy, strange.entropy),
-                    auroc(familiar.mutual_information, strange.mutual_information),
+                of_ood = samples.predict(images)
+                aurocs[kind].append((
+                    auroc(of_digits.entropy, of_ood.entropy),
+                    auroc(of_digits.mutual_information, of_ood.mutual_information),
                 ))  # fmt: skip
-        for kind, values in found.items():
-            print(ROWS.format(name, kind, *(shown(list(column)) for column in zip(*values, strict=True))).rstrip())
-        print(f"{name}: {100 * statistics.mean(right):.1f} % of the digits are recognised\n")
+        for kind, values in aurocs.items():
+            print(
+                ROWS.format(
+                    name, kind, *(mean_and_range(list(column)) for column in zip(*values, strict=True))
+                ).rstrip()
+            )
+        print(f"{name}: {100 * statistics.mean(accuracies):.1f} % of the digits are recognised\n")
 
 
-def shown(values: list[float]) -> str:
+def mean_and_range(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 

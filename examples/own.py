@@ -1,4 +1,4 @@
-"""Your own images and your own network: drawn shapes in, one image of each out, and how much the rest adds.
+"""Your own images and network: distil drawn shapes into one image per class, and compare it with random images.
 
 python examples/own.py                   # about a minute on two cores
 python examples/own.py --steps 200       # a better coreset
@@ -18,7 +18,7 @@ CLASSES = ("disc", "square", "cross")
 
 
 class Shapes(Dataset[tuple[Tensor, int]]):
-    """Discs, squares and crosses at any place, in any size, on noise: (1, 16, 16) floats in 0..1, drawn as asked for.
+    """Discs, squares and crosses of any place and size, on noise: (1, 16, 16) floats in 0..1, drawn from the index.
 
     Any torch Dataset of (image, label) will do, those of torchvision too (with ToTensor, without Normalize).
     """
@@ -33,7 +33,7 @@ class Shapes(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         source, label = torch.Generator().manual_seed(index), index % 3
-        y, x, size = (float(each) for each in torch.rand(3, generator=source) * torch.tensor([3, 3, 2]))
+        y, x, size = (float(value) for value in torch.rand(3, generator=source) * torch.tensor([3, 3, 2]))
         down, right = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
         down, right, size = (down - 6 - y).abs(), (right - 6 - x).abs(), 3 + size
         near, far = torch.minimum(down, right), torch.maximum(down, right)
@@ -62,11 +62,11 @@ def main(images: int, steps: int, experts: str, out: str, quick: bool) -> None:
     coreset = distill(data, [network, "convnet-in"], ipc=1, **settings)
     path = Path(out) / "coreset.safetensors"
     save(coreset, path)
-    rivals = {"random": distill(data, network, ipc=1, method="random", **settings), "distilled": coreset}
+    coresets = {"random": distill(data, network, ipc=1, method="random", **settings), "distilled": coreset}
     print(f"\n{'3 images':<11}accuracy %  NLL    (own network, {len(test)} test images, 3 chains as one ensemble)")
     short: dict[str, Any] = {"chain_epochs": 20, "chain_every": 10} if quick else {}
-    for name, each in rivals.items():
-        samples = posterior(each, network, num_chains=3, **short)
+    for name, coreset in coresets.items():
+        samples = posterior(coreset, network, num_chains=3, **short)
         scores = samples.predict(data.test.images).scores(data.test.labels)
         print(f"{name:<11}{100 * scores.accuracy:<12.1f}{scores.nll:.3f}")
     print(f"\ncoreset: {path}")

@@ -2,11 +2,11 @@
 
     python examples/replay.py                # a few minutes on one core; --quick is shorter
 
-Five tasks follow each other: 0 and 1, 2 and 3, ... When a task ends, its images are gone but for a buffer of a few a
-class: none, random ones, or a coreset distilled from the task's images, which begins at these same random ones. Two
-learners use it. One goes on training, on the task's images and on the buffer together (replay). The other begins anew
-from the buffer alone (as GDumb does). Both are tested on all ten classes at the end. A seed draws networks, batches and
-random images anew; within a seed all buffers meet the same learners.
+Five tasks follow each other: 0 and 1, 2 and 3, ... When a task ends, its images are gone but for a buffer of a few
+images per class: none, random ones, or a coreset distilled from the task's images, which begins at these same random
+ones. Two learners use it. One continues its training on the next task's images and on the buffer together (replay).
+The other is trained from scratch on the buffer alone (as GDumb is). Both are tested on all ten classes at the end.
+Each seed draws networks, batches and random images; within a seed all buffers meet the same learners.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WIDTH = 16
 
 
 def of_task(digits: Dataset, classes: tuple[int, ...]) -> Dataset:
-    """The digits of some classes, whose labels count from 0."""
+    """Return the digits of some classes, with labels that count from 0."""
     train, test = (
         (split.images[rows], torch.tensor(split.labels[rows]) - classes[0])
         for split in (digits.train, digits.test)
@@ -42,31 +42,31 @@ def of_task(digits: Dataset, classes: tuple[int, ...]) -> Dataset:
     return dataset(train, (test[0], test[1]), classes=names, name="-".join(["digits", *names]))
 
 
-def seen(split: Split, digits: Dataset, first: int = 0) -> Batch:
-    """Images as networks see them, with labels that count from `first`."""
+def as_batch(split: Split, digits: Dataset, first: int = 0) -> Batch:
+    """Return normalised images, with labels that count from `first`."""
     images = normalise(torch.tensor(split.images), digits.mean, digits.std)
     return Batch(images, torch.tensor(split.labels) + first)
 
 
-def kept(coreset: Coreset, classes: tuple[int, ...], digits: Dataset) -> Batch:
-    """Of a task's coreset, in the normalisation and with the labels of all digits."""
+def in_buffer(coreset: Coreset, classes: tuple[int, ...], digits: Dataset) -> Batch:
+    """Return a task's coreset in the normalisation and with the labels of all digits."""
     pixels = coreset.images * coreset.std[0] + coreset.mean[0]
     return Batch((pixels - digits.mean[0]) / digits.std[0], coreset.labels + classes[0])
 
 
-def merged(buffer: list[Batch]) -> Batch:
+def merge(buffer: list[Batch]) -> Batch:
     return Batch(*(torch.cat(column) for column in zip(*buffer, strict=True)))
 
 
 def batches(data: Batch, size: int, source: torch.Generator) -> Iterator[Batch]:
-    """Endless shuffled batches, augmented as everywhere (DSA)."""
+    """Yield shuffled batches without end, augmented by DSA."""
     while True:
         for index in torch.randperm(len(data.labels), generator=source).split(size):
             yield Batch(AUGMENTATIONS["dsa"](len(index), source)(data.images[index]), data.labels[index])
 
 
 def train(module: torch.nn.Module, streams: list[Iterator[Batch]], steps: int) -> None:
-    """Adam on a batch of each stream, which count alike."""
+    """Train by Adam on a batch of each stream, weighed equally."""
     optimiser = torch.optim.Adam(module.parameters(), 1e-3)
     for _ in range(steps):
         loss = torch.stack([cross_entropy(module(images), labels) for images, labels in map(next, streams)]).mean()
@@ -81,22 +81,22 @@ def accuracy(module: torch.nn.Module, test: Batch) -> float:
 
 
 def learn(digits: Dataset, tasks: list[Batch], memories: list[Batch], seed: int, steps: int) -> dict[str, float]:
-    """The accuracy of each learner on all classes, at the end; `memories` holds a task's part of the buffer."""
+    """Return each learner's accuracy on all classes at the end; `memories` holds each task's part of the buffer."""
     network = Network(specify("convnet-in", digits.image_shape, len(digits.classes), WIDTH, 0))
-    test = seen(digits.test, digits)
-    going_on = network.module(generator(seed, "learner"))
+    test = as_batch(digits.test, digits)
+    continued = network.module(generator(seed, "learner"))
     for number, task in enumerate(tasks):
         source = generator(seed, "learner", number)
         streams = [batches(task, 32, source)]
         if number and memories:
-            streams.append(batches(merged(memories[:number]), 32, source))
-        train(going_on, streams, steps)
-    found = {"replay": accuracy(going_on, test)}
+            streams.append(batches(merge(memories[:number]), 32, source))
+        train(continued, streams, steps)
+    scores = {"replay": accuracy(continued, test)}
     if memories:
-        anew = network.module(generator(seed, "anew"))
-        train(anew, [batches(merged(memories), 256, generator(seed, "anew", "batches"))], 5 * steps)
-        found["buffer alone"] = accuracy(anew, test)
-    return found
+        from_scratch = network.module(generator(seed, "anew"))
+        train(from_scratch, [batches(merge(memories), 256, generator(seed, "anew", "batches"))], 5 * steps)
+        scores["buffer alone"] = accuracy(from_scratch, test)
+    return scores
 
 
 def main(ipc: int, seeds: int, steps: int, experts: str, quick: bool) -> None:
@@ -118,7 +118,7 @@ def main(ipc: int, seeds: int, steps: int, experts: str, quick: bool) -> None:
         for part, classes in zip(parts, TASKS, strict=True) if buffer != "none" else ():
             method = "random" if buffer == "random" else "fbpc"
             coreset = distill(part, "convnet-in", method=method, seed=seed, **settings, log=lambda line: None)
-            memories.append(kept(coreset, classes, digits))
+            memories.append(in_buffer(coreset, classes, digits))
         for learner, value in learn(digits, tasks, memories, seed, 20 if quick else 100).items():
             scores.setdefault((learner, buffer), []).append(value)
     print(f"\n{'learner':<14}{'buffer':<11}accuracy % on all ten digits, at the end")

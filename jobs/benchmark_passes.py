@@ -3,7 +3,7 @@
     python jobs/benchmark_passes.py --widths 32 128 --json benchmarks/results/benchmark-passes.json
 
 Each row is a pair, timed in turn on one thread. Its ratio is the median over repeats of first / second within a repeat.
-CPU seconds of the process, not seconds of a clock, so that programs on other cores disturb less. For each width:
+CPU seconds of the process, not of the wall clock, so that programs on other cores disturb less. For each width:
 
     pass of 10, of 100      a training pass of the distillation, compiled: fp32 / bf16
     expert batch            256 images: fp32, eager / bf16, compiled

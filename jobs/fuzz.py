@@ -6,7 +6,7 @@ With --only, the report keeps the counts of the other readers; each reader's cou
 
 Each reader gets --count files with flipped bits, cuts, and inserted, repeated and overwritten bytes. A file is refused
 in one line, or gives the right value; of formats without a checksum (a user's own data) another value is counted as
-changed. Leaves with 1 where one gave a wrong value, a traceback, took more than 10 s or more than 1 GB.
+changed. The exit status is 1 if a file gave a wrong value or a traceback, or took more than 10 s or 1 GB.
 """
 
 import json

@@ -5,9 +5,9 @@
 
 Each run distils digits with experts, chains and MLflow in folders of its own. At a moment drawn from --seed, its
 driver gets SIGKILL, SIGTERM, SIGINT or SIGSTOP, or a worker, the node manager or the head of its own Ray cluster is
-killed. The job starts it again with --resume auto, hits it again, and so on until an attempt ends by itself. The job
-ends with status 0 if every run has the coreset, the scores and the MLflow run of an undisturbed one to the bit, none
-printed a traceback, and no process is left; else with status 1, and the folders of the runs that differ stay.
+killed. The job starts it again with --resume auto, hits it again, and so on until an attempt ends by itself. The exit
+status is 0 if every run has the coreset, the scores and the MLflow run of an undisturbed one to the bit, none printed a
+traceback, and no process is left; else 1, and the folders of the runs that differ stay.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Run the training loop of a checkout of the official BPC code, and tell the seconds of its steps.
+"""Run the training loop of a checkout of the official BPC code, and print the seconds of its steps.
 
     python jobs/peer_bpc.py CHECKOUT --width 32 --ipc 1 --threads 1
 
 jobs/benchmark.py --peer starts it in an empty folder. It runs the checkout's own train.py as a program, with that
 program's own settings, on noise instead of CIFAR-10 and on an untrained expert, neither of which changes a step's time.
-The images keep still (--lr_img 0), so that noise can't drive them out of the finite numbers. The checkout must have:
+The images stay as they are (--lr_img 0), so that no step makes them infinite. The checkout must have:
 
     train.py         a program with --dataset --model --ipc --divergence --lr_img --num_eval --eval_it --Iteration
                      --buffer_path --load_all, which calls get_network(..., dist=False) once at the start of each step

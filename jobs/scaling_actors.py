@@ -3,7 +3,7 @@
 The driver is the real one (take_step, GradientWorkers, WorkerPool, the object store); its actors are processes that
 return an array as large as the images at once, without torch. Each step has as many units (architecture, draw) as there
 are actors. Reported for each number of actors: the driver's CPU seconds per unit, which other processes don't change,
-and the seconds of a clock per unit, which do contain the actors' own work where they share the driver's cores.
+and the wall-clock seconds per unit, which contain the actors' own work where they share the driver's cores.
 """
 
 import statistics
