@@ -2,9 +2,9 @@
 
     python jobs/gallery.py benchmarks/coresets/*.safetensors --data parquet:PATH --json benchmarks/results/gallery.json
 
-Each file is evaluated as by `fbpc evaluate --coreset FILE --inference NAME --num-chains COUNT`, and its result goes into
-the JSON; the same command then evaluates what is missing, and files that have changed. --dry-run evaluates nothing, and
-prints the table of what the JSON has.
+Each file is evaluated as by `fbpc evaluate --coreset FILE --inference NAME --num-chains COUNT`, and its result goes
+into the JSON; the same command then evaluates what is missing, and files that have changed. --dry-run evaluates
+nothing, and prints the table of what the JSON has.
 """
 
 import hashlib
