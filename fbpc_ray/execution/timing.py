@@ -88,7 +88,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
                 max_steps=steps,
             )  # fmt: skip
 
-        map_step = _seconds(lambda: solve(1), network)
+        map_step = _seconds(lambda: solve(1), network) / 2  # one pass before the step, one after it
         most = max(1, min(200, int(4 * PROBE_SECONDS / map_step)))
         solution = solve(most)
         usual = max(most, sizes.map_steps(d.gamma))
@@ -159,7 +159,7 @@ def _gradient(config: Config, timing: Timings) -> float:
     """Return the seconds of a gradient, without the K steps on real images."""
     d = config.distillation
     if d.method in network_pool.METHODS:
-        return timing.k_step + 4 * timing.map_step
+        return timing.k_step / 3 + 4 * timing.map_step  # real images forwards alone; u and its mirror images, twice
     if d.method.startswith("bpc-"):
         views = (d.views or d.mc_samples) if d.method == "bpc-fkl" else d.mc_samples if d.method == "bpc-rkl" else 0
         return (d.syn_steps * (3 if d.method == "bpc-w" else 1) + 2 * views) * timing.map_step
