@@ -29,7 +29,8 @@ class Data:
     download: bool = False
     """Download cifar10 or cifar100 into --data-root if it is missing."""
     normalisation: str = "auto"
-    """Per-channel mean and std: auto (known or computed) | computed | cifar10 | cifar100 | tiny-imagenet."""
+    """Mean and std of each channel: computed from the training images | the usual constants of cifar10 | cifar100 |
+    tiny-imagenet | auto: those constants for --data of that name, else computed."""
     validation: float = 0.0
     """Fraction of each class of the training set that is held out, drawn by --data-seed."""
     test: float = 0.0
