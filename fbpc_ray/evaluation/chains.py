@@ -1,6 +1,5 @@
 """Evaluate a coreset by SGHMC chains on it (Eq. 27), and score their model average on test data."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -64,7 +63,7 @@ class Chain(NamedTuple):
 
 
 class ChainResult(NamedTuple):
-    """Sums over the test images, or None where the chain left the finite numbers."""
+    """Sums over the test images, or None where the chain diverged: a parameter or a prediction is not finite."""
 
     stats: PredictiveStats | None
     seconds: float
@@ -223,18 +222,28 @@ def chain_result(
         return ChainResult(None, time.perf_counter() - start)
     logits, samples = predictor
     scored = score(logits, on_device(context.split, context, device))
-    result = scored_result(scored)
-    if context.ood is not None:
-        outside = score(logits, on_device(context.ood, context, device)).uncertainty
-        result = result._replace(in_distribution=scored.uncertainty, out_of_distribution=outside)
+    outside = None if context.ood is None else score(logits, on_device(context.ood, context, device))
+    result = scored_result(scored, outside)._replace(seconds=time.perf_counter() - start)
+    if result.stats is None:
+        return result
     if chain.keep_samples:
         result = result._replace(samples=[{k: value.cpu() for k, value in params.items()} for params in samples])
-    return result._replace(seconds=time.perf_counter() - start, traces=traces_of(scored.losses.numpy()))
+    return result._replace(traces=traces_of(scored.losses.numpy()))
 
 
-def scored_result(scored: Scored) -> ChainResult:
-    """Return the numbers of a chain's predictions for the split, without its seconds."""
-    return ChainResult(scored.stats, 0.0, batch_nll(scored.losses, LINEAGE_BATCH), float(scored.losses.mean()))
+def scored_result(scored: Scored, outside: Scored | None = None) -> ChainResult:
+    """Return the numbers of a chain's predictions, without its seconds; no sums where a prediction is not finite.
+
+    Args:
+        scored: for the images of the split.
+        outside: for the out-of-distribution images, if there are some.
+    """
+    if not (scored.finite and (outside is None or outside.finite)):
+        return ChainResult(None, 0.0)
+    result = ChainResult(scored.stats, 0.0, batch_nll(scored.losses, LINEAGE_BATCH), float(scored.losses.mean()))
+    if outside is None:
+        return result
+    return result._replace(in_distribution=scored.uncertainty, out_of_distribution=outside.uncertainty)
 
 
 def likelihood_labels(arrays: CoresetArrays) -> np.ndarray:
@@ -306,7 +315,7 @@ def values(result: ChainResult) -> dict[str, float]:
     """Return a chain's numbers by name; empty for a chain that diverged.
 
     They are those of `metrics.Scores`, the NLL of earlier code, the mean NLL of a sample, and with out-of-distribution
-    images the AUROC of each uncertainty, NaN where an uncertainty is.
+    images the AUROC of each uncertainty.
     """
     if result.stats is None:
         return {}
@@ -317,9 +326,7 @@ def values(result: ChainResult) -> dict[str, float]:
     inside, outside = result.in_distribution, result.out_of_distribution
     if inside is not None and outside is not None:
         for name in Uncertainty._fields:
-            pair = getattr(inside, name), getattr(outside, name)
-            has_nan = any(bool(side.isnan().any()) for side in pair)  # as the NLL then is
-            numbers[f"ood_auroc_{name}"] = math.nan if has_nan else auroc(*pair)
+            numbers[f"ood_auroc_{name}"] = auroc(getattr(inside, name), getattr(outside, name))
     return numbers
 
 

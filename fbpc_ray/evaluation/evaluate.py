@@ -86,6 +86,13 @@ def check_split(dataset: Dataset, split: str, fix: str = "give --validation 0.1"
         raise UserError(f"the {split} split is empty: {fix if split == 'validation' else 'choose another data set'}")
 
 
+_CURES = {
+    "sghmc": "--chain-eta, or use --chain-noise consistent",
+    "last-layer": "--net-lr, or raise --net-ridge",
+}
+"""What to lower where chains diverge, by `--inference`."""
+
+
 def evaluate(
     coresets: dict[str, Coreset], specs: Sequence[Spec], dataset: Dataset, split: str, config: Config,
     workers: TaskRunner, log: Log, ood: Split | None = None, keep_samples_of: str = "",
@@ -97,7 +104,8 @@ def evaluate(
         ood: out-of-distribution images, for the AUROC of the uncertainty.
         keep_samples_of: name of the coreset whose first chain's samples are returned.
 
-    The log names the chains that diverged: they left the finite numbers. Raises UserError for an empty split.
+    The log names the chains that diverged: a parameter or a prediction is not finite. Raises UserError for an empty
+    split.
     """
     settings = config.evaluation
     arrays = {name: arrays_of(c) for name, c in coresets.items()}
@@ -129,8 +137,7 @@ def evaluate(
             if result.stats is None:
                 chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
-                flags = "--chain-eta, or use --chain-noise consistent" if run is run_chain else "--net-lr"
-                log(f"warning: a chain diverged ({which}): lower {flags}")
+                log(f"warning: a chain diverged ({which}): lower {_CURES.get(settings.inference, '--net-lr')}")
     evaluation = collect(chains, [results[index] for index in range(len(chains))], quantities(context))
     if run is not run_chain:
         return evaluation._replace(mixing=[])

@@ -25,6 +25,11 @@ class Scored(NamedTuple):
     """(S, n) -log p_s(y_i | x_i) of each sample by itself, float64, in the order of the images."""
     uncertainty: Uncertainty
 
+    @property
+    def finite(self) -> bool:
+        """Return whether all predictions are numbers: finite parameters may overflow in a pass."""
+        return all(bool(values.isfinite().all()) for values in (self.losses, *self.uncertainty))
+
 
 Logits = Callable[[Tensor], Tensor]
 """Images (b, c, h, w) -> logits (S, b, d), whose mean softmax is the prediction."""

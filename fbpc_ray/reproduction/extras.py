@@ -118,12 +118,15 @@ def score_chain(context: EvaluationContext, chain: Chain, extras: Extras, device
     if predictor is None:
         return {}
     inside = score(predictor.logits, on_device(context.split, context, device))
-    seconds, result = time.process_time() - start, scored_result(inside)
-    if extras.ood is not None:
-        outside = score(predictor.logits, on_device(extras.ood, context, device)).uncertainty
-        result = result._replace(in_distribution=inside.uncertainty, out_of_distribution=outside)
+    seconds = time.process_time() - start
+    outside = None if extras.ood is None else score(predictor.logits, on_device(extras.ood, context, device))
+    result = scored_result(inside, outside)
+    if result.stats is None:
+        return {}
     row = values(result) | {"judge_seconds": seconds}
     if extras.corrupted is not None:
         corrupted = score(predictor.logits, on_device(extras.corrupted, context, device))
+        if not corrupted.finite:
+            return {}
         row["corruption_accuracy"] = scores(corrupted.stats).accuracy
     return row

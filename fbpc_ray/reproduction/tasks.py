@@ -1,5 +1,6 @@
 """Tasks of a reproduction that any worker can run: distil a coreset, run a chain, measure a cost."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ def _logits(logits: Logits, arrays: CoresetArrays, classes: tuple[str, ...], dev
     label = classes.index("dog") if "dog" in classes else len(classes) - 1
     image = torch.tensor(arrays.images[arrays.labels == label][:1], device=device)
     means = logits(image)[:, 0].double().mean(0).cpu()
+    if not means.isfinite().all():
+        return [{}]
     return [{"column": name, "logit": float(value)} for name, value in zip(classes, means, strict=True)]
 
 
@@ -122,7 +125,8 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
     """
 
     def accuracy(split: Any) -> float:
-        return scores(score(logits, on_device(split, shared.context, device)).stats).accuracy
+        scored = score(logits, on_device(split, shared.context, device))
+        return scores(scored.stats).accuracy if scored.finite else math.nan
 
     clean = accuracy(shared.context.split)
     accuracies = []
@@ -133,6 +137,8 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
         )
         accuracies.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
     accuracies.append(("Avg.", float(np.mean([value for _, value in accuracies]))))
+    if math.isnan(clean) or math.isnan(accuracies[-1][1]):
+        return [{}]
     return [
         {"column": column, "accuracy": value, "degradation": 1 - value / clean if clean else None}
         for column, value in accuracies

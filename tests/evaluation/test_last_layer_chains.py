@@ -166,6 +166,18 @@ def test_every_inference_scores_every_seed_and_beats_chance(digits, coreset, sma
         assert all(value is not None and value > 0.4 for value in accuracies)
 
 
+def test_a_ridge_too_small_for_float64_is_a_chain_that_diverged(digits, coreset):
+    """Finite networks with a last layer of NaN: its accuracy would be the share of class 0."""
+    settings = {"inference": "last-layer", "net_steps": 1, "net_ridge": 1e-20, "width": 8, "num_chains": 1}
+    lines = list[str]()
+    outcome = api.evaluate(coreset, digits, "convnet-in", log=lines.append, **settings)["convnet-in"]
+    assert outcome.keys() == {"accuracy", "nll", "ece", "brier", "batch_nll", "mean_sample_nll"}
+    assert all(values == [None] for values in outcome.values())
+    assert [line for line in lines if "diverged" in line] == [
+        "warning: a chain diverged (coreset on convnet-in, seed 0): lower net_lr, or raise net_ridge"
+    ]
+
+
 def test_from_python_the_scores_are_those_of_the_evaluation(digits, coreset):
     settings = {"inference": "last-layer", "net_steps": 5, "width": 8, "num_chains": 2}
     outcome = api.evaluate(coreset, digits, ["convnet-in", "convnet-bn"], **settings)

@@ -1,6 +1,7 @@
 """Images of another data set: the scores of a chain on them, and which images are refused."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.ood import ood_split
-from fbpc_ray.evaluation.chains import Chain, ChainResult, posterior_samples, quantities, run_chain, values
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    ChainResult,
+    Predictor,
+    chain_result,
+    posterior_samples,
+    quantities,
+    run_chain,
+    values,
+)
 from fbpc_ray.evaluation.evaluate import collect
 from fbpc_ray.evaluation.scoring import average_of, score
 from fbpc_ray.inference.metrics import Scores, batch_nll, predictive_stats
@@ -104,12 +114,21 @@ def test_the_histogram_shows_the_uncertainty_of_the_first_chain():
     assert evaluation.stats[key].examples == 9
 
 
-def test_a_chain_whose_predictions_are_nan_has_no_auroc():
-    """Finite parameters whose passes overflow: its NLL is NaN, and so is its AUROC, not 1."""
-    numbers, nans = torch.tensor([0.1, 0.2]).double(), torch.full((2,), math.nan).double()
-    stats = predictive_stats(torch.full((2, 10), math.nan), torch.tensor([0, 1]))
-    result = ChainResult(stats, 1.0, in_distribution=Uncertainty(nans, numbers))
-    result = result._replace(out_of_distribution=Uncertainty(numbers, numbers))
-    outcome = values(result)
-    assert math.isnan(outcome["nll"]) and math.isnan(outcome["ood_auroc_entropy"])
-    assert outcome["ood_auroc_mutual_information"] == 0.5
+@pytest.mark.parametrize(("limit", "ends"), [(10.0, True), (1.0, False), (0.1, False)])
+def test_a_chain_whose_predictions_overflow_has_diverged(digits, limit, ends):
+    """By a predictor whose logits are infinite for images with a pixel above `limit`: none, the others, or all.
+
+    The pixels of dark digits end at 0.5, those of the others are 1.8.
+    """
+    others = Split(np.full((20, 1, 8, 8), 255, np.uint8), np.zeros(20, np.int64))
+    dark = digits._replace(test=Split(digits.test.images // 2, digits.test.labels))
+    context = context_of(dark, "test", SETTINGS, np.zeros((10, 1, 8, 8), np.float32), np.arange(10), others)
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        largest = images.amax((1, 2, 3))
+        return torch.where(largest > limit, math.inf, largest)[None, :, None] * torch.linspace(0, 1, 10)
+
+    chain = Chain("x", specify("convnet-in", (1, 8, 8), 10, 8, 0), 0)
+    result = chain_result(context, chain, Predictor(logits, []), "cpu", time.perf_counter())
+    assert tuple(values(result)) == (quantities(context) if ends else ())
+    assert all(map(math.isfinite, values(result).values()))

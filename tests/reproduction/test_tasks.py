@@ -82,6 +82,15 @@ def test_a_network_that_diverged_leaves_an_empty_row(case, tmp_path):
     assert run_row_task(shared, RowTask(case.chain, "logits", None, tmp_path), "cpu") == [{}]
 
 
+@pytest.mark.parametrize("kind", ["scores", "corruptions", "logits"])
+def test_predictions_that_are_not_finite_leave_an_empty_row(few, tmp_path, kind):
+    """Networks are finite, their last layer is not: its ridge is too small for float64."""
+    context = brief_context(few, "last-layer")
+    context = context._replace(settings=replace(context.settings, net_ridge=1e-20))
+    chain = Chain("x", specify("convnet-bn", few.image_shape, 10, 8, 0), 1)
+    assert run_row_task(SharedContext(context, few), RowTask(chain, kind, None, tmp_path), "cpu") == [{}]
+
+
 def test_clean_and_corrupted_images_are_whitened_as_the_coreset_is(few, tmp_path, monkeypatch):
     """The network of a whitened coreset never saw other images."""
     size = few.train.images[0].size
