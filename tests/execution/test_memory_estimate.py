@@ -66,7 +66,9 @@ def test_workers_and_draws_multiply():
 def test_the_other_methods():
     vbpc = needs("distillation", method="vbpc", pool_size=7, real_batch_size=10)
     assert vbpc["networks of the pool"] == 3 * 7 * 4 * 1000
-    assert vbpc["passes of the pseudocoreset"] == PASS_BYTES * 500 * 400  # with mirror images
+    assert vbpc["passes of the pseudocoreset"] == PASS_BYTES * 500 * 64  # compiled: part after part, without a graph
+    eager = needs("distillation", method="vbpc", real_batch_size=10, compiled="off")
+    assert eager["passes of the pseudocoreset"] == PASS_BYTES * 500 * 400  # with mirror images
     assert vbpc["kernels of the last layer"] == 3 * 8 * 400**2
     warm = needs("distillation", map_init="warm", warm_pool_size=7, draws_per_step=2)
     assert warm["warm starts"] == 7 * 2 * 4 * 1000
@@ -87,6 +89,7 @@ def test_experts_and_evaluations():
     assert three["posterior samples"] == 3 * 4 * 100 * 1000 and three["copies of a network"] == 3 * 7 * 4 * 1000
     closed = needs("evaluation", inference="last-layer")
     assert closed["kernels of the last layer"] == 3 * 8 * 400**2
+    assert closed["passes of a chain"] == PASS_BYTES * 500 * 64  # squared loss: part after part
     assert needs("evaluation", inference="ensemble", ensemble_size=9)["networks of the ensemble"] == 4 * 9 * 1000
 
 
