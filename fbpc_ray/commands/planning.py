@@ -15,6 +15,7 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
 from fbpc_ray.distillation.worker import EXPERT_SIDES
+from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution import advice, memory_estimate, sizing
 from fbpc_ray.execution.memory_estimate import count_parameters
 from fbpc_ray.execution.session import Session, compiles_passes, phases_of, trajectory_cache_bytes
@@ -143,7 +144,7 @@ def _chains(session: Session) -> str:
     e, coresets = session.config.evaluation, 1 if session.config.distillation.method == "random" else 2
     count = coresets * len(session.specs) * e.num_chains
     if e.inference != "sghmc":
-        return f"{count} trained networks ({e.inference})"
+        return f"{count * num_networks(e)} trained networks ({e.inference})"
     return f"{count} chains of {e.chain_epochs:,} epochs, half on random images, and their predictions"
 
 

@@ -52,7 +52,7 @@ def fit_networks(context: EvaluationContext, chain: Chain, device: str) -> Predi
     """Train the networks of one seed on the coreset; return what they predict, None where training diverged."""
     settings, network = context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
-    samples = [train_network(network, data, settings, chain.seed, member) for member in range(_num_networks(settings))]
+    samples = [train_network(network, data, settings, chain.seed, member) for member in range(num_networks(settings))]
     if not ensemble.finite(samples):
         return None
     if settings.inference == "last-layer":
@@ -60,7 +60,8 @@ def fit_networks(context: EvaluationContext, chain: Chain, device: str) -> Predi
     return Predictor(average_of(Passes(network), samples, data.images), samples)
 
 
-def _num_networks(settings: Evaluation) -> int:
+def num_networks(settings: Evaluation) -> int:
+    """Return the networks that are trained for one seed."""
     return settings.ensemble_size if settings.inference == "ensemble" else 1
 
 
@@ -84,7 +85,7 @@ def train_network(network: Network, data: Targets, settings: Evaluation, seed: i
     name = network.spec.architecture
     passes = Passes(network)
     state = adam_start(flatten(network.init(generator(seed, "network", name, member))))
-    total = settings.net_steps * _num_networks(settings)
+    total = settings.net_steps * num_networks(settings)
     batches = _batches(len(data.images), settings, generator(seed, "network", name, member, "batch"))
     for step, index in enumerate(batches, 1):
         batch = data if index is None else Targets(data.images[index], data.targets[index])

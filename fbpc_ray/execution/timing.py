@@ -16,6 +16,7 @@ from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.methods.common import Clock, coreset_batches
 from fbpc_ray.evaluation.chains import sampling
+from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution.session import Session, cpu_threads, uses_experts
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import sgd_trajectory
@@ -161,18 +162,20 @@ def _gradient(config: Config, timing: Timings) -> float:
     if d.method in network_pool.METHODS:
         return timing.k_step / 3 + 4 * timing.map_step  # real images forwards alone; u and its mirror images, twice
     if d.method.startswith("bpc-"):
-        views = (d.views or d.mc_samples) if d.method == "bpc-fkl" else d.mc_samples if d.method == "bpc-rkl" else 0
-        return (d.syn_steps * (3 if d.method == "bpc-w" else 1) + 2 * views) * timing.map_step
+        draws = {"bpc-fkl": max(d.views, d.mc_samples), "bpc-rkl": d.mc_samples}.get(d.method, 0)
+        return (d.syn_steps * (3 if d.method == "bpc-w" else 1) + 2 * draws) * timing.map_step
     k_steps = 0 if d.method == "fbpc-isotropic" else d.posterior_steps
     return (timing.map_steps + 1.7 * k_steps + 3 * (d.views or 1)) * timing.map_step  # .7: the logits of both sides
 
 
 def _chain(session: Session, timing: Timings) -> float:
-    e = session.config.evaluation
-    if e.inference != "sghmc":
-        return e.net_steps * timing.chain_epoch + len(session.dataset.test.labels) * timing.prediction
-    samples = e.chain_epochs // e.chain_every
-    return e.chain_epochs * timing.chain_epoch + samples * len(session.dataset.test.labels) * timing.prediction
+    """Return the seconds of one chain, or of the networks that are trained for one seed, and of their predictions."""
+    e, m, tests = session.config.evaluation, len(session.labels), len(session.dataset.test.labels) * timing.prediction
+    if e.inference == "sghmc":
+        return e.chain_epochs * timing.chain_epoch + e.chain_epochs // e.chain_every * tests
+    images = 2 * m if e.net_mirror else m
+    batch = images if images <= e.chain_full_batch else min(e.chain_batch_size, images)
+    return num_networks(e) * (e.net_steps * timing.chain_epoch * batch / m + tests)
 
 
 def measure(session: Session, device: str, cores: int) -> Measured:
