@@ -30,7 +30,10 @@ def after_picture(ended: EndedRun, number: str) -> list[Block]:
 
 
 def before_picture(ended: EndedRun, number: str) -> list[Block]:
-    """Draw the real images that the coreset began as."""
+    """Return the picture of the images that the coreset began as: real ones, or those of --initial-coreset."""
+    if ended.config.distillation.initial_coreset:
+        path, caption = ended.run.before_path, "The images of --initial-coreset, which distillation starts from."
+        return [Picture(image(path), f"{number}-before", caption)] if path.exists() else []
     if ended.method == "random" or not ended.run.random_path.exists():
         return []
     before = coreset.load(ended.run.random_path)
