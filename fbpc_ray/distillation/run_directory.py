@@ -36,7 +36,7 @@ REMEMBERED = 16
 _SOLUTION = "solution/"
 """How the names of MAP solutions, and of the networks of a pool, begin in a checkpoint."""
 _MOMENT = "moment/"
-"""How the names of Adam's other moments begin."""
+"""How the names of Adam's other moments begin, and that of the average of the images."""
 
 
 class RunDirectory(Generic[Where]):

@@ -55,7 +55,7 @@ class State(NamedTuple):
     soft_labels: Tensor | None = None
     """(m, d) float32 logits, centred, for methods that learn them, on the CPU."""
     moments: Mapping[str, Tensor] = {}
-    """Other moments of Adam: images/second, labels/first, labels/second."""
+    """Other moments of Adam, images/second, labels/first and labels/second; and images/average (--image-average)."""
 
 
 SECOND = "images/second"

@@ -21,9 +21,9 @@ from fbpc_ray.evaluation.results import ChainScore, mean_scores, table
 from fbpc_ray.models.functional import Spec
 
 TEMPERATURES = (0.0, 1e-4, 1e-3, 1e-2)
-"""Values of --chain-d that are tried, beside that of paper."""
+"""Values of --chain-d that are tried, beside that of the run."""
 PRIORS = (0.05, 0.5, 3.0)
-"""Values of --chain-weight-decay that are tried, beside that of paper."""
+"""Values of --chain-weight-decay that are tried, beside that of the run."""
 
 
 class Candidate(NamedTuple):

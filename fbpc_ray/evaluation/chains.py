@@ -117,10 +117,8 @@ def sampling(
         source=generator(seed, "chain", name, "noise"),
         weight_decay=settings.chain_weight_decay / m,
     )
-    last = settings.chain_epochs * steps_per_epoch
-    for step, params in enumerate(islice(chain, last), 1):
-        if step % (settings.chain_every * steps_per_epoch) == 0:
-            yield params
+    every = settings.chain_every * steps_per_epoch
+    yield from islice(chain, every - 1, settings.chain_epochs // settings.chain_every * every, every)
 
 
 def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, augment: str, seed: int) -> Ensemble:

@@ -19,7 +19,7 @@ def validate(config: Config) -> Config:
 
 
 def canonical(config: Config) -> Config:
-    """Give each network its canonical name, so that equal networks have equal names, and paths that workers read.
+    """Give each network its canonical name, so that equal networks have equal names; make --initial-coreset absolute.
 
     Raises UserError.
     """

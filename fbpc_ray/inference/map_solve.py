@@ -45,8 +45,8 @@ def map_solve(
         batches: endless; the whole augmented pseudocoreset at each step, or its minibatches in turn.
         threshold: gamma, nats per image.
         max_steps: the solve ends after so many Adam steps.
-        batches_per_pass: B; the mean of the last B losses, each taken before its step, is compared with gamma. No solve
-            converges before B batches.
+        batches_per_pass: the mean of so many last losses, each taken before its step, is compared with gamma. No solve
+            converges before so many batches.
 
     Returns:
         theta_u; `converged`, `max_steps` or `nonfinite`; the steps and the last mean loss.

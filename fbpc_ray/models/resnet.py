@@ -40,8 +40,8 @@ class ResNet(nn.Module):
 
     `blocks` are those of each stage: 2, 2, 2, 2 for ResNet18, 3, 4, 6, 3 for ResNet34.
 
-    Stages 2 to 4 start by halving the feature map, except where less than 2x2 would be left (images below 16x16):
-    instance norm would turn a single value into a constant.
+    Stages 2 to 4 start by halving the feature map, rounded up, except where less than 2x2 would be left (the last stage
+    for images of 8x8): instance norm would turn a single value into a constant.
     """
 
     def __init__(self, channels: int, size: int, classes: int, *, width: int, blocks: Sequence[int], norm: str):

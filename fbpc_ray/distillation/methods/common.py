@@ -26,10 +26,11 @@ class GradientStats:
     """What one gradient reports of itself; None where a method has no such quantity."""
 
     loss: float
-    """The method's divergence, or an unbiased part of it: nats per image for fbpc and bpc-fkl."""
+    """expected_x - expected_u for fbpc, bpc-fkl and bpc-rkl: nats per image, no value of a KL, whose gradient alone is
+    estimated. bpc-w: its ratio; vbpc, frepo: what is differentiated."""
     expected_x: float | None = None
+    """Nats per image. vbpc, frepo: the loss of the real images, without what is added to it."""
     expected_u: float | None = None
-    """The two terms whose difference is the loss."""
     psi_x: float | None = None
     psi_u: float | None = None
     """Means of diag Psi, squared logits."""
