@@ -96,7 +96,6 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[
 
     Raises UserError for data or a coreset that can't be read, and chains that cannot fit into memory.
     """
-    coreset_reader.check_size(place(source))
     dataset = load_data(config, log)
     check_split(dataset, options.split)
     calibration.check(options.protocol, config.evaluation, dataset, "give --validation 0.1")

@@ -51,6 +51,7 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
                 )
             with storage.local(where) as near:
                 return _fitted(read(near, dataset), dataset, str(where), pixels)
+        _check_size(where)
         return _fitted(read(where, dataset), dataset, str(where), pixels)
     except UserError:
         raise
@@ -84,9 +85,9 @@ def settings_of(where: Place) -> dict[str, Any]:
     return {}
 
 
-def check_size(where: Place) -> None:
+def _check_size(where: Path) -> None:
     """Raise UserError for a file that does not fit into memory."""
-    size = where.stat().st_size if isinstance(where, Path) and where.is_file() else 0
+    size = where.stat().st_size if where.is_file() else 0
     if size > (free := memory.available()):
         raise UserError(
             f"{where}: a coreset of {memory.gigabytes(size)} does not fit into memory, {memory.gigabytes(free)} are "

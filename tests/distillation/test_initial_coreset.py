@@ -6,6 +6,7 @@ from support.runs import SMALL_VBPC, flags_of, images_of, refused, silent
 
 from fbpc_ray import api
 from fbpc_ray.commands import main
+from fbpc_ray.core import memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
@@ -103,6 +104,13 @@ def test_a_run(digits, path, tmp_path, monkeypatch):
         again = api.distill(digits, initial_coreset=given, log=silent, **settings)
         assert torch.equal(again.images, images_of(folder))
     assert not torch.equal(api.distill(digits, log=silent, **settings).images, images_of(folder))
+
+
+def test_a_file_above_the_memory_is_not_read(digits, path, monkeypatch):
+    opened = opened_with(digits, path)
+    monkeypatch.setattr(memory, "available", lambda: 1000.0)
+    with pytest.raises(UserError, match=r"given.safetensors: a coreset of .* does not fit into memory"):
+        _ = opened.initial
 
 
 def test_notes(digits, path):
