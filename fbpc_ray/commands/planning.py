@@ -14,7 +14,7 @@ from fbpc_ray.core.sizes import describe_device
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
-from fbpc_ray.distillation.worker import EXPERT_SIDES
+from fbpc_ray.distillation.trajectory_cache import fits
 from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution import advice, memory_estimate, sizing
 from fbpc_ray.execution.memory_estimate import count_parameters
@@ -187,8 +187,8 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
     )
     words = [f"{describe_bytes(experts)} for experts"] if experts else []
     if "distillation" in parts:
-        if c.distillation.method in EXPERT_SIDES and (most := trajectory_cache_bytes(c, session.specs)):
-            cache_bytes = snapshots_met(c) * sum(counts) * 4 * (1 + c.distillation.posterior_steps)
+        most, rows = trajectory_cache_bytes(c, session.specs), 1 + c.distillation.posterior_steps
+        if cache_bytes := snapshots_met(c) * sum(4 * rows * count for count in counts if fits((rows, count), most)):
             words.append(f"up to {describe_bytes(min(most, cache_bytes))} for the cache of K steps in {cache_folder()}")
         m = c.distillation.ipc * len(session.dataset.classes)
         pixels = reduce(int.__mul__, session.dataset.image_shape)

@@ -90,9 +90,9 @@ class TrajectoryCache(NamedTuple):
         Returns:
             The rows, or None if they are too large for the cache or can't be written to the disk.
         """
-        size = HEADER + 4 * shape[0] * shape[1] + CHECKSUM_BYTES
-        if size > min(MAX_BLOCK, self.limit):
+        if not fits(shape, self.limit):
             return None
+        size = _file_size(shape)
         path = self.folder / f"{key}.npy"
         stored = _read(path, shape)
         if stored is not None:
@@ -129,16 +129,25 @@ class TrajectoryCache(NamedTuple):
         cache.drop_oldest(entries, used + size - min(self.limit, (used + free) / 2))
 
 
+def fits(shape: tuple[int, int], limit: float) -> bool:
+    """Return whether a cache of `limit` bytes keeps trajectories of `shape`, (1 + K, P)."""
+    return _file_size(shape) <= min(MAX_BLOCK, limit)
+
+
+def _file_size(shape: tuple[int, int]) -> int:
+    return HEADER + 4 * shape[0] * shape[1] + CHECKSUM_BYTES
+
+
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """Map the array in `path`; None if it is missing, damaged, of another shape or without a checksum."""
-    size = 4 * shape[0] * shape[1]
+    size = _file_size(shape)
     try:
         with inputs.open_regular(path) as file:
             status, header = os.fstat(file.fileno()), file.read(HEADER)
-            if header != _header(shape) or status.st_size != HEADER + size + CHECKSUM_BYTES:
+            if header != _header(shape) or status.st_size != size:
                 return None  # numpy's own reader fails in many ways on a damaged header
             array = np.memmap(file, np.float32, "r", HEADER, shape)
-            file.seek(HEADER + size)
+            file.seek(size - CHECKSUM_BYTES)
             checksum = file.read()
     except (OSError, ValueError, UserError):
         return None

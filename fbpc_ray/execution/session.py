@@ -39,6 +39,7 @@ from fbpc_ray.distillation.state import (
     scale_of_confidence,
     with_soft_labels,
 )
+from fbpc_ray.distillation.trajectory_cache import fits
 from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution import memory_budget, memory_estimate
 from fbpc_ray.execution.serial import Serial
@@ -301,14 +302,15 @@ def _forward_images(settings: Distillation, classes: int) -> int:
 
 
 def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
-    """Return the bytes of a worker's cache of theta_x and its K steps; 0 if too few fit to be reused."""
+    """Return the bytes of a worker's cache of theta_x and its K steps; 0 if none, or too few, fit to be reused."""
     d, e = config.distillation, config.experts
     if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
-    side_bytes = sum(4 * memory_estimate.count_parameters(spec) * (1 + d.posterior_steps) for spec in specs)
-    limit = 1e9 * config.workers.trajectory_cache_gb
-    return limit if side_bytes * snapshots <= RARELY * limit else 0.0
+    limit, rows = 1e9 * config.workers.trajectory_cache_gb, 1 + d.posterior_steps
+    counts = [memory_estimate.count_parameters(spec) for spec in specs]
+    side_bytes = sum(4 * rows * count for count in counts if fits((rows, count), limit))
+    return limit if 0 < side_bytes * snapshots <= RARELY * limit else 0.0
 
 
 def worker_group(

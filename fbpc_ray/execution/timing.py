@@ -12,12 +12,13 @@ from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.distillation import network_pool
+from fbpc_ray.distillation import network_pool, trajectory_cache
 from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.methods.common import Clock, coreset_batches
 from fbpc_ray.evaluation.chains import sampling
 from fbpc_ray.evaluation.last_layer import num_networks
-from fbpc_ray.execution.session import Session, cpu_threads, uses_experts
+from fbpc_ray.execution.memory_estimate import count_parameters
+from fbpc_ray.execution.session import Session, cpu_threads, trajectory_cache_bytes
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import sgd_trajectory
 from fbpc_ray.inference.solution import SolverStatus
@@ -140,8 +141,8 @@ def estimate(session: Session, timings: list[Timings], device: str, cores: int) 
             missing = len(session.stores[number].missing(config.experts.expert_count))
             experts += missing * config.experts.expert_epochs * per_epoch * timing.sgd_step
         distillation += session.num_steps * d.draws_per_step * _gradient(config, timing)
-        if uses_experts(config) and d.method == "fbpc":
-            distillation += timing.k_step * d.posterior_steps * snapshots_met(config)
+        if d.method == "fbpc":
+            distillation += timing.k_step * d.posterior_steps * _trajectories(session, session.specs[number])
         chains += _chain(session, timing)
     at_once = min(parallel, len(timings) * d.draws_per_step)
     of_random = 1 if d.method == "random" else 2
@@ -154,6 +155,15 @@ def snapshots_met(config: Config) -> float:
     d, e = config.distillation, config.experts
     epochs = e.expert_epochs - d.start_epoch + 1 if d.start_rule == "from" else d.start_epoch
     return sizes.snapshots_met(d.steps * d.draws_per_step, max(1, e.expert_count * epochs))
+
+
+def _trajectories(session: Session, spec: Spec) -> float:
+    """Return how often the K steps on real images are computed: once for each snapshot that the cache keeps."""
+    config, d = session.config, session.config.distillation
+    shape = 1 + d.posterior_steps, count_parameters(spec)
+    if trajectory_cache.fits(shape, trajectory_cache_bytes(config, session.specs)):
+        return snapshots_met(config)
+    return session.num_steps * d.draws_per_step
 
 
 def _gradient(config: Config, timing: Timings) -> float:

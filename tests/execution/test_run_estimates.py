@@ -38,3 +38,12 @@ def test_an_evaluation(digits, changes, a_seed, words):
 def test_a_gradient_of_bpc_fkl_has_a_draw_for_each_view_and_sample(digits, views, draws):
     session = session_of(digits, method="bpc-fkl", mc_samples=30, views=views, syn_steps=50, start_epoch=1)
     assert estimate(session, [TIMING], "cpu", 1).distillation == pytest.approx(4 * (50 + 2 * draws) * 3)
+
+
+@pytest.mark.parametrize(("gigabytes", "trajectories"), [(20.0, 6 * (1 - (5 / 6) ** 40)), (0.0, 40)])
+def test_k_steps_on_real_images_are_taken_once_for_each_snapshot_in_the_cache(digits, gigabytes, trajectories):
+    """40 steps draw from 2 experts x 3 epochs; without a cache each of them takes its own K steps."""
+    changes = {"expert_count": 2, "expert_epochs": 3, "posterior_steps": 5, "trajectory_cache_gb": gigabytes}
+    session = session_of(digits, method="fbpc", steps=40, **changes)
+    only_k_steps = Timings(0, 0, 0, 7, 0, 0)
+    assert estimate(session, [only_k_steps], "cpu", 1).distillation == pytest.approx(trajectories * 5 * 7)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fbpc_ray.core import cache
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.types import Batch
@@ -253,9 +254,19 @@ def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
         1.6 * each
     )
     assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.4 * each / 1e9), specs) == 0
-    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.3 * each / 1e9), specs) > 0
+    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.6 * each / 1e9), specs) > 0
+    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.3 * each / 1e9), specs) == 0
     assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=10.0, method="fbpc-isotropic"), specs) == 0
     assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=0.0), specs) == 0
+
+
+def test_a_network_too_large_for_the_cache_keeps_no_other_out_of_it():
+    """K steps of a ResNet18 take 1.4 GB, which no cache keeps; those of a ConvNet 40 MB."""
+    names = "convnet-in", "resnet18-in"
+    convnet, resnet = (specify(name, (3, 32, 32), 10, 128, 0) for name in names)
+    config = Config().updated(expert_count=5, expert_epochs=6, architectures=names)
+    assert session.trajectory_cache_bytes(config, [convnet, resnet]) == 20e9
+    assert session.trajectory_cache_bytes(config, [resnet]) == 0
 
 
 def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
