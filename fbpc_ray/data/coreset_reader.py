@@ -126,10 +126,12 @@ def _labels_of(raw: RawCoreset, source: str, notes: list[str]) -> tuple[Tensor, 
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if soft is not None and soft.is_floating_point():
         soft = soft.float()
-    if labels.ndim == 2 and not labels.is_floating_point() and (numbers := from_one_hot(labels.numpy())) is not None:
+    if labels.ndim == 2 and labels.is_floating_point():
+        labels = labels.float()
+    if labels.ndim == 2 and (numbers := from_one_hot(labels.numpy())) is not None:
         labels = torch.from_numpy(numbers)
     if soft is None and labels.ndim == 2 and labels.is_floating_point():
-        soft, note = _soft_labels(labels.float())
+        soft, note = _soft_labels(labels)
         labels = labels.argmax(1)
         notes.append(note)
     if labels.ndim != 1 or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():

@@ -167,9 +167,10 @@ def refusal(path: Path, data: Dataset) -> str:
     "values",
     [
         {"images": IMAGES.astype(np.int64)}, {"images": IMAGES.astype(np.uint16)}, {"labels": np.arange(3)[:, None]},
-        {"labels": np.eye(3, dtype=int)}, {"labels": np.eye(3, dtype=bool)}, {"classes": np.array(NAMES)},
+        {"labels": np.eye(3, dtype=int)}, {"labels": np.eye(3, dtype=bool)}, {"labels": np.eye(3)},
+        {"classes": np.array(NAMES)},
     ],
-    ids=["int64", "uint16", "a column", "one-hot", "one-hot of bool", "names alone"],
+    ids=["int64", "uint16", "a column", "one-hot", "one-hot of bool", "one-hot of floats", "names alone"],
 )  # fmt: skip
 def test_integers_and_one_hot_rows_of_others_are_read(colour_data, tmp_path, values):
     expected = coreset_reader.load(saved(tmp_path), colour_data).coreset

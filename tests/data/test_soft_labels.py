@@ -79,11 +79,13 @@ def test_those_of_others_are_probabilities_or_logits(soft_coreset, dataset, kind
     assert any("logits" in note for note in notes)
 
 
-def test_hard_probabilities_give_finite_logits(soft_coreset, dataset, tmp_path):
-    result, _ = coreset_reader.load(
-        write_foreign("npz", tmp_path, soft_coreset.images, torch.eye(3)[soft_coreset.labels]), dataset
-    )
-    torch.testing.assert_close(result.likelihood_labels, torch.eye(3)[soft_coreset.labels], rtol=0, atol=1e-5)
+def test_probabilities_of_zero_give_finite_logits(soft_coreset, dataset, tmp_path):
+    """Not all rows are one-hot: such labels are class numbers."""
+    p = torch.eye(3)[soft_coreset.labels]
+    p[0] = torch.tensor([0.5, 0.5, 0.0])
+    result, _ = coreset_reader.load(write_foreign("npz", tmp_path, soft_coreset.images, p), dataset)
+    assert result.soft_labels is not None
+    torch.testing.assert_close(result.likelihood_labels, p, rtol=0, atol=1e-5)
 
 
 def test_soft_labels_for_other_classes_are_refused(soft_coreset, dataset, tmp_path):
