@@ -15,6 +15,7 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import begin_as, initial_state, with_soft_labels
 from fbpc_ray.execution import advice, session
 from fbpc_ray.reporting import run_reader
+from fbpc_ray.reporting.document import Picture
 from fbpc_ray.reporting.run_pictures import before_picture
 
 SETTINGS = SMALL_VBPC | {"steps": 2, "checkpoint_every": 1, "num_chains": 1, "net_steps": 2, "backend": "serial"}
@@ -96,9 +97,9 @@ def test_a_run(digits, path, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     main.main(["distill", *words, str(path), "--resume"])
     assert torch.equal(coreset.load(RunDirectory(folder).random_path).images, initial_state(digits, 1, 0)[0].images)
-    (picture,) = before_picture(run_reader.read(folder, ""), "1")
-    assert picture.caption == "The images of --initial-coreset, which distillation starts from."
-    assert picture.png == RunDirectory(folder).before_path.read_bytes()
+    caption = "The images of --initial-coreset, which distillation starts from."
+    picture = Picture(RunDirectory(folder).before_path.read_bytes(), "1-before", caption)
+    assert before_picture(run_reader.read(folder, ""), "1") == [picture]
     settings = {name: value for name, value in SETTINGS.items() if name != "tracking"}
     for given in (path, given_for(digits)):
         again = api.distill(digits, initial_coreset=given, log=silent, **settings)
