@@ -86,11 +86,11 @@ def check_split(dataset: Dataset, split: str, fix: str = "give --validation 0.1"
         raise UserError(f"the {split} split is empty: {fix if split == 'validation' else 'choose another data set'}")
 
 
-_CURES = {
-    "sghmc": "--chain-eta, or use --chain-noise consistent",
-    "last-layer": "--net-lr, or raise --net-ridge",
-}
-"""What to lower where chains diverge, by `--inference`."""
+def flags_to_lower(inference: str) -> str:
+    """Return the flags to lower where a chain of `--inference` diverged, and what else helps."""
+    if inference == "sghmc":
+        return "--chain-eta, or use --chain-noise consistent"
+    return "--net-lr, or raise --net-ridge" if inference == "last-layer" else "--net-lr"
 
 
 def evaluate(
@@ -137,7 +137,7 @@ def evaluate(
             if result.stats is None:
                 chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
-                log(f"warning: a chain diverged ({which}): lower {_CURES.get(settings.inference, '--net-lr')}")
+                log(f"warning: a chain diverged ({which}): lower {flags_to_lower(settings.inference)}")
     evaluation = collect(chains, [results[index] for index in range(len(chains))], quantities(context))
     if run is not run_chain:
         return evaluation._replace(mixing=[])
