@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from fbpc_ray.core.addresses import redacted
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.evaluation.results import finite, unique
+from fbpc_ray.execution.session import uses_experts
 from fbpc_ray.reporting.document import Block, Heading, Table
 from fbpc_ray.reporting.run_reader import EndedRun
 
@@ -47,6 +49,9 @@ def facts_of(run: EndedRun) -> list[tuple[str, str]]:
         seconds = finite(result.get("seconds_per_step"))
         pace = f", {seconds:.3g} s each (median)" if seconds is not None else ""
         facts.append(("Steps", f"{result['steps']:,}{pace}; seed {d.seed}"))
+    if d.initial_coreset:
+        facts.append(("Begun as", redacted(d.initial_coreset)))
+    if uses_experts(c):
         count, epochs = c.experts.expert_count, c.experts.expert_epochs
         facts.append(("Experts", f"{count} for each network, of {epochs} epochs"))
     if endings := result.get("map_endings"):

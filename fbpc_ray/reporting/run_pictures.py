@@ -4,9 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fbpc_ray.data import coreset
-from fbpc_ray.data.datasets import denormalise
-from fbpc_ray.reporting import image_grids, run_figures
+from fbpc_ray.reporting import run_figures
 from fbpc_ray.reporting.charts import steps
 from fbpc_ray.reporting.document import Block, Picture
 from fbpc_ray.reporting.run_reader import EndedRun, image
@@ -30,18 +28,11 @@ def after_picture(ended: EndedRun, number: str) -> list[Block]:
 
 
 def before_picture(ended: EndedRun, number: str) -> list[Block]:
-    """Return the picture of the images that the coreset began as: real ones, or those of --initial-coreset."""
-    if ended.config.distillation.initial_coreset:
-        path, caption = ended.run.before_path, "The images of --initial-coreset, which distillation starts from."
-        return [Picture(image(path), f"{number}-before", caption)] if path.exists() else []
-    if ended.method == "random" or not ended.run.random_path.exists():
+    """Return the picture of the images that the coreset began as."""
+    if ended.method == "random" or not ended.run.before_path.exists():
         return []
-    before = coreset.load(ended.run.random_path)
-    if before.image_shape[0] not in image_grids.PICTURED:
-        return []
-    pixels, title = denormalise(before.images, before.mean, before.std).numpy(), "random real images, before step 1"
-    png = image_grids.coreset_png(pixels, before.labels.numpy(), before.classes, title)
-    return [Picture(png, f"{number}-before", "The real images that distillation starts from.")]
+    origin = "images of --initial-coreset" if ended.config.distillation.initial_coreset else "real images"
+    return [Picture(image(ended.run.before_path), f"{number}-before", f"The {origin} that distillation starts from.")]
 
 
 def course_pictures(ended: EndedRun, number: str) -> list[Block]:

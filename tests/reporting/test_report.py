@@ -14,6 +14,7 @@ from PIL import Image
 from support.browser import Page as Browser
 from support.browser import browsed, visit
 from support.report_page import report_page
+from support.runs import SMALL_VBPC, flags_of
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import distill_arguments
@@ -83,6 +84,20 @@ def test_the_command_makes_the_configuration_again(config):
     assert {name: value for name, value in again.items() if name not in run_usage.PLACES} == {
         name: value for name, value in before.items() if name not in run_usage.PLACES
     }
+
+
+def test_a_run_without_experts_that_began_as_another_coreset(ended_runs, tmp_path):
+    """The page has no experts that the method doesn't use, and as the first images those of --initial-coreset."""
+    run, settings = tmp_path / "run", SMALL_VBPC | {"steps": 2, "num_chains": 1, "net_steps": 2, "backend": "serial"}
+    main.main(["distill", *flags_of(settings), "--initial-coreset", str(ended_runs["bpc"]), "--out", str(run)])
+    page = report_page(tmp_path, run)
+    assert f"Begun as{ended_runs['bpc']}" in page.text and "Experts" not in page.text
+    assert "The images of --initial-coreset that distillation starts from." in page.text
+    before = base64.b64encode((run / "before.png").read_bytes()).decode()
+    assert f"data:image/png;base64,{before}" in [attrs["src"] for attrs in page.of("img")]
+    page = report_page(tmp_path, ended_runs["fbpc"])
+    assert "Experts2 for each network, of 3 epochs" in page.text and "Begun as" not in page.text
+    assert "The real images that distillation starts from." in page.text
 
 
 def test_the_code_of_the_page_loads_the_coreset(ended_runs, tmp_path):
