@@ -183,7 +183,7 @@ def evaluate(words: Sequence[str]) -> None:
     )
     data = replace(stored.data, data_root=args.data_root or stored.data.data_root, download=args.download)
     config = replace(stored, data=data, networks=networks, evaluation=args.evaluation, workers=args.workers)
-    unused = {"experts", "out"}
+    unused = {"experts", "initial_coreset", "out"}
     refuse_unasked(config, {"address"} | unused | ({"architectures"} if args.architectures else set()), args.run)
     _loading()
     from fbpc_ray.commands import evaluate as commands

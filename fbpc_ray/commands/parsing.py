@@ -106,7 +106,9 @@ def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
     A run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("preset", "recipe", "time-budget", "data", "ipc", "out", "method", "address", "experts"):
+    for flag in (
+        "preset", "recipe", "time-budget", "data", "ipc", "out", "method", "address", "experts", "initial-coreset",
+    ):  # fmt: skip
         early.add_argument(f"--{flag}")
     early.add_argument("--architectures", nargs="*")
     early.add_argument("--resume", nargs="?", const="yes", default="no")

@@ -235,8 +235,8 @@ def refuse_unasked(stored: Config, flags: Set[str], source: str) -> None:
 
 
 UNASKED = {
-    "architectures": "imports no code", "address": "connects to no Ray cluster", "experts": "opens no object store",
-    "out": "opens no object store",
+    "architectures": "imports no code", "address": "connects to no Ray cluster",
+    **dict.fromkeys(("experts", "initial_coreset", "out"), "opens no object store"),
 }  # fmt: skip
 """{flag of `never_from_a_file`: what `refuse_unasked` keeps a file from}."""
 
@@ -244,13 +244,18 @@ UNASKED = {
 def never_from_a_file(config: Config) -> dict[str, list[str]]:
     """Return {flag: words} of the settings that `refuse_unasked` wants on the command line."""
     names, address = config.networks.architectures, config.workers.address
-    folders = {"experts": config.experts.experts, "out": config.output.out}
+    paths = {
+        "experts": config.experts.experts, "initial_coreset": config.distillation.initial_coreset,
+        "out": config.output.out,
+    }  # fmt: skip
     words = {}
     if any(":" in name for name in names):
         words["architectures"] = ["--architectures", *names]
     if address not in ("", "local"):
         words["address"] = ["--address", address]
-    return words | {name: [f"--{name}", text] for name, text in folders.items() if "://" in text}
+    return words | {
+        name: [f"--{name.replace('_', '-')}", text] for name, text in paths.items() if "://" in text
+    }  # fmt: skip
 
 
 def from_json(text: str | bytes, source: str) -> Config:

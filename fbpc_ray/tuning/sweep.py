@@ -183,10 +183,14 @@ def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
         if shared := sorted(trial.SHARED & flags.keys()):
             flag = f"--{shared[0].replace('_', '-')}"
             raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which must be the same for all trials")
-        names, experts = flags.get("architectures", []), flags.get("experts", "")
-        foreign = [f"{name}, but a file alone imports no code" for name in names if ":" in name]
-        if "://" in experts and experts != base.experts.experts:
-            foreign.append(f"--experts {redacted(experts)}, but a file alone opens no object store")
+        foreign = [
+            f"{name}, but a file alone imports no code" for name in flags.get("architectures", []) if ":" in name
+        ]  # fmt: skip
+        foreign += [
+            f"--{name.replace('_', '-')} {redacted(path)}, but a file alone opens no object store"
+            for name in ("experts", "initial_coreset")
+            if "://" in (path := flags.get(name, "")) and path != base.flat()[name]
+        ]
         if foreign:
             raise UserError(f"{folder} needs {foreign[0]}: repeat --space to trust it")
 

@@ -121,6 +121,7 @@ def test_a_strangers_run_gets_no_request(finished, user, capsys):
         ),
         ({"address": "203.0.113.9:6379"}, "--address 203.0.113.9:6379, but a file alone connects to no Ray cluster"),
         ({"architectures": ["evil:net"]}, "--architectures evil:net, but a file alone imports no code"),
+        ({"initial_coreset": "s3://stranger/a.npz"}, "--initial-coreset s3://stranger/a.npz, but a file alone opens"),
     ],
 )
 @pytest.mark.parametrize("command", ["distill", "tune", "experts"])
@@ -136,6 +137,14 @@ def test_a_preset_file_chooses_no_store_for_the_output(tmp_path, capsys):
     (tmp_path / "preset.json").write_text(json.dumps({"out": "s3://stranger/run"}))
     message = refused(capsys, "--preset", str(tmp_path / "preset.json"))
     assert "--out s3://stranger/run, but a file alone opens no object store" in message
+
+
+def test_a_named_coreset_in_a_store_is_opened(tmp_path):
+    from fbpc_ray.commands.parsing import distill_arguments
+
+    (tmp_path / "preset.json").write_text(json.dumps({"initial_coreset": "s3://mine/a.npz"}))
+    words = ["--preset", str(tmp_path / "preset.json"), "--initial-coreset", "s3://mine/a.npz"]
+    assert distill_arguments(words).config.distillation.initial_coreset == "s3://mine/a.npz"
 
 
 def test_a_resume_downloads_only_where_the_command_line_says_so(finished_run, tmp_path):
@@ -173,6 +182,7 @@ def test_the_trials_of_a_stored_sweep_name_no_destination(small):
         ({"address": "203.0.113.9:6379"}, "trial 0 sets --address"),
         ({"out": "/etc"}, "trial 0 sets --out"),
         ({"experts": "s3://k:s3cret@stranger"}, r"--experts s3://\*\*\*@stranger, but a file alone opens no object"),
+        ({"initial_coreset": "s3://stranger/a.npz"}, "--initial-coreset s3://stranger/a.npz, but a file alone opens"),
         ({"architectures": ["evil:net"]}, "imports no code"),
     ):
         plan = Plan("s", "1", Sweep(), [flags_of_trial])
