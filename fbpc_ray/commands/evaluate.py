@@ -11,9 +11,8 @@ from fbpc_ray.core.provenance import Provenance, capture
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
-from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset, Split
-from fbpc_ray.data.ood import ood_split
+from fbpc_ray.data.ood import check_resize, ood_split
 from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation import calibration, protocols, results
@@ -48,9 +47,10 @@ class Options(NamedTuple):
 def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
     """Evaluate the coreset of the run in `folder` and its random coreset, on the networks of `config`."""
     check_split_name(options.split)
+    check_resize(options.ood, options.ood_resize)
     run, config = RunDirectory(folder), validation.validate(config)
-    session, coresets = _open(run, config)
-    config = session.config
+    session = _open(run, config.updated(download=False) if dry_run else config)
+    config, coresets = session.config, session.coresets
     fix = "distil with --validation 0.1"
     check_split(session.dataset, options.split, fix)
     calibration.check(options.protocol, config.evaluation, session.dataset, fix)
@@ -93,11 +93,11 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
     log("\n\n".join(part for part in (tables, text, f"result: {path} (pictures beside it)") if part))
     if target:
         run_id = run_logging.model_run(run, uri, tracker, log)
-        _save_model(session, coresets, scored, options.split, target, provenance, uri, run_id)
+        _save_model(session, scored, options.split, target, provenance, uri, run_id)
 
 
-def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset]]:
-    """Open a session without experts, and the run's coresets by name. Raises UserError if they don't fit together."""
+def _open(run: RunDirectory, config: Config) -> Session:
+    """Open a session of the run's coresets, without experts. Raises UserError if they don't fit the data set."""
     coresets = {
         "random": coreset.load(run.random_path), config.distillation.method: coreset.load(run.coreset_path)
     }  # fmt: skip
@@ -107,7 +107,7 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
     config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
     chains, source = len(coresets) * len(specs) * config.evaluation.num_chains, str(run.coreset_path)
     memory_estimate.check(config, specs, ["evaluation"], coreset=m, chains=chains, source=source)
-    session = Session(config, dataset, specs, [])
+    session = Session(config, dataset, specs, [], coresets=coresets)
     for name, one in coresets.items():
         if tuple(one.images.shape[1:]) != dataset.image_shape or one.classes != dataset.classes:
             raise UserError(
@@ -116,7 +116,7 @@ def _open(run: RunDirectory, config: Config) -> tuple[Session, dict[str, Coreset
     fingerprint = coresets[config.distillation.method].facts.get("fingerprint", "")
     if note := advice.changed_images_note(dataset, fingerprint, "the run", "test images may be others too"):
         log(note)
-    return session, coresets
+    return session
 
 
 def _ood_images(session: Session, options: Options) -> Split:
@@ -164,14 +164,13 @@ def _log_result(
 
 
 def _save_model(
-    session: Session, coresets: dict[str, Coreset], scored: EvaluationResult, split: str, target: Any,
-    provenance: Provenance, uri: str, run_id: str,
+    session: Session, scored: EvaluationResult, split: str, target: Any, provenance: Provenance, uri: str, run_id: str
 ) -> None:  # fmt: skip
     """Save the samples of the first chain as an MLflow model: in its folder, and in the run `run_id` of the store `uri`
     unless `run_id` is empty."""
     config, spec, images = session.config, session.specs[0], session.dataset.test.images[:2]
     method = config.distillation.method
-    samples = model_export.ensemble_of(scored, coresets[method], method, spec, config.evaluation)
+    samples = model_export.ensemble_of(scored, session.coresets[method], method, spec, config.evaluation)
     samples_score = results.select(scored.scores, method, spec.architecture)[0]
     facts = model_export.facts(config, split, samples_score, provenance)
     command = model_export.save(samples, target, facts, images)

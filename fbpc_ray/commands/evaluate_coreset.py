@@ -62,12 +62,12 @@ def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, js
     """Evaluate the coreset at `source` and as many random real images, on the networks of `config`."""
     check_split_name(options.split)
     config = validation.validate(config)
-    session, candidates, ipc = _open(source, config.updated(download=False) if dry_run else config, options)
+    session, ipc = _open(source, config.updated(download=False) if dry_run else config, options)
     config = session.config
     if dry_run:
         planning.describe(session, parts=("chains",))
         return
-    dataset, specs, split = session.dataset, session.specs, options.split
+    dataset, specs, candidates, split = session.dataset, session.specs, session.coresets, options.split
     with open_backend(config, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())
         log(describe_evaluation(candidates, specs, split, config.evaluation))
@@ -87,12 +87,12 @@ def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, js
         log(f"\n{text}")
 
 
-def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[str, Coreset], int | None]:
+def _open(source: str, config: Config, options: Options) -> tuple[Session, int | None]:
     """Read the coreset and the data set.
 
     Returns:
-        A session without experts; the coreset and random real images by name; images per class, None where classes
-        differ in it.
+        A session without experts, of the coreset and random real images; images per class, None where classes differ
+        in it.
 
     Raises UserError for data or a coreset that can't be read, and chains that cannot fit into memory.
     """
@@ -111,7 +111,8 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, dict[
     counts = set(given.labels.bincount(minlength=len(dataset.classes)).tolist())
     ipc = counts.pop() if len(counts) == 1 else None
     candidates = _random(dataset, ipc, config.distillation.seed) | {"given": given}
-    return Session(config.updated(ipc=ipc or 1), dataset, specs, []), candidates, ipc
+    config = config.updated(ipc=ipc or -(-m // len(dataset.classes)))
+    return Session(config, dataset, specs, [], coresets=candidates), ipc
 
 
 def _random(dataset: Dataset, ipc: int | None, seed: int) -> dict[str, Coreset]:

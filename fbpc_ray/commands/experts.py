@@ -5,12 +5,13 @@ from dataclasses import fields
 from fbpc_ray.commands import planning
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.settings import Experts, Networks
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import open_backend
+from fbpc_ray.execution.session import open_backend, uses_experts
 from fbpc_ray.execution.sizing import open_sized_session
 
 SHOWN = {field.name for group in (Networks, Experts) for field in fields(group)}
@@ -19,7 +20,10 @@ SHOWN = {field.name for group in (Networks, Experts) for field in fields(group)}
 
 def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing, whichever of their epochs a distillation will take."""
-    config = validation.canonical(config)
+    config = validation.canonical(config.updated(initial_coreset=""))
+    if not uses_experts(config):
+        method = config.distillation.method
+        raise UserError(f"--preset: its method, {method}, takes no experts; give a preset of another method")
     if sizes is None:
         validation.check(config.updated(start_epoch=0, start_rule="from"))
     start = config.updated(download=False) if dry_run else config

@@ -69,6 +69,8 @@ def describe(
 
 
 def _problem(session: Session) -> UserError | None:
+    if session.coresets:
+        return None
     try:
         _ = session.initial
     except UserError as error:
@@ -84,17 +86,24 @@ def _describe_data(session: Session) -> None:
         f"data     {data.name}: {len(data.classes):,} classes of {kind} images, {height}x{width} pixels\n"
         f"         {'; '.join(_count(getattr(data, name), word) for name, word in SPLITS.items())}"
     )
-    d = session.config.distillation
-    log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} per class, by {d.method}")
+    if session.coresets:
+        one = session.coresets[session.scored[-1]]
+        method = f", by {one.facts['method']}" if "method" in one.facts else ""
+        log(f"coreset  {_per_class(one.labels.numpy(), '')}{method}")
+    else:
+        d = session.config.distillation
+        log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} per class, by {d.method}")
 
 
 def _count(split: Split, name: str) -> str:
-    if not len(split.labels):
-        return f"no {name} images"
-    counts = np.bincount(split.labels)
+    return _per_class(split.labels, f"{name} ") if len(split.labels) else f"no {name} images"
+
+
+def _per_class(labels: np.ndarray, kind: str) -> str:
+    counts = np.bincount(labels)
     least, most = counts.min(), counts.max()
     spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return f"{len(split.labels):,} {name} images, {spread} per class"
+    return f"{len(labels):,} {kind}images, {spread} per class"
 
 
 def _describe_networks(session: Session) -> None:
@@ -141,11 +150,12 @@ def _experts(session: Session) -> str:
 
 
 def _chains(session: Session) -> str:
-    e, coresets = session.config.evaluation, 1 if session.config.distillation.method == "random" else 2
-    count = coresets * len(session.specs) * e.num_chains
+    e, names = session.config.evaluation, session.scored
+    count = len(names) * len(session.specs) * e.num_chains
     if e.inference != "sghmc":
         return f"{count * num_networks(e)} trained networks ({e.inference})"
-    return f"{count} chains of {e.chain_epochs:,} epochs, half on random images, and their predictions"
+    random = {("random",): ", on random images", ("random", names[-1]): ", half on random images"}.get(tuple(names), "")
+    return f"{count} chains of {e.chain_epochs:,} epochs{random}, and their predictions"
 
 
 def _folder(session: Session) -> str:

@@ -7,6 +7,12 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.datasets import Dataset, Split
 
 
+def check_resize(name: str, resize: bool) -> None:
+    """Raise UserError for --ood-resize without --ood, the `name` of a data set."""
+    if resize and not name:
+        raise UserError("--ood-resize: there is no --ood to resize; add --ood DATA, or leave it out")
+
+
 def ood_split(dataset: Dataset, other: Dataset, resize: bool = False) -> Split:
     """Return the test images of `other` as a network of `dataset` can see them; all labels are 0.
 

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,13 @@ class Session:
     """The experts of each network; none for a method without experts."""
     given: Coreset | None = None
     """What --initial-coreset names, where Python gives a coreset in the place of a path."""
+    coresets: dict[str, Coreset] = field(default_factory=dict)
+    """By name, what an evaluation of other coresets than this session's scores; the random one first."""
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the coresets that the evaluation scores."""
+        return list(self.coresets) or list(dict.fromkeys(("random", self.config.distillation.method)))
 
     @property
     def num_steps(self) -> int:

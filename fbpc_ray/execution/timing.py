@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config
@@ -63,7 +64,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
     passes = Passes(network, chunk_images=c.networks.chunk_images)
     real = _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
     params = network.init(generator(0, "probe"))
-    images, labels = session.initial[0].images.to(network.device), session.labels.to(network.device)
+    images, labels = (tensor.to(network.device) for tensor in _coreset(session))
 
     def batches(size: int, purpose: str) -> Iterator:
         return coreset_batches(images, labels, size, augment, generator(0, "probe", purpose))
@@ -99,6 +100,14 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
         trajectory = sgd_trajectory(passes.loss_and_grad, params, stream, d.lambda_x)
         k_step = _seconds(lambda: next(trajectory), network)
     return Timings(sgd_step, map_step, map_steps, k_step, chain_epoch, prediction)
+
+
+def _coreset(session: Session) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a coreset that a run begins with, or that an evaluation scores."""
+    if session.coresets:
+        one = session.coresets[session.scored[-1]]
+        return one.images, one.labels
+    return session.initial[0].images, session.labels
 
 
 def _seconds(call: Callable[[], object], network: Network) -> float:
@@ -145,8 +154,7 @@ def estimate(session: Session, timings: list[Timings], device: str, cores: int) 
             distillation += timing.k_step * d.posterior_steps * _trajectories(session, session.specs[number])
         chains += _chain(session, timing)
     at_once = min(parallel, len(timings) * d.draws_per_step)
-    of_random = 1 if d.method == "random" else 2
-    chains *= of_random * config.evaluation.num_chains
+    chains *= len(session.scored) * config.evaluation.num_chains
     return Seconds(experts / parallel, distillation / at_once, chains / parallel)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.sizes import Seconds
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution import sizing
 from fbpc_ray.execution.session import load_data
 from fbpc_ray.execution.timing import Measured, Timings
@@ -295,6 +299,44 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
     text = capsys.readouterr().out
     assert re.search(r"^chains +\S.* 8 chains of 30 epochs", text, re.M)
     assert "to train" not in text
+
+
+def test_the_plan_of_an_evaluation_is_of_the_coresets_that_it_scores(digits, tmp_path, capsys):
+    """Of classes of several sizes, or of more images than the data has, there are no random images beside it."""
+    first, labels = initial_state(digits, 2, 5)
+    words = ("--data", "digits", "--backend", "serial", "--width", "8", "--chain-epochs", "20", "--chain-every", "10")
+    for index, size, chains in (
+        (range(20), "20 images, 2 per class", "6 chains of 20 epochs, half on random images"),
+        (range(19), "19 images, 1 to 2 per class", "3 chains of 20 epochs, and"),
+        (range(2000), "2,000 images, 200 per class", "3 chains of 20 epochs, and"),
+    ):
+        rows = [number % 20 for number in index]
+        given = Coreset(first.images[rows], labels[rows], digits.mean, digits.std, digits.classes)
+        coreset.save(given, tmp_path / "given.safetensors")
+        main.main(["evaluate", "--coreset", str(tmp_path / "given.safetensors"), *words, "--dry-run"])
+        text = capsys.readouterr().out
+        assert re.search(f"^coreset  {size}$", text, re.M)
+        assert re.search(rf"^chains +\S.* {chains}", text, re.M)
+
+
+def test_the_plan_of_an_evaluation_downloads_nothing_and_needs_no_initial_coreset(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    settings = read_config(folder).updated(initial_coreset=str(tmp_path / "gone.npz"))
+    (folder / "config.json").write_text(json.dumps(settings.flat()))
+    words = (str(folder), "--backend", "serial", "--architectures", "convnet-in", "--num-chains", "1", "--dry-run")
+    main.main(["evaluate", *words])
+    assert re.search("^coreset  10 images, 1 per class, by fbpc$", capsys.readouterr().out, re.M)
+    settings = settings.updated(data="cifar10", data_root=str(tmp_path / "data"))
+    (folder / "config.json").write_text(json.dumps(settings.flat()))
+    line = refused(capsys, *words, "--download", command="evaluate")
+    assert "download it with --download" in line and not (tmp_path / "data").exists()
+    assert "there is no --ood to resize" in refused(capsys, *words, "--ood-resize", command="evaluate")
+
+
+def test_a_preset_without_experts_trains_none(tmp_path, capsys):
+    (tmp_path / "vbpc.json").write_text(json.dumps({"method": "vbpc"}))
+    line = refused(capsys, "--preset", "./vbpc.json", command="experts")
+    assert "its method, vbpc, takes no experts" in line
 
 
 def test_experts_are_those_of_a_distillation_of_as_many_images(images, capsys, monkeypatch):
