@@ -48,8 +48,9 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
     if resume and (result := run.read_result()) and result["steps"] >= num_steps(config):
         tables = calibration.tables(protocols.of_result(result), results.from_json(result["coresets"]))
         log(f"this run is complete; raise --steps above {result['steps']} to go on\n{tables}")
-        run_logging.deliver_result(config, run, result, log)
-        files.write_output(json, result)
+        if not dry_run:
+            run_logging.deliver_result(config, run, result, log)
+            files.write_output(json, result)
         return
     start = config.updated(download=False) if dry_run else config
     sized = open_sized_session(start, sizes, log, planned=dry_run)

@@ -198,6 +198,8 @@ class RunDirectory(Generic[Where]):
             for name in ("method", "data", "split", "commit", "device"):
                 if not isinstance(result.get(name, ""), str):
                     raise ValueError(f"{name} is {result[name]!r}, expected text")
+            if not isinstance(result.get("versions", {}), dict):
+                raise ValueError(f"versions is {result['versions']!r}, expected an object")
             if not results.from_json(result["coresets"]):
                 raise ValueError("it has no scores")
             coresets = {

@@ -157,8 +157,7 @@ def track_distillation(
     config: Config, dataset: Dataset, run: RunDirectory, provenance: Provenance, log: Log
 ) -> Iterator[Tracker]:
     """Yield the tracker of a distillation; a resumed run continues its MLflow run. The run ends with the block."""
-    tags = {**run_tags(config, dataset.name), **provenance_tags(provenance), "folder": str(run.folder)}
-    with _tracking(config, run, tags, log) as tracker:
+    with _tracking(config, run, dataset.name, provenance, log) as tracker:
         for part in ("train", "validation", "test"):
             split = getattr(dataset, part)
             if len(split.labels):
@@ -171,15 +170,21 @@ def deliver_result(config: Config, run: RunDirectory, result: Mapping[str, Any],
     reference = run_reference.read(run)
     if reference is None or reference.delivered or not config.output.tracking:
         return
-    with _tracking(config, run, run_tags(config, result["data"]), log) as tracker:
+    provenance = Provenance(
+        result.get("versions", {}), result.get("commit", "unknown"), result.get("device", "unknown")
+    )
+    with _tracking(config, run, result["data"], provenance, log) as tracker:
         log_steps(tracker, run.read_metrics())
         scores, mixing = results.from_json(result["coresets"]), diagnostics.from_json(result.get("mixing", {}))
         log_result(tracker, run, config, result["data"], scores, mixing, result["steps"])
 
 
 @contextmanager
-def _tracking(config: Config, run: RunDirectory, tags: Mapping[str, str], log: Log) -> Iterator[Tracker]:
+def _tracking(
+    config: Config, run: RunDirectory, data: str, provenance: Provenance, log: Log
+) -> Iterator[Tracker]:  # fmt: skip
     """Yield the tracker of the run's own MLflow run, which ends with the block; keep its reference up to date."""
+    tags = {**run_tags(config, data), **provenance_tags(provenance), "folder": str(run.folder)}
     reference = run_reference.of_store(run, default_uri(home()))
     if config.output.tracking:  # before MLflow makes the run, so that a resume finds this one
         run_reference.write(run, reference._replace(delivered=False))

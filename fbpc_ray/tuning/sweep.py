@@ -75,7 +75,8 @@ def tune(
         with undamaged(path, "delete it, and the best trial is evaluated again"):
             result = inputs.read_checked_json(path)
         log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
-        files.write_output(json, result)
+        if not dry_run:
+            files.write_output(json, result)
         return
     sweep = _prepare(base, settings, folder, resume, trusted, dry_run, None if resume else sizes)
     if dry_run:

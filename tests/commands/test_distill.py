@@ -108,13 +108,17 @@ def test_a_run_is_one_flat_mlflow_run_that_a_resume_goes_on_with(finished_run, s
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:  # as if the driver was killed before its last delivery
         database.execute("delete from metrics where key like '%test/%' or step = 12")
+        database.execute("delete from tags where key in ('commit', 'device', 'folder') or key like 'version.%'")
         database.execute("update runs set status = 'RUNNING'")
     run_reference.write(RunDirectory(folder), reference._replace(run_id="", delivered=False))
+    distil("--out", str(folder), "--resume", "--dry-run", "--json", str(tmp_path / "dry.json"))
+    assert client.get_run(run.info.run_id).info.status == "RUNNING" and not (tmp_path / "dry.json").exists()
     distil("--out", str(folder), "--resume")
     again = client.get_run(run.info.run_id)
     assert again.info.status == "FINISHED"
     delivered = {name: client.get_metric_history(run.info.run_id, name)[-1].value for name in run.data.metrics}
     assert delivered == run.data.metrics
+    assert again.data.tags == run.data.tags
 
     pictures_there = {"coreset.png", "before.png", "over-time.png", "course.png", "reliability.png"}
     assert pictures_there | {"coreset.safetensors", "result.json", "metrics.parquet", "config.json"} <= artifacts
