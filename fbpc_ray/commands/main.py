@@ -233,13 +233,16 @@ def tune(words: Sequence[str]) -> None:
     resume = resumes(job.resume, out)
     if resume:
         if not job.preset or job.preset in LEVELS:
-            base = tuning.read_base(place(out)).updated(download=False)  # as start_of
+            base = base.updated(val_every=tuning.read_base(place(out)).output.val_every)  # of earlier code
         stored = tuning.read_plan(place(out)).settings
         args = parse(TuneArguments, words, "fbpc tune", TuneArguments(sweep=stored, config=base))
     if job.print_config:
         _print_config(args.config, None if resume else sizes)
         return
-    tuning.tune(args.config, args.sweep, sizes, resume=resume, trusted=trusted, dry_run=job.dry_run, json=job.json)
+    tuning.tune(
+        args.config, args.sweep, sizes, given=flags_in(words), resume=resume, trusted=trusted, dry_run=job.dry_run,
+        json=job.json,
+    )  # fmt: skip
 
 
 def reproduce(words: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ WIDE_ERROR = 3.0
 
 def notes(session: Session) -> list[str]:
     """Return the notes on a run that begins."""
-    candidates = (_start(session), *_initial_coreset(session), _nothing_saved(session), _test_images(session))
+    candidates = (_start(session), *initial_coreset_notes(session), _nothing_saved(session), _test_images(session))
     return [f"note: {note}" for note in candidates if note]
 
 
@@ -59,7 +59,7 @@ def _start(session: Session) -> str:
     )
 
 
-def _initial_coreset(session: Session) -> list[str]:
+def initial_coreset_notes(session: Session) -> list[str]:
     """Note what was assumed of --initial-coreset, and soft labels of it that the method can't use."""
     if session.initial_coreset is None:
         return []

@@ -6,6 +6,7 @@ import shlex
 import sys
 import uuid
 from collections import Counter
+from collections.abc import Set
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from fbpc_ray.core.config import (
     MAY_CHANGE_ON_RESUME,
     NOT_STARTED,
     Config,
+    Distillation,
     Evaluation,
     Experts,
     Networks,
@@ -27,7 +29,7 @@ from fbpc_ray.core.config import (
     read_config,
 )
 from fbpc_ray.core.errors import UserError, undamaged
-from fbpc_ray.core.presets import to_preset
+from fbpc_ray.core.presets import to_preset, with_method
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture, new_output
 from fbpc_ray.core.signals import Interruption
@@ -38,6 +40,7 @@ from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.execution import advice, validation
 from fbpc_ray.execution.session import (
+    Session,
     check_memory,
     cpu_threads,
     expert_root,
@@ -51,6 +54,7 @@ from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.protocol import Tracker
+from fbpc_ray.tracking.run_logging import run_tags
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
 from fbpc_ray.tuning.trial import Task
@@ -60,12 +64,14 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"ste
 
 
 def tune(
-    base: Config, settings: Sweep, sizes: SizeRequest | None, *, resume: bool, trusted: bool, dry_run: bool, json: str
-) -> None:
+    base: Config, settings: Sweep, sizes: SizeRequest | None, *, given: Set[str], resume: bool, trusted: bool,
+    dry_run: bool, json: str,
+) -> None:  # fmt: skip
     """Draw, run and compare trials; evaluate the best one on the test images, once.
 
     Args:
         sizes: what to choose sizes by, around which trials vary; None where `base` has them.
+        given: settings of `base` that the command line names.
         trusted: the command line names --space, so that the sweep may import code.
         json: where to copy result.json.
     """
@@ -78,7 +84,7 @@ def tune(
         if not dry_run:
             files.write_output(json, result)
         return
-    sweep = _prepare(base, settings, folder, resume, trusted, dry_run, None if resume else sizes)
+    sweep = _prepare(base, settings, folder, resume, trusted, dry_run, None if resume else sizes, given)
     if dry_run:
         _describe(sweep)
         return
@@ -137,7 +143,7 @@ def _folder(base: Config, resume: bool) -> Place:
 
 def _prepare(
     base: Config, settings: Sweep, folder: Place, resume: bool, trusted: bool, dry_run: bool,
-    sizes: SizeRequest | None = None,
+    sizes: SizeRequest | None = None, given: Set[str] = frozenset(),
 ) -> OpenSweep:  # fmt: skip
     """Load the data, draw or read the trials, and check them all. Writes nothing. Raises UserError."""
     base, plan = validation.canonical(base), None
@@ -163,6 +169,7 @@ def _prepare(
         validation.check(base)
     if plan is None:
         trials = _draw(base, settings, len(dataset.classes))
+        trials = _with_own_settings(trials, base, given, dataset, sizes)
         plan = Plan(folder.name, uuid.uuid4().hex, settings, trials, dataset.fingerprint)
     else:
         consequence = "the trials go on with these images: do not compare their scores with earlier ones"
@@ -175,7 +182,45 @@ def _prepare(
     specs = {config.networks: network_specs(config, dataset) for config in {c.networks: c for c in configs}.values()}
     for config in configs:
         check_memory(config, dataset, specs[config.networks])
+    _check_starts(configs, dataset)
     return OpenSweep(folder, base, plan, task_of(configs, dataset, settings), dataset)
+
+
+def _with_own_settings(
+    trials: list[dict[str, Any]], base: Config, given: Set[str], dataset: Dataset, sizes: SizeRequest | None
+) -> list[dict[str, Any]]:
+    """Return the flags of trials such that one of another method runs as `fbpc distill` with that method.
+
+    `trial_config` gives it the settings that the method brings: those that the command line names, and the steps and
+    rates that are chosen for the data, must be among its flags. All trials have the same flags, for the tables.
+    """
+    d, values = base.distillation, base.flat()
+    fixed = values.keys() - {f.name for f in fields(Distillation)}  # all trials have the same networks and chains
+    settings, names = list[dict[str, Any]](), dict[str, None]()
+    for flags in trials:
+        method, ipc, own = flags.get("method", d.method), flags.get("ipc", d.ipc), base
+        if method != d.method:
+            own = with_method(base, method, ipc).updated(**{name: values[name] for name in given - {"method", "ipc"}})
+            if sizes is not None:
+                request = sizes._replace(flags=sizes.flags | fixed)
+                own = with_sizes(own.updated(ipc=ipc), dataset, request, lambda line: None).updated(ipc=d.ipc)
+            without = with_method(base, method, d.ipc).flat()
+            names |= {name: None for name, value in own.flat().items() if value != without[name]}
+        settings.append(own.flat())
+    return [
+        flags | {name: own[name] for name in names if name not in flags}
+        for flags, own in zip(trials, settings, strict=True)
+    ]
+
+
+def _check_starts(configs: list[Config], dataset: Dataset) -> None:
+    """Log what is assumed of --initial-coreset. Raises UserError where a trial has no images to begin with."""
+    starts = {(d.ipc, d.initial_coreset, d.method, d.learn_labels, d.label_confidence): config
+              for config in configs for d in [config.distillation]}  # fmt: skip
+    sessions = [Session(config, dataset, [], []) for config in starts.values()]
+    notes = [note for session in sessions if session.initial for note in advice.initial_coreset_notes(session)]
+    for note in results.unique(notes):
+        log(f"note: {note}")
 
 
 def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
@@ -305,6 +350,8 @@ def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance:
     config = sweep.task.configs[best.number]
     experts, interval = sweep.base.experts.experts, sweep.base.distillation.checkpoint_every
     preset = to_preset(config.updated(experts=experts, checkpoint_every=interval))
+    flags = trial.describe_flags(sweep.plan.trials[best.number])
+    monitor.parent.set_tags(run_tags(config, sweep.dataset.name) | {"best": f"trial {best.number}: {flags}"})
     files.write_checked_json(folder / "best.json", json_format.loads(preset))
     log(f"best: trial {best.number}, {metric} {getattr(best.last, metric):.4g} on the validation split; now on test")
     tested = _on_test(config, sweep.dataset, workers, provenance, monitor.parent)
@@ -329,5 +376,8 @@ def _on_test(
     """Evaluate a finished trial's coreset beside random images; write the files of a run."""
     run, session = RunDirectory(place(config.output.out)), open_session(config, log, dataset)
     first, labels = session.initial
-    state, rows = run.restore(labels, dataset.image_shape) or (first, [])
+    restored = run.restore(labels, dataset.image_shape)
+    if restored is None and session.num_steps:
+        raise UserError(f"the checkpoint of the trial is missing: delete {run.folder}, and --resume runs it again")
+    state, rows = restored or (first, [])
     return evaluate_run(LiveRun(session, run, workers, provenance, tracker), state, rows)

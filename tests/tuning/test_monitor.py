@@ -5,8 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.runs import silent
 
 from fbpc_ray.core.config import Sweep
+from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.provenance import Provenance
+from fbpc_ray.core.signals import Interruption
+from fbpc_ray.execution.serial import Serial
 from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning.trial import Record, ValidationResult
@@ -93,6 +98,27 @@ def test_a_picture_that_cannot_be_made_ends_no_sweep(sweep, capsys):
     board.trial_ended(0, "")
     assert store.trackers[0].status == "FINISHED"
     assert "note: MLflow gets no picture of trial 0: " in capsys.readouterr().out
+
+
+def test_the_run_of_the_sweep_is_tagged_by_its_best_trial(small, tmp_path):
+    """Whose test scores it has: another method than the one that the sweep varies, or is named by."""
+    base = small.updated(
+        validation=0.1, out=str(tmp_path / "sweep"), num_chains=1, net_steps=2, architectures=("convnet-in",)
+    )  # fmt: skip
+    space = Sweep(grid=("method=random,frepo",))
+    opened = tuning._prepare(base, space, tmp_path / "sweep", False, False, False, given={"steps", "real_batch_size"})
+    workers, parent = Serial("cpu", Interruption(())), Recorder()
+    for number in range(2):
+        trial.run_trial(opened.task, number, workers, lambda result: None, silent)
+    board = monitor.SweepMonitor(opened, parent, None)  # type: ignore[arg-type]
+    result = tuning._conclude(opened, board, workers, Provenance({}, "c", "cpu"))
+    best = result["best"]["flags"]["method"]
+    assert parent.tags["method"] == best
+    assert parent.tags["best"].startswith(f"trial {result['best']['trial']}: method {best}")
+    assert set(result["test"]["coresets"]) == {"random", best}
+    (folder_of(opened, 1) / "checkpoint" / "state.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the checkpoint of the trial is missing: delete .*00001"):
+        tuning._on_test(opened.task.configs[1], opened.dataset, workers, Provenance({}, "c", "cpu"), parent)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

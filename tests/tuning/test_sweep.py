@@ -6,12 +6,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from support.runs import refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.core import config
 from fbpc_ray.core.config import Sweep
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import PRESETS, preset, to_preset
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution.ray.placement import Node, Resources, capacity, resources_of, share
 from fbpc_ray.tuning import trial as sweep
 
@@ -106,6 +111,40 @@ def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monk
     assert len(output.splitlines()) == 1
     assert re.search(message, output), output
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["spaces_of_tests.py"]
+
+
+def test_a_trial_of_another_method_runs_as_a_distillation_by_it(tmp_path, monkeypatch, capsys):
+    """Flags of the command line win over what a method brings; sizes are chosen for each, on the same networks."""
+    monkeypatch.chdir(tmp_path)
+    words = ["tune", "--grid", "method=fbpc,bpc-fkl,vbpc", "--out", "sweep", "--dry-run"]
+    main.main([*words, "--steps", "10", "--alpha", "3"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^trial .*", text, re.M) == [
+        "trial 0: method fbpc, steps 10, alpha 3",
+        "trial 1: method bpc-fkl, steps 10, alpha 3",
+        "trial 2: method vbpc, steps 10, alpha 3",
+    ]
+    main.main([*words, "--preset", "quick", "--start-epoch", "3"])
+    text = capsys.readouterr().out
+    steps = re.search(r"^--steps +(\d+)", text, re.M)
+    assert steps is not None
+    assert f"trial 0: method fbpc, steps {steps[1]}, start_epoch 3, " in text
+    assert f"trial 1: method bpc-fkl, steps {2 * int(steps[1])}, start_epoch 3, " in text
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_trial_without_images_to_begin_with_is_refused_before_the_sweep(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, labels = initial_state(digits, 2, 5)
+    soft = torch.zeros(20, 10)
+    coreset.save(Coreset(first.images, labels, digits.mean, digits.std, digits.classes, soft), Path("given"))
+    words = ("--num-trials", "1", "--out", "sweep", "--initial-coreset", "given", "--grid")
+    assert "it has 2 images per class, --ipc is 1" in refused(capsys, *words, "ipc=2,1", command="tune")
+    assert "has 120 images, ipc is 500" in refused(capsys, "--grid", "ipc=1,500", command="tune")
+    capsys.readouterr()
+    main.main(["tune", *words, "ipc=2", "learn-labels=true,false", "--dry-run"])
+    note = "note: --initial-coreset: its soft labels are left out; add --learn-labels to begin with them"
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_a_preset_file_is_plain_flags_and_accepted_where_names_are(tmp_path, capsys):
