@@ -1,6 +1,7 @@
 """`fbpc reproduce`: make a table or figure of the paper, print it, and log it to MLflow."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ def reproduce(args: ReproduceArguments) -> None:
             raise UserError(f"{flag}: must be {least} or more, got {value}")
     if any(count < 1 for count in args.ipc):
         raise UserError(f"--ipc: must be 1 or more, got {' '.join(map(str, args.ipc))}")
+    overrides = _overrides(args.override)
+    machines = {name: overrides[name] for name in asdict(args.workers).keys() & overrides.keys()}
     base = Config(workers=args.workers).updated(
-        data_root=args.data_root, download=args.download, experts=args.experts, tracking=args.tracking,
-        experiment=args.experiment,
+        data_root=args.data_root, download=args.download and not args.dry_run, experts=args.experts,
+        tracking=args.tracking, experiment=args.experiment, **machines,
     )  # fmt: skip
     sources = {"cifar10": args.cifar10, "cifar100": args.cifar100, "tiny-imagenet": args.tiny_imagenet}
     scale, folder = SCALES[args.scale], local_folder(args.out, "--out").absolute()
@@ -41,7 +44,7 @@ def reproduce(args: ReproduceArguments) -> None:
         distill_seeds=args.distill_seeds or scale.distill_seeds, num_chains=args.num_chains or scale.num_chains
     )
     options = Options(
-        args.table, args.scale, Request(scale, sources, args.ipc, _overrides(args.override), base), folder, args.only,
+        args.table, args.scale, Request(scale, sources, args.ipc, overrides, base), folder, args.only,
         Path(args.corruptions) if args.corruptions else None, args.cost_steps, args.dry_run,
         args.ood, args.ood_resize, parse(args.coreset_row, "--coreset-row"), parse(args.whitening, "--whitening"),
     )  # fmt: skip
@@ -59,7 +62,9 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
     tracking = mlflow_module(f"everything is in {options.out}", log)
     if not tracking:
         return
-    first, settings = rows[0], options.request.base
+    first, settings, request = rows[0], options.request.base, options.request
+    sizes = {"ipc": request.ipc, "only": options.only}
+    counts = {"distill_seeds": request.scale.distill_seeds, "num_chains": request.scale.num_chains}
     tracker = tracking.MlflowTracker(
         default_uri(home()),
         settings.output.experiment,
@@ -69,7 +74,10 @@ def _track_table(options: Options, path: Path, rows: list[dict[str, Any]]) -> No
             "table": options.table, "scale": options.scale, "commit": first["commit"], "device": first["device"],
             **{f"version.{name}": version for name, version in json.loads(first["versions"]).items()},
         },
-        params={**options.request.sources, **options.request.overrides, "folder": str(options.out)},
+        params={
+            **request.sources, **counts, **request.overrides, "folder": str(options.out),
+            **{name: " ".join(map(str, values)) for name, values in sizes.items() if values},
+        },
         log=log,
     )  # fmt: skip
     tracker.log_metrics(cell_means(options.table, rows), 0)

@@ -9,12 +9,16 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
 from fbpc_ray.data.corrupted_splits import official
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.data.ood import check_resize
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.session import check_memory, load_data, network_specs
 from fbpc_ray.reproduction.outside_coresets import OutsideCoreset, read
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 from fbpc_ray.reproduction.tables import TABLES, Cell, Request, cells_of
+
+CORRUPTED = ("corruptions", "grid")
+"""Kinds of tables that score corrupted images."""
 
 
 class Options(NamedTuple):
@@ -60,6 +64,12 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
     """Return the chosen cells for every seed of the distillation; load data, check networks."""
     cells, outside = cells_of(options.table, options.request), _outside(options, log)
     cells += [cell for one in outside.values() for cell in one.cells(cells[0])]
+    kind = TABLES[options.table].kind
+    for flag, value, kinds in (("--ood", options.ood, ("grid",)), ("--corruptions", options.corruptions, CORRUPTED)):
+        if value and kind not in kinds:
+            others = " or ".join(name for name, table in TABLES.items() if table.kind in kinds)
+            raise UserError(f"{flag}: {options.table} has no use for it; leave it out, or choose {others}")
+    check_resize(options.ood, options.ood_resize)
     names = [f"{cell.row}/{cell.column}" for cell in cells]
     chosen = [
         cell
@@ -73,13 +83,13 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
     datasets: dict[str, Dataset] = {}
     tasks = []
     for cell in chosen:
+        cell = cell._replace(config=validation.validate(cell.config))
         source = cell.config.data.data
         if source not in datasets:
             datasets[source] = load_data(cell.config, log)
-            if TABLES[options.table].kind in ("corruptions", "grid") and options.corruptions:
+            if options.corruptions:
                 official(options.corruptions, datasets[source])  # raises if the folder doesn't fit the data
         dataset = datasets[source]
-        validation.check(cell.config)
         network_specs(cell.config.updated(architectures=(cell.judged_on,)), dataset)
         check_memory(cell.config, dataset, network_specs(cell.config, dataset))
         if one := outside.get(cell.row):

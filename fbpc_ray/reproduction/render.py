@@ -215,6 +215,8 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
         f"real batches of {values_of('real_batch_size')}, chains of {values_of('chain_epochs')} epochs{protocol}; "
         f"data {data}"
     )
+    changed = ", ".join(f"{name}={value}" for name, value in request.overrides.items())
+    size += f"; every cell with {changed}" if changed else ""
     kind = (
         "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"
     )

@@ -51,7 +51,7 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     kind, rows = TABLES[options.table].kind, Rows(options.out / "rows" / options.table)
     tasks = tasks_of(options, log)
     seeds, columns = eval_seeds(options), _extra_columns(options, tasks[0].dataset, log)
-    present = {(row["key"], row["eval_seed"]) for row in rows.read() if columns is None or columns.describes(row)}
+    present = {(row["key"], row["eval_seed"]) for row in _of_these_images(options, columns, rows.read())}
     missing = [(task, seed) for task in tasks for seed in seeds if (task.key, seed) not in present]
     log(f"{options.table}: {len(tasks)} cells, {len(missing)} of {len(tasks) * len(seeds)} rows to make")
     unmade = without_coreset(tasks) if kind == "picture" else without_coreset([task for task, _ in missing])
@@ -61,7 +61,8 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     failures = _fill(options, missing, unmade, columns, rows, log) if missing or unmade else {}
     complete = [task for task in tasks if task.coreset not in failures]
     order = {task.key: index for index, task in enumerate(tasks)}
-    ordered = sorted((row for row in rows.read() if row["key"] in order), key=lambda row: order[row["key"]])
+    valid = (row for row in _of_these_images(options, columns, rows.read()) if row["key"] in order)
+    ordered = sorted(valid, key=lambda row: order[row["key"]])
     path = _write(options, complete, ordered) if complete else None
     if failures:
         folder, reason = next(iter(failures.items()))
@@ -94,6 +95,24 @@ def _extra_columns(options: Options, dataset: Dataset, log: Log) -> ExtraColumns
         return None
     other = load_data(options.request.base.updated(data=options.ood), log) if options.ood else None
     return extra_columns(dataset, other, options.ood_resize, options.corruptions, options.request.scale.extra_images)
+
+
+def _of_these_images(
+    options: Options, columns: ExtraColumns | None, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows that were scored on the images that `options` name; rows of earlier code don't say theirs."""
+    if columns:
+        return [row for row in rows if columns.describes(row)]
+    own = _described(options, columns)
+    return [row for row in rows if all(row[name] in (None, value) for name, value in own.items())]
+
+
+def _described(options: Options, columns: ExtraColumns | None) -> dict[str, Any]:
+    """Describe the images other than the test split that rows are scored on, as columns of a row."""
+    if columns:
+        return columns.row()
+    corrupted = TABLES[options.table].kind == "corruptions"
+    return {"corruptions": notes(options.corruptions, 0)[0]} if corrupted else {}
 
 
 def _make_coresets(tasks: list[Task], workers: TaskRunner, commit: str, log: Log) -> dict[Path, str]:
@@ -135,7 +154,7 @@ def _evaluate(
 ) -> None:  # fmt: skip
     """Run a chain for each missing row; write a row as its chain ends."""
     extras = columns.images() if columns and missing else Extras()
-    described = columns.row() if columns else {}
+    described = _described(options, columns)
     groups: dict[str, list[tuple[Task, int]]] = {}
     for task, seed in missing:  # chains of one evaluation, data set and augmentation share what travels to the workers
         config = task.cell.config

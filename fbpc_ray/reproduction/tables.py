@@ -245,9 +245,16 @@ TABLES: dict[str, Table] = {
 }
 
 
+SET_BY_TABLES = ("data", "architectures", "method", "ipc", "seed", "augment", "val_every")
+SET_BY_THE_COMMAND = ("num_chains", "data_root", "download", "experts", "out", "tracking", "experiment")
+
+
 def cells_of(name: str, request: Request) -> list[Cell]:
     """Return the cells of a table for seed 0 of the distillation. Raises UserError for a bad override."""
-    for flag in ("data", "architectures", "method", "ipc", "seed", "augment"):
+    for flag in (*SET_BY_TABLES, *(["inference"] if TABLES[name].kind == "grid" else [])):
         if flag in request.overrides:
             raise UserError(f"--override {flag}=...: the table sets {flag}; leave the override out")
+    for flag in SET_BY_THE_COMMAND:
+        if flag in request.overrides:
+            raise UserError(f"--override {flag}=...: changes no cell; give --{flag.replace('_', '-')} itself")
     return TABLES[name].cells(request)

@@ -18,10 +18,13 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.data.corruptions import CORRUPTIONS
+from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
-from fbpc_ray.reproduction.render import _plane
+from fbpc_ray.reproduction.plan import Options, tasks_of
+from fbpc_ray.reproduction.render import _plane, markdown
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
+from fbpc_ray.reproduction.run import _described, _of_these_images
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
 TINY = [
@@ -274,6 +277,19 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
         (["table1", "--num-chains", "-1"], "--num-chains: must be 0 or more, got -1"),
         (["table1", "--cifar10", "npz:/nowhere.npz"], "nowhere"),
         (["table3", "--corruptions", "/nowhere", "--cifar10", "digits"], "nowhere"),
+        (
+            ["table1", "--corruptions", "/nowhere"],
+            "table1 has no use for it; .* choose table3 or grid or grid-cifar100",
+        ),
+        (["table3", "--ood", "digits"], "--ood: table3 has no use for it; leave it out, or choose grid"),
+        (["grid", "--ood-resize"], "there is no --ood to resize"),
+        (["table1", "--override", "num-chains=9"], "num_chains=...: changes no cell; give --num-chains itself"),
+        (["table1", "--override", "experts=/x"], "give --experts itself"),
+        (["grid", "--override", "inference=mse"], "the table sets inference"),
+        (
+            ["table1", "--download", "--dry-run", "--data-root", "/nowhere"],
+            "cifar10 is missing .* in /nowhere: download",
+        ),
     ],
 )
 def test_bad_input_is_one_line(more, message, tmp_path, capsys):
@@ -285,6 +301,37 @@ def test_bad_input_is_one_line(more, message, tmp_path, capsys):
     assert "\n" not in error
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_other_corrupted_images_are_made_again(tmp_path):
+    """Those of table 3 say which images they were scored on; rows of earlier code don't."""
+    request = paper_request("small")
+    generated = Options("table3", "small", request, tmp_path, (), None, 1, False)
+    official = generated._replace(corruptions=Path("/cifar-10-c"))
+    rows = [_described(generated, None), _described(official, None), {"corruptions": None}]
+    assert "generated with seed 0" in rows[0]["corruptions"] and "/cifar-10-c" in rows[1]["corruptions"]
+    assert _of_these_images(generated, None, rows) == [rows[0], rows[2]]
+    assert _of_these_images(official, None, rows) == [rows[1], rows[2]]
+    assert _of_these_images(generated._replace(table="table1"), None, rows) == rows
+
+
+def test_the_title_names_every_override():
+    request = paper_request("small", alpha=300.0, views=8)
+    text = markdown("table1", "small", request, [cell.config for cell in cells_of("table1", request)], [], [], ())
+    assert "; every cell with alpha=300.0, views=8." in text
+    assert "every cell" not in markdown("table1", "small", paper_request("small"), [Config()], [], [], ())
+
+
+def test_an_override_of_the_machine_and_a_relative_path_reach_the_cells(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen: list[Options] = []
+    monkeypatch.setattr(run, "reproduce", lambda options, log: (seen.append(options), []))
+    words = ["fig3", "--cifar10", "digits", "--backend", "serial", "--dry-run"]
+    main.main(["reproduce", *words, "--override", "threads=3", "compiled=off", "initial-coreset=a.npz"])
+    (task,) = tasks_of(seen[0], print)[:1]
+    workers = task.cell.config.workers
+    assert (workers.backend, workers.threads, workers.compiled) == ("serial", 3, "off")
+    assert task.cell.config.distillation.initial_coreset == str(tmp_path / "a.npz")
 
 
 @pytest.mark.slow
