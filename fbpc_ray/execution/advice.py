@@ -2,20 +2,43 @@
 
 import math
 
+from fbpc_ray.core.settings import Distillation
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.expert_training import short_training_note
 from fbpc_ray.execution.session import Session, num_steps
 
 FEW_SGD_STEPS = 25
 """SGD steps at --start-epoch below which experts hardly differ from their initialisation."""
+FBPC = ("fbpc", "fbpc-isotropic")
+USED_BY = {
+    "views": (*FBPC, "bpc-fkl"), "gamma_window": FBPC, "map_init": FBPC, "rkl_estimator": ("bpc-rkl",),
+    "alpha_decay": (*FBPC, "bpc-fkl", "bpc-rkl", "bpc-w"),
+}  # fmt: skip
+"""{setting that is off by default: methods that use it}."""
 WIDE_ERROR = 3.0
 """Standard error of an accuracy in points, above which a note says what may be chance."""
 
 
 def notes(session: Session) -> list[str]:
     """Return the notes on a run that begins."""
-    candidates = (_start(session), *initial_coreset_notes(session), _nothing_saved(session), _test_images(session))
+    candidates = (
+        _unused(session),
+        _start(session),
+        *initial_coreset_notes(session),
+        _nothing_saved(session),
+        _test_images(session),
+    )
     return [f"note: {note}" for note in candidates if note]
+
+
+def _unused(session: Session) -> str:
+    """Note settings that are off by default, were turned on, and do nothing in the method."""
+    d, usual = session.config.distillation, Distillation()
+    names = [
+        f"--{name.replace('_', '-')}" for name, methods in USED_BY.items()
+        if getattr(d, name) != getattr(usual, name) and d.method not in methods
+    ]  # fmt: skip
+    return f"--method {d.method} does not use {' and '.join(names)}" if names else ""
 
 
 def training_notes(session: Session) -> list[str]:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from support.runs import distil, flags, refused
+from support.runs import distil, flags, refused, silent
 
 from fbpc_ray import api
 from fbpc_ray.commands import experts, main, planning
@@ -21,8 +21,8 @@ from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.state import initial_state
-from fbpc_ray.execution import sizing
-from fbpc_ray.execution.session import load_data
+from fbpc_ray.execution import advice, sizing
+from fbpc_ray.execution.session import load_data, open_session
 from fbpc_ray.execution.timing import Measured, Timings
 
 TINY = (
@@ -286,6 +286,22 @@ def test_notes_of_a_run_that_will_disappoint(images, capsys, words, note):
     monkey = ("--backend", "serial", "--steps", "1", "--width", "8")
     distil("--data", f"folder:{images}", *monkey, *words, "--dry-run")
     assert re.search(f"^note: .*{note}", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    "method, used",
+    [("fbpc", "views gamma_window map_init"), ("bpc-fkl", "views"), ("bpc-rkl", "rkl_estimator"), ("vbpc", "")],
+)
+def test_a_note_names_what_the_method_does_not_use(small, digits, method, used):
+    given = {"views": 8, "gamma_window": 2, "map_init": "warm", "rkl_estimator": "authors", "alpha_decay": 9}
+    config = small.updated(method=method, start_rule="before", **given)
+    used = {*used.split(), *([] if method == "vbpc" else ["alpha_decay"])}
+    flags_unused = {f"--{name.replace('_', '-')}" for name in given.keys() - used}
+    (line,) = (note for note in advice.notes(open_session(config, silent, digits)) if "does not use" in note)
+    first, _, rest = line.partition(" does not use ")
+    assert first == f"note: --method {method}" and set(rest.split(" and ")) == flags_unused
+    plain = advice.notes(open_session(small.updated(method=method, start_rule="before"), silent, digits))
+    assert not any("does not use" in note for note in plain)
 
 
 def test_other_commands_plan_their_parts(images, finished_run, capsys):
