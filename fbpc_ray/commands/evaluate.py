@@ -98,9 +98,8 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
 
 def _open(run: RunDirectory, config: Config) -> Session:
     """Open a session of the run's coresets, without experts. Raises UserError if they don't fit the data set."""
-    coresets = {
-        "random": coreset.load(run.random_path), config.distillation.method: coreset.load(run.coreset_path)
-    }  # fmt: skip
+    learned = run.read_coreset(config)
+    coresets = {"random": coreset.load(run.random_path), config.distillation.method: learned}
     dataset = load_data(config, log)
     specs, m = network_specs(config, dataset), max(len(one.labels) for one in coresets.values())
     images = len(dataset.train.labels)

@@ -8,6 +8,7 @@ Within a checkpoint the metrics come first and the state last; rows of steps tha
 """
 
 import io
+import shlex
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
@@ -167,7 +168,12 @@ class RunDirectory(Generic[Where]):
             return {}
 
     def read_coreset(self, settings: Config) -> Coreset:
-        """Read the pseudocoreset. Raises UserError for damage, and for one that is not of this run."""
+        """Read the pseudocoreset. Raises UserError where there is none yet, for damage, and for one of another run."""
+        if not self.coreset_path.exists():
+            words = shlex.join(["fbpc", "distill", "--out", str(self.folder), "--resume"])
+            raise UserError(
+                f"{self.coreset_path}: coreset not found; if the run has not ended, resume it with `{words}`"
+            )
         learned, fix = coreset.load(self.coreset_path), "restore it, or evaluate it with --coreset"
         m = settings.distillation.ipc * len(learned.classes)
         if len(learned.images) != m:

@@ -93,11 +93,15 @@ def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
     return {key: one.mean for key, one in summaries.items() if one}
 
 
-def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
-    """Draw the table's first quantity as bars, the paper's values as marks; or accuracy against ECE."""
+def picture(table: str, scale: str, rows: list[Row], path: Path) -> bool:
+    """Draw the table's first quantity as bars, the paper's values as marks; or accuracy against ECE.
+
+    Return False, and draw nothing, where accuracy against ECE has no point: all chains diverged.
+    """
     if TABLES[table].figure == "scatter":
-        scatter(_plane(rows), SHOWN["accuracy"].label, SHOWN["ece"].label, _title(table, scale), path)
-        return
+        if panels := _plane(rows):
+            scatter(panels, SHOWN["accuracy"].label, SHOWN["ece"].label, _title(table, scale), path)
+        return bool(panels)
     quantity = TABLES[table].quantities[0]
     shown, paper = SHOWN[quantity], PAPER.get(table, {})
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
@@ -111,6 +115,7 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> None:
         _title(table, scale),
         path,
     )
+    return True
 
 
 def _plane(rows: list[Row]) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:

@@ -250,7 +250,8 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} per class"
         image_grids.coreset_grid(pixels, pseudocoreset.labels.numpy(), pseudocoreset.classes, image, title)
     else:
-        picture(options.table, options.scale, rows, image)
+        if not picture(options.table, options.scale, rows, image):
+            images.remove(image.name)
         if over_ipc(options.table, options.scale, rows, sizes):
             images.append(sizes.name)
         seconds = image.with_name(f"{options.table}-seconds.png")

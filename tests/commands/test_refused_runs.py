@@ -169,3 +169,13 @@ def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
     assert f"{folder}/mlflow.json is damaged" in message
     assert "delete it, and the run is logged as a new one" in message
     assert (folder / "mlflow.json").read_text() == text
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("export", "--format", "npz")])
+def test_a_run_that_has_not_ended_has_no_coreset_to_evaluate_or_export(small, tmp_path, capsys, words):
+    RunDirectory(tmp_path / "run").write_config(small)
+    command, *more = words
+    line = refused(capsys, str(tmp_path / "run"), *more, command=command)
+    assert (
+        "coreset.safetensors: coreset not found; if the run has not ended, resume it with `fbpc distill --out " in line
+    )

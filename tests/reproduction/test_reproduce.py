@@ -22,8 +22,8 @@ from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
 from fbpc_ray.reproduction.plan import Options, tasks_of
-from fbpc_ray.reproduction.render import _plane, markdown
-from fbpc_ray.reproduction.rows import cell_key, coreset_key
+from fbpc_ray.reproduction.render import _plane, markdown, picture
+from fbpc_ray.reproduction.rows import SCHEMA, cell_key, coreset_key
 from fbpc_ray.reproduction.run import _described, _of_these_images
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
@@ -313,6 +313,16 @@ def test_rows_of_other_corrupted_images_are_made_again(tmp_path):
     assert _of_these_images(generated, None, rows) == [rows[0], rows[2]]
     assert _of_these_images(official, None, rows) == [rows[1], rows[2]]
     assert _of_these_images(generated._replace(table="table1"), None, rows) == rows
+
+
+def test_a_grid_of_diverged_chains_has_no_picture(tmp_path):
+    empty = dict.fromkeys(SCHEMA.names) | {"row": "VBPC", "column": "ipc 1, SGHMC"}
+    assert not picture("grid", "small", [empty], tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+    options = Options("grid", "small", paper_request("small"), tmp_path, (), None, 1, False)
+    made = empty | {"commit": "c", "device": "cpu", "versions": "{}", "distill_seed": 0, "eval_seed": 0}
+    text = run._write(options, [], [made]).read_text()
+    assert "grid.png" not in text and "| VBPC | - |" in text
 
 
 def test_the_title_names_every_override():
