@@ -83,7 +83,10 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
     datasets: dict[str, Dataset] = {}
     tasks = []
     for cell in chosen:
-        cell = cell._replace(config=validation.validate(cell.config))
+        try:
+            cell = cell._replace(config=validation.validate(cell.config))
+        except UserError as error:
+            raise UserError(f"{cell.row}/{cell.column}: {error}; --only makes other cells alone") from None
         source = cell.config.data.data
         if source not in datasets:
             datasets[source] = load_data(cell.config, log)

@@ -149,7 +149,7 @@ def _prepare(
     base, plan = validation.canonical(base), None
     if sizes is None:
         validation.check(base)
-    _check(base, settings)
+    _check(base)
     if resume:
         plan = read_plan(folder)
         if replace(settings, workers_per_trial=0) != replace(plan.settings, workers_per_trial=0):
@@ -246,16 +246,11 @@ def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
     return Task(configs, trial.without_test_split(dataset), settings)
 
 
-def _check(base: Config, settings: Sweep) -> None:
+def _check(base: Config) -> None:
     if base.workers.backend != "ray":
         raise UserError("--backend: must be ray for a sweep, got serial; Ray runs on one machine, too")
     if not base.data.validation:
         raise UserError("--validation: must be above 0, since a sweep selects on the validation split; give 0.1")
-    for name in ("num_trials", "val_chain_epochs", "workers_per_trial"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: must be 0 or more, got {getattr(settings, name)}")
-    if settings.val_chains < 1:
-        raise UserError(f"--val-chains: must be 1 or more, got {settings.val_chains}")
 
 
 def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
