@@ -66,7 +66,8 @@ def test_the_log_of_a_function_names_arguments():
 
 ROOMS = ("core", "data", "models", "inference", "evaluation", "distillation", "execution")
 OF_COMMANDS = {
-    "--dry-run", "--format", "--json", "--out", "--pixels", "--resume", "--ood-resize", "--protocol", "--coreset",
+    "--dry-run", "--format", "--json", "--out", "--pixels", "--resume", "--ood", "--ood-resize", "--protocol",
+    "--coreset",
 }  # fmt: skip
 """Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images."""
 OF_OTHER_PROGRAMS = {"--porcelain", "--short", "--untracked-files", "--version", "--working-dir"}

@@ -12,6 +12,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.execution.serial import Serial
+from fbpc_ray.tracking.protocol import NullTracker
 from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
 from fbpc_ray.tuning.trial import Record, ValidationResult
@@ -107,18 +108,18 @@ def test_the_run_of_the_sweep_is_tagged_by_its_best_trial(small, tmp_path):
     )  # fmt: skip
     space = Sweep(grid=("method=random,frepo",))
     opened = tuning._prepare(base, space, tmp_path / "sweep", False, False, False, given={"steps", "real_batch_size"})
-    workers, parent = Serial("cpu", Interruption(())), Recorder()
+    workers, parent, provenance = Serial("cpu", Interruption(())), Recorder(), Provenance({}, "c", "cpu")
     for number in range(2):
         trial.run_trial(opened.task, number, workers, lambda result: None, silent)
     board = monitor.SweepMonitor(opened, parent, None)  # type: ignore[arg-type]
-    result = tuning._conclude(opened, board, workers, Provenance({}, "c", "cpu"))
+    result = tuning._conclude(opened, board, workers, provenance)
     best = result["best"]["flags"]["method"]
     assert parent.tags["method"] == best
     assert parent.tags["best"].startswith(f"trial {result['best']['trial']}: method {best}")
     assert set(result["test"]["coresets"]) == {"random", best}
     (folder_of(opened, 1) / "checkpoint" / "state.safetensors").unlink()
     with pytest.raises(UserError, match=r"the checkpoint of the trial is missing: delete .*00001"):
-        tuning._on_test(opened.task.configs[1], opened.dataset, workers, Provenance({}, "c", "cpu"), parent)
+        tuning._on_test(opened.task.configs[1], opened.dataset, workers, provenance, NullTracker())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
