@@ -1,0 +1,34 @@
+"""Scores of runs in words, tables and charts: by hand."""
+
+from support.ended_runs import ended_run
+
+from fbpc_ray.evaluation.diagnostics import Mixing
+from fbpc_ray.reporting import score_blocks
+from fbpc_ray.reporting.document import Table, Text
+
+
+def test_the_headline_is_the_score_beside_that_of_random_images():
+    assert score_blocks.headline(ended_run("", [0.5, 0.6])) == (
+        "The coreset: 55.0 % accuracy, NLL 0.450; as many random real images: 25.0 % accuracy, NLL 0.750 "
+        "(360 test images)."
+    )
+    assert score_blocks.headline(ended_run("", [0.5, None])).startswith("The coreset: a chain diverged; as many")
+
+
+def test_the_columns_of_mixing_are_those_of_their_names():
+    mixing = [Mixing("fbpc", "a", 30, 1.25, 12.4, 1.04, 28.6), Mixing("random", "a", 20, 1.5, 7.0, 2.5, 9.0)]
+    text, table = score_blocks.mixing_blocks(mixing)
+    assert isinstance(text, Text) and "of what the 20 to 30 samples predict" in text.text
+    assert isinstance(table, Table)
+    assert table.lines == [
+        ["network", "coreset", "R-hat, NLL", "R-hat, image", "ESS, NLL", "ESS, image"],
+        ["a", "fbpc", "1.25", "1.04", "12", "29"],
+        ["a", "random", "1.50", "2.50", "7", "9"],
+    ]
+
+
+def test_points_of_one_size_are_one_point_of_a_curve():
+    points = [("f", 10, (0.9, 0.2)), ("f", 1, (0.5, 0.1)), ("g", 1, (0.1, 0.0)), ("f", 1, (0.7, 0.3)), ("f", 50, None)]
+    (curve,) = score_blocks._lines(points)
+    assert curve.label == "f"
+    assert [tuple(round(value, 9) for value in point) for point in curve.points] == [(1, 0.6, 0.2), (10, 0.9, 0.2)]
