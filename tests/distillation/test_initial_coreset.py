@@ -22,9 +22,9 @@ SETTINGS = SMALL_VBPC | {"steps": 2, "checkpoint_every": 1, "num_chains": 1, "ne
 
 
 def given_for(digits, ipc=1, seed=5, classes=None) -> Coreset:
-    """Real images of another seed, its classes in reverse order, with soft labels."""
+    """Real images of another seed, its classes in reverse order; row i of the soft labels rises in steps of i + 1."""
     first, labels = initial_state(digits, ipc, seed)
-    soft = torch.arange(10.0 * len(labels)).reshape(-1, 10)
+    soft = torch.arange(1.0, 1 + len(labels))[:, None] * torch.arange(10.0)
     return Coreset(first.images.flip(0), labels.flip(0), digits.mean, digits.std, classes or digits.classes, soft)
 
 
@@ -65,7 +65,7 @@ def test_soft_labels_are_centred_logits_of_methods_that_learn_them(digits):
     learning = with_soft_labels(state, labels, 10, 1.0)
     begun = begin_as(learning, labels, given, digits).soft_labels
     assert begun is not None and given.soft_labels is not None
-    assert torch.equal(begun, torch.arange(10.0).expand(10, 10) - 4.5)  # each row rises by 1 from class to class
+    assert torch.equal(begun, torch.arange(10.0, 0, -1)[:, None] * (torch.arange(10.0) - 4.5))  # class 9 came first
     without = begin_as(learning, labels, given._replace(soft_labels=None), digits).soft_labels
     assert without is learning.soft_labels
 

@@ -1,8 +1,10 @@
 """Keys of the rows of a reproduction: those of earlier versions, whatever settings came later."""
 
+from dataclasses import fields
+
 import pytest
 
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import ELSEWHERE, Config, Data, Distillation, Experts, Networks
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.reproduction.rows import cell_key, coreset_key
 
@@ -44,3 +46,41 @@ def test_settings_that_are_used_change_the_keys():
     networks = Config().updated(inference="mse")
     assert cell(networks.updated(net_target_scale=1.4)) != cell(networks)
     assert cell(networks.updated(chain_d=0.5, chain_init=0.1, chain_epochs=7)) == cell(networks)
+
+
+WORDS = {
+    "data": "cifar10", "normalisation": "computed", "resize": "stretch", "label_column": "x", "image_column": "x",
+    "architectures": ("lenet",), "augment": "none", "precision": "bf16", "memory_budget": "6GB",
+    "expert_dtype": "float16", "method": "bpc-fkl", "initial_coreset": "x.npz", "start_rule": "before",
+    "map_init": "warm", "rkl_estimator": "authors",
+}  # fmt: skip
+"""Other values of the settings that are no numbers."""
+OF_LABELS, OF_WARM_STARTS, OF_RESIZING = {"label_lr", "lr_decay"}, {"warm_pool_size", "warm_pool_uses"}, {"resize"}
+OF_POOLS = {
+    "image_lr", "label_scale", "ridge", "prior_precision", "kl_weight", "mirror", "pool_size", "pool_steps", "pool_lr",
+}  # fmt: skip
+SETTINGS = {f.name for group in (Data, Networks, Experts, Distillation) for f in fields(group)} - ELSEWHERE
+
+
+def settings_that_count(config: Config) -> set[str]:
+    """Settings that change the key of a coreset of `config`, each alone."""
+    values, counting = config.flat(), set[str]()
+    for name in SETTINGS:
+        value = values[name]
+        other = WORDS[name] if name in WORDS else not value if isinstance(value, bool) else value + 1
+        if coreset_key(config.updated(**{name: other})) != coreset_key(config):
+            counting.add(name)
+    return counting
+
+
+def test_every_setting_counts_where_it_is_used():
+    """A setting without effect on a coreset would only make it again; one that is forgotten gives a stale coreset."""
+    unused = OF_LABELS | OF_WARM_STARTS | OF_RESIZING | OF_POOLS | {"label_confidence"}
+    assert SETTINGS - settings_that_count(Config()) == unused
+    for changes, used in (
+        ({"learn_labels": True}, OF_LABELS | {"label_confidence"}),
+        ({"map_init": "warm"}, OF_WARM_STARTS),
+        ({"image_size": 8}, OF_RESIZING),
+        ({"method": "vbpc"}, OF_POOLS | OF_LABELS),
+    ):
+        assert settings_that_count(Config().updated(**changes)) & unused == used

@@ -12,13 +12,16 @@ from fbpc_ray.reproduction.tables import SCALES, Request
 
 
 def test_summary_by_hand():
-    """Seeds 0: 0.1, 0.3; 1: 0.5, 0.7. Mean 40 %; within each sd sqrt(2) 10 %; means 20 and 60, sd sqrt(800) %."""
-    rows = [{"distill_seed": s, "accuracy": v, "nll": None} for s, v in ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.7))]
+    """Seeds 0: 10, 30 %; 1: 50, 60, 70; 2: 80. Squares of 200 about the mean of 0 and of 1, of 3 degrees of freedom;
+    means 20, 60 and 80, a third of 160 on average, with squares of 5600 / 3 about it."""
+    values = ((0, 0.1), (0, 0.3), (1, 0.5), (1, 0.6), (1, 0.7), (2, 0.8))
+    rows = [{"distill_seed": seed, "accuracy": value, "nll": None} for seed, value in values]
     result = summary(rows, "accuracy")
     assert result is not None
-    assert result.mean == pytest.approx(40)
-    assert result.evaluation == pytest.approx(math.sqrt(200))
-    assert result.distillation == pytest.approx(math.sqrt(800))
+    assert result.mean == pytest.approx(300 / 6)
+    assert result.evaluation == pytest.approx(math.sqrt(400 / 3))
+    assert result.distillation == pytest.approx(math.sqrt(5600 / 3 / 2))
+    assert (result.values, result.diverged) == (6, 0)
     assert summary(rows, "nll") is None
     assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == result._replace(diverged=1)
 
