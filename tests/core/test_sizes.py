@@ -9,6 +9,7 @@ from fbpc_ray.core.sizes import (
     LEVELS,
     Facts,
     Level,
+    alpha,
     choose,
     describe,
     estimate,
@@ -136,6 +137,21 @@ def test_the_estimate_grows_with_what_it_counts():
     assert one.distillation == two.distillation
     both = estimate(MINE._replace(cores=1, architectures=("convnet-in", "convnet-bn")), rung, "cpu")
     assert tuple(both) == pytest.approx([2 * part for part in one])
+
+
+def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
+    """On two cores three experts take as long as four; on four cores two chains, of a coreset each, as long as four."""
+    rung = LADDER[1]._replace(expert_count=3, num_chains=1)
+    two, four = (MINE._replace(cores=cores) for cores in (2, 4))
+    assert estimate(two, rung, "cpu").experts == estimate(two, rung._replace(expert_count=4), "cpu").experts
+    assert estimate(four, rung, "cpu").chains == estimate(four, rung._replace(num_chains=2), "cpu").chains
+    assert estimate(four, rung, "cpu").chains < estimate(four, rung._replace(num_chains=3), "cpu").chains
+
+
+def test_alpha_is_the_papers_from_300_steps_on():
+    """10 for each image of 32x32, as Table 4's 100 for ten images; 20 in a shorter run; from 1 to 1000."""
+    assert [alpha(10, 1024, steps) for steps in (30, 299, 300, 1000)] == [200, 200, 100, 100]
+    assert [alpha(10, 64, 1000), alpha(1, 64, 30), alpha(200, 4096, 30)] == [6, 1, 1000]
 
 
 def test_snapshots_met():

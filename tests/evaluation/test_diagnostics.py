@@ -71,6 +71,17 @@ def test_traces_are_the_mean_and_images_over_the_whole_split():
     assert diagnostics.traces_of(losses[:, :7]).shape == (2, 8)
 
 
+def test_those_of_images_are_medians():
+    """Of three images, two alike and one adrift: those of the two. The mean NLL has its own."""
+    x = draws(3, 10, 1, 0)
+    adrift = x + 100 * np.arange(10)
+    one = mixing("random", "lenet", [np.stack(columns, 1) for columns in zip(adrift, x, adrift, x, strict=True)])
+    assert one is not None and one.samples == 30
+    assert one[3:] == pytest.approx(
+        (split_rhat(adrift), effective_sample_size(adrift), 1.0958685105944947, 29.416583264422556)  # arviz's, above
+    )
+
+
 def test_json_and_back_is_the_same():
     values = [
         Mixing("fbpc", "lenet", 30, 1.5, 10.0, math.inf, 30.0),
