@@ -78,7 +78,7 @@ def _start(session: Session) -> str:
         return ""  # the training's own note says more
     return (
         f"experts have taken only {d.start_epoch * per_epoch} SGD steps at --start-epoch {d.start_epoch} and know "
-        f"little by then: try --start-epoch {min(e.expert_epochs, -(-FEW_SGD_STEPS // per_epoch))}"
+        f"little by then: try --start-epoch {-(-FEW_SGD_STEPS // per_epoch)}"
     )
 
 

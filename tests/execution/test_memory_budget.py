@@ -60,6 +60,25 @@ def test_chains_alone_have_no_batches_of_a_step():
     assert memory_budget.chunk_images(config, PROBLEM, distils=False) == config.evaluation.chain_batch_size
 
 
+def test_views_and_posterior_samples_count():
+    """Eight more copies of the batch, whose size is a prime; ten samples of a chain beside seven copies of a network."""
+    fixed = (
+        7e8 + 2 * 50_000 * 3072 + 4 * 3072 * (8 * 5000 + (12 + 8) * 4999 + 4 * 256) + 8 * 4 * 30 * 4999 * 100
+        + (7 + 31) * 4 * 1000
+    )  # fmt: skip
+    assert chunk(f"{fixed + PASS_BYTES * 1111.5:.0f}", batch_size=4999, views=8) == 1111
+    fixed = 7e8 + 2 * 50_000 * 3072 + 4 * 3072 * 8 * 5000 + (7 + 10) * 4e6
+    config = Config().updated(**SETTINGS, memory_budget=f"{fixed + PASS_BYTES * 100.5:.0f}")
+    large = replace(PROBLEM, networks=[NetworkSize(1_000_000, 500_000)])
+    assert memory_budget.chunk_images(config, large, distils=False) == 100
+
+
+def test_with_room_enough_a_chunk_is_the_largest_batch_that_there_is():
+    """Of ten coreset images that is the batch of real ones, or all of them."""
+    assert chunk("50GB", replace(PROBLEM, coreset=10)) == 256
+    assert chunk("50GB", replace(PROBLEM, coreset=10, images=100)) == 100
+
+
 def test_a_budget_that_is_too_small_is_refused():
     line = (
         r"^--memory-budget 1GB: images, draws and parameters take about 2.7 GB, a pass of one image 0.1 GB more; "
