@@ -61,7 +61,7 @@ def test_chains_alone_have_no_batches_of_a_step():
 
 
 def test_views_and_posterior_samples_count():
-    """Eight more copies of the batch, whose size is a prime; ten samples of a chain beside seven copies of a network."""
+    """Eight more copies of the batch, whose size is a prime; ten samples of a chain, beside seven of a network."""
     fixed = (
         7e8 + 2 * 50_000 * 3072 + 4 * 3072 * (8 * 5000 + (12 + 8) * 4999 + 4 * 256) + 8 * 4 * 30 * 4999 * 100
         + (7 + 31) * 4 * 1000

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.data.datasets import Dataset, load
 
 
 def pixels(n: int, seed: int = 0, size: int = 8) -> np.ndarray:
@@ -113,3 +113,10 @@ def scenes(n: int, height: int = 32, width: int = 32, channels: int = 3, seed: i
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     field = np.fft.ifft2(np.fft.fft2(noise) / np.maximum(frequency, 1 / max(height, width))).real
     return np.clip(120 + 55 * field / field.std(), 0, 255).astype(np.uint8)
+
+
+def coloured(tmp_path: Path, n: int = 6) -> Dataset:
+    """20 training and `n` test images of 8x8 pixels in three classes, from a file."""
+    x = scenes(20, 8, 8).transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(20) % 3, x_test=x[:n], y_test=np.arange(n) % 3)
+    return load(f"npz:{tmp_path / 'a.npz'}")
