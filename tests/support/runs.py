@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ SMALL_VBPC = {
     "prior_precision": 2.0, "kl_weight": 3.0, "threads": 1, "tracking": False,
 }  # fmt: skip
 """The same for a method that learns soft labels by a pool of networks."""
+BRIEF_CHAIN: dict[str, Any] = {"width": 8, "chain_epochs": 20, "chain_every": 10}
+"""Network and chain of a posterior that is sampled in a second."""
 
 
 def silent(line: str) -> None:

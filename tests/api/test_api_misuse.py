@@ -1,4 +1,4 @@
-"""The Python API with arguments of a wrong kind: a UserError that names the argument, and numbers of numpy."""
+"""The Python API with wrong arguments: a UserError that names the argument; numbers of numpy are numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.runs import silent
+from support.runs import BRIEF_CHAIN, silent
+from torch import nn
 
 from fbpc_ray import api
 from fbpc_ray.core.errors import UserError
@@ -88,3 +89,52 @@ def test_predictions_of_what_is_no_array_are_refused(coreset):
     samples = api.posterior(coreset, "convnet-in", width=4, chain_epochs=1, chain_every=1)
     for images in (None, [IMAGES[0]], Path("a.png")):
         assert f"images are a {type(images).__name__}: give a tensor or an array" in refusal(samples.predict, images)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data, pseudocoreset: api.distill(data, step=3), "did you mean steps"),
+        (lambda data, pseudocoreset: api.distill(data, out="x"), "no setting 'out'"),
+        (lambda data, pseudocoreset: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),
+        (lambda data, pseudocoreset: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
+        (lambda data, pseudocoreset: api.distill(data, nn.Linear(2, 2)), "a function of"),
+        (lambda data, pseudocoreset: api.distill(data, []), "name a network"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, "convnt"), "did you mean"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, width=0), "^width: must be 1 or more, got 0"),
+        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, width=-1), "^width: must be 1 or more"),
+        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, split="all"), "^split all: must be test or val"),
+        (lambda data, pseudocoreset: api.distill(data, width=0, preset="quick"), "^width: must be 1 or more, got 0"),
+        (
+            lambda data, pseudocoreset: api.posterior(pseudocoreset, preset="quick"),
+            "^preset='quick': chooses the sizes",
+        ),
+        (lambda data, pseudocoreset: api.distill(data, time_budget="soon"), "^time_budget: must be a duration"),
+        (lambda data, pseudocoreset: api.distill(data, val_every=5), "no setting 'val_every'"),
+        (lambda data, pseudocoreset: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
+        (lambda data, pseudocoreset: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, steps=3), "no setting 'steps'"),
+        (lambda data, pseudocoreset: api.posterior(pseudocoreset, chain_eta=1e6, **BRIEF_CHAIN), "diverged"),
+        (
+            lambda data, pseudocoreset: api.posterior(
+                pseudocoreset._replace(labels=pseudocoreset.labels[:2]), **BRIEF_CHAIN
+            ),
+            "not a coreset",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(digits, pseudocoreset, call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call(digits, pseudocoreset)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_cannot_be_predicted_are_refused(samples, digits):
+    for images, message in (
+        (torch.zeros(2, 3, 8, 8), r"takes \(n, c, h, w\)"), (torch.zeros(0, 1, 8, 8), "takes"),
+        (torch.randn(5, 1, 8, 8), "before any normalisation"), (torch.zeros(2, 1, 8, 8).long(), "uint8"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            samples.predict(images)
+    with pytest.raises(UserError, match=r"got \d labels for"):
+        samples.predict(digits.test.images[:3]).scores(torch.zeros(2).long())

@@ -1,4 +1,4 @@
-"""From Python: the bits of the command line, own networks, and files of samples. Own data: test_api_dataset.py."""
+"""From Python: the bits of the command line, what is logged and drawn, and files of samples."""
 
 import base64
 import io
@@ -7,26 +7,20 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from support.runs import flags, silent
-from torch import nn
+from support.runs import BRIEF_CHAIN, silent
 
 from fbpc_ray import api
-from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.core.config import Data, Output
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import coreset
-from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution.serial import Serial
-
-CHAIN: dict[str, Any] = {"width": 8, "chain_epochs": 20, "chain_every": 10}
 
 
 def settings_of(config, **changes) -> dict[str, Any]:
@@ -34,34 +28,6 @@ def settings_of(config, **changes) -> dict[str, Any]:
     flat = config.updated(backend="serial", **changes).flat()
     away = {field.name for group in (Data, Output) for field in fields(group)}
     return {name: value for name, value in flat.items() if name not in away}
-
-
-def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    c, h, w = shape
-    return nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(4 * h * w, classes))  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(small, tmp_path_factory) -> RunDirectory[Path]:
-    """What the command line makes."""
-    folder = tmp_path_factory.mktemp("runs") / "cli"
-    main.main(["distill", *flags(small, backend="serial", steps=2, out=str(folder))])
-    return RunDirectory(folder)
-
-
-@pytest.fixture(scope="module")
-def pseudocoreset(run) -> coreset.Coreset:
-    return coreset.load(run.coreset_path)
-
-
-@pytest.fixture(scope="module")
-def samples(pseudocoreset) -> api.Ensemble:
-    """Of a network with BatchNorm, chain 1 of the run's two."""
-    return api.posterior(pseudocoreset, "convnet-bn", seed=1, **CHAIN)
-
-
-# ---- the command line's bits
 
 
 def test_a_coreset_is_the_command_lines_to_the_bit(run, pseudocoreset, small, digits):
@@ -141,8 +107,8 @@ def test_predictions_score_as_evaluate_scores_them(run, samples, digits):
 
 def test_more_chains_are_more_samples_of_one_average(pseudocoreset, samples, digits):
     """Chains 1 and 2: the mean of both chains' probabilities, and what they disagree about is more than within one."""
-    both = api.posterior(pseudocoreset, "convnet-bn", seed=1, num_chains=2, **CHAIN)
-    other = api.posterior(pseudocoreset, "convnet-bn", seed=2, **CHAIN)
+    both = api.posterior(pseudocoreset, "convnet-bn", seed=1, num_chains=2, **BRIEF_CHAIN)
+    other = api.posterior(pseudocoreset, "convnet-bn", seed=2, **BRIEF_CHAIN)
     images = digits.test.images[:50]
     one, two, all_ = (ensemble.predict(images) for ensemble in (samples, other, both))
     torch.testing.assert_close(all_.probabilities, (one.probabilities + two.probabilities) / 2)
@@ -151,7 +117,8 @@ def test_more_chains_are_more_samples_of_one_average(pseudocoreset, samples, dig
     assert repr(both) == "<4 posterior samples of convnet-bn, 10 classes>"
     earlier: Any = {"chains": 2}  # the argument's earlier name
     assert torch.equal(
-        api.posterior(pseudocoreset, "convnet-bn", seed=1, **earlier, **CHAIN).predict(images).entropy, all_.entropy
+        api.posterior(pseudocoreset, "convnet-bn", seed=1, **earlier, **BRIEF_CHAIN).predict(images).entropy,
+        all_.entropy,
     )
 
 
@@ -199,39 +166,6 @@ def test_coresets_and_predictions_draw_themselves(pseudocoreset, samples, digits
     assert "<img" not in two._repr_html_() and "Coreset of 10" in two._repr_html_()
 
 
-# ---- own networks
-
-
-def test_an_own_network_is_a_function_wherever_it_is_defined(pseudocoreset, digits):
-    """Of a module by its import path, as --architectures takes it; of a function inside one by this process alone."""
-
-    def inner(shape, classes):
-        return build(shape, classes)
-
-    by_name = api.posterior(pseudocoreset, f"{__name__}:build", chain_epochs=4, chain_every=2)
-    by_function = api.posterior(pseudocoreset, build, chain_epochs=4, chain_every=2)
-    local = api.posterior(pseudocoreset, inner, chain_epochs=4, chain_every=2)
-    assert by_function.spec == by_name.spec
-    assert local.spec.architecture.endswith("<locals>.inner")
-    images = digits.test.images[:20]
-    assert torch.equal(by_function.predict(images).probabilities, by_name.predict(images).probabilities)
-    with pytest.raises(UserError, match="this process alone"):
-        api.distill("digits", inner, backend="ray", log=silent)
-
-
-def test_a_network_of_ones_own_is_distilled(digits, tmp_path):
-    data = api.dataset((digits.train.images[:60], digits.train.labels[:60]), log=silent)
-    result = api.distill(
-        data, [build, "convnet"], ipc=2, steps=2, width=8, expert_count=1, expert_epochs=2, gamma=1.0,
-        posterior_steps=2, real_batch_size=16, mc_samples=3, start_epoch=1, experts=str(tmp_path), log=silent,
-    )  # fmt: skip
-    assert result.images.shape == (20, 1, 8, 8)
-    assert {path.name for path in (tmp_path / "own").iterdir()} == {"test_api-build-w0-d0", "convnet-in-w8-d2"}
-
-
-# ---- files
-
-
 def test_samples_and_coresets_are_read_back_to_the_bit(pseudocoreset, samples, digits, tmp_path):
     api.save(samples, tmp_path / "samples.safetensors")
     api.save(pseudocoreset, tmp_path / "coreset.safetensors")
@@ -240,18 +174,6 @@ def test_samples_and_coresets_are_read_back_to_the_bit(pseudocoreset, samples, d
     assert torch.equal(back.predict(images).probabilities, samples.predict(images).probabilities)
     assert (back.spec, back.mean, back.std, back.classes) == (samples.spec, samples.mean, samples.std, samples.classes)
     assert torch.equal(api.load_coreset(str(tmp_path / "coreset.safetensors")).images, pseudocoreset.images)
-
-
-def test_a_file_of_samples_alone_imports_no_network(pseudocoreset, tmp_path, monkeypatch):
-    path = tmp_path / "samples.safetensors"
-    api.save(api.posterior(pseudocoreset, build, chain_epochs=2, chain_every=1), path)
-    with pytest.raises(UserError, match="imports no code"):
-        api.load_posterior(path)
-    assert len(api.load_posterior(path, build).samples) == 2
-    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    monkeypatch.setattr(sys.modules[__name__], "build", lambda shape, classes: other)
-    with pytest.raises(UserError, match="of another"):
-        api.load_posterior(path, f"{__name__}:build")
 
 
 def test_a_damaged_file_of_samples_is_one_line(pseudocoreset, samples, tmp_path):
@@ -271,45 +193,6 @@ def test_a_damaged_file_of_samples_is_one_line(pseudocoreset, samples, tmp_path)
     for other in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError):
             api.load_posterior(other)
-
-
-# ---- refused
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda data, pseudocoreset: api.distill(data, step=3), "did you mean steps"),
-        (lambda data, pseudocoreset: api.distill(data, out="x"), "no setting 'out'"),
-        (lambda data, pseudocoreset: api.distill(data, steps=0), "^steps: must be 1 or more, got 0"),
-        (lambda data, pseudocoreset: api.distill(data, lambda shape, classes: nn.Linear(2, 2)), "define it with def"),
-        (lambda data, pseudocoreset: api.distill(data, nn.Linear(2, 2)), "a function of"),
-        (lambda data, pseudocoreset: api.distill(data, []), "name a network"),
-        (lambda data, pseudocoreset: api.posterior(pseudocoreset, "convnt"), "did you mean"),
-        (lambda data, pseudocoreset: api.posterior(pseudocoreset, width=0), "^width: must be 1 or more, got 0"),
-        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, width=-1), "^width: must be 1 or more"),
-        (lambda data, pseudocoreset: api.evaluate(pseudocoreset, data, split="all"), "^split all: must be test or val"),
-        (lambda data, pseudocoreset: api.distill(data, width=0, preset="quick"), "^width: must be 1 or more, got 0"),
-        (
-            lambda data, pseudocoreset: api.posterior(pseudocoreset, preset="quick"),
-            "^preset='quick': chooses the sizes",
-        ),
-        (lambda data, pseudocoreset: api.distill(data, time_budget="soon"), "^time_budget: must be a duration"),
-        (lambda data, pseudocoreset: api.distill(data, val_every=5), "no setting 'val_every'"),
-        (lambda data, pseudocoreset: api.distill(data, method="vbpc", draws_per_step=20), "^draws_per_step=20: vbpc"),
-        (lambda data, pseudocoreset: api.distill(data, backend="serial", device="cuda"), "device='cuda', but"),
-        (lambda data, pseudocoreset: api.posterior(pseudocoreset, steps=3), "no setting 'steps'"),
-        (lambda data, pseudocoreset: api.posterior(pseudocoreset, chain_eta=1e6, **CHAIN), "diverged"),
-        (
-            lambda data, pseudocoreset: api.posterior(pseudocoreset._replace(labels=pseudocoreset.labels[:2]), **CHAIN),
-            "not a coreset",
-        ),
-    ],
-)
-def test_what_is_wrong_is_one_line(digits, pseudocoreset, call, message):
-    with pytest.raises(UserError, match=message) as caught:
-        call(digits, pseudocoreset)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_log_names_arguments(digits, tmp_path, monkeypatch):
@@ -333,17 +216,6 @@ def test_the_log_names_arguments(digits, tmp_path, monkeypatch):
     assert "longer chains (chain_epochs)" in text
 
 
-def test_images_that_cannot_be_predicted_are_refused(samples, digits):
-    for images, message in (
-        (torch.zeros(2, 3, 8, 8), r"takes \(n, c, h, w\)"), (torch.zeros(0, 1, 8, 8), "takes"),
-        (torch.randn(5, 1, 8, 8), "before any normalisation"), (torch.zeros(2, 1, 8, 8).long(), "uint8"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            samples.predict(images)
-    with pytest.raises(UserError, match=r"got \d labels for"):
-        samples.predict(digits.test.images[:3]).scores(torch.zeros(2).long())
-
-
 PROGRESS = """
 import sys, types
 sys.modules["ipykernel"] = types.ModuleType("ipykernel")  # that a kernel runs here is all that is asked
@@ -359,10 +231,3 @@ def test_there_is_progress_in_a_notebook():
     assert process.returncode == 0, process.stderr
     assert process.stdout == "\n"
     assert "sample:   0%" in process.stderr
-
-
-def test_a_preset_file_imports_no_code(tmp_path):
-    (tmp_path / "theirs.json").write_text('{"architectures": ["os:system"]}')
-    pseudocoreset = api.Coreset(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), (0.5,), (0.5,), ("ant", "bee"))
-    with pytest.raises(UserError, match="a file alone imports no code"):
-        api.posterior(pseudocoreset, preset=str(tmp_path / "theirs.json"))
