@@ -110,7 +110,7 @@ def _write(path: Path, images: np.ndarray, notes: tuple[str, ...]) -> None:
     limit = cache.limit(free + used)
     if len(header) > MAX_HEADER or size > limit:
         return
-    cache.drop_oldest(entries, used + size - limit)
+    cache.drop_oldest(entries, max(used + size - limit, size - free))
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp")
     try:
         with files.locked_temp_file(temporary) as file:

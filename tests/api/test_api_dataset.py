@@ -92,3 +92,18 @@ def test_wrong_data_is_one_line(digits, call, message):
     with pytest.raises(UserError, match=message) as caught:
         call(digits)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_splits_are_drawn_with_the_seed(digits, named):
+    """Names as images: the same seed draws the same ones, of each class, and another seed others."""
+
+    def drawn(seed: int) -> Dataset:
+        source = "digits" if named else (digits.train.images, digits.train.labels)
+        return api.dataset(source, validation=0.2, seed=seed, log=silent)
+
+    one, same, other = drawn(3), drawn(3), drawn(4)
+    assert np.array_equal(one.validation.images, same.validation.images)
+    assert not np.array_equal(one.validation.images, other.validation.images)
+    assert len(one.validation.labels) == len(other.validation.labels) > 200
+    assert one.fingerprint == same.fingerprint != other.fingerprint

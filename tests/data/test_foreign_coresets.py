@@ -1,6 +1,7 @@
 """Coresets that others made are read; a bad file is one line and runs no code."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.data_files import write_splits
 from support.exports import NAMES, write_export
 from support.traps import Trap
 
+from fbpc_ray.core import memory
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset_formats, coreset_reader
@@ -201,6 +203,39 @@ def test_arrays_of_others_that_make_no_coreset_are_refused_with_the_cause(colour
     if images is not None and images.dtype == float:
         images.flat[:2] = 0, 255
     assert message in refusal(saved(tmp_path, **values), colour_data)
+
+
+def test_bytes_with_a_normalisation_of_their_own_have_it(colour_data, tmp_path):
+    mean, std = (0.25, 0.5, 0.75), (0.5, 0.25, 0.125)
+    result = coreset_reader.load(saved(tmp_path, mean=mean, std=std), colour_data).coreset
+    assert (result.mean, result.std) == (mean, std)
+    expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(result.images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
+def test_images_of_three_equal_channels_are_grey_and_coloured_ones_are_not(digits, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (10, 1, 8, 8), dtype=np.uint8).repeat(3, axis=1)
+    result = coreset_reader.load(saved(tmp_path, images=grey, labels=np.arange(10)), digits).coreset
+    assert result.images.shape == (10, 1, 8, 8)
+    grey[4, 2, 0, 0] ^= 1
+    assert "has images of (3, 8, 8)" in refusal(saved(tmp_path, images=grey, labels=np.arange(10)), digits)
+
+
+def test_a_file_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    size = saved(tmp_path).stat().st_size
+    monkeypatch.setattr(memory, "available", lambda: size)
+    coreset_reader.check_size(tmp_path / "own.npz")
+    monkeypatch.setattr(memory, "available", lambda: size - 1)
+    with pytest.raises(UserError, match="does not fit into memory"):
+        coreset_reader.check_size(tmp_path / "own.npz")
+
+
+def test_of_exported_shards_those_of_the_train_split_are_read(original, colour_data, tmp_path):
+    folder = write_export(original, "hf", tmp_path / "hf")
+    shard = folder / coreset_formats.SHARD
+    shutil.copy(shard, shard.with_name("test-00000-of-00001.parquet"))
+    result = coreset_reader.load(folder, colour_data).coreset
+    assert torch.equal(result.images, original.images) and torch.equal(result.labels, original.labels)
 
 
 def test_floats_of_255_that_are_said_to_be_normalised_are_taken_as_such(colour_data, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import os
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,33 @@ def test_the_files_used_longest_ago_go_first(tmp_path, folder, monkeypatch):
     datasets.load(name)
     (new,) = folder.iterdir()
     assert new != old
+
+
+def test_a_file_that_is_read_has_been_used_now(tmp_path, folder):
+    name = write(tmp_path)
+    datasets.load(name)
+    (path,) = folder.iterdir()
+    os.utime(path, (1, 1))
+    datasets.load(name)
+    assert path.stat().st_mtime > 1
+
+
+@pytest.mark.parametrize(
+    ("free", "gigabytes", "kept"), [(3.2, "", True), (2.8, "", False), (0.5, "1", False), (1.5, "1", True)]
+)
+def test_what_the_disk_has_for_the_folder_counts(tmp_path, folder, monkeypatch, free, gigabytes, kept):
+    """Two files fit in half of what the first and the free space take together from 3 files of free space on; with a
+    limit beyond the disk, one goes where the next finds no space."""
+    name = write(tmp_path)
+    datasets.load(name)
+    (old,) = folder.iterdir()
+    space = int(free * old.stat().st_size)
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=space))
+    monkeypatch.setenv("FBPC_CACHE_GB", gigabytes)
+    write(tmp_path, first=11)
+    datasets.load(name)
+    assert old.exists() == kept
+    assert len(list(folder.iterdir())) == 1 + kept
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, folder):

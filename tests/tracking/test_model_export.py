@@ -223,3 +223,20 @@ def test_from_python_with_a_network_of_this_process_it_is_refused(tmp_path):
     with pytest.raises(api.UserError, match="move it to a module"):
         api.save_model(samples, tmp_path / "model", np.zeros((1, 1, 8, 8), np.uint8))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("before", ["", "sqlite:///theirs.db"])
+def test_the_default_store_of_mlflow_is_the_callers_again(before, tmp_path, monkeypatch):
+    """Also after an error; a notebook may log runs of its own."""
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(before or None)  # pyright: ignore[reportArgumentType]
+    try:
+        with suppress(KeyError), default_store(f"sqlite:///{tmp_path / 'ours.db'}"):
+            assert mlflow.get_tracking_uri().endswith("ours.db")
+            raise KeyError
+        assert mlflow.is_tracking_uri_set() == bool(before)
+        assert os.environ.get("MLFLOW_TRACKING_URI", "") == before
+    finally:
+        mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]

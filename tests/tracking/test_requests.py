@@ -85,3 +85,21 @@ def test_a_refusal_that_may_pass_is_tried_again(status, again):
     sender._set_aside(Refusal("no"))
     assert len(sender._aside) == again
     assert sender.pending == 1  # counted in the last line of the run
+
+
+def test_metrics_that_are_new_travel_together_as_far_as_a_request_takes_them():
+    """Those that failed are sent alone, so that one that the server never takes holds up no other."""
+
+    def batch(*sizes_and_attempts: tuple[int, int]) -> int:
+        sender = Sender(SimpleNamespace(), Notes(), retry_seconds=30.0)  # type: ignore[arg-type]
+        for size, attempts in sizes_and_attempts:
+            point = mlflow_client.Metric("loss", 1.0, 0, 0)
+            sender.put(Record(lambda client, run, again: None, [point] * size if size else None, attempts))
+        return len(sender._next_batch())
+
+    assert batch((3, 0), (3, 0), (3, 0)) == 3
+    assert batch((3, 0), (3, 1), (3, 0)) == 1
+    assert batch((3, 1), (3, 0)) == 1
+    assert batch((3, 0), (0, 0), (3, 0)) == batch((0, 0), (3, 0)) == 1
+    most = mlflow_client.MAX_METRICS
+    assert (batch((most - 3, 0), (3, 0)), batch((most - 3, 0), (4, 0))) == (2, 1)

@@ -1,6 +1,7 @@
 """Names of metrics in MLflow, and the description of a run."""
 
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.presets import preset
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.tracking import run_logging
 
@@ -62,3 +63,20 @@ def test_the_description_is_a_markdown_table():
         "| a | random | 25.0 | 0.750 | 0.125 | 0.500 |\n"
         "| a | fbpc | 50.0 | 0.500 | 0.125 | 0.500 |"
     )
+
+
+def test_params_are_the_preset_and_what_differs_from_it_but_for_places():
+    config = preset("cifar10-ipc1").updated(gamma=0.5, alpha=100.0, threads=3, out="runs/x", data_root="/data")
+    assert run_logging.run_params(config) == {
+        "preset": "cifar10-ipc1", "gamma": 0.5, "method": "fbpc", "data": "cifar10", "ipc": 1,
+        "architectures": "convnet-in", "width": 128, "steps": 1000, "alpha": 100.0, "start_epoch": 1,
+        "start_rule": "from", "seed": 0,
+    }  # fmt: skip
+    assert run_logging.run_params(Config().updated(data="npz:x.npz"))["preset"] == "none"
+
+
+def test_scores_under_the_calibrated_protocol_are_the_coresets():
+    expected = {"calibrated_accuracy": 0.75, "calibrated_nll": 0.25, "calibrated_ece": 0.125}
+    for split, prefix in (("test", "test"), ("validation", "val")):
+        metrics = run_logging.calibrated_metrics(SCORES, "fbpc", split)
+        assert metrics == {f"{prefix}/{name}": value for name, value in expected.items()}

@@ -151,3 +151,33 @@ def test_runs_that_an_earlier_process_left_running_are_ended(sweep):
         run.running = False
     board.close("KILLED")
     assert store.trackers == []
+
+
+def test_a_lost_trial_has_failed_and_says_why(sweep):
+    store = Store()
+    board = monitor.SweepMonitor(sweep, Recorder(), store)  # type: ignore[arg-type]
+    board.trial_started(0)
+    board.trial_ended(0, "its node died")
+    assert (store.trackers[0].status, store.trackers[0].tags["ended"]) == ("FAILED", "lost its node died")
+
+
+def test_the_steps_that_a_pruned_trial_does_not_take_are_done(sweep):
+    """A lost one is continued: its steps are not."""
+    board = monitor.SweepMonitor(sweep, Recorder(), None)  # type: ignore[arg-type]
+    for number in (0, 1):
+        board.trial_started(number)
+        trial.write_record(folder_of(sweep, number), Record([0], [validation(1)]))
+        board.trial_validated(number, validation(1))
+    assert board._steps_done() == 2
+    board.trial_ended(0, "")
+    assert board.outcomes[0].status == "stopped" and board._steps_done() == 5
+    board.trial_ended(1, "its node died")
+    assert board.outcomes[1].status == "lost" and board._steps_done() == 5
+
+
+def test_a_resumed_sweep_has_the_threads_that_it_began_with(sweep, small):
+    """Those of the processor may be others by then; they change the last bits."""
+    stored = sweep.base.updated(threads=3)
+    tuning._write_plan(sweep._replace(base=stored))
+    resumed = tuning._prepare(stored.updated(threads=0), sweep.plan.settings, sweep.folder, True, True, False)
+    assert {config.workers.threads for config in (resumed.base, *resumed.task.configs)} == {3}

@@ -64,6 +64,7 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
     for number, own in enumerate(drawn(space, 20)):
         result = sweep.trial_config(base, own, Sweep(), tmp_path, number)
         assert {key: result.flat()[key] for key in own} == own
+        assert own["batch_size"] <= 10 * base.distillation.ipc, "larger ones are all images, too"
 
 
 def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):

@@ -116,6 +116,29 @@ def test_a_trial_that_was_cut_gives_what_the_whole_one_gives(small, digits, tmp_
     assert one_trial(cut) == []  # a finished one does nothing
 
 
+def test_a_look_has_the_losses_since_the_one_before(small, digits, tmp_path):
+    looks = one_trial(task_of(small, digits, tmp_path, {"alpha": 5.0, "steps": 6, "architectures": ["convnet-in"]}))
+    assert [[step for step, _ in look.losses] for look in looks] == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_trials_of_any_length_are_compared_at_the_same_steps(small, tmp_path):
+    """Four times in the steps of the base, or as --val-every says."""
+    base = small.updated(steps=40, val_every=0, validation=0.1)
+    for changes, interval in (({}, 10), ({"val_every": 3}, 3)):
+        for steps in (20, 40, 80):
+            made = sweep.trial_config(base.updated(**changes), {"steps": steps}, Sweep(), tmp_path, 0)
+            assert (made.distillation.steps, made.distillation.checkpoint_every) == (steps, interval)
+
+
+def test_a_trial_of_another_method_has_the_settings_of_its_paper_but_for_its_own_flags(tmp_path):
+    base = preset("cifar10-ipc1").updated(validation=0.1, method="fbpc")
+    made = sweep.trial_config(base, {"method": "bpc-fkl", "steps": 7}, Sweep(), tmp_path, 0).distillation
+    assert (made.method, made.start_rule, made.start_epoch, made.syn_steps, made.alpha) == (
+        "bpc-fkl", "before", 2, 50, 1000.0,
+    )  # fmt: skip
+    assert made.steps == 7
+
+
 def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
     """The checkpoint is written before the look."""
     task = task_of(small, digits, tmp_path, {"alpha": 5.0})
