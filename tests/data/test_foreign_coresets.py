@@ -205,14 +205,6 @@ def test_arrays_of_others_that_make_no_coreset_are_refused_with_the_cause(colour
     assert message in refusal(saved(tmp_path, **values), colour_data)
 
 
-def test_bytes_with_a_normalisation_of_their_own_have_it(colour_data, tmp_path):
-    mean, std = (0.25, 0.5, 0.75), (0.5, 0.25, 0.125)
-    result = coreset_reader.load(saved(tmp_path, mean=mean, std=std), colour_data).coreset
-    assert (result.mean, result.std) == (mean, std)
-    expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
-    np.testing.assert_allclose(result.images.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
-
-
 def test_images_of_three_equal_channels_are_grey_and_coloured_ones_are_not(digits, tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (10, 1, 8, 8), dtype=np.uint8).repeat(3, axis=1)
     result = coreset_reader.load(saved(tmp_path, images=grey, labels=np.arange(10)), digits).coreset
