@@ -13,7 +13,7 @@ from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
 def request(seeds: int = 2, **base: Any) -> Request:
     scale = SCALES["small"]._replace(distill_seeds=seeds)
-    sources = dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet"), "digits")
+    sources: dict[str, str] = dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet"), "digits")
     return Request(scale, sources, (1,), {}, Config().updated(**base))
 
 
