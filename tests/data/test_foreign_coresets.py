@@ -213,13 +213,12 @@ def test_images_of_three_equal_channels_are_grey_and_coloured_ones_are_not(digit
     assert "has images of (3, 8, 8)" in refusal(saved(tmp_path, images=grey, labels=np.arange(10)), digits)
 
 
-def test_a_file_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
-    size = saved(tmp_path).stat().st_size
-    monkeypatch.setattr(memory, "available", lambda: size)
-    coreset_reader.check_size(tmp_path / "own.npz")
-    monkeypatch.setattr(memory, "available", lambda: size - 1)
-    with pytest.raises(UserError, match="does not fit into memory"):
-        coreset_reader.check_size(tmp_path / "own.npz")
+def test_a_file_larger_than_the_memory_is_refused(colour_data, tmp_path, monkeypatch):
+    where = saved(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: where.stat().st_size)
+    coreset_reader.load(where, colour_data)
+    monkeypatch.setattr(memory, "available", lambda: where.stat().st_size - 1)
+    assert "does not fit into memory" in refusal(where, colour_data)
 
 
 def test_of_exported_shards_those_of_the_train_split_are_read(original, colour_data, tmp_path):
