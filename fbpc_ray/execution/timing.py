@@ -188,9 +188,10 @@ def _gradient(config: Config, timing: Timings) -> float:
 
 def _chain(session: Session, timing: Timings) -> float:
     """Return the seconds of one chain, or of the networks that are trained for one seed, and of their predictions."""
-    e, m, tests = session.config.evaluation, len(session.labels), len(session.dataset.test.labels) * timing.prediction
+    e, tests = session.config.evaluation, len(session.dataset.test.labels) * timing.prediction
     if e.inference == "sghmc":
         return e.chain_epochs * timing.chain_epoch + e.chain_epochs // e.chain_every * tests
+    m = len(_coreset(session)[1])
     images = 2 * m if e.net_mirror else m
     batch = images if images <= e.chain_full_batch else min(e.chain_batch_size, images)
     return num_networks(e) * (e.net_steps * timing.chain_epoch * batch / m + tests)

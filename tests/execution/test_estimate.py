@@ -18,7 +18,7 @@ def seconds(config: Config, digits, device: str = "cpu", cores: int = 2):
 @pytest.fixture
 def config(small, tmp_path) -> Config:
     """Two networks; two experts of each are missing, of 3 epochs of 15 SGD steps: 1,437 digits in batches of 100."""
-    return small.updated(experts=str(tmp_path), expert_batch_size=100, backend="serial")
+    return small.updated(experts=str(tmp_path), expert_batch_size=100, backend="serial", trajectory_cache_gb=1.0)
 
 
 EXPERTS = 2 * 2 * 3 * 15 * 1e-3
@@ -32,6 +32,11 @@ CHAIN = 20 * 5e-3 + 2 * 360 * 1e-5
 def test_one_part_after_the_other_on_one_process(config, digits):
     """Two chains of each network, on the coreset and on random images."""
     assert seconds(config, digits) == pytest.approx((EXPERTS, DISTILLATION, 2 * 2 * 2 * CHAIN))
+
+
+def test_without_a_cache_each_step_takes_its_own_steps_on_real_images(config, digits):
+    more = 2 * (4 - SNAPSHOTS) * 4 * 4e-3
+    assert seconds(config.updated(trajectory_cache_gb=0.0), digits).distillation == pytest.approx(DISTILLATION + more)
 
 
 def test_ray_shares_experts_and_chains_between_the_cores_and_gradients_between_the_networks(config, digits):
@@ -49,8 +54,11 @@ def test_experts_that_are_there_take_no_time(small, digits):
 
 
 def test_a_network_of_squared_loss_predicts_the_test_images_once(config, digits):
+    """Each of its steps also takes the mirror images."""
     networks = config.updated(inference="last-layer", net_steps=30)
-    assert seconds(networks, digits).chains == pytest.approx(8 * (30 * 5e-3 + 360 * 1e-5))
+    assert seconds(networks, digits).chains == pytest.approx(8 * (30 * 2 * 5e-3 + 360 * 1e-5))
+    plain = networks.updated(net_mirror=False)
+    assert seconds(plain, digits).chains == pytest.approx(8 * (30 * 5e-3 + 360 * 1e-5))
 
 
 def test_snapshots_before_an_epoch_are_those_from_the_first():
