@@ -67,7 +67,8 @@ def rows_of(word: str) -> list[dict[str, Any]]:
 def without_paths(row: dict[str, Any]) -> dict[str, Any]:
     """Replace the paths in a row's settings by their last part."""
     settings = json.loads(row["config"])
-    changes = {name: Path(settings[name]).name for name in ("experts", "data_root", "out") if settings[name]}
+    paths = ("experts", "data_root", "out", "initial_coreset")
+    changes = {name: Path(settings[name]).name for name in paths if settings.get(name)}
     changes["data"] = without_folders(settings["data"])
     return row | {"config": json.dumps(settings | changes)}
 
