@@ -97,7 +97,7 @@ def test_a_run(digits, path, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     main.main(["distill", *words, str(path), "--resume"])
     assert torch.equal(coreset.load(RunDirectory(folder).random_path).images, initial_state(digits, 1, 0)[0].images)
-    caption = "The images of --initial-coreset, which distillation starts from."
+    caption = "The images of --initial-coreset that distillation starts from."
     picture = Picture(RunDirectory(folder).before_path.read_bytes(), "1-before", caption)
     assert before_picture(run_reader.read(folder, ""), "1") == [picture]
     settings = {name: value for name, value in SETTINGS.items() if name != "tracking"}
