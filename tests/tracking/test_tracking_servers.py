@@ -92,10 +92,9 @@ def test_server_frozen_killed_and_restarted(tmp_path: Path, monkeypatch: pytest.
         complete = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")]
         assert len(complete) == len(set(images(client, run_id))) == len(range(0, step, 10))
     assert slowest < 4
-    *outages, last = lines
-    assert 1 <= len(outages) <= 3, "a line for each that a request met; on a busy machine it meets the short ones too"
-    assert all("does not answer" in line for line in outages)
-    assert "all records are delivered" in last
+    assert len(lines) == 2
+    assert "does not answer" in lines[0]
+    assert "all records are delivered" in lines[1]
 
 
 @contextlib.contextmanager
