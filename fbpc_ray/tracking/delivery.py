@@ -6,8 +6,8 @@ next call, so that they don't tear a progress bar.
 
 A delivery that failed may have arrived all the same, so a record can be sent twice without harm: metrics carry the time
 of the call (MLflow drops a point that it has), a run is found again by its session tag, images by key and step. After a
-failure the sender probes the server. No answer: wait `retry_seconds`. An answer: only this record is at fault, so the
-sender sets it aside, tries it again later, and goes on with those behind it.
+failure the sender probes the server. No answer: wait `retry_seconds`. An answer, twice: only this record is at fault, so
+the sender sets it aside, tries it again later, and goes on with those behind it.
 """
 
 import contextlib
@@ -35,6 +35,8 @@ class Record:
     metrics: list[Metric] | None = None
     """In the place of `send`: neighbours of that kind share one request."""
     attempts: int = 0
+    refusals: int = 0
+    """Attempts that failed although the server answered right after them."""
 
 
 class Notes:
@@ -151,7 +153,9 @@ class Sender:
                 if not self._answers(client):
                     self._note_silence(error)
                     return False
-                if len(batch) == 1 and again:
+                for record in batch:
+                    record.refusals += 1
+                if len(batch) == 1 and batch[0].refusals > 1:  # once: the server may have come back only just now
                     self._set_aside(error)
             else:
                 with self._wake:

@@ -87,6 +87,40 @@ def test_a_refusal_that_may_pass_is_tried_again(status, again):
     assert sender.pending == 1  # counted in the last line of the run
 
 
+@pytest.mark.parametrize(
+    "attempts, left, line",
+    [
+        (["down", "comes back", "taken"], 0, "does not answer"),
+        (["comes back", "down", "taken"], 0, "does not answer"),
+        (["down", "refused", "refused"], 1, "does not take a record"),
+    ],
+)
+def test_a_server_that_comes_back_amid_an_attempt_refused_nothing(attempts, left, line, monkeypatch):
+    """A connection refused just before the server answers again is an outage; two failures on a live server are not."""
+    outcomes = iter(attempts)
+    lines: list[str] = []
+    last = ""
+
+    def send(client, run, again):
+        nonlocal last
+        last = next(outcomes)
+        if last != "taken":
+            raise ConnectionRefusedError(last)
+
+    run: Any = SimpleNamespace(uri="http://127.0.0.1:5000", run_id="r")
+    notes = Notes()
+    sender = Sender(run, notes, retry_seconds=30.0)
+    monkeypatch.setattr(sender, "_answers", lambda client: last != "down")
+    sender.put(Record(send))
+    rounds = [sender._deliver(Client()) for _ in range(1 + attempts.count("down"))]  # type: ignore[arg-type]
+    assert rounds == [False, True]
+    assert list(outcomes) == []
+    assert sender.pending == left
+    notes.print(lines.append)
+    assert line in lines[-1]
+    assert len(lines) == 1 + left
+
+
 def test_metrics_that_are_new_travel_together_as_far_as_a_request_takes_them():
     """Those that failed are sent alone, so that one that the server never takes holds up no other."""
 
