@@ -39,9 +39,10 @@ from fbpc_ray.evaluation.ensemble import Ensemble, Prediction
 from fbpc_ray.evaluation.evaluate import check_split_name
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
 from fbpc_ray.execution import advice, keyword_settings, memory_budget, memory_estimate, validation
+from fbpc_ray.execution.backends import open_backend
 from fbpc_ray.execution.keyword_settings import Architecture
 from fbpc_ray.execution.serial import Serial
-from fbpc_ray.execution.session import Session, network_specs, open_backend, open_session
+from fbpc_ray.execution.session import Session, network_specs, open_session
 from fbpc_ray.inference.uncertainty import auroc
 from fbpc_ray.models.functional import Network
 from fbpc_ray.reporting import value_pictures  # noqa: F401  registers `plot`

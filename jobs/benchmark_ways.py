@@ -34,6 +34,7 @@ from fbpc_ray.distillation.state import GradientTask, gradient_tasks, initial_st
 from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.worker_group import worker_group
 from fbpc_ray.models.functional import Network, Spec
 from fbpc_ray.models.passes import Passes
 
@@ -60,7 +61,7 @@ def write_untrained(store: ExpertStore, spec: Spec, numbers: Sequence[int]) -> N
 
 
 def worker(case: Case, config: Config, **more: Any) -> Worker:
-    arguments = session.worker_group(config, case.dataset, case.labels, case.specs, case.stores).worker._asdict() | more
+    arguments = worker_group(config, case.dataset, case.labels, case.specs, case.stores).worker._asdict() | more
     return Worker(**arguments, device=config.workers.device)
 
 
@@ -91,7 +92,7 @@ def pool_of(case: Case, device: str, size: int, repeats: int, map_steps: list[in
     """Return a function that takes a step of a `--map-init warm` distillation whose solutions all were used twice."""
     config = case.config.updated(map_init="warm", warm_pool_size=size)
     d, backend = config.distillation, Serial(device, Interruption())
-    backend.start_workers(session.worker_group(config, case.dataset, case.labels, case.specs, case.stores))
+    backend.start_workers(worker_group(config, case.dataset, case.labels, case.specs, case.stores))
     state, _ = initial_state(case.dataset, d.ipc, d.seed)
     before = 2 * d.warm_pool_size
     assert backend.worker is not None

@@ -54,6 +54,7 @@ from fbpc_ray.evaluation.chains import (
     without_impossible_compilation,
 )
 from fbpc_ray.execution import session, validation
+from fbpc_ray.execution.backends import open_backend
 from fbpc_ray.reproduction.calibration import KNOBS, name_of, report, settings_of, value_of
 
 
@@ -120,7 +121,7 @@ def calibrate(argv: Sequence[str]) -> None:
     missing = [trial for trial in trials if not any(trial.key.items() <= row.items() for row in rows)]
     print(f"{len(trials) - len(missing)} of {len(trials)} chains are in {path}, {len(missing)} to run", flush=True)
     if missing and not search.dry_run:
-        with session.open_backend(config, Interruption(), print) as workers:
+        with open_backend(config, Interruption(), print) as workers:
             provenance = capture(workers.describe())
             origin = {"commit": provenance.commit, "torch": provenance.versions["torch"], "device": provenance.device}
             shared = _context(search, config, dataset, missing, workers.device)

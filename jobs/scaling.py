@@ -42,6 +42,7 @@ from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial, device_name
+from fbpc_ray.execution.worker_group import worker_group
 
 ARCHITECTURES = ("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn")
 
@@ -163,7 +164,7 @@ def run(config: Config, dataset: Dataset, backend: Backend, steps: int) -> tuple
     stores = [session.expert_store(config, dataset, spec) for spec in specs]
     state, labels = initial_state(dataset, d.ipc, d.seed)
     names = config.networks.architectures
-    backend.start_workers(session.worker_group(config, dataset, labels, specs, stores))
+    backend.start_workers(worker_group(config, dataset, labels, specs, stores))
     try:
         state, began = loop.take_step(d, names, state, backend).state, time.perf_counter()
         for _ in range(steps):

@@ -101,7 +101,7 @@ def test_every_module_is_in_a_room():
     for module in modules():
         room(module)
     assert ("models.functional", "models.registry", False) in inner()
-    assert ("execution.session", "execution.ray.ray_backend", True) in inner()
+    assert ("execution.backends", "execution.ray.ray_backend", True) in inner()
 
 
 def test_imports_go_down():
@@ -199,10 +199,8 @@ def test_importing_config_and_cli_takes_no_torch():
 
 def test_the_core_imports_neither_ray_nor_mlflow_nor_matplotlib():
     """Where they are installed: importing the pipeline and the plan takes none of them."""
-    code = (
-        f"import sys, fbpc_ray.distillation.loop, fbpc_ray.execution.session; print(*({set(ONLY)} & set(sys.modules)))"
-    )
-    assert run(code) == []
+    modules = "fbpc_ray.distillation.loop, fbpc_ray.execution.session, fbpc_ray.execution.backends"
+    assert run(f"import sys, {modules}; print(*({set(ONLY)} & set(sys.modules)))") == []
 
 
 WITHOUT = """
@@ -227,13 +225,13 @@ for name in "ray", "mlflow":
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.execution import session
+from fbpc_ray.execution.backends import open_backend
 from fbpc_ray.core.signals import Interruption
 settings = Config()
-with session.open_backend(settings.updated(backend="serial", device="cpu"), Interruption(), print) as opened:
+with open_backend(settings.updated(backend="serial", device="cpu"), Interruption(), print) as opened:
     print(type(opened).__name__)
 try:
-    with session.open_backend(settings, Interruption(), print):
+    with open_backend(settings, Interruption(), print):
         print("opened")
 except UserError as error:
     print("--backend" in str(error) and "ray" in str(error) and "\\n" not in str(error))

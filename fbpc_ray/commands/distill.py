@@ -24,8 +24,10 @@ from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.distillation.state import State
 from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.execution import advice, validation
-from fbpc_ray.execution.session import Session, compiles_passes, cpu_threads, num_steps, open_backend
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.session import Session, num_steps
 from fbpc_ray.execution.sizing import open_sized_session
+from fbpc_ray.execution.worker_group import compiles_passes, cpu_threads
 from fbpc_ray.reporting import image_grids, run_figures
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run, pixels_of
 from fbpc_ray.tracking import run_logging

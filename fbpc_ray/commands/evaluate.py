@@ -20,7 +20,9 @@ from fbpc_ray.evaluation import evaluate as evaluation
 from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.evaluate import EvaluationResult, check_split, check_split_name, describe_evaluation
 from fbpc_ray.execution import advice, memory_budget, memory_estimate, validation
-from fbpc_ray.execution.session import Session, cpu_threads, load_data, network_specs, open_backend
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.session import Session, load_data, network_specs
+from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
 from fbpc_ray.reporting.run_outputs import draw_reliability

@@ -21,14 +21,10 @@ from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.evaluation.evaluate import check_split, check_split_name, describe_evaluation
 from fbpc_ray.evaluation.evaluate import evaluate as evaluate_coresets
 from fbpc_ray.execution import memory_budget, memory_estimate, validation
-from fbpc_ray.execution.session import (
-    Session,
-    cpu_threads,
-    evaluation_settings,
-    load_data,
-    network_specs,
-    open_backend,
-)
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.coreset_settings import evaluation_settings
+from fbpc_ray.execution.session import Session, load_data, network_specs
+from fbpc_ray.execution.worker_group import cpu_threads
 
 
 class Options(NamedTuple):

@@ -11,7 +11,8 @@ from fbpc_ray.core.settings import Experts, Networks
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.sizes import SizeRequest
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import open_backend, uses_experts
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.session import uses_experts
 from fbpc_ray.execution.sizing import open_sized_session
 
 SHOWN = {field.name for group in (Networks, Experts) for field in fields(group)}

@@ -18,8 +18,9 @@ from fbpc_ray.distillation.trajectory_cache import fits
 from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution import advice, memory_estimate, sizing
 from fbpc_ray.execution.memory_estimate import count_parameters
-from fbpc_ray.execution.session import Session, compiles_passes, phases_of, trajectory_cache_bytes
+from fbpc_ray.execution.session import Session, phases_of
 from fbpc_ray.execution.timing import Measured, measure, snapshots_met
+from fbpc_ray.execution.worker_group import compiles_passes, trajectory_cache_bytes
 
 PARTS = ("experts", "distillation", "chains")
 PARTS_OF_PHASES = {"experts": "experts", "distillation": "distillation", "evaluation": "chains"}

@@ -13,7 +13,7 @@ from fbpc_ray.core.sizes import LEVELS
 from fbpc_ray.data.coreset import Coreset, settings_of
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.execution import validation
-from fbpc_ray.execution.session import evaluation_settings
+from fbpc_ray.execution.coreset_settings import evaluation_settings
 from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.models import custom
 

@@ -1,24 +1,16 @@
 """A session: a configuration with its data set, networks, expert stores and steps."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fbpc_ray.core import cores
-from fbpc_ray.core.config import Config, Distillation, Evaluation, Networks, current_names
-from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.presets import start_of
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
-from fbpc_ray.core.settings import Workers
-from fbpc_ray.core.signals import Interruption, deferred_interrupt
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset_reader, datasets
@@ -34,19 +26,16 @@ from fbpc_ray.distillation.state import (
     State,
     begin_as,
     coreset_images,
-    gradient_tasks,
     initial_state,
     scale_of_confidence,
     with_soft_labels,
 )
-from fbpc_ray.distillation.trajectory_cache import fits
-from fbpc_ray.distillation.worker import EXPERT_SIDES, Backend, WorkerArguments, WorkerGroupSpec
+from fbpc_ray.distillation.worker import Backend, WorkerGroupSpec
 from fbpc_ray.execution import memory_budget, memory_estimate
-from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.coreset_settings import coreset_settings
+from fbpc_ray.execution.worker_group import worker_group
 from fbpc_ray.models import checks, functional
-from fbpc_ray.models import compiler as compiling
-from fbpc_ray.models.functional import Network, Spec
-from fbpc_ray.models.passes import count_macs
+from fbpc_ray.models.functional import Spec
 
 
 @dataclass(frozen=True)
@@ -140,51 +129,6 @@ class Session:
         workers.stop_workers()
 
 
-def coreset_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a coreset's metadata keeps, which an evaluation of the coreset begins with.
-
-    These are preset, networks, the image size if it was chosen, and the settings of its evaluation that differ from
-    the defaults, but for the number of chains.
-    """
-    n, d, defaults = config.networks, config.data, Evaluation()
-    preset, _ = start_of(config)
-    evaluation = {
-        name: value for name, value in asdict(config.evaluation).items()
-        if name != "num_chains" and value != getattr(defaults, name)
-    }  # fmt: skip
-    return {
-        **({"preset": preset} if preset else {}),
-        "architectures": list(n.architectures), "width": n.width, "depth": n.depth, "augment": n.augment,
-        **({"image_size": d.image_size, "resize": d.resize} if d.image_size else {}), **evaluation,
-    }  # fmt: skip
-
-
-OF_EVALUATIONS = {f.name for group in (Networks, Evaluation) for f in fields(group)} - {"num_chains"}
-OF_EVALUATIONS |= {"image_size", "resize"}
-"""Settings of `coreset_settings` that an evaluation takes over."""
-
-
-def evaluation_settings(stored: Mapping[str, Any], named: bool) -> dict[str, Any]:
-    """Return the settings that an evaluation takes over from the metadata of a coreset.
-
-    A coreset's file imports no code: of the networks that it names, those with an import path are left out.
-
-    Args:
-        stored: `coreset_settings`, or what a foreign file has in their place.
-        named: whether the user names networks.
-
-    Raises UserError where all networks have an import path and the user names none, and for a value of another type.
-    """
-    settings = {name: value for name, value in current_names(stored).items() if name in OF_EVALUATIONS}
-    names = Config().updated(**settings).networks.architectures
-    safe = [name for name in names if ":" not in name]
-    if not (safe or named):
-        raise UserError(f"the coreset was distilled on {names[0]}, but a file alone imports no code: name a network")
-    if "architectures" in settings:
-        settings["architectures"] = safe
-    return {name: value for name, value in settings.items() if value != []}
-
-
 def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Session:
     """Load the data set, unless given, build the networks and open the stores. Writes nothing but a download.
 
@@ -268,102 +212,3 @@ def expert_root(config: Config) -> Place:
 def shared_folder_note(folder: Path, flag: str) -> str:
     """Return the note on a local folder that processes on several machines read and write."""
     return f"note: all nodes must see {folder}; where they don't share it (NFS), give {flag} s3://BUCKET/PREFIX"
-
-
-def cpu_threads(config: Config) -> int:
-    """Return the CPU threads of a gradient: by default, half the cores divided by the architectures.
-
-    With all cores, whatever else runs (Ray itself, a browser) makes OpenMP's threads wait for each other, and a step
-    takes ten times as long.
-    """
-    return config.workers.threads or max(1, cores.available() // 2 // len(config.networks.architectures))
-
-
-RARELY = 4
-"""Times the limit of the x cache from which a run doesn't use it."""
-USUAL_MAP_STEPS = 100
-COMPILE_FROM = 1e13
-"""Floating-point operations of a run and architecture, on the way to minutes of CPU time, from which it is worth the
-tens of seconds that each pass takes to compile."""
-
-
-def compiles_passes(config: Config, dataset: Dataset, specs: Sequence[Spec], log: Log = lambda line: None) -> bool:
-    """Return whether the passes of a distillation are compiled."""
-    d, x = config.distillation, config.workers
-    if x.compiled == "off" or x.device == "cuda":
-        return False
-    if x.compiled == "auto":
-        most = max(2 * count_macs(Network(spec)) for spec in specs)
-        if most * d.steps * d.draws_per_step * _forward_images(d, len(dataset.classes)) < COMPILE_FROM:
-            return False
-    return compiling.can_compile("the passes of a step", log)
-
-
-def _forward_images(settings: Distillation, classes: int) -> int:
-    """Return the images that a gradient passes through a network, forwards; a pass backward counts as two."""
-    d = settings
-    if d.method in network_pool.METHODS:
-        return d.real_batch_size + 7 * d.ipc * classes * (2 if d.mirror else 1)  # a training step, features, gradient
-    u_side = min(d.batch_size, d.ipc * classes) * (3 * USUAL_MAP_STEPS + 5 * d.posterior_steps)
-    return u_side + 3 * d.real_batch_size * d.posterior_steps
-
-
-def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
-    """Return the bytes of a worker's cache of theta_x and its K steps; 0 if none, or too few, fit to be reused."""
-    d, e = config.distillation, config.experts
-    if d.method not in EXPERT_SIDES:
-        return 0.0
-    snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
-    limit, rows = 1e9 * config.workers.trajectory_cache_gb, 1 + d.posterior_steps
-    counts = [memory_estimate.count_parameters(spec) for spec in specs]
-    side_bytes = sum(4 * rows * count for count in counts if fits((rows, count), limit))
-    return limit if 0 < side_bytes * snapshots <= RARELY * limit else 0.0
-
-
-def worker_group(
-    config: Config, dataset: Dataset, labels: Tensor, specs: Sequence[Spec], stores: Sequence[ExpertStore]
-) -> WorkerGroupSpec:
-    """Describe the workers of a distillation."""
-    d = config.distillation
-    largest = max(memory_estimate.count_parameters(spec) for spec in specs) if d.method in EXPERT_SIDES else 0
-    arguments = WorkerArguments(
-        specs, stores, dataset, labels.numpy(), d, config.networks.augment, config.experts.expert_count,
-        cpu_threads(config), compiles_passes(config, dataset, specs), trajectory_cache_bytes(config, specs),
-        config.networks.precision, config.networks.chunk_images,
-    )  # fmt: skip
-    return WorkerGroupSpec(
-        arguments, gradient_tasks(len(specs), d.draws_per_step), 4 * largest * (1 + d.posterior_steps)
-    )
-
-
-@contextmanager
-def open_backend(config: Config, interruption: Interruption, log: Log) -> Iterator[Backend]:
-    """Open the backend of a configuration and catch signals; at the end, close it and give the signals back.
-
-    Raises UserError.
-    """
-    opened: Backend | None = None
-    try:
-        with deferred_interrupt("Stopping once the backend has started"):
-            opened = _backend(config.workers, interruption, log)
-        interruption.install()
-        yield opened
-    finally:
-        if opened:
-            opened.close()
-        interruption.uninstall()
-
-
-def _backend(settings: Workers, interruption: Interruption, log: Log) -> Backend:
-    """Make the backend of the settings. Raises UserError."""
-    if settings.backend == "serial":
-        return Serial(settings.device, interruption)
-    if "ray" not in sys.modules:
-        log("loading Ray ...")
-    try:
-        from fbpc_ray.execution.ray.ray_backend import RayBackend
-    except ImportError as error:
-        raise UserError(
-            f"ray is not installed ({error}): pip install 'ray[default]', or use --backend serial"
-        ) from None
-    return RayBackend(settings, interruption, log)

@@ -19,7 +19,8 @@ from fbpc_ray.distillation.methods.common import Clock, coreset_batches
 from fbpc_ray.evaluation.chains import sampling
 from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution.memory_estimate import count_parameters
-from fbpc_ray.execution.session import Session, cpu_threads, trajectory_cache_bytes
+from fbpc_ray.execution.session import Session
+from fbpc_ray.execution.worker_group import cpu_threads, trajectory_cache_bytes
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import sgd_trajectory
 from fbpc_ray.inference.solution import SolverStatus

@@ -14,7 +14,8 @@ from fbpc_ray.distillation.state import State, coreset_images
 from fbpc_ray.distillation.worker import Backend
 from fbpc_ray.evaluation import results
 from fbpc_ray.evaluation.evaluate import EvaluationResult, describe_evaluation, evaluate
-from fbpc_ray.execution.session import Session, cpu_threads
+from fbpc_ray.execution.session import Session
+from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.reporting import image_grids, run_figures
 from fbpc_ray.reporting.charts import reliability
 from fbpc_ray.tracking import run_logging

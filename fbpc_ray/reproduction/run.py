@@ -28,13 +28,8 @@ from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
-from fbpc_ray.execution.session import (
-    expert_store,
-    load_data,
-    network_specs,
-    open_backend,
-    uses_experts,
-)
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.session import expert_store, load_data, network_specs, uses_experts
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work

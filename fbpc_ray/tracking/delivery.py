@@ -6,8 +6,8 @@ next call, so that they don't tear a progress bar.
 
 A delivery that failed may have arrived all the same, so a record can be sent twice without harm: metrics carry the time
 of the call (MLflow drops a point that it has), a run is found again by its session tag, images by key and step. After a
-failure the sender probes the server. No answer: wait `retry_seconds`. An answer, twice: only this record is at fault, so
-the sender sets it aside, tries it again later, and goes on with those behind it.
+failure the sender probes the server. No answer: wait `retry_seconds`. An answer, twice: only this record is at fault,
+so the sender sets it aside, tries it again later, and goes on with those behind it.
 """
 
 import contextlib

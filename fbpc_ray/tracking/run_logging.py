@@ -12,6 +12,7 @@ from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import start_of
+from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import Provenance, home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.tables import markdown_table
@@ -23,7 +24,6 @@ from fbpc_ray.evaluation import diagnostics, protocols, results
 from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import ChainScore
-from fbpc_ray.execution.session import Log
 from fbpc_ray.tracking import run_reference
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
 from fbpc_ray.tracking.run_reference import RunReference

@@ -39,18 +39,18 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.run_directory import RunDirectory, check_resume
 from fbpc_ray.evaluation import calibration, protocols, results
 from fbpc_ray.execution import advice, validation
+from fbpc_ray.execution.backends import open_backend
 from fbpc_ray.execution.session import (
     Session,
     check_memory,
-    cpu_threads,
     expert_root,
     load_data,
     network_specs,
     num_steps,
-    open_backend,
     open_session,
 )
 from fbpc_ray.execution.sizing import with_sizes
+from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.protocol import Tracker

@@ -16,7 +16,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset, coreset_reader
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.execution.session import coreset_settings
+from fbpc_ray.execution.coreset_settings import coreset_settings
 
 COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "coresets").glob("*.safetensors"))
 SHORT = ["--inference", "last-layer", "--net-steps", "2", "--num-chains", "1", "--backend", "serial", "--threads", "1"]

@@ -8,8 +8,8 @@ import pytest
 
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.signals import Interrupted, Interruption, deferred_interrupt
-from fbpc_ray.execution import session
-from fbpc_ray.execution.session import open_backend
+from fbpc_ray.execution import backends
+from fbpc_ray.execution.backends import open_backend
 
 
 def handlers():
@@ -103,7 +103,7 @@ def test_a_backend_that_was_opened_during_a_ctrl_c_is_closed(monkeypatch):
         events.append("started")
         return Backend()
 
-    monkeypatch.setattr(session, "_backend", start)
+    monkeypatch.setattr(backends, "_backend", start)
     with pytest.raises(KeyboardInterrupt), open_backend(Config(), Interruption(), print):
         events.append("entered")
     assert events == ["started", "closed"]

@@ -26,6 +26,7 @@ from fbpc_ray.distillation.state import (
 )
 from fbpc_ray.distillation.worker import EXPERT_SIDES, METHODS, Worker
 from fbpc_ray.execution import session
+from fbpc_ray.execution.worker_group import worker_group
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.models.functional import Network
@@ -278,7 +279,7 @@ def test_epochs_of_theta_x_are_those_the_rule_names():
 def worker_of(config, digits, labels) -> Worker:
     specs = session.network_specs(config, digits)
     stores = [session.expert_store(config, digits, spec) for spec in specs]
-    return Worker(**session.worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
+    return Worker(**worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
 
 
 @pytest.mark.parametrize("architecture", [0, 1])
@@ -306,9 +307,9 @@ def test_only_a_method_whose_x_side_is_costly_has_it_computed_ahead(setting):
     stores = [session.expert_store(config, digits, spec) for spec in specs]
     largest = max(Network(spec).parameter_count for spec in specs)
     assert set(EXPERT_SIDES) == {"fbpc"}
-    assert session.worker_group(config, digits, labels, specs, stores).expert_side_bytes == 4 * largest * 7  # K = 6
+    assert worker_group(config, digits, labels, specs, stores).expert_side_bytes == 4 * largest * 7  # K = 6
     isotropic = config.updated(method="fbpc-isotropic")
-    assert session.worker_group(isotropic, digits, labels, specs, stores).expert_side_bytes == 0
+    assert worker_group(isotropic, digits, labels, specs, stores).expert_side_bytes == 0
 
 
 def test_draws_of_a_step_differ_in_all_but_the_batch(setting):

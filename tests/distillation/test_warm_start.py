@@ -13,6 +13,7 @@ from fbpc_ray.distillation.warm_start import slot_of, start_of, starts_from_prio
 from fbpc_ray.distillation.worker import Worker
 from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
+from fbpc_ray.execution.worker_group import worker_group
 from fbpc_ray.reproduction.rows import coreset_key
 
 
@@ -55,7 +56,7 @@ def worker(small, digits):
     specs = session.network_specs(config, digits)
     stores = [session.expert_store(config, digits, spec) for spec in specs]
     state, labels = initial_state(digits, 1, 0)
-    worker = Worker(**session.worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
+    worker = Worker(**worker_group(config, digits, labels, specs, stores).worker._asdict(), device="cpu")
     return worker, state.images.numpy()
 
 

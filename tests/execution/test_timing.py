@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fbpc_ray.core.presets import with_method
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.execution import timing
-from fbpc_ray.execution.session import open_backend, open_session
+from fbpc_ray.execution.backends import open_backend
+from fbpc_ray.execution.session import open_session
 
 CONV, CONV_BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 

@@ -24,6 +24,7 @@ from fbpc_ray.distillation.methods.common import GradientContext
 from fbpc_ray.distillation.state import GradientTask, initial_state
 from fbpc_ray.distillation.worker import METHODS, Worker
 from fbpc_ray.execution import session
+from fbpc_ray.execution.worker_group import compiles_passes, trajectory_cache_bytes, worker_group
 from fbpc_ray.models import compiler as compiling
 from fbpc_ray.models.compiler import CompileError, compile_function
 from fbpc_ray.models.functional import Network, specify
@@ -231,17 +232,17 @@ def test_only_long_runs_are_compiled(small, digits, monkeypatch):
     monkeypatch.setattr(compiling, "compile_failure", lambda folder: reason)
     small = small.updated(device="cpu")
     specs = session.network_specs(small, digits)
-    assert not session.compiles_passes(small, digits, specs, lines.append)
-    assert session.compiles_passes(small.updated(compiled="on"), digits, specs, lines.append)
+    assert not compiles_passes(small, digits, specs, lines.append)
+    assert compiles_passes(small.updated(compiled="on"), digits, specs, lines.append)
     large = small.updated(steps=100_000, posterior_steps=30, real_batch_size=256)
-    assert session.compiles_passes(large, digits, specs, lines.append)
-    assert not session.compiles_passes(large.updated(compiled="off"), digits, specs, lines.append)
-    assert not session.compiles_passes(large.updated(device="cuda"), digits, specs, lines.append)
-    assert not session.compiles_passes(large.updated(method="vbpc"), digits, specs, lines.append)
-    assert session.compiles_passes(large.updated(method="vbpc", steps=2_000_000), digits, specs, lines.append)
+    assert compiles_passes(large, digits, specs, lines.append)
+    assert not compiles_passes(large.updated(compiled="off"), digits, specs, lines.append)
+    assert not compiles_passes(large.updated(device="cuda"), digits, specs, lines.append)
+    assert not compiles_passes(large.updated(method="vbpc"), digits, specs, lines.append)
+    assert compiles_passes(large.updated(method="vbpc", steps=2_000_000), digits, specs, lines.append)
     assert not lines
     reason = "no g++"
-    assert not session.compiles_passes(large, digits, specs, lines.append)
+    assert not compiles_passes(large, digits, specs, lines.append)
     assert lines == ["note: the passes of a step stay eager, which is slower: they cannot be compiled here (no g++)"]
 
 
@@ -250,14 +251,14 @@ def test_a_cache_that_would_hardly_be_met_is_not_used(small, digits):
     specs = session.network_specs(small, digits)
     each = sum(4 * Network(spec).parameter_count * 5 for spec in specs)
     long = small.updated(steps=1000)
-    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.6 * each / 1e9), specs) == pytest.approx(
+    assert trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.6 * each / 1e9), specs) == pytest.approx(
         1.6 * each
     )
-    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.4 * each / 1e9), specs) == 0
-    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.6 * each / 1e9), specs) > 0
-    assert session.trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.3 * each / 1e9), specs) == 0
-    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=10.0, method="fbpc-isotropic"), specs) == 0
-    assert session.trajectory_cache_bytes(long.updated(trajectory_cache_gb=0.0), specs) == 0
+    assert trajectory_cache_bytes(long.updated(trajectory_cache_gb=1.4 * each / 1e9), specs) == 0
+    assert trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.6 * each / 1e9), specs) > 0
+    assert trajectory_cache_bytes(small.updated(steps=1, trajectory_cache_gb=0.3 * each / 1e9), specs) == 0
+    assert trajectory_cache_bytes(long.updated(trajectory_cache_gb=10.0, method="fbpc-isotropic"), specs) == 0
+    assert trajectory_cache_bytes(long.updated(trajectory_cache_gb=0.0), specs) == 0
 
 
 def test_a_network_too_large_for_the_cache_keeps_no_other_out_of_it():
@@ -265,8 +266,8 @@ def test_a_network_too_large_for_the_cache_keeps_no_other_out_of_it():
     names = "convnet-in", "resnet18-in"
     convnet, resnet = (specify(name, (3, 32, 32), 10, 128, 0) for name in names)
     config = Config().updated(expert_count=5, expert_epochs=6, architectures=names)
-    assert session.trajectory_cache_bytes(config, [convnet, resnet]) == 20e9
-    assert session.trajectory_cache_bytes(config, [resnet]) == 0
+    assert trajectory_cache_bytes(config, [convnet, resnet]) == 20e9
+    assert trajectory_cache_bytes(config, [resnet]) == 0
 
 
 def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_same_bits(small, digits):
@@ -275,7 +276,7 @@ def test_without_a_cache_at_its_first_and_at_its_second_use_a_gradient_has_the_s
     state, labels = initial_state(digits, 1, 0)
     items = []
     for gigabytes in (0.0, 1.0, 1.0):
-        arguments = session.worker_group(
+        arguments = worker_group(
             small.updated(trajectory_cache_gb=gigabytes), digits, labels, specs, stores
         ).worker._asdict()
         items.append(Worker(**arguments, device="cpu").gradient(GradientTask(1, 0), 2, state.images.numpy(), 0.0)[0])
