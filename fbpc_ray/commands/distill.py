@@ -30,7 +30,7 @@ from fbpc_ray.execution.sizing import open_sized_session
 from fbpc_ray.execution.worker_group import compiles_passes, cpu_threads
 from fbpc_ray.reporting import image_grids, run_figures
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run, pixels_of
-from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking import run_contents, run_logging
 from fbpc_ray.tracking.uri import ui_command
 from fbpc_ray.tuning import trial
 
@@ -187,7 +187,7 @@ def run_steps(live: LiveRun, state: State, rows: list[Row], interruption: Interr
     with progress("distil", d.steps, "step", state.step) as bar:
 
         def track(step: Step) -> None:
-            tracker.log_metrics(run_logging.step_metrics(step.metrics()), step.state.step)
+            tracker.log_metrics(run_contents.step_metrics(step.metrics()), step.state.step)
 
         def show_progress(step: Step) -> None:
             bar.update(loss=f"{step.metrics()['loss']:.3f}")
@@ -230,7 +230,7 @@ class Validator:
             for chains in [results.select(scores, architecture=architecture)]
         }
         named = [{"architecture": name, **values} for name, values in columns.items()]
-        if means := run_logging.validation_metrics(named):
+        if means := run_contents.validation_metrics(named):
             live.tracker.log_metrics(means, state.step)
             nll, accuracy = means["val/nll"], 100 * means["val/accuracy"]
             log(f"step {state.step}: validation NLL {nll:.4g}, accuracy {accuracy:.1f} %")

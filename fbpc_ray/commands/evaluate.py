@@ -26,7 +26,7 @@ from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
 from fbpc_ray.reporting.run_outputs import draw_reliability
-from fbpc_ray.tracking import model_export, run_logging
+from fbpc_ray.tracking import model_export, run_contents, run_logging
 from fbpc_ray.tracking.protocol import Tracker
 
 
@@ -155,11 +155,11 @@ def _log_result(
 ) -> None:  # fmt: skip
     """Log scores, description and files to MLflow."""
     step = coreset.metadata(run.coreset_path).get("step", "")
-    metrics = run_logging.score_metrics(scored.scores, scored.mixing, session.config.distillation.method, split)
+    metrics = run_contents.score_metrics(scored.scores, scored.mixing, session.config.distillation.method, split)
     if calibrated:
-        metrics |= run_logging.calibrated_metrics(calibrated.result.scores, session.config.distillation.method, split)
+        metrics |= run_contents.calibrated_metrics(calibrated.result.scores, session.config.distillation.method, split)
     tracker.log_metrics(metrics, int(step) if step.isdecimal() else 0)
-    tracker.set_tags(run_logging.description_tag(session.config, session.dataset.name, scored.scores, calibrated))
+    tracker.set_tags(run_contents.description_tag(session.config, session.dataset.name, scored.scores, calibrated))
     for path in paths:
         tracker.log_artifact(path)
 

@@ -19,7 +19,8 @@ from fbpc_ray.distillation.state import coreset_images, initial_state
 from fbpc_ray.execution.session import num_steps
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
-from fbpc_ray.tracking.run_logging import mlflow_module, provenance_tags, run_params, run_tags
+from fbpc_ray.tracking.run_contents import provenance_tags, run_params, run_tags
+from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult

@@ -54,7 +54,7 @@ from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.protocol import Tracker
-from fbpc_ray.tracking.run_logging import run_tags
+from fbpc_ray.tracking.run_contents import run_tags
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
 from fbpc_ray.tuning.trial import Task

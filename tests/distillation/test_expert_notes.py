@@ -16,7 +16,7 @@ from fbpc_ray.execution import session
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import count_macs
-from fbpc_ray.tracking.run_logging import run_params
+from fbpc_ray.tracking.run_contents import run_params
 
 
 def trained(config, digits) -> tuple[list[str], list]:

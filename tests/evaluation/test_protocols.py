@@ -16,7 +16,7 @@ from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.evaluate import EvaluationResult
 from fbpc_ray.evaluation.results import ChainScore, from_json, select
 from fbpc_ray.reporting import report
-from fbpc_ray.tracking import run_logging
+from fbpc_ray.tracking import run_contents
 
 NUMBERS = {"accuracy": 0.5, "nll": 0.75, "ece": 0.125, "brier": 0.25}
 
@@ -49,15 +49,15 @@ def test_mlflow_has_both_protocols_beside_each_other():
     paper = [ChainScore("fbpc", "a", 0, NUMBERS | {"nll": 1.5})]
     result = EvaluationResult([ChainScore("fbpc", "a", 0, NUMBERS)], (), {}, {}, {}, [])
     chosen = Calibrated(Evaluation(chain_d=0.0, chain_weight_decay=3.0), [], result)
-    assert run_logging.calibrated_metrics(result.scores, "fbpc", "test") == {
+    assert run_contents.calibrated_metrics(result.scores, "fbpc", "test") == {
         "test/calibrated_accuracy": 0.5, "test/calibrated_nll": 0.75, "test/calibrated_ece": 0.125
     }  # fmt: skip
-    assert run_logging.calibrated_metrics(result.scores, "fbpc", "validation")["val/calibrated_nll"] == 0.75
-    tags = run_logging.description_tag(Config(), "digits", paper, chosen)
+    assert run_contents.calibrated_metrics(result.scores, "fbpc", "validation")["val/calibrated_nll"] == 0.75
+    tags = run_contents.description_tag(Config(), "digits", paper, chosen)
     assert tags["protocol"] == "paper; calibrated"
     first, second = tags["mlflow.note.content"].split("protocol calibrated (--chain-d 0 --chain-weight-decay 3, ")
     assert "over chains, protocol paper:" in first and "1.500" in first and "0.750" in second
-    assert run_logging.description_tag(Config().updated(inference="mse"), "digits", paper).keys() == {
+    assert run_contents.description_tag(Config().updated(inference="mse"), "digits", paper).keys() == {
         "mlflow.note.content"
     }
 
