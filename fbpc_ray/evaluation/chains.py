@@ -82,13 +82,16 @@ class ChainResult(NamedTuple):
 
 
 def posterior_samples(
-    passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int
+    passes: Passes, images: Tensor, labels: Tensor, settings: Evaluation, augment: str, seed: int, share: float = 1.0
 ) -> list[Params]:
-    """Sample theta after each `chain_every` epochs of SGHMC on the coreset; images and labels are on the device."""
+    """Sample theta after each `chain_every` epochs of SGHMC on the coreset; images and labels are on the device.
+
+    `share` is the part of a chain's work that this is, for the progress bar.
+    """
     samples, total = [], settings.chain_epochs // settings.chain_every
     for params in sampling(passes, images, labels, settings, augment, seed):
         samples.append(params)
-        set_part(len(samples), total)
+        set_part(share * len(samples), total)
     return samples
 
 
@@ -259,7 +262,8 @@ def sample_chain(context: EvaluationContext, chain: Chain, passes: Passes, devic
     """Sample a chain; return the coreset's images on the device, and the posterior samples."""
     arrays = context.coresets[chain.coreset]
     images, labels = (torch.tensor(array, device=device) for array in (arrays.images, likelihood_labels(arrays)))
-    return images, posterior_samples(passes, images, labels, context.settings, context.augment, chain.seed)
+    share = fitting_share(*image_passes(context, chain), context)
+    return images, posterior_samples(passes, images, labels, context.settings, context.augment, chain.seed, share)
 
 
 def on_device(split: Split, context: EvaluationContext, device: str) -> DeviceDataset:
@@ -279,10 +283,26 @@ def compiles(context: EvaluationContext, chain: Chain, network: Network) -> bool
 
     It depends on the chain and its split alone, not on other work, because it changes the last bits of results.
     """
-    e, count = context.settings, len(context.split.labels)
-    m = len(context.coresets[chain.coreset].labels)
-    images = 3 * e.chain_epochs * m + e.chain_epochs // e.chain_every * count  # a backward counts two
+    images = sum(image_passes(context, chain))
     return context.compiled == "on" or (context.compiled == "auto" and 2 * count_macs(network) * images >= COMPILE_FROM)
+
+
+def image_passes(context: EvaluationContext, chain: Chain) -> tuple[int, int]:
+    """Return the images that sampling a chain passes through its network (backward counts two), and predicting."""
+    e, m = context.settings, len(context.coresets[chain.coreset].labels)
+    return 3 * e.chain_epochs * m, e.chain_epochs // e.chain_every * len(context.split.labels)
+
+
+def fitting_share(fitted: int, predicted: int, context: EvaluationContext) -> float:
+    """Return the share of a chain's work that fitting the coreset is; the rest is predicting the images that score.
+
+    Args:
+        fitted: images passed to fit the coreset.
+        predicted: images passed to predict the split; the out-of-distribution images come on top.
+    """
+    if context.ood is not None:
+        predicted += predicted * len(context.ood.labels) // len(context.split.labels)
+    return fitted / (fitted + predicted)
 
 
 def passes_of(context: EvaluationContext, chain: Chain, device: str) -> Passes:

@@ -29,6 +29,7 @@ from fbpc_ray.evaluation.chains import (
     Predictor,
     arrays_of,
     chain_result,
+    fitting_share,
     sample_predictor,
 )
 from fbpc_ray.evaluation.ensemble import Ensemble
@@ -52,7 +53,11 @@ def fit_networks(context: EvaluationContext, chain: Chain, device: str) -> Predi
     """Train the networks of one seed on the coreset; return what they predict, None where training diverged."""
     settings, network = context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
-    samples = [train_network(network, data, settings, chain.seed, member) for member in range(num_networks(settings))]
+    size = len(data.images) if len(data.images) <= settings.chain_full_batch else settings.chain_batch_size
+    share = fitting_share(3 * settings.net_steps * size, len(context.split.labels), context)
+    samples = [
+        train_network(network, data, settings, chain.seed, member, share) for member in range(num_networks(settings))
+    ]
     if not ensemble.finite(samples):
         return None
     if settings.inference == "last-layer":
@@ -80,8 +85,13 @@ def _targets(arrays: CoresetArrays, classes: int, settings: Evaluation, device: 
     return data.with_mirror_images() if settings.net_mirror else data
 
 
-def train_network(network: Network, data: Targets, settings: Evaluation, seed: int, member: int) -> Params:
-    """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior."""
+def train_network(
+    network: Network, data: Targets, settings: Evaluation, seed: int, member: int, share: float = 1.0
+) -> Params:
+    """Return the parameters after `net_steps` Adam steps on the squared loss, from a draw of the prior.
+
+    `share` is the part of the work for one seed that training its networks is, for the progress bar.
+    """
     name = network.spec.architecture
     passes = Passes(network)
     state = adam_start(flatten(network.init(generator(seed, "network", name, member))))
@@ -90,7 +100,7 @@ def train_network(network: Network, data: Targets, settings: Evaluation, seed: i
     for step, index in enumerate(batches, 1):
         batch = data if index is None else Targets(data.images[index], data.targets[index])
         state = last_layer.train_step(passes, state, batch, settings.net_lr)
-        set_part(member * settings.net_steps + step, total)
+        set_part(share * (member * settings.net_steps + step), total)
     return unflatten(state.value, network.shapes)
 
 
