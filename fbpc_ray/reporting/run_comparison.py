@@ -8,6 +8,7 @@ from typing import Any
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Data, Evaluation
 from fbpc_ray.evaluation.results import QUANTITIES, mean_scores, select, unique
+from fbpc_ray.execution.session import uses_experts
 from fbpc_ray.reporting.document import Block, Heading, Table
 from fbpc_ray.reporting.run_facts import LAST_BITS, method_name
 from fbpc_ray.reporting.run_reader import EndedRun
@@ -22,7 +23,7 @@ SCORED_ALIKE = [
     *(f.name for f in fields(Data) if f.name not in ELSEWHERE), "seed", "expert_seed", "width", "depth", "augment",
     *(f.name for f in fields(Evaluation)),
 ]  # fmt: skip
-"""Settings that must agree, so that a difference of scores is one of the coresets."""
+"""Settings that must agree where all runs use them, so that a difference of scores is one of the coresets."""
 RESULT_WORDS = {"data": "data set", "split": "split", "images_scored": "images scored"}
 
 
@@ -72,7 +73,7 @@ def _unlike(runs: Sequence[EndedRun]) -> list[str]:
     unlike = {
         WORDS.get(name, name.replace("_", " ")): [_word(one[name]) for one in flat]
         for name in SCORED_ALIKE
-        if _differs([one[name] for one in flat])
+        if all(_depends_on(run, name) for run in runs) and _differs([one[name] for one in flat])
     }
     for name, word in RESULT_WORDS.items():
         if _differs(texts := [str(run.result[name]) for run in runs]):
@@ -81,6 +82,22 @@ def _unlike(runs: Sequence[EndedRun]) -> list[str]:
     if all(prints) and _differs(prints) and not unlike:
         unlike["training images"] = prints
     return [f"{word} ({', '.join(unique(texts))})" for word, texts in unlike.items()]
+
+
+def _depends_on(run: EndedRun, name: str) -> bool:
+    """Return whether the scores of the coreset of `run` depend on the setting `name` of `SCORED_ALIKE`."""
+    inference = run.config.evaluation.inference
+    if name.startswith("chain_"):
+        return inference == "sghmc"
+    if name in ("net_ridge", "net_precision"):
+        return inference == "last-layer"
+    if name == "net_label_scale":
+        return inference != "sghmc" and run.coreset.soft_labels is None
+    if name.startswith("net_"):
+        return inference != "sghmc"
+    if name == "ensemble_size":
+        return inference == "ensemble"
+    return name != "expert_seed" or uses_experts(run.config)
 
 
 def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float]:

@@ -1,6 +1,7 @@
 """A comparison names the better run where scores compare, and says why it does not where they don't."""
 
 import pytest
+import torch
 from support.ended_runs import ended_run
 
 from fbpc_ray.reporting import run_comparison
@@ -43,6 +44,38 @@ def test_no_conclusion_where_settings_differ(changes, result, words):
         [ended_run("A", [0.5, 0.5]), ended_run("B", [0.9, 0.9], result=result, **changes)]
     )
     assert outcome == f"No conclusion: the runs differ in {words}, so that their scores don't compare."
+
+
+@pytest.mark.parametrize(
+    ("inference", "unused", "used"),
+    [
+        ("sghmc", {"net_steps": 7, "net_ridge": 7.0, "ensemble_size": 7}, {"chain_d": 7.0}),
+        ("last-layer", {"chain_epochs": 7, "ensemble_size": 7}, {"net_ridge": 7.0}),
+        ("mse", {"chain_d": 7.0, "net_ridge": 7.0, "net_precision": 7.0}, {"net_label_scale": 7.0}),
+        ("ensemble", {"chain_eta": 7.0, "net_ridge": 7.0}, {"ensemble_size": 7}),
+    ],
+)
+def test_settings_that_an_inference_does_not_use_may_differ(inference, unused, used):
+    first = ended_run("A", [0.5, 0.5], inference=inference)
+    for changes, compare in ((unused, True), (used, False)):
+        second = ended_run("B", [0.9, 0.9], inference=inference, **changes)
+        assert run_comparison.conclusion([first, second]).startswith("On a: best accuracy") == compare
+
+
+def test_settings_that_only_one_of_two_methods_uses_may_differ():
+    """The soft labels of vbpc have no scale of one-hot labels, and vbpc has no experts; the others have both."""
+    first = ended_run("A", [0.5, 0.5], inference="mse")
+    second = ended_run("B", [0.9, 0.9], inference="mse", net_label_scale=3.0, method="vbpc", expert_seed=1)
+    learned = second._replace(coreset=second.coreset._replace(soft_labels=torch.zeros(2, 2)))
+    assert run_comparison.conclusion([first, learned]).startswith("On a: best accuracy")
+    assert "differ in net label scale (1, 3), so" in run_comparison.conclusion([first, second])
+
+
+def test_runs_of_two_inferences_differ_in_the_inference():
+    outcome = run_comparison.conclusion(
+        [ended_run("A", [0.5, 0.5]), ended_run("B", [0.9, 0.9], inference="mse", chain_d=7.0, net_steps=7)]
+    )
+    assert outcome == "No conclusion: the runs differ in inference (sghmc, mse), so that their scores don't compare."
 
 
 def test_no_conclusion_without_common_networks_spread_or_values():
