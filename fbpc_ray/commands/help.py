@@ -60,8 +60,10 @@ PAGES = {
         ),
     ),
     "evaluate": Page(
-        "For the coreset of another program: `fbpc evaluate --coreset PATH --data DATA`; `fbpc evaluate --coreset PATH "
-        f"--help` prints its flags. {SOURCES}",
+        "Data, networks and settings of the evaluation are those of the run, whatever default is printed below, and "
+        "your flags win; settings of the machine, such as --backend, are not kept. For the coreset of another program: "
+        "`fbpc evaluate --coreset PATH --data DATA`; `fbpc evaluate --coreset PATH --help` prints its flags. "
+        f"{SOURCES}",
         (
             ("fbpc evaluate runs/first --architectures convnet-ln", "on a network that it was not distilled with"),
             ("fbpc evaluate runs/first --num-chains 10", "more chains, a smaller error bar"),
