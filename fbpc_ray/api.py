@@ -9,10 +9,11 @@
     prediction.probabilities, prediction.entropy, prediction.mutual_information
 
 A network is a name, as in --architectures, or a function of ((channels, height, width), classes) that builds an
-nn.Module (models/checks.py lists the requirements). Other settings have the names of the command line's flags, and the
-same settings give the same coreset, to the bit. Everything runs in this process unless `backend="ray"`; neither Ray nor
-MLflow need be installed. Bad input raises UserError with a message of one line. Ctrl-C raises KeyboardInterrupt;
-experts trained by then stay on disk. TQDM_DISABLE=1 hides the progress.
+nn.Module (models/checks.py lists the requirements). Other settings have the names of the command line's flags
+(docs/settings.md), and the same settings give the same coreset, to the bit. Everything runs in this process unless
+`backend="ray"`; Ray is needed for that alone, MLflow for `save_model` alone. Bad input raises UserError with a message
+of one line (`auroc`: ValueError). Ctrl-C raises KeyboardInterrupt; experts trained by then stay on disk. TQDM_DISABLE=1
+hides the progress.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,8 +79,8 @@ def dataset(
     Args:
         train: a name, as in --data (digits, cifar10, folder:PATH, ...); or (images, labels), arrays or tensors; or a
             torch Dataset of (image, label). Tensors are (n, c, h, w), arrays that or (n, h, w, c). Pixels are uint8, or
-            floats in 0..1, not normalised. A Dataset's transforms are applied once. Labels are integers from 0, names
-            of classes, or one-hot rows.
+            floats in 0..1, not normalised. Image files get three channels, grey ones too. A Dataset's transforms are
+            applied once. Labels are integers from 0, names of classes, or one-hot rows.
         test: as `train`, or the share of each class that becomes the test split, at least one image of each class of
             two or more, drawn with `seed`; by default a fifth.
         validation: as `train`, or the share of each class that becomes the validation split.
@@ -142,13 +143,16 @@ def distill(
             with, and its soft labels where the method learns labels. None: real images, as in Algorithm 1.
         backend: serial, or ray (a worker for each network, on this machine or on the cluster at `address`).
         log: called with each line of the log.
-        on_step: called after each step with the step's metrics and number.
-        **settings: width, steps, seed, alpha, expert_count, experts (the folder of expert trajectories, ./experts by
-            default), ...: all flags but those of data and output.
+        on_step: called after each step with its metrics, {name: number}, such as loss, and its number, from 1.
+        **settings: width, depth, augment, device, steps, seed, alpha, expert_count, experts (the folder of expert
+            trajectories; by default experts in $FBPC_HOME, else in the current folder), ...: all of docs/settings.md
+            but those of data and output. `--recipe improved` is views=8, learn_labels=True.
 
     Raises:
         UserError: an argument is wrong, or a gradient failed.
     """
+    if not isinstance(initial_coreset, Coreset | str | Path | None):
+        raise UserError(f"initial_coreset is a {type(initial_coreset).__name__}: give a coreset or its path")
     source = data if isinstance(data, Dataset) else dataset(data, log=log)
     keyword_settings.check_names(settings, "distill", without=(config.Data, config.Output))
     given = initial_coreset if isinstance(initial_coreset, Coreset) else None
@@ -207,11 +211,11 @@ def posterior(
         seed: seed of the first chain.
         num_chains: chains, with the seeds `seed`, `seed` + 1, ...; each gives a sample every `chain_every` of its
             `chain_epochs` epochs. `chains`, the earlier name of this argument, still works.
-        width: as for `distill`.
-        depth: as for `distill`.
-        augment: as for `distill`.
+        width: channels of each ConvNet convolution.
+        depth: blocks of ConvNet; 0: by the image size.
+        augment: dsa | none.
         preset: paper, a row of Table 4 or digits, whose settings stand in for those of the coreset.
-        device: as for `distill`.
+        device: auto | cpu | cuda.
         **settings: those of the chains: chain_epochs, chain_every, chain_eta, ...
 
     Raises:
@@ -224,6 +228,10 @@ def posterior(
     changes = settings | {name: value for name, value in networks.items() if value is not None}
     chosen = keyword_settings.of_evaluation(coreset, architecture, preset, changes)
     first = chosen.networks.architectures[:1]
+    if architecture is not None and len(chosen.networks.architectures) > 1:
+        raise UserError(
+            f"architecture: must be one network, got {len(chosen.networks.architectures)}; call it for each"
+        )
     chosen = chosen.updated(architectures=first, inference="sghmc", num_chains=num_chains, seed=seed)
     validation.check(chosen)
     (spec,) = network_specs(chosen, coreset)
@@ -261,7 +269,8 @@ def evaluate(
         **settings: num_chains, net_steps, chain_epochs, width, ...: all settings but those of data, experts and output.
 
     Returns:
-        {network: {score: [one value per seed]}}; None for a chain that diverged.
+        {network: {score: [one value per seed]}}; None for a chain that diverged. Scores: accuracy and ece in 0..1,
+        brier in 0..2, nll, batch_nll and mean_sample_nll in nats per image (docs/formats.md#resultjson).
 
     Raises:
         UserError: an argument is wrong.
@@ -313,24 +322,30 @@ def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any)
     Args:
         samples: posterior samples.
         folder: a new folder.
-        images: the model's input example, (n, c, h, w) uint8.
+        images: the model's input example, (n, c, h, w) uint8, not normalised.
         **facts: metadata of the model.
 
     Returns:
         The command that serves the model.
 
     Raises:
-        UserError: the folder exists, or the model can't be written.
+        UserError: `images` are no example, the folder exists, or the model can't be written.
     """
     if not isinstance(samples, Ensemble):
         raise UserError(f"not posterior samples (a {type(samples).__name__}): give what posterior returns")
-    return model_export.save(samples, model_export.target(str(folder)), facts, np.asarray(images))
+    example, shape = np.asarray(images), samples.spec.image_shape
+    if example.dtype != np.uint8 or example.shape[1:] != shape or not len(example):
+        raise UserError(f"images are {example.dtype} {example.shape}: give uint8 (n, c, h, w) = n x {shape}")
+    return model_export.save(samples, model_export.target(str(folder)), facts, example)
 
 
 @names_arguments
 def load_coreset(path: str | Path) -> Coreset:
     """Read a coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
-    return coresets.load(place(str(path)))
+    source = place(str(path))
+    if isinstance(source, Path) and source.is_dir():
+        raise UserError(f"{source} is a folder: name a file in it, of a run coreset/coreset.safetensors")
+    return coresets.load(source)
 
 
 @names_arguments
@@ -340,7 +355,7 @@ def load_posterior(path: str | Path, architecture: Architecture | None = None, *
     Args:
         path: a path, s3://... or gs://...
         architecture: the user's own network, if the samples are of one: a file alone imports no code.
-        device: as for `distill`.
+        device: auto | cpu | cuda.
 
     Raises:
         UserError: the file is not one of posterior samples, or is damaged.

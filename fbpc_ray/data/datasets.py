@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fbpc_ray.core.errors import UserError, closest
+from fbpc_ray.core.errors import UserError, closest, escape_controls
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.parquet import Columns
 from fbpc_ray.data.raw import RawDataset, RawSplit, size
@@ -69,6 +69,11 @@ class Dataset(NamedTuple):
         """(c, h, w)."""
         c, h, w = self.train.images.shape[1:]
         return c, h, w
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.image_shape))
+        sizes = (f"{name} {len(getattr(self, name).labels):,}" for name in ("train", "validation", "test"))
+        return f"<{escape_controls(self.name)}: {len(self.classes)} classes, images of {shape}; {', '.join(sizes)}>"
 
 
 def load(

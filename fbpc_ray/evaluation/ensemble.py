@@ -92,22 +92,38 @@ class Prediction(NamedTuple):
         return self.probabilities.argmax(-1)
 
     def scores(self, labels: Tensor | np.ndarray) -> Scores:
-        """Return accuracy, nll, ece and brier against the true `labels` (n,).
+        """Return accuracy (0..1), nll (nats per image), ece (0..1) and brier (0..2) against the true `labels`.
 
-        Probabilities below `MIN_PROBABILITY` underflow: an image with a larger NLL than 708 nats counts as 708, where
-        `fbpc evaluate` takes its value.
+        `labels` are (n,) integers, 0 to d - 1; raises UserError for others. Probabilities below `MIN_PROBABILITY`
+        underflow: an image with a larger NLL than 708 nats counts as 708, where `fbpc evaluate` takes its value.
         """
         return scores(self.stats(labels))
 
     def stats(self, labels: Tensor | np.ndarray) -> PredictiveStats:
         """Return the sums over images behind `scores`, among them those of the reliability diagram's bins."""
-        if len(labels) != len(self.probabilities):
-            raise UserError(f"got {len(labels)} labels for {len(self.probabilities)} images")
-        return predictive_stats(self.probabilities.clamp(min=MIN_PROBABILITY).log(), torch.as_tensor(labels))
+        return predictive_stats(self.probabilities.clamp(min=MIN_PROBABILITY).log(), self._checked(labels))
 
     def plot(self, labels: Tensor | np.ndarray | None = None, title: str = "") -> "Image.Image":
         """Draw the reliability diagram against the true `labels` (n,), or without them the uncertainties."""
         return drawing.draw(self, labels=labels, title=title)
+
+    def _checked(self, labels: Any) -> Tensor:
+        """Return true labels as (n,) int64. Raises UserError."""
+        n, d = self.probabilities.shape
+        try:
+            values = torch.as_tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"labels are a {type(labels).__name__}: give the class of each image, integers") from None
+        if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise UserError(
+                f"labels are {values.dtype} {tuple(values.shape)}: give the class of each image, integers ({n},)"
+            )
+        values = values.long()
+        if len(values) != n:
+            raise UserError(f"got {len(values)} labels for {n} images")
+        if values.min() < 0 or values.max() >= d:
+            raise UserError(f"labels from {values.min()} to {values.max()}, but {d} classes, numbered from 0")
+        return values
 
 
 @dataclass(frozen=True)
@@ -241,7 +257,8 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
     except FileNotFoundError:
         raise UserError(f"{path}: samples not found; check the path") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path} holds no posterior samples ({str(error).splitlines()[0]}): make them again") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path} holds no posterior samples ({reason}): give a file of theirs") from error
     if ":" in spec.architecture and network != spec.architecture:
         raise UserError(
             f"{path} holds samples of {spec.architecture}, but a file alone imports no code: name that network too"

@@ -85,6 +85,51 @@ def test_other_wrong_values_are_one_line(coreset, tmp_path):
     assert "architectures: must be a name, a function" in refusal(api.distill, OWN, architectures=3, log=silent)
 
 
+def test_files_and_values_of_another_kind_are_named(coreset, samples, tmp_path):
+    message = refusal(api.load_coreset, tmp_path)
+    assert message == f"{tmp_path} is a folder: name a file in it, of a run coreset/coreset.safetensors"
+    api.save(coreset, tmp_path / "a.safetensors")
+    assert "holds no posterior samples (it has no 'spec')" in refusal(api.load_posterior, tmp_path / "a.safetensors")
+    assert "initial_coreset is a int: give a coreset" in refusal(api.distill, OWN, initial_coreset=3, log=silent)
+    two = refusal(api.posterior, coreset, ["convnet-in", "convnet-bn"])
+    assert two == "architecture: must be one network, got 2; call it for each"
+    for images in (np.zeros((2, 1, 8, 8)), IMAGES, np.zeros((0, 1, 8, 8), np.uint8)):
+        assert "give uint8 (n, c, h, w) = n x (1, 8, 8)" in refusal(api.save_model, samples, tmp_path / "model", images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_data_set_is_one_line():
+    assert repr(api.dataset(OWN, 0.25, log=silent)) == (
+        "<own: 3 classes, images of 3 x 8 x 8; train 9, validation 0, test 3>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], "got 2 labels for 3 images"),
+        ([0, 1, 4], "labels from 0 to 4, but 4 classes, numbered from 0"),
+        ([-1, 1, 2], "labels from -1 to 2, but 4 classes"),
+        ([0.0, 1.0, 2.0], r"labels are torch.float32 \(3,\): give the class of each image, integers \(3,\)"),
+        (np.eye(4)[:3], r"labels are torch.float64 \(3, 4\)"),
+        (["a", "b", "c"], "labels are a list: give the class of each image, integers"),
+        (None, "labels are a NoneType"),
+    ],
+)
+def test_labels_that_score_no_prediction_are_refused(labels, message):
+    prediction = api.Prediction(torch.full((3, 4), 0.25, dtype=torch.float64), torch.ones(3), torch.zeros(3))
+    with pytest.raises(UserError, match=message) as caught:
+        prediction.scores(labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_any_integers_score_a_prediction():
+    right = api.Prediction(torch.eye(4, dtype=torch.float64)[:3], torch.zeros(3), torch.zeros(3))
+    for kind in (np.uint8, np.int32, np.int64):
+        assert right.scores(np.arange(3).astype(kind)).accuracy == 1
+    assert right.scores(torch.arange(3, dtype=torch.uint8)).accuracy == 1
+
+
 def test_predictions_of_what_is_no_array_are_refused(coreset):
     samples = api.posterior(coreset, "convnet-in", width=4, chain_epochs=1, chain_every=1)
     for images in (None, [IMAGES[0]], Path("a.png")):
