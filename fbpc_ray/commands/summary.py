@@ -51,7 +51,7 @@ def _verdict(ours: float, theirs: float, images: int, nll: str) -> str:
         return f"{UNCLEAR}: on {images:,} images up to {error:.0f} points may be chance; {nll}"
     if points > 0:
         return f"the distilled images are {points:.0f} points better than random ones; {nll}"
-    return f"the distilled images are {-points:.0f} points WORSE than random ones ({nll}): see {FAQ}"
+    return f"the distilled images are {-points:.0f} points WORSE than random ones; {nll}: see {FAQ}"
 
 
 def _compare(ours: float, theirs: float) -> str:

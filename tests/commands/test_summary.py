@@ -23,7 +23,7 @@ def scores(**accuracies):
         (0.4, 48, f"the distilled images are 20 points better than random ones; {NLL}"),
         (0.4, 36, f"no clear difference in accuracy: on 36 images up to 21 points may be chance; {NLL}"),
         (0.2, 10**6, f"no clear difference in accuracy: on 1,000,000 images up to 0 points may be chance; {NLL}"),
-        (0.1, 1000, f"the distilled images are 10 points WORSE than random ones ({NLL}): see docs/faq.md#"),
+        (0.1, 1000, f"the distilled images are 10 points WORSE than random ones; {NLL}: see docs/faq.md#"),
     ],
 )
 def test_a_difference_counts_where_it_is_above_two_standard_errors(ours, images, verdict):
