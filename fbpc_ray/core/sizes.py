@@ -150,7 +150,7 @@ def choose(facts: Facts, level: Level, rung: Rung | None = None) -> Sizes:
     choices = {
         "width": Choice(rung.width, _width_reason(level, seconds, rung == ladder[0])),
         **(_of_method(facts, rung, level.device) if facts.method != "random" else {}),
-        "num_chains": Choice(rung.num_chains, "chains of each coreset and network: their spread is the +-"),
+        "num_chains": Choice(rung.num_chains, "chains, or trained networks, of each coreset: their spread is the +-"),
         "chain_epochs": Choice(rung.chain_epochs, f"{rung.chain_epochs // interval} posterior samples per chain"),
         "chain_every": Choice(interval, "epochs from one sample to the next"),
     }
