@@ -13,6 +13,26 @@ from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.tables import text_table
 
 
+class Training(NamedTuple):
+    """The training of an expert."""
+
+    batch: int
+    """Images of an SGD step."""
+    per_epoch: int
+    """SGD steps of an epoch."""
+    epochs: int
+
+
+class TrainedNetworks(NamedTuple):
+    """What an --inference without chains trains on a coreset for one seed."""
+
+    networks: int
+    steps: int
+    """Of each network."""
+    batch: int
+    """Images of a step."""
+
+
 class Facts(NamedTuple):
     """What the sizes depend on."""
 
@@ -29,6 +49,8 @@ class Facts(NamedTuple):
     """CPU cores of this machine that the run may use."""
     overrides: Mapping[str, Any] = MappingProxyType({})
     """{setting on the command line: value}; the choice leaves these alone, and fits the others to them."""
+    trained: TrainedNetworks | None = None
+    """Of each seed of the evaluation; None: it runs chains."""
 
 
 class Rung(NamedTuple):
@@ -56,6 +78,9 @@ LADDER = (
     Rung(128, 20, 5000, 256, 1000, 5, 1000),
 )
 """From the smallest to the largest run; the paper's is larger than all."""
+
+STEPS = {"vbpc": 10, "frepo": 10, "bpc-fkl": 2, "bpc-rkl": 2, "bpc-w": 2, "random": 0}
+"""{method: its steps, as a multiple of a rung's}; others take those of the rung."""
 
 
 class Level(NamedTuple):
@@ -129,6 +154,8 @@ class Sizes(NamedTuple):
     """Seconds that the run should take at most."""
     seconds: Seconds
     """The estimate."""
+    serial: float = 0.0
+    """The estimated seconds of the run in one process."""
 
     def settings(self) -> dict[str, Any]:
         """Return {setting: value}."""
@@ -146,7 +173,7 @@ def choose(facts: Facts, level: Level, rung: Rung | None = None) -> Sizes:
         fitting = (one for one in reversed(ladder) if estimate(facts, one, level.device).total <= level.seconds)
         rung = next(fitting, ladder[0])
     seconds = estimate(facts, rung, level.device)
-    interval = facts.overrides.get("chain_every", max(1, rung.chain_epochs // 10))
+    interval = sample_interval(facts, rung)
     choices = {
         "width": Choice(rung.width, _width_reason(level, seconds, rung == ladder[0])),
         **(_of_method(facts, rung, level.device) if facts.method != "random" else {}),
@@ -155,13 +182,13 @@ def choose(facts: Facts, level: Level, rung: Rung | None = None) -> Sizes:
         "chain_every": Choice(interval, "epochs from one sample to the next"),
     }
     choices = {name: choice for name, choice in choices.items() if name not in facts.overrides}
-    return Sizes(choices, level.seconds, seconds)
+    return Sizes(choices, level.seconds, seconds, estimate(facts._replace(cores=1), rung, level.device).total)
 
 
 def rungs(facts: Facts) -> list[Rung]:
     """Return `LADDER` with the sizes of the command line."""
     fixed_values = {name: value for name, value in facts.overrides.items() if name in Rung._fields}
-    if facts.method in ("vbpc", "frepo") or facts.method.startswith("bpc-"):
+    if facts.method in STEPS:
         fixed_values.pop("steps", None)  # the ladder counts fbpc's
     least = facts.overrides.get("chain_every", 1)
     return [one._replace(**{"chain_epochs": max(one.chain_epochs, least), **fixed_values}) for one in LADDER]
@@ -178,7 +205,7 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
     if facts.method in ("vbpc", "frepo"):
         real = min(max(128, rung.real_batch_size), n)
         return {
-            "steps": Choice(10 * rung.steps, "ten times fbpc's: such a step costs a tenth"),
+            "steps": Choice(num_steps(facts, rung), "ten times fbpc's: such a step costs a tenth"),
             "real_batch_size": Choice(real, f"of {n:,} real images per step"),
         }
     batch, per_epoch, epochs = training(facts, rung, device)
@@ -192,7 +219,7 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
     if facts.method.startswith("bpc-"):
         return experts | {
             "start_epoch": Choice(max(1, epochs // 2), "theta_0 comes from the first half of a trajectory"),
-            "steps": Choice(2 * rung.steps, "updates of the images, twice fbpc's"),
+            "steps": Choice(num_steps(facts, rung), "updates of the images, twice fbpc's"),
         }
     many_classes = facts.classes >= 100
     rates = f"the paper's for {'100' if many_classes else '10'} classes"
@@ -211,16 +238,6 @@ def _of_method(facts: Facts, rung: Rung, device: str) -> dict[str, Choice]:
         "lambda_u": Choice(0.1 if many_classes else 0.01, rates),
         "real_batch_size": Choice(min(rung.real_batch_size, n), f"of {n:,} real images in each of the K steps"),
     }
-
-
-class Training(NamedTuple):
-    """The training of an expert."""
-
-    batch: int
-    """Images of an SGD step."""
-    per_epoch: int
-    """SGD steps of an epoch."""
-    epochs: int
 
 
 def training(facts: Facts, rung: Rung, device: str) -> Training:
@@ -270,7 +287,18 @@ def map_steps(gamma: float) -> int:
     return 40 if gamma >= 0.1 else 80
 
 
-def snapshots_met(steps: int, snapshots: int) -> float:
+def sample_interval(facts: Facts, rung: Rung) -> int:
+    """Return the epochs from one sample of a chain to the next."""
+    return facts.overrides.get("chain_every", max(1, rung.chain_epochs // 10))
+
+
+def num_steps(facts: Facts, rung: Rung) -> int:
+    """Return the steps of the distillation."""
+    steps = STEPS.get(facts.method, 1) * rung.steps
+    return facts.overrides.get("steps", steps) if steps else 0
+
+
+def snapshots_met(steps: float, snapshots: int) -> float:
     """Return the expected different snapshots in `steps` draws: each costs its K steps once."""
     return snapshots * (1 - (1 - 1 / snapshots) ** steps)
 
@@ -285,23 +313,28 @@ def estimate(facts: Facts, rung: Rung, device: str) -> Seconds:
     _, per_epoch, epochs = training(facts, rung, device)
     expert = epochs * (per_epoch * MACHINES[device].pass_seconds + _images(facts, rung, device, facts.images))
     u_pass = _pass(facts, rung, device, m)
+    steps = num_steps(facts, rung)
     if facts.method in ("vbpc", "frepo", "random"):
         expert = 0.0
-        steps = 10 * rung.steps * (facts.method != "random")
-        step = networks * (_pass(facts, rung, device, 2 * m) + _images(facts, rung, device, 128))
-        distillation = steps * step
+        distillation = steps * (_pass(facts, rung, device, 2 * m) + _images(facts, rung, device, 128))
     else:
+        fbpc_steps = steps / STEPS.get(facts.method, 1)
         num_snapshots = snapshots_met(
-            rung.steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
+            fbpc_steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
         )
         k_steps = 30 * _pass(facts, rung, device, min(rung.real_batch_size, facts.images))
         on_u = (map_steps(gamma(facts)) + 30 + 20) * u_pass
-        distillation = (rung.steps * on_u + num_snapshots * k_steps) * networks / at_once
-    tests = 10 * _images(facts, rung, device, facts.test_images) / 3
-    chain = rung.chain_epochs * u_pass + tests
-    chains = 2 * networks * rung.num_chains
+        distillation = fbpc_steps * on_u + num_snapshots * k_steps
+    prediction = _images(facts, rung, device, facts.test_images) / 3
+    if facts.trained is None:
+        num_samples = rung.chain_epochs // sample_interval(facts, rung)
+        chain = rung.chain_epochs * u_pass + num_samples * prediction
+    else:
+        count, net_steps, batch = facts.trained
+        chain = count * (net_steps * _pass(facts, rung, device, batch) + prediction)
+    chains = (1 if facts.method == "random" else 2) * networks * rung.num_chains
     return Seconds(
-        math.ceil(tasks / cores) * expert, distillation, math.ceil(chains / cores) * chain,
+        math.ceil(tasks / cores) * expert, distillation * networks / at_once, math.ceil(chains / cores) * chain,
     )  # fmt: skip
 
 

@@ -70,6 +70,12 @@ def num_networks(settings: Evaluation) -> int:
     return settings.ensemble_size if settings.inference == "ensemble" else 1
 
 
+def batch_images(settings: Evaluation, m: int) -> int:
+    """Return the images of a training step on a coreset of m images: all, if they are at most --chain-full-batch."""
+    images = 2 * m if settings.net_mirror else m
+    return images if images <= settings.chain_full_batch else min(settings.chain_batch_size, images)
+
+
 def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets:
     """Return the coreset's images with their regression targets, with the mirror images if --net-mirror."""
     return _targets(context.coresets[chain.coreset], chain.spec.classes, context.settings, device)

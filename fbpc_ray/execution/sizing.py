@@ -10,8 +10,9 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.ranges import check_ranges
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.sizes import LEVELS, Facts, Level, SizeRequest, Sizes
+from fbpc_ray.core.sizes import LEVELS, Facts, Level, SizeRequest, Sizes, TrainedNetworks
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.evaluation.last_layer import batch_images, num_networks
 from fbpc_ray.execution import validation
 from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.session import Session, load_data, open_session
@@ -24,7 +25,9 @@ class Chosen(NamedTuple):
     sizes: Sizes
     level: Level
     measured: Measured | None
-    """The probe of --time-budget, whose estimate `sizes` has; None: the formula's estimate."""
+    """The probe of --time-budget, whose estimate `sizes` has; None: the formula's estimate, for all cores."""
+    serial: bool = False
+    """Whether the run has one process."""
 
     @property
     def fits(self) -> bool:
@@ -83,7 +86,7 @@ def _choose(config: Config, dataset: Dataset, request: SizeRequest, log: Log) ->
     """Choose by the formula, or for --time-budget by probes."""
     facts, level = facts_of(config, dataset, request), LEVELS[_level_name(config, request)]
     if not request.budget:
-        return Chosen(sizes.choose(facts, level), level, None)
+        return Chosen(sizes.choose(facts, level), level, None, config.workers.backend == "serial")
     level = level._replace(seconds=request.budget, device=local_device(config))
     log(f"timing this machine, to choose the largest sizes that fit {describe_seconds(request.budget)}")
     return _within_budget(config, dataset, facts, level)
@@ -115,11 +118,14 @@ def _log_table(
 
 
 def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
-    """Collect the facts that the sizes depend on."""
-    d, flat = config.distillation, config.flat()
+    """Collect the facts that the sizes depend on: the backend is none of them, since it changes no result."""
+    d, e, flat = config.distillation, config.evaluation, config.flat()
+    m = d.ipc * len(dataset.classes)
+    chains = e.inference == "sghmc"
     return Facts(
         len(dataset.train.labels), len(dataset.classes), dataset.image_shape, len(dataset.test.labels), d.ipc, d.method,
         config.networks.architectures, cores.available(), {name: flat[name] for name in request.flags if name in flat},
+        None if chains else TrainedNetworks(num_networks(e), e.net_steps, batch_images(e, m)),
     )  # fmt: skip
 
 
@@ -167,7 +173,9 @@ def _time(facts: Facts, chosen: Chosen, hint: str = "") -> str:
     """Compare the estimate of the time with the limit; `hint` follows an estimate by the formula."""
     limit, seconds = (describe_seconds(value) for value in (chosen.level.seconds, chosen.sizes.seconds.total))
     origin = "timed on this machine" if chosen.measured else f"by a formula{hint}"
-    estimate = f"experts, distillation and evaluation take about {seconds} ({origin})"
+    serial = describe_seconds(chosen.sizes.serial)
+    alone = f" with Ray, {serial} in this process" if chosen.serial and serial != seconds else ""
+    estimate = f"experts, distillation and evaluation take about {seconds}{alone} ({origin})"
     if chosen.fits:
         return f"{estimate}; the limit is {limit}"
     return f"{estimate}, above the limit of {limit}, with the smallest sizes; {_advice(facts)}"

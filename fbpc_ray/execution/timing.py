@@ -17,7 +17,7 @@ from fbpc_ray.distillation import network_pool, trajectory_cache
 from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.methods.common import Clock, coreset_batches
 from fbpc_ray.evaluation.chains import sampling
-from fbpc_ray.evaluation.last_layer import num_networks
+from fbpc_ray.evaluation.last_layer import batch_images, num_networks
 from fbpc_ray.execution.memory_estimate import count_parameters
 from fbpc_ray.execution.session import Session
 from fbpc_ray.execution.worker_group import cpu_threads, trajectory_cache_bytes
@@ -193,9 +193,7 @@ def _chain(session: Session, timing: Timings) -> float:
     if e.inference == "sghmc":
         return e.chain_epochs * timing.chain_epoch + e.chain_epochs // e.chain_every * tests
     m = len(_coreset(session)[1])
-    images = 2 * m if e.net_mirror else m
-    batch = images if images <= e.chain_full_batch else min(e.chain_batch_size, images)
-    return num_networks(e) * (e.net_steps * timing.chain_epoch * batch / m + tests)
+    return num_networks(e) * (e.net_steps * timing.chain_epoch * batch_images(e, m) / m + tests)
 
 
 def measure(session: Session, device: str, cores: int) -> Measured:

@@ -147,6 +147,21 @@ def test_the_smallest_sizes_say_that_they_are_above_the_limit():
     assert lines[2].endswith("; the limit is 4 min")
 
 
+def test_a_run_in_one_process_has_its_own_estimate(images, capsys):
+    """The choice is the same: the backend changes no result. With a last layer, networks are trained for each seed."""
+    data = ("--data", f"folder:{images}", "--print-config")
+    tables = []
+    for backend in ("ray", "serial"):
+        capsys.readouterr()
+        main.main(["distill", *data, "--backend", backend])
+        tables.append(capsys.readouterr().err)
+    chosen = sizes.choose(sizes.Facts(18, 2, (3, 8, 8), 6, cores=2), sizes.LEVELS["laptop"])
+    total, serial = (describe_seconds(seconds) for seconds in (chosen.seconds.total, chosen.serial))
+    assert f"take about {total} (by a formula" in tables[0]
+    assert f"take about {total} with Ray, {serial} in this process (by a formula" in tables[1]
+    assert tables[0].splitlines()[2:] == tables[1].splitlines()[2:]
+
+
 def test_a_time_budget_takes_the_largest_that_fits(images, capsys, monkeypatch):
     """By the measured seconds of a rung, not by the formula's, of which a probe here finds the tenfold."""
     timed = []

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fbpc_ray.core import sizes
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import default, preset, size_request
 from fbpc_ray.core.sizes import (
@@ -9,10 +10,12 @@ from fbpc_ray.core.sizes import (
     LEVELS,
     Facts,
     Level,
+    TrainedNetworks,
     alpha,
     choose,
     describe,
     estimate,
+    rungs,
     snapshots_met,
 )
 
@@ -146,6 +149,52 @@ def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
     assert estimate(two, rung, "cpu").experts == estimate(two, rung._replace(expert_count=4), "cpu").experts
     assert estimate(four, rung, "cpu").chains == estimate(four, rung._replace(num_chains=2), "cpu").chains
     assert estimate(four, rung, "cpu").chains < estimate(four, rung._replace(num_chains=3), "cpu").chains
+
+
+def test_a_trained_network_predicts_once_and_a_chain_for_each_sample():
+    """A pass of 6 images costs p, one of 3 images q, a prediction of the test images t: 50 steps and one prediction of
+    each of 2 networks, or 300 epochs and a prediction after every 20 of them."""
+    facts, rung = MINE._replace(cores=1), LADDER[1]._replace(num_chains=1)
+    p, q = (sizes._pass(facts, rung, "cpu", images) for images in (6, 3))
+    t = sizes._images(facts, rung, "cpu", facts.test_images) / 3
+    trained = facts._replace(trained=TrainedNetworks(networks=2, steps=50, batch=6))
+    assert estimate(trained, rung, "cpu").chains == pytest.approx(2 * 2 * (50 * p + t))
+    assert estimate(facts._replace(overrides={"chain_every": 20}), rung, "cpu").chains == pytest.approx(
+        2 * (300 * q + 15 * t)
+    )
+    random = trained._replace(method="random")
+    assert estimate(random, rung, "cpu") == pytest.approx((0, 0, 2 * (50 * p + t))), "there is one coreset"
+
+
+def test_gradients_of_vbpc_are_computed_at_once():
+    """Four networks: on two cores in half the time, on eight in a quarter."""
+    facts = MINE._replace(method="vbpc", architectures=("convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"))
+    one, two, eight = (estimate(facts._replace(cores=n), LADDER[1], "cpu").distillation for n in (1, 2, 8))
+    assert (one / two, one / eight) == pytest.approx((2, 4))
+
+
+@pytest.mark.parametrize(("method", "times"), [("fbpc-isotropic", 1), ("bpc-w", 2), ("vbpc", 10), ("frepo", 10)])
+def test_the_estimate_counts_the_steps_of_the_command_line(method, times):
+    """A rung of 60 steps of fbpc has more of other methods; as many by --steps cost the same, half of them less."""
+    facts, rung = MINE._replace(method=method), LADDER[1]
+    usual = choose(facts, LAPTOP, rung)
+    assert usual.settings()["steps"] == 60 * times
+    seconds = []
+    for steps in (60 * times, 30 * times):
+        given = facts._replace(overrides={"steps": steps})
+        (fitting,) = (one for one in rungs(given) if one.width == 16 and one.expert_count == 3)
+        seconds.append(estimate(given, fitting, "cpu").distillation)
+    assert seconds[0] == usual.seconds.distillation
+    assert 0.4 < seconds[1] / seconds[0] < 0.75
+
+
+def test_the_estimate_of_one_process():
+    """Two cores share nothing there; on a GPU parts follow each other anyway."""
+    laptop, gpu = choose(MINE, LAPTOP), choose(MINE, LEVELS["gpu"])
+    assert laptop.serial == pytest.approx(
+        2 * laptop.seconds.chains + 5 / 3 * laptop.seconds.experts + laptop.seconds.distillation
+    )
+    assert gpu.serial == gpu.seconds.total
 
 
 def test_alpha_is_the_papers_from_300_steps_on():
