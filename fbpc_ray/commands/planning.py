@@ -14,13 +14,13 @@ from fbpc_ray.core.sizes import describe_device
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tables import text_table
 from fbpc_ray.data.datasets import Split
-from fbpc_ray.distillation.trajectory_cache import fits
+from fbpc_ray.distillation.trajectory_cache import bytes_of_a_snapshot
 from fbpc_ray.evaluation.last_layer import num_networks
 from fbpc_ray.execution import advice, memory_estimate, sizing
 from fbpc_ray.execution.memory_estimate import count_parameters
 from fbpc_ray.execution.session import Session, phases_of
 from fbpc_ray.execution.timing import Measured, measure, snapshots_met
-from fbpc_ray.execution.worker_group import compiles_passes, trajectory_cache_bytes
+from fbpc_ray.execution.worker_group import compiles_passes, trajectory_cache_bytes, trajectory_shapes
 
 PARTS = ("experts", "distillation", "chains")
 PARTS_OF_PHASES = {"experts": "experts", "distillation": "distillation", "evaluation": "chains"}
@@ -198,8 +198,8 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
     )
     words = [f"{describe_bytes(experts)} for experts"] if experts else []
     if "distillation" in parts:
-        most, rows = trajectory_cache_bytes(c, session.specs), 1 + c.distillation.posterior_steps
-        if cache_bytes := snapshots_met(c) * sum(4 * rows * count for count in counts if fits((rows, count), most)):
+        most = trajectory_cache_bytes(c, session.specs)
+        if cache_bytes := snapshots_met(c) * bytes_of_a_snapshot(trajectory_shapes(c, session.specs), most):
             words.append(f"up to {describe_bytes(min(most, cache_bytes))} for the cache of K steps in {cache_folder()}")
         m = c.distillation.ipc * len(session.dataset.classes)
         pixels = reduce(int.__mul__, session.dataset.image_shape)

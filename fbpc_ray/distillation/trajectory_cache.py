@@ -134,6 +134,15 @@ def fits(shape: tuple[int, int], limit: float) -> bool:
     return _file_size(shape) <= min(MAX_BLOCK, limit)
 
 
+def bytes_of_a_snapshot(shapes: Iterable[tuple[int, int]], limit: float) -> int:
+    """Return the bytes of one snapshot of each network, of those that a cache of `limit` bytes keeps.
+
+    Args:
+        shapes: (1 + K, P) of each network.
+    """
+    return sum(_file_size(shape) for shape in shapes if fits(shape, limit))
+
+
 def _file_size(shape: tuple[int, int]) -> int:
     return HEADER + 4 * shape[0] * shape[1] + CHECKSUM_BYTES
 

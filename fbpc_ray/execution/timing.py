@@ -18,9 +18,8 @@ from fbpc_ray.distillation.expert_training import train_expert
 from fbpc_ray.distillation.methods.common import Clock, coreset_batches
 from fbpc_ray.evaluation.chains import sampling
 from fbpc_ray.evaluation.last_layer import batch_images, num_networks
-from fbpc_ray.execution.memory_estimate import count_parameters
 from fbpc_ray.execution.session import Session
-from fbpc_ray.execution.worker_group import cpu_threads, trajectory_cache_bytes
+from fbpc_ray.execution.worker_group import cpu_threads, trajectory_cache_bytes, trajectory_shapes
 from fbpc_ray.inference.map_solve import map_solve
 from fbpc_ray.inference.posterior import sgd_trajectory
 from fbpc_ray.inference.solution import SolverStatus
@@ -169,7 +168,7 @@ def snapshots_met(config: Config) -> float:
 def _trajectories(session: Session, spec: Spec) -> float:
     """Return how often the K steps on real images are computed: once for each snapshot that the cache keeps."""
     config, d = session.config, session.config.distillation
-    shape = 1 + d.posterior_steps, count_parameters(spec)
+    (shape,) = trajectory_shapes(config, [spec])
     if trajectory_cache.fits(shape, trajectory_cache_bytes(config, session.specs)):
         return snapshots_met(config)
     return session.num_steps * d.draws_per_step

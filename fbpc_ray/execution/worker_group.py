@@ -11,7 +11,7 @@ from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.state import gradient_tasks
-from fbpc_ray.distillation.trajectory_cache import fits
+from fbpc_ray.distillation.trajectory_cache import bytes_of_a_snapshot
 from fbpc_ray.distillation.worker import EXPERT_SIDES, WorkerArguments, WorkerGroupSpec
 from fbpc_ray.execution import memory_estimate
 from fbpc_ray.models import compiler as compiling
@@ -62,10 +62,14 @@ def trajectory_cache_bytes(config: Config, specs: Sequence[Spec]) -> float:
     if d.method not in EXPERT_SIDES:
         return 0.0
     snapshots = min(d.steps * d.draws_per_step, e.expert_count * e.expert_epochs)
-    limit, rows = 1e9 * config.workers.trajectory_cache_gb, 1 + d.posterior_steps
-    counts = [memory_estimate.count_parameters(spec) for spec in specs]
-    side_bytes = sum(4 * rows * count for count in counts if fits((rows, count), limit))
+    limit = 1e9 * config.workers.trajectory_cache_gb
+    side_bytes = bytes_of_a_snapshot(trajectory_shapes(config, specs), limit)
     return limit if 0 < side_bytes * snapshots <= RARELY * limit else 0.0
+
+
+def trajectory_shapes(config: Config, specs: Sequence[Spec]) -> list[tuple[int, int]]:
+    """Return (1 + K, P), the shape of theta_x and its K steps, of each network."""
+    return [(1 + config.distillation.posterior_steps, memory_estimate.count_parameters(spec)) for spec in specs]
 
 
 def worker_group(

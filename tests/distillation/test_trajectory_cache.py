@@ -192,6 +192,17 @@ def test_the_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path):
     assert TrajectoryCache(tmp_path, 20).block("e", (2, 3), make) is None  # larger than all it may hold
 
 
+def test_the_bytes_of_a_snapshot_are_those_of_its_files(tmp_path):
+    """Of two networks, and of the smaller one alone where a file of the larger is above the limit by a byte."""
+    small, large = (2, 3), (2, 50)
+    for shape in (small, large):
+        made = [torch.zeros(shape[1])] * 2
+        TrajectoryCache(tmp_path, 1e6).block(str(shape[1]), shape, lambda made=made: made)
+    sizes = [(tmp_path / f"{shape[1]}.npy").stat().st_size for shape in (small, large)]
+    assert trajectory_cache.bytes_of_a_snapshot([small, large], sizes[1]) == sum(sizes)
+    assert trajectory_cache.bytes_of_a_snapshot([small, large], sizes[1] - 1) == sizes[0]
+
+
 @pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_block_is_made_again(content, tmp_path):
     (tmp_path / "a.npy").write_bytes(content)
