@@ -61,6 +61,8 @@ def distill(config: Config, sizes: SizeRequest | None, *, resume: bool, dry_run:
         consequence = "the run goes on with these images: stop it if it should not"
         if note := advice.changed_images_note(session.dataset, run.read_fingerprint(), "the run", consequence):
             log(note)
+        if run.state_path.exists():
+            session = replace(session, restored=session.start(run)[0])
     if dry_run:
         planning.describe(session, run=run.folder, limit=sized.limit, measured=sized.measured)
         return
@@ -123,7 +125,7 @@ def _distill(session: Session, run: RunDirectory, resume: bool, phases: Phases) 
     compiled = compiles_passes(config, session.dataset, session.specs, log)
     if config.workers.compiled == "auto" or not resume:
         session = replace(session, config=config.updated(compiled="on" if compiled else "off"))
-    state, rows = _restore(session, run, resume)
+    state, rows = _start(session, run)
     interruption = Interruption()
     with (
         resume_hint("resume with: " + _resume_command(session.config, run)),
@@ -147,10 +149,9 @@ def _distill(session: Session, run: RunDirectory, resume: bool, phases: Phases) 
     return result, tracker.uri if tracker.in_store else ""
 
 
-def _restore(session: Session, run: RunDirectory, resume: bool) -> tuple[State, list[Row]]:
-    """Return the state to start from and the metrics so far."""
-    first, labels = session.initial
-    state, rows = (resume and run.restore(labels, session.dataset.image_shape)) or (first, [])
+def _start(session: Session, run: RunDirectory) -> tuple[State, list[Row]]:
+    """Return the state to start from and the metrics so far. Raises UserError for one beyond --steps."""
+    state, rows = session.start(run)
     if state.step > session.num_steps:
         raise UserError(
             f"--steps {session.num_steps} is below the {state.step} steps of the checkpoint in {run.folder}: raise it"

@@ -73,7 +73,7 @@ def _problem(session: Session) -> UserError | None:
     if session.coresets:
         return None
     try:
-        _ = session.initial
+        _ = session.current
     except UserError as error:
         return error
     return None

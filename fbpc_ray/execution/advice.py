@@ -83,8 +83,8 @@ def _start(session: Session) -> str:
 
 
 def initial_coreset_notes(session: Session) -> list[str]:
-    """Note what was assumed of --initial-coreset, and soft labels of it that the method can't use."""
-    if session.initial_coreset is None:
+    """Note what is assumed of --initial-coreset, and soft labels of it that the method can't use."""
+    if session.restored is not None or session.initial_coreset is None:
         return []
     notes = [f"--initial-coreset: {note}" for note in session.initial_coreset.notes]
     if session.initial_coreset.coreset.soft_labels is not None and session.initial[0].soft_labels is None:

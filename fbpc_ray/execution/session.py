@@ -22,6 +22,7 @@ from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.expert_store import ExpertStore, open_store
 from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.loop import Step, distill_steps
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import (
     State,
     begin_as,
@@ -51,6 +52,8 @@ class Session:
     """What --initial-coreset names, where Python gives a coreset in the place of a path."""
     coresets: dict[str, Coreset] = field(default_factory=dict)
     """By name, what an evaluation of other coresets than this session's scores; the random one first."""
+    restored: State | None = None
+    """The checkpoint that a resumed run goes on from, which needs no --initial-coreset."""
 
     @property
     def scored(self) -> list[str]:
@@ -69,6 +72,11 @@ class Session:
         if self.initial_coreset is not None:
             state = begin_as(state, labels, self.initial_coreset.coreset, self.dataset)
         return state, labels
+
+    @property
+    def current(self) -> State:
+        """The state before the next step: the checkpoint's, else the initial one. Raises UserError as `initial`."""
+        return self.restored or self.initial[0]
 
     @cached_property
     def initial_coreset(self) -> Loaded | None:
@@ -105,6 +113,13 @@ class Session:
             "fingerprint": data.fingerprint, "settings": json.dumps(coreset_settings(self.config)),
         }  # fmt: skip
         return Coreset(coreset_images(state), self.labels, data.mean, data.std, data.classes, state.soft_labels, facts)
+
+    def start(self, run: RunDirectory) -> tuple[State, list[dict[str, Any]]]:
+        """Return the state and the metrics of the checkpoint in `run`; before the first one, `initial` and no metrics.
+
+        Raises UserError for a damaged checkpoint, and as `initial`.
+        """
+        return run.restore(self.labels, self.dataset.image_shape) or (self.initial[0], [])
 
     def train_experts(self, workers: TaskRunner, log: Log) -> None:
         """Train the trajectories that are missing; none for a method without experts."""

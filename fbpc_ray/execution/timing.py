@@ -107,7 +107,7 @@ def _coreset(session: Session) -> tuple[Tensor, Tensor]:
     if session.coresets:
         one = session.coresets[session.scored[-1]]
         return one.images, one.labels
-    return session.initial[0].images, session.labels
+    return session.current.images, session.labels
 
 
 def _seconds(call: Callable[[], object], network: Network) -> float:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import log
 from fbpc_ray.core.provenance import Provenance
 from fbpc_ray.data import coreset
@@ -67,12 +68,23 @@ def _draw_pictures(live: LiveRun, state: State, rows: list[Row]) -> None:
     title = f"{d.method}, {dataset.name}, {d.ipc} per class, step {state.step}"
     image_grids.coreset_grid(pixels_of(state, dataset), labels.numpy(), dataset.classes, run.picture_path, title)
     if rows:
-        origin = "images of --initial-coreset" if session.initial_coreset else "real images"
-        title = f"{origin}, before step 1 of {d.method}"
-        first = pixels_of(session.initial[0], dataset)
-        image_grids.coreset_grid(first, labels.numpy(), dataset.classes, run.before_path, title)
+        if not run.before_path.exists():
+            _draw_initial(live)
         run_figures.over_time(run, labels, dataset.classes, f"{d.method}, {dataset.name}, over the steps")
         run_figures.course(rows, d.method, run.course_path)
+
+
+def _draw_initial(live: LiveRun) -> None:
+    """Draw the images before step 1; log a note where --initial-coreset can't be read any more."""
+    session, run, d = live.session, live.run, live.session.config.distillation
+    try:
+        first = pixels_of(session.initial[0], session.dataset)
+    except UserError as error:
+        log(f"note: {run.before_path.name} is left out: {error}")
+        return
+    origin = "images of --initial-coreset" if d.initial_coreset else "real images"
+    title = f"{origin}, before step 1 of {d.method}"
+    image_grids.coreset_grid(first, session.labels.numpy(), session.dataset.classes, run.before_path, title)
 
 
 def draw_reliability(scored: EvaluationResult, path: Any, images: int) -> None:

@@ -49,10 +49,9 @@ def make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> str:
 def _make_coreset(dataset: Dataset, task: CoresetTask, device: str) -> None:
     config, run, clock = task.config, RunDirectory(task.folder), CpuClock(task.folder / "cpu-seconds.txt")
     session = open_session(config.updated(threads=1), print, dataset)
-    state, labels = session.initial
+    state, rows = session.start(run)
     if session.num_steps:
         interruption = Interruption()
-        state, rows = run.restore(labels, dataset.image_shape) or (state, [])
         run.write_config(config)
         steps = session.steps(state, Serial(device, interruption))
 

@@ -215,6 +215,7 @@ def _with_own_settings(
 
 def _check_starts(configs: list[Config], dataset: Dataset) -> None:
     """Log what is assumed of --initial-coreset. Raises UserError where a trial has no images to begin with."""
+    configs = [config for config in configs if not RunDirectory(place(config.output.out)).state_path.exists()]
     starts = {(d.ipc, d.initial_coreset, d.method, d.learn_labels, d.label_confidence): config
               for config in configs for d in [config.distillation]}  # fmt: skip
     sessions = [Session(config, dataset, [], []) for config in starts.values()]
@@ -370,9 +371,7 @@ def _on_test(
 ) -> dict[str, Any]:
     """Evaluate a finished trial's coreset beside random images; write the files of a run."""
     run, session = RunDirectory(place(config.output.out)), open_session(config, log, dataset)
-    first, labels = session.initial
-    restored = run.restore(labels, dataset.image_shape)
-    if restored is None and session.num_steps:
+    if session.num_steps and not run.state_path.exists():
         raise UserError(f"the checkpoint of the trial is missing: delete {run.folder}, and --resume runs it again")
-    state, rows = restored or (first, [])
+    state, rows = session.start(run)
     return evaluate_run(LiveRun(session, run, workers, provenance, tracker), state, rows)

@@ -173,8 +173,7 @@ def _distill(
     report: Callable[[ValidationResult], None], log: Log,
 ) -> None:  # fmt: skip
     session = open_session(config, log, task.dataset)
-    first, labels = session.initial
-    state, rows = run.restore(labels, session.dataset.image_shape) or (first, [])
+    state, rows = session.start(run)
     record.starts.append(state.step)
     write_record(run.folder, record)
 

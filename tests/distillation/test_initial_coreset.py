@@ -1,5 +1,7 @@
 """`--initial-coreset`: the state before step 1 is a coreset's, that of the comparison stays real images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.runs import SMALL_VBPC, flags_of, images_of, refused, silent
@@ -105,6 +107,49 @@ def test_a_run(digits, path, tmp_path, monkeypatch):
         again = api.distill(digits, initial_coreset=given, log=silent, **settings)
         assert torch.equal(again.images, images_of(folder))
     assert not torch.equal(api.distill(digits, log=silent, **settings).images, images_of(folder))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_needs_the_file_no_more(digits, path, tmp_path, capsys):
+    """A file that is gone changes no bit; the picture of the first run stays."""
+    folders = tmp_path / "kept", tmp_path / "gone"
+    words = [*flags_of(SETTINGS), "--initial-coreset", str(path)]
+    for folder in folders:
+        main.main(["distill", *words, "--out", str(folder), "--steps", "1"])
+    main.main(["distill", *words, "--out", str(folders[0]), "--resume"])
+    path.unlink()
+    resume = ["--out", str(folders[1]), "--resume", "--steps", "2"]
+    main.main(["distill", *resume, "--dry-run"])
+    main.main(["distill", *resume])
+    assert torch.equal(images_of(folders[0]), images_of(folders[1]))
+    pictures = [RunDirectory(folder).before_path.read_bytes() for folder in folders]
+    assert pictures[0] == pictures[1]
+    capsys.readouterr()
+    RunDirectory(folders[1]).before_path.unlink()
+    main.main(["distill", *resume[:3], "--steps", "3"])
+    assert "note: before.png is left out: " in capsys.readouterr().out
+    main.main(["report", str(folders[1])])
+    main.main(["export", str(folders[1]), "--format", "npz", "--out", str(tmp_path / "out.npz")])
+    main.main(["evaluate", str(folders[1]), "--backend", "serial", "--architectures", "convnet-in"])
+
+
+def test_the_state_of_a_checkpoint_needs_no_file(digits, path, tmp_path):
+    opened, run = opened_with(digits, path), RunDirectory(tmp_path / "run")
+    state, rows = opened.start(run)
+    assert (state.step, rows) == (0, [])
+    assert torch.equal(state.images, opened.initial[0].images)
+    run.write_config(opened.config)
+    run.save(state._replace(step=1), [{"step": 1, "architecture": "convnet-in"}, {"step": 2, "architecture": "a"}])
+    path.unlink()
+    later = opened_with(digits, path)
+    restored, rows = later.start(run)
+    assert (restored.step, [row["step"] for row in rows]) == (1, [1])
+    resumed = replace(later, restored=restored)
+    assert resumed.current is restored
+    assert not [note for note in advice.notes(resumed) if "initial-coreset" in note]
+    run.state_path.unlink()
+    with pytest.raises(UserError, match=r"given\.safetensors: coreset not found"):
+        later.start(run)
 
 
 def test_a_file_above_the_memory_is_not_read(digits, path, monkeypatch):
