@@ -19,9 +19,18 @@ SHOWN = {field.name for group in (Networks, Experts) for field in fields(group)}
 """Settings of the experts."""
 
 
+def only_of_experts(config: Config) -> Config:
+    """Return `config` with the defaults of all settings that experts don't use, which a preset may have."""
+    d = config.distillation
+    own = Config(data=config.data, networks=config.networks, experts=config.experts, workers=config.workers)
+    return own.updated(method=d.method, ipc=d.ipc)
+
+
 def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: str) -> None:
     """Train the expert trajectories that are missing, whichever of their epochs a distillation will take."""
-    config = validation.canonical(config.updated(initial_coreset=""))
+    if sizes is None:
+        config = only_of_experts(config)
+    config = validation.canonical(config)
     if not uses_experts(config):
         method = config.distillation.method
         raise UserError(f"--preset: its method, {method}, takes no experts; give a preset of another method")

@@ -156,7 +156,7 @@ def _print_config(config: Config, sizes: SizeRequest | None) -> None:
 
 
 def experts(words: Sequence[str]) -> None:
-    base, sizes = start_of(words)
+    base, sizes = start_of(words, unused={"initial_coreset", "out"})
     default = ExpertArguments(
         ipc=base.distillation.ipc, data=base.data, networks=base.networks, experts=base.experts, workers=base.workers
     )

@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -100,10 +100,13 @@ def base_config(words: Sequence[str]) -> Config:
     return start_of(words)[0]
 
 
-def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
+def start_of(words: Sequence[str], unused: Set[str] = frozenset()) -> tuple[Config, SizeRequest | None]:
     """Return `base_config`, and the request to choose sizes once the data is loaded; None where all sizes are known.
 
     A run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
+
+    Args:
+        unused: settings that the command doesn't use: a preset file may name destinations there.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in (
@@ -125,7 +128,7 @@ def start_of(words: Sequence[str]) -> tuple[Config, SizeRequest | None]:
         return stored.updated(download=False, **recipe), None
     base = default(known.data, known.ipc, known.preset or "", known.method)
     if known.preset and known.preset not in (*PRESETS, *LEVELS, PAPER):
-        refuse_unasked(base, flag_names, known.preset)
+        refuse_unasked(base, flag_names | unused, known.preset)
     request = size_request(known.data, known.preset or "", known.time_budget or "", flags_in(words))
     return base.updated(**recipe), request
 

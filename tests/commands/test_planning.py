@@ -370,6 +370,19 @@ def test_a_preset_without_experts_trains_none(tmp_path, capsys):
     assert "its method, vbpc, takes no experts" in line
 
 
+def test_experts_ignore_the_settings_of_a_preset_that_they_do_not_use(images, small, tmp_path, capsys, monkeypatch):
+    """Stores for other files, and values that fit no distillation: the command line can't repeat or change them."""
+    unused = {
+        "initial_coreset": "s3://mine/a.npz", "out": "s3://mine/run", "start_epoch": 9, "val_every": 5,
+        "chain_every": 50, "chain_epochs": 20, "ipc": 2,
+    }  # fmt: skip
+    monkeypatch.setattr(planning, "measure", lambda *_: Measured([Timings(1, 1, 1, 1, 1, 1)] * 2, Seconds(1, 1, 1)))
+    preset = small.updated(**unused, data=f"folder:{images}", experts=str(tmp_path / "experts"), backend="serial")
+    (tmp_path / "mine.json").write_text(json.dumps(preset.flat()))
+    main.main(["experts", "--preset", "./mine.json", "--dry-run"])
+    assert re.search(r"^experts +\S.* 4 experts to train, 0 are in 2 folders$", capsys.readouterr().out, re.M)
+
+
 def test_experts_are_those_of_a_distillation_of_as_many_images(images, capsys, monkeypatch):
     """A limit of time that width 128 meets with one image per class, and not with nine."""
     facts = sizes.Facts(18, 2, (3, 8, 8), 6, cores=2)

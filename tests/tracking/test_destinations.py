@@ -112,22 +112,23 @@ def test_a_strangers_run_gets_no_request(finished, user, capsys):
         assert stranger.requests == []
 
 
+STORED = {
+    "--experts s3://stranger/experts, but a file alone opens no object": {"experts": "s3://stranger/experts"},
+    "--address 203.0.113.9:6379, but a file alone connects to no Ray cluster": {"address": "203.0.113.9:6379"},
+    "--architectures evil:net, but a file alone imports no code": {"architectures": ["evil:net"]},
+    "--initial-coreset s3://stranger/a.npz, but a file alone opens": {"initial_coreset": "s3://stranger/a.npz"},
+}
+"""{message: what config.json names}; experts need no initial coreset (tests/commands/test_planning.py)."""
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"experts": "s3://stranger/experts"},
-            "--experts s3://stranger/experts, but a file alone opens no object",
-        ),
-        ({"address": "203.0.113.9:6379"}, "--address 203.0.113.9:6379, but a file alone connects to no Ray cluster"),
-        ({"architectures": ["evil:net"]}, "--architectures evil:net, but a file alone imports no code"),
-        ({"initial_coreset": "s3://stranger/a.npz"}, "--initial-coreset s3://stranger/a.npz, but a file alone opens"),
-    ],
+    ("command", "message"),
+    [(name, message) for name in ("distill", "tune") for message in STORED]
+    + [("experts", message) for message in list(STORED)[:3]],
 )
-@pytest.mark.parametrize("command", ["distill", "tune", "experts"])
-def test_a_stored_destination_must_be_repeated(finished_run, tmp_path, capsys, changes, message, command):
+def test_a_stored_destination_must_be_repeated(finished_run, tmp_path, capsys, command, message):
     shutil.copytree(finished_run, tmp_path / "run")
-    edit(tmp_path / "run" / "config.json", **changes)
+    edit(tmp_path / "run" / "config.json", **STORED[message])
     words = ["--preset", str(tmp_path / "run" / "config.json")] if command == "experts" else ["--resume"]
     words += [] if command == "experts" else ["--out", str(tmp_path / "run")]
     assert message in refused(capsys, *words, command=command)
