@@ -223,7 +223,7 @@ def tune(words: Sequence[str]) -> None:
     if not base.data.validation:
         base = base.updated(validation=VALIDATION)
     args = parse(TuneArguments, words, "fbpc tune", TuneArguments(config=base))
-    job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space)
+    job, out, trusted = args.job, args.config.output.out, bool(args.sweep.space or args.sweep.grid)
     if job.resume != "no" and not out:
         raise UserError(f"--resume {job.resume} needs the folder of the sweep: add --out DIR")
     progress.log_to_stderr(job.print_config or job.json == "-")

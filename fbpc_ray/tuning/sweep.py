@@ -72,7 +72,7 @@ def tune(
     Args:
         sizes: what to choose sizes by, around which trials vary; None where `base` has them.
         given: settings of `base` that the command line names.
-        trusted: the command line names --space, so that the sweep may import code.
+        trusted: the command line names --space or --grid, so that the trials may import code and open stores.
         json: where to copy result.json.
     """
     folder = _folder(base, resume)
@@ -116,6 +116,8 @@ def _run_sweep(sweep: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
     folder, interruption = sweep.folder, Interruption()
     flags = never_from_a_file(sweep.base)
     repeated = [word for name, words in flags.items() if name != "out" for word in words]
+    if _foreign(sweep.plan, sweep.base):
+        repeated += _source_flags(sweep.plan.settings)
     hint = f"resume with: {shlex.join(['fbpc', 'tune', '--out', str(folder), '--resume', *repeated])}"
     with resume_hint(hint), open_backend(sweep.base, interruption, log) as workers:
         log(f"sweep: {folder}")
@@ -230,16 +232,29 @@ def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
         if shared := sorted(trial.SHARED & flags.keys()):
             flag = f"--{shared[0].replace('_', '-')}"
             raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which must be the same for all trials")
-        foreign = [
-            f"{name}, but a file alone imports no code" for name in flags.get("architectures", []) if ":" in name
-        ]  # fmt: skip
-        foreign += [
-            f"--{name.replace('_', '-')} {redacted(path)}, but a file alone opens no object store"
-            for name in ("experts", "initial_coreset")
-            if "://" in (path := flags.get(name, "")) and path != base.flat()[name]
-        ]
-        if foreign:
-            raise UserError(f"{folder} needs {foreign[0]}: repeat --space to trust it")
+    if foreign := _foreign(stored, base):
+        flags = redacted(shlex.join(_source_flags(stored.settings)))
+        fix = f"repeat {flags} on the command line if you trust it" if flags else "start a sweep in another --out"
+        raise UserError(f"{folder} needs {foreign}: {fix}")
+
+
+def _foreign(plan: Plan, base: Config) -> str:
+    """Describe code or a store that a trial names and `base` does not; empty without one."""
+    for flags in plan.trials:
+        for name in flags.get("architectures", []):
+            if ":" in name:
+                return f"{name}, but a file alone imports no code"
+        for name in ("experts", "initial_coreset"):
+            if "://" in (path := flags.get(name, "")) and path != base.flat()[name]:
+                return f"--{name.replace('_', '-')} {redacted(path)}, but a file alone opens no object store"
+    return ""
+
+
+def _source_flags(settings: Sweep) -> list[str]:
+    """Return the words of the command line that the trials are drawn from; none where they are the default space's."""
+    return [
+        *(["--space", settings.space] if settings.space else []), *(["--grid", *settings.grid] if settings.grid else [])
+    ]  # fmt: skip
 
 
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:

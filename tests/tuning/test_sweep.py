@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution.ray.placement import Node, Resources, capacity, resources_of, share
+from fbpc_ray.tuning import sweep as sweeps
 from fbpc_ray.tuning import trial as sweep
 
 SPACE = {"alpha": [1.0, 10.0]}
@@ -132,6 +134,28 @@ def test_a_trial_of_another_method_runs_as_a_distillation_by_it(tmp_path, monkey
     assert f"trial 0: method fbpc, steps {steps[1]}, start_epoch 3" in text
     assert f"trial 1: method bpc-fkl, steps {2 * int(steps[1])}, start_epoch 3" in text
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_over_networks_of_ones_own_is_resumed_by_repeating_its_grid(tmp_path, monkeypatch, capsys):
+    """sweep.json alone imports no code; the line that says so, and that of the resume, name what a resume needs."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets_of_a_sweep.py").write_text(
+        "from torch import nn\n"
+        "def build(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+    )
+    base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"))
+    settings = Sweep(grid=('architectures=["nets_of_a_sweep:build"],["convnet-in"]',))
+    sweeps._write_plan(sweeps._prepare(base, settings, tmp_path / "sweep", False, True, True))
+    words = "--out", "sweep", "--resume", "--dry-run"
+    line = refused(capsys, *words, command="tune")
+    grid = ["--grid", *settings.grid]
+    fix = f"repeat {shlex.join(grid)} on the command line if you trust it"
+    assert line.endswith(f"nets_of_a_sweep:build, but a file alone imports no code: {fix}")
+    main.main(["tune", *words, *grid])
+    assert "trial 0: architectures nets_of_a_sweep:build\ntrial 1: arch" in capsys.readouterr().out
+    line = refused(capsys, *words, "--grid", 'architectures=["nets_of_a_sweep:build"]', command="tune")
+    assert "the sweep's flags differ from the stored ones" in line
 
 
 def test_a_trial_without_images_to_begin_with_is_refused_before_the_sweep(digits, tmp_path, monkeypatch, capsys):
