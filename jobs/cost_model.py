@@ -54,7 +54,7 @@ class Arguments:
     expert_epochs: int = 50
     """Their epochs."""
     gpus: tuple[int, ...] = (8, 64, 512)
-    """Numbers of GPUs, one unit each."""
+    """Numbers of GPUs, one task each."""
     teraflops: tuple[float, ...] = (5.0, 50.0)
     """10^12 floating-point operations a second of a GPU: assumptions."""
     dollars: float = 2.5
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
     """Constants of the cost model, from committed result files."""
 
     unit_seconds: float
-    """CPU seconds of the driver per unit, with small images and the most actors."""
+    """CPU seconds of the driver per task, with small images and the most actors."""
     byte_seconds: float
     """CPU seconds of the driver for a byte of a gradient, with the most actors."""
     actors: int
@@ -145,12 +145,12 @@ def constant_rows(args: Arguments, work: Work, constants: Measured) -> str:
     return markdown_table(
         ["constant", "value", "from"],
         [
-            ["driver, a unit", f"{1e3 * constants.unit_seconds:.2f} ms of CPU", actors],
+            ["driver, a task", f"{1e3 * constants.unit_seconds:.2f} ms of CPU", actors],
             ["driver, a gradient of 100 MB", f"{1e8 * constants.byte_seconds:.2f} s of CPU", actors],
             ["a CPU core in a step at 224x224", f"{constants.core_flops / 1e9:.0f} GFLOP/s", f"measured: `{MEMORY}`"],
             ["memory of that step", f"{100 * constants.peak_ratio:.0f} % of --memory-budget", f"measured: `{MEMORY}`"],
             ["forward pass of an image", f"{work.forward / 1e9:.2f} GFLOP", "counted from the layers"],
-            ["a unit (gradient)", f"{work.unit / 1e12:.0f} TFLOP", f"counted, with {args.map_steps} MAP steps"],
+            ["a task", f"{work.unit / 1e12:.0f} TFLOP", f"counted, with {args.map_steps} MAP steps"],
             ["an expert", f"{work.expert / 1e15:.1f} PFLOP", "counted from the layers"],
             ["MAP steps", f"{args.map_steps}", "**assumed**; 14 to 140 were measured at 32x32"],
             ["a GPU", " or ".join(f"{rate:g} TFLOP/s" for rate in args.teraflops), "**assumed**: no GPU was measured"],
@@ -169,7 +169,7 @@ def byte_rows(args: Arguments, spec: Spec) -> str:
         [
             ["training images, uint8", _bytes(args.images * pixels), "each node, shared by its workers"],
             ["u", _bytes(4 * m * pixels), "the driver, and each node once a step"],
-            ["gradient of a unit", _bytes(4 * min(args.batch_size, m) * pixels), "from each worker to the driver"],
+            ["gradient of a task", _bytes(4 * min(args.batch_size, m) * pixels), "from each worker to the driver"],
             ["parameters", _bytes(4 * parameters), f"{parameters:,} of a ConvNet of depth {spec.depth}"],
             ["K steps of theta_x", _bytes(4 * parameters * (1 + args.posterior_steps)), "a worker"],
             ["experts", _bytes(4 * parameters * args.expert_count * (1 + args.expert_epochs)), "the store"],
@@ -200,7 +200,7 @@ def time_rows(args: Arguments, work: Work, constants: Measured) -> str:
     head = [
         "TFLOP/s",
         "GPUs",
-        "unit, s",
+        "task, s",
         "driver, s",
         "network, s",
         "GPUs at work",

@@ -94,7 +94,7 @@ def scaling(argv: Sequence[str]) -> None:
 
 
 def measure_driver(args: Arguments) -> None:
-    """Measure the driver's cost of a unit for each number of actors; print and write it."""
+    """Measure the driver's cost of a gradient task for each number of actors; print and write it."""
     if min(args.actors) < 1 or not 1 <= args.nodes <= max(args.actors):
         raise UserError(f"--actors {' '.join(map(str, args.actors))}: must be 1 or more, the largest at least --nodes")
     import scaling_actors
@@ -112,7 +112,7 @@ def measure_driver(args: Arguments) -> None:
         **capture(device_name("cpu"))._asdict(),
     }  # fmt: skip
     for name, ratio in report["most / fewest actors"].items():
-        print(f"images of {name}: a unit with {numbers[-1]} actors costs {ratio:.2f} times one with {numbers[0]}")
+        print(f"images of {name}: a task with {numbers[-1]} actors costs {ratio:.2f} times one with {numbers[0]}")
     if args.json:
         files.write_text(Path(args.json).absolute(), json.dumps(report, indent=2) + "\n")
 

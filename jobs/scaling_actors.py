@@ -1,9 +1,9 @@
 """Cost of the driver with many actors: steps whose gradients cost nothing, on simulated nodes of a Ray cluster.
 
 The driver is the real one (take_step, GradientWorkers, WorkerPool, the object store); its actors are processes that
-return an array as large as the images at once, without torch. Each step has as many units (architecture, draw) as there
-are actors. Reported for each number of actors: the driver's CPU seconds per unit, which other processes don't change,
-and the wall-clock seconds per unit, which contain the actors' own work where they share the driver's cores.
+return an array as large as the images at once, without torch. Each step has as many tasks (architecture, draw) as there
+are actors. Reported for each number of actors: the driver's CPU seconds per task, which other processes don't change,
+and the wall-clock seconds per task, which contain the actors' own work where they share the driver's cores.
 """
 
 import statistics
@@ -122,7 +122,7 @@ def row(handles: list[Handle], shape: tuple[int, ...], units: int, repeats: int)
         "cpu_seconds_a_unit": {"median": statistics.median(cpu), "all": cpu},
         "seconds_a_unit": {"median": statistics.median(clock), "all": clock},
     }  # fmt: skip
-    print(f"{actors:3} actors, images {shape}: {1e3 * statistics.median(cpu):.2f} ms of CPU per unit", flush=True)
+    print(f"{actors:3} actors, images {shape}: {1e3 * statistics.median(cpu):.2f} ms of CPU per task", flush=True)
     return result
 
 

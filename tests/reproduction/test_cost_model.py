@@ -47,7 +47,7 @@ def test_bytes_by_hand():
     values = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in rows[2:]}
     assert values["training images, uint8"] == "19.2 kB"
     assert values["u"] == "23 kB"
-    assert values["gradient of a unit"] == "15.4 kB"
+    assert values["gradient of a task"] == "15.4 kB"
 
 
 def test_the_page_has_the_tables_of_the_program():
