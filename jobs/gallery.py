@@ -2,9 +2,9 @@
 
     python jobs/gallery.py benchmarks/coresets/*.safetensors --data parquet:PATH --json benchmarks/results/gallery.json
 
-Each file is evaluated as by `fbpc evaluate --coreset FILE --inference NAME --num-chains COUNT`, and its result goes
-into the JSON; the same command then evaluates what is missing, and files that have changed. --dry-run evaluates
-nothing, and prints the table of what the JSON has.
+Each file is evaluated as by `fbpc evaluate --coreset FILE --inference NAME --num-chains COUNT --no-random`, and its
+result goes into the JSON; the same command then evaluates what is missing, and files that have changed. Random images
+are a file of their own. --dry-run evaluates nothing, and prints the table of what the JSON has.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def evaluate(args: Arguments, name: str, inference: str, count: int) -> dict[str
         written = Path(folder) / "result.json"
         main.COMMANDS["evaluate"]([
             "--coreset", name, "--data", args.data, "--inference", inference, "--num-chains", str(count),
-            "--backend", args.backend, "--threads", str(args.threads), "--json", str(written),
+            "--backend", args.backend, "--threads", str(args.threads), "--json", str(written), "--no-random",
         ])  # fmt: skip
         result = json.loads(written.read_text())
     kind, colon, _ = args.data.partition(":")

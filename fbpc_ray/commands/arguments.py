@@ -118,6 +118,8 @@ class CoresetArguments:
     """test | validation."""
     protocol: Literal["paper", "calibrated"] = "paper"
     """As for `fbpc evaluate RUN`; calibrated needs --validation 0.1."""
+    random: bool = True
+    """Evaluate as many random real images beside it; --no-random halves the time."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: Workers = field(default_factory=Workers)
     dry_run: bool = False

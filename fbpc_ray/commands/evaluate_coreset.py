@@ -35,6 +35,8 @@ class Options(NamedTuple):
     pixels: coreset_reader.Pixels
     protocol: str
     """paper | calibrated."""
+    random: bool = True
+    """Whether to evaluate random images, too."""
 
 
 def stored_settings(source: str, given: Set[str]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def stored_settings(source: str, given: Set[str]) -> dict[str, Any]:
 
 
 def evaluate(source: str, config: Config, options: Options, *, dry_run: bool, json: str) -> None:
-    """Evaluate the coreset at `source` and as many random real images, on the networks of `config`."""
+    """Evaluate the coreset at `source` and, if asked, as many random real images, on the networks of `config`."""
     check_split_name(options.split)
     config = validation.validate(config)
     session, ipc = _open(source, config.updated(download=False) if dry_run else config, options)
@@ -87,8 +89,8 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, int |
     """Read the coreset and the data set.
 
     Returns:
-        A session without experts, of the coreset and random real images; images per class, None where classes differ
-        in it.
+        A session without experts, of the coreset and, if asked, random real images; images per class, None where
+        classes differ in it.
 
     Raises UserError for data or a coreset that can't be read, and chains that cannot fit into memory.
     """
@@ -102,11 +104,12 @@ def _open(source: str, config: Config, options: Options) -> tuple[Session, int |
     specs, m = network_specs(config, dataset), len(given.labels)
     images = len(dataset.train.labels)
     config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
-    chains = 2 * len(specs) * config.evaluation.num_chains
+    chains = (1 + options.random) * len(specs) * config.evaluation.num_chains
     memory_estimate.check(config, specs, ["evaluation"], coreset=m, chains=chains, source=source)
     counts = set(given.labels.bincount(minlength=len(dataset.classes)).tolist())
     ipc = counts.pop() if len(counts) == 1 else None
-    candidates = _random(dataset, ipc, config.distillation.seed) | {"given": given}
+    random = _random(dataset, ipc, config.distillation.seed) if options.random else {}
+    candidates = random | {"given": given}
     config = config.updated(ipc=ipc or -(-m // len(dataset.classes)))
     return Session(config, dataset, specs, [], coresets=candidates), ipc
 

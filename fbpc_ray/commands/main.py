@@ -206,7 +206,7 @@ def _evaluate_coreset(words: Sequence[str]) -> None:
     default = CoresetArguments("", data=base.data, networks=base.networks, evaluation=base.evaluation)
     args = parse(CoresetArguments, words, program, default)
     config = Config(data=args.data, networks=args.networks, evaluation=args.evaluation, workers=args.workers)
-    options = commands.Options(args.split, args.pixels, args.protocol)
+    options = commands.Options(args.split, args.pixels, args.protocol, args.random)
     commands.evaluate(args.coreset, config, options, dry_run=args.dry_run, json=args.json)
 
 

@@ -67,6 +67,15 @@ def test_a_flag_wins(cifar, tmp_path, capsys):
     assert "as the coreset was distilled: --depth 0 --augment dsa\n" in capsys.readouterr().out
 
 
+def test_without_random_images_the_scores_are_the_same(cifar, tmp_path, capsys):
+    words = ("--width", "8", "--architectures", "convnet-ln")
+    both = evaluated(COMMITTED[0], cifar, tmp_path / "r.json", *words)
+    alone = evaluated(COMMITTED[0], cifar, tmp_path / "r.json", *words, "--no-random")
+    assert (list(both["coresets"]), list(alone["coresets"])) == (["random", "given"], ["given"])
+    scores = [result["coresets"]["given"]["convnet-ln"] for result in (both, alone)]
+    assert [scores[0][name] for name in ("accuracy", "nll")] == [scores[1][name] for name in ("accuracy", "nll")]
+
+
 def test_inference_is_that_of_the_distillation(pets, tmp_path, capsys):
     """Its settings too, but for the number of chains; a flag wins."""
     config = Config().updated(width=8, image_size=8, inference="last-layer", net_steps=3, net_target_scale=1.4)

@@ -36,6 +36,7 @@ def test_each_file_is_evaluated_once_by_each_inference(pets, tmp_path, capsys):
     both = ["last-layer", "ensemble"]
     assert {name: list(result) for name, result in results.items()} == {"one": both, "two": both}
     first = results["one"]["last-layer"]
+    assert list(first["coresets"]) == ["given"], "random images are a file of their own"
     assert (first["data"], first["coreset"], first["inference"]) == ("npz:PATH", "one.safetensors", "last-layer")
     assert str(tmp_path) not in json.dumps(results)
     scores = first["coresets"]["given"]["convnet-in"]
