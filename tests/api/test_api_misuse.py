@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import errors
 from support.runs import BRIEF_CHAIN, silent
 from torch import nn
 
@@ -25,10 +26,10 @@ def coreset() -> Coreset:
 
 
 def refusal(function: Any, *values: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*values, **options)
-    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
-    return str(caught.value)
+    """The line names arguments, no flags."""
+    line = errors.refusal(function, *values, **options)
+    assert "--" not in line
+    return line
 
 
 @pytest.mark.parametrize(

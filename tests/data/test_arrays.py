@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from support.data_files import picture
+from support.errors import refusal
 
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.data import arrays
 from fbpc_ray.data.datasets import Dataset, assemble, load
 
@@ -28,13 +28,6 @@ def from_python(*splits: Any, **options: Any) -> Dataset:
 def from_npz(folder: Path, **values: Any) -> Dataset:
     np.savez(folder / "a.npz", **values)
     return load(f"npz:{folder / 'a.npz'}")
-
-
-def refusal(call: Any, *values: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*values, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def pairs(images: Any, labels: Any) -> list[tuple[Any, Any]]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
+from support.errors import refusal
 
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.coreset import Coreset, balanced, dumps, load, metadata, save
 
@@ -20,14 +20,6 @@ def coreset(m: int = 6) -> Coreset:
     """Non-contiguous images, names beyond ASCII, and a mean that has no short decimal form."""
     images = torch.randn(m, 4, 5, 3, generator=generator(0, "images")).permute(0, 3, 1, 2)
     return Coreset(images, torch.arange(m) % 3, (1 / 3, 0.1, 0.2), (0.25, math.pi, 1e-3), ("cat", "Hündin", 'a "b"'))
-
-
-def refusal(call, *arguments) -> str:
-    """The one line of the UserError that `call(*arguments)` raises."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # The draw

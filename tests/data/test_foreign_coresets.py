@@ -2,12 +2,14 @@
 
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import errors
 from support.data_files import write_splits
 from support.exports import NAMES, write_export
 from support.traps import Trap
@@ -17,7 +19,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data import coreset_formats, coreset_reader
 from fbpc_ray.data.coreset import Coreset
-from fbpc_ray.data.datasets import Dataset, normalise
+from fbpc_ray.data.datasets import normalise
 
 
 def test_a_file_of_unknown_content_and_suffix_is_refused(colour_data, tmp_path):
@@ -158,11 +160,7 @@ def saved(folder: Path, **values: object) -> Path:
     return folder / "own.npz"
 
 
-def refusal(path: Path, data: Dataset) -> str:
-    with pytest.raises(UserError) as caught:
-        coreset_reader.load(path, data)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(errors.refusal, coreset_reader.load)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import errors
 from support.data_files import picture
 from torch.utils.data import Dataset as TorchDataset
 
@@ -27,11 +29,7 @@ def read(*splits: Any, **options: Any) -> Dataset:
     return assemble(arrays.read(*splits, **options), "own")
 
 
-def refusal(*values: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*values, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(errors.refusal, read)
 
 
 def pairs(images: Any) -> list[tuple[Any, int]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.experts import RECIPE, refusal, same, snapshot, trajectory
+from support.errors import refusal
+from support.experts import RECIPE, same, snapshot, trajectory
 
 from fbpc_ray.core import cache, inputs
 from fbpc_ray.core.errors import UserError

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.errors import refusal
 from support.expert_files import listing, visible
-from support.experts import RECIPE, refusal, same, snapshot, trajectory
+from support.experts import RECIPE, same, snapshot, trajectory
 from torch import Tensor
 
 from fbpc_ray.distillation import expert_format

@@ -1,12 +1,10 @@
-"""Made-up trajectories, different for each (index, epoch), and the line that refuses one."""
+"""Made-up trajectories, different for each (index, epoch)."""
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 from torch import Tensor
 
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation.expert_format import Recipe
 
@@ -49,11 +47,3 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
         a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
         for a, b in zip(left.values(), right.values(), strict=True)
     )
-
-
-def refusal(call, *arguments) -> str:
-    """The one line of the UserError that `call(*arguments)` raises."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)

@@ -1,11 +1,11 @@
 """What is read of a folder of images, and with which words one is refused."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
+from support import errors
 
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.datasets import Dataset, load
 
 
@@ -13,11 +13,8 @@ def read(path: Path) -> Dataset:
     return load(f"folder:{path}")
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(errors.refusal, read)
+"""The line that refuses what `read` is given."""
 
 
 def counts(data: Dataset) -> tuple[list[int], list[int], list[int]]:

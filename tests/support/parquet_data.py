@@ -1,10 +1,10 @@
 """What `--data parquet:PATH` makes of a folder or a file."""
 
+from functools import partial
 from pathlib import Path
 
-import pytest
+from support import errors
 
-from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.datasets import Dataset, load
 
 
@@ -12,9 +12,5 @@ def read(path: Path) -> Dataset:
     return load(f"parquet:{path}")
 
 
-def refusal(path: Path) -> str:
-    """The one line of the error."""
-    with pytest.raises(UserError) as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(errors.refusal, read)
+"""The line that refuses what `read` is given."""

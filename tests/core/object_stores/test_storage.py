@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.experts import refusal
+from support.errors import refusal
 from support.processes import soon
 from support.remote_files import ROOT, names, use
 from support.stores import BUCKET, Wire

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.experts import RECIPE, refusal, same, snapshot, trajectory
+from support.errors import refusal
+from support.experts import RECIPE, same, snapshot, trajectory
 from support.processes import raised_at_once, soon
 from support.remote_files import ROOT, names
 from support.stores import BUCKET
