@@ -204,7 +204,7 @@ class ReproduceArguments:
     experiment: str = "fbpc"
     """MLflow experiment."""
     dry_run: bool = False
-    """Print how much is missing, and write nothing."""
+    """Print how much is missing and a rough estimate of its time, and write nothing."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ PAGES = {
         "Writes rows, a Markdown table beside the paper's values, and a picture to --out; keeps the rows that --out "
         "has.",
         (
-            ("fbpc reproduce table1 --cifar10 digits --dry-run", "print how many rows are missing"),
+            (
+                "fbpc reproduce table1 --cifar10 digits --dry-run",
+                "print how many rows are missing, and how long they take",
+            ),
             ("fbpc reproduce table1 --download --ipc 1", "small: hours on two cores"),
             ("fbpc reproduce table1 --scale paper --download", "the paper's size: for GPUs"),
             (

@@ -13,12 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fbpc_ray.core import files
+from fbpc_ray.core import cores, files
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log, progress
 from fbpc_ray.core.provenance import Provenance, capture, home
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.core.sizes import Seconds, describe_device
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
@@ -30,9 +32,11 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
 from fbpc_ray.execution.backends import open_backend
 from fbpc_ray.execution.session import expert_store, load_data, network_specs, uses_experts
+from fbpc_ray.execution.sizing import local_device
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.reproduction import tasks as work
+from fbpc_ray.reproduction.estimate import estimate
 from fbpc_ray.reproduction.extras import ExtraColumns, Extras, extra_columns, extra_notes
 from fbpc_ray.reproduction.outside_coresets import whitening_of
 from fbpc_ray.reproduction.plan import Options, Task, by_data, eval_seeds, tasks_of, without_coreset
@@ -51,7 +55,7 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
     log(f"{options.table}: {len(tasks)} cells, {len(missing)} of {len(tasks) * len(seeds)} rows to make")
     unmade = without_coreset(tasks) if kind == "picture" else without_coreset([task for task, _ in missing])
     if options.dry_run:
-        log(f"{len(unmade) if kind != 'cost' else 0} coresets to distil; dry run: nothing was written")
+        _describe(options, [task for task, _ in missing], unmade if kind != "cost" else [], log)
         return options.out / f"{options.table}.md", []
     failures = _fill(options, missing, unmade, columns, rows, log) if missing or unmade else {}
     complete = [task for task in tasks if task.coreset not in failures]
@@ -65,6 +69,22 @@ def reproduce(options: Options, log: Log) -> tuple[Path, list[dict[str, Any]]]:
         raise UserError(f"{len(failures)} of the coresets could not be made: {folder.name}: {reason}{rest}", code=1)
     assert path is not None
     return path, ordered
+
+
+def _describe(options: Options, chains: list[Task], unmade: list[Task], log: Log) -> None:
+    """Log the missing coresets, and the estimated time of them and of `chains`, a task for each missing row."""
+    kind, base, num_cores = TABLES[options.table].kind, options.request.base, cores.available()
+    if kind != "cost" and (chains or unmade):
+        device = local_device(base)
+        extra_images = options.request.scale.extra_images * (2 if options.ood else 1) if kind == "grid" else 0
+        at_once = num_cores if device == "cpu" and base.workers.backend == "ray" else 1
+        seconds = [part / at_once for part in estimate(unmade, chains, kind, extra_images, device)]
+        parts = ", ".join(
+            f"{name} {describe_seconds(part)}" for name, part in zip(Seconds._fields, seconds, strict=True)
+        )
+        where = describe_device(device, at_once)
+        log(f"time: about {describe_seconds(sum(seconds))} on {where} ({parts}), by a rough formula")
+    log(f"{len(unmade)} coresets to distil; dry run: nothing was written")
 
 
 def _fill(

@@ -1,12 +1,18 @@
 """Which cells a reproduction makes: one of each seed, with a key and a coreset of its own, and each coreset once."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.runs import silent
 
+from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.sizes import Facts, Rung
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.reproduction import run
+from fbpc_ray.reproduction.estimate import estimate
 from fbpc_ray.reproduction.plan import Options, Task, tasks_of, without_coreset
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
@@ -40,6 +46,43 @@ def test_cells_on_several_networks_share_a_coreset_which_is_made_once(tmp_path):
     path.parent.mkdir(parents=True)
     path.touch()
     assert without_coreset(made) == [other]
+
+
+def test_the_estimate_counts_each_expert_coreset_and_chain_once(tmp_path, monkeypatch):
+    """Two seeds share 5 experts of 6 epochs. A chain of table3 predicts each test image clean and under 10 corruptions
+    at 5 severities; one network trained 100 steps costs less than a chain of 1,000 epochs."""
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    fbpc, wide = tasks("table1", tmp_path, "FBPC/ipc 1", seeds=2), tasks("table5", tmp_path, "ipc 1/", seeds=1)
+    one, two = (estimate(fbpc[:count], fbpc[:count], "scores", 0, "cpu") for count in (1, 2))
+    assert two == pytest.approx((one.experts, 2 * one.distillation, 2 * one.chains))
+    facts = Facts(1437, 10, (1, 8, 8), 360, cores=1, overrides=fbpc[0].cell.config.flat())
+    rung = Rung(32, 5, 0, 64, 300, 1, 1000)
+    whole = sizes.estimate(facts, rung, "cpu")
+    assert one == pytest.approx((whole.experts, whole.distillation, whole.chains / 2))
+    corrupted = estimate([], fbpc[:1], "corruptions", 0, "cpu").chains
+    one_prediction = sizes._images(facts, rung, "cpu", 1) / 3
+    assert corrupted - one.chains == pytest.approx(10 * 360 * 50 * one_prediction)
+    grid = estimate([], fbpc[:1], "grid", 36, "cpu").chains
+    assert grid - one.chains == pytest.approx(10 * 36 * one_prediction)
+    judged = {task.cell.judged_on: estimate([], [task], "scores", 0, "cpu").chains for task in wide}
+    assert judged["resnet18-in"] > 2 * judged["convnet-in"]
+    trained = fbpc[0]._replace(cell=fbpc[0].cell._replace(config=fbpc[0].cell.config.updated(inference="mse")))
+    assert estimate([], [trained], "scores", 0, "cpu").chains < one.chains / 5
+
+
+def test_a_dry_run_estimates_the_time_of_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FBPC_HOME", str(tmp_path))
+    lines: list[str] = []
+    options = Options("table1", "small", request(1, backend="serial"), tmp_path, ("FBPC/",), None, 3, True)
+    run.reproduce(options, lines.append)
+    assert lines[0] == "table1: 1 cells, 3 of 3 rows to make"
+    assert re.fullmatch(
+        r"time: about .* on 1 CPU core \(experts .*, distillation .*, chains .*\), by a rough formula", lines[1]
+    )
+    assert lines[2:] == ["1 coresets to distil; dry run: nothing was written"]
+    lines.clear()
+    run.reproduce(options._replace(table="table9", only=()), lines.append)
+    assert [line.split(":")[0] for line in lines] == ["table9", "0 coresets to distil; dry run"], "costs are measured"
 
 
 def test_folders_and_downloads_of_the_command_hold_for_every_cell():
