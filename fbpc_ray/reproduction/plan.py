@@ -101,7 +101,7 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
             continue
         for seed in range(options.request.scale.distill_seeds):
             config = cell.config.updated(seed=seed)
-            key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config)
+            key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config, cost=kind == "cost")
             method, ipc = config.distillation.method, config.distillation.ipc
             folder = options.out / "coresets" / f"{method}-ipc{ipc}-{coreset_key(config)}"
             tasks.append(Task(cell._replace(config=config), key, folder, dataset))

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from fbpc_ray.core import files
 from fbpc_ray.core.config import ELSEWHERE, OLD_NAMES, Config, Distillation, Evaluation, original_names
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.settings import Workers
 from fbpc_ray.core.storage import Place
 from fbpc_ray.distillation import network_pool
 
@@ -99,11 +100,22 @@ def _settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name not in unused}
 
 
-def cell_key(table: str, row: str, column: str, judged_on: str, config: Config) -> str:
-    """Hash everything that a cell's numbers depend on, except the seed of the evaluation."""
+_OF_COSTS = ("device", "threads", "compiled")
+"""Settings of the machine on which the seconds and the memory of a step depend."""
+
+
+def cell_key(table: str, row: str, column: str, judged_on: str, config: Config, *, cost: bool = False) -> str:
+    """Hash everything that a cell's numbers depend on, except the seed of the evaluation.
+
+    Args:
+        cost: whether the cell is measured seconds and memory.
+    """
     settings = {name: value for name, value in _settings(config).items() if name not in _ELSEWHERE}
     if config.evaluation.inference != "sghmc":
         settings["judged_by"] = 2  # rows without it hold the scores of SGHMC
+    if cost:
+        values, usual = config.flat(), asdict(Workers())
+        settings |= {name: values[name] for name in _OF_COSTS if values[name] != usual[name]}
     return _digest({"table": table, "row": row, "column": column, "judged_on": judged_on, **settings})
 
 

@@ -36,6 +36,21 @@ def test_each_seed_has_its_own_key_and_coreset(tmp_path):
     assert len({task.key for task in made}) == len({task.coreset for task in made}) == 6
 
 
+def test_costs_of_another_machine_are_measured_again(tmp_path):
+    """Their seconds and bytes depend on device and threads; scores, whose last bits do, keep their rows."""
+    for table, again in (("table9", True), ("table1", False)):
+        keys = [
+            {
+                task.key
+                for task in tasks_of(
+                    Options(table, "small", request(1, **machine), tmp_path, (), None, 3, False), silent
+                )
+            }
+            for machine in ({}, {"threads": 2}, {"device": "cuda"}, {"compiled": "off"})
+        ]
+        assert len(set.union(*keys)) == (len(keys) if again else 1) * len(keys[0])
+
+
 def test_cells_on_several_networks_share_a_coreset_which_is_made_once(tmp_path):
     made = tasks("table5", tmp_path)
     assert len(made) == 10 and len({task.key for task in made}) == 10
