@@ -183,7 +183,7 @@ def _evaluate(
             for index, findings in workers.map(work.run_row_task, shared, items):
                 task, seed = group[index]
                 rows.write([_row(options, task, seed, described | finding, provenance) for finding in findings])
-                if not findings[0]:
+                if not findings[0].keys() - {"column"}:
                     log(f"warning: a chain diverged ({task.cell.row}, {task.cell.column}): its row is empty")
                 bar.update()
 

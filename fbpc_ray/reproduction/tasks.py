@@ -92,16 +92,19 @@ class SharedContext(NamedTuple):
 
 
 Finding = dict[str, Any]
-"""Part of a row: its quantities, and its column if a chain fills several."""
+"""Part of a row: its quantities, none of a chain that diverged, and its column if a chain fills several."""
+CORRUPTED = (*(corruption.abbreviation for corruption in CORRUPTIONS.values()), "Avg.")
+"""Columns of Table 3."""
 
 
 def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
-    """Run a chain and return its rows; a chain that diverged returns one empty row."""
+    """Run a chain and return its rows; those of a chain that diverged are empty."""
     if item.kind in ("scores", "grid"):
         return [score_chain(shared.context, item.chain, shared.extras, device)]
     predictor = PREDICTORS[shared.context.settings.inference](shared.context, item.chain, device)
     if predictor is None:
-        return [{}]
+        columns = shared.dataset.classes if item.kind == "logits" else CORRUPTED
+        return [{"column": column} for column in columns]
     if item.kind == "logits":
         return _logits(predictor.logits, shared.context.coresets[item.chain.coreset], shared.dataset.classes, device)
     return _corrupted(predictor.logits, shared, item, device)
@@ -113,7 +116,7 @@ def _logits(logits: Logits, arrays: CoresetArrays, classes: tuple[str, ...], dev
     image = torch.tensor(arrays.images[arrays.labels == label][:1], device=device)
     means = logits(image)[:, 0].double().mean(0).cpu()
     if not means.isfinite().all():
-        return [{}]
+        return [{"column": name} for name in classes]
     return [{"column": name, "logit": float(value)} for name, value in zip(classes, means, strict=True)]
 
 
@@ -135,9 +138,9 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
             for severity in SEVERITIES
         )
         accuracies.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
-    accuracies.append(("Avg.", float(np.mean([value for _, value in accuracies]))))
+    accuracies.append((CORRUPTED[-1], float(np.mean([value for _, value in accuracies]))))
     if math.isnan(clean) or math.isnan(accuracies[-1][1]):
-        return [{}]
+        return [{"column": column} for column in CORRUPTED]
     return [
         {"column": column, "accuracy": value, "degradation": 1 - value / clean if clean else None}
         for column, value in accuracies

@@ -75,20 +75,28 @@ def test_corrupted_accuracy_is_that_of_the_inference(case, tmp_path):
     assert row["degradation"] == pytest.approx(1 - expected / accuracy(few.test))
 
 
-def test_a_network_that_diverged_leaves_an_empty_row(case, tmp_path):
+def empty_rows(kind: str) -> list[dict[str, str]]:
+    """One in each column of the kind's table, so that it counts the chain as diverged there, and has no column more."""
+    columns = {"corruptions": [corruption.abbreviation for corruption in CORRUPTIONS.values()] + ["Avg."],
+               "logits": [str(digit) for digit in range(10)]}  # fmt: skip
+    return [{"column": column} for column in columns[kind]] if kind in columns else [{}]
+
+
+@pytest.mark.parametrize("kind", ["corruptions", "logits"])
+def test_a_network_that_diverged_leaves_empty_rows(case, tmp_path, kind):
     """A learning rate, or a step size, without measure."""
     settings = replace(case.shared.context.settings, net_lr=1e38, chain_eta=1e30)
     shared = case.shared._replace(context=case.shared.context._replace(settings=settings))
-    assert run_row_task(shared, RowTask(case.chain, "logits", None, tmp_path), "cpu") == [{}]
+    assert run_row_task(shared, RowTask(case.chain, kind, None, tmp_path), "cpu") == empty_rows(kind)
 
 
 @pytest.mark.parametrize("kind", ["scores", "corruptions", "logits"])
-def test_predictions_that_are_not_finite_leave_an_empty_row(few, tmp_path, kind):
+def test_predictions_that_are_not_finite_leave_empty_rows(few, tmp_path, kind):
     """Networks are finite, their last layer is not: its ridge is too small for float64."""
     context = brief_context(few, "last-layer")
     context = context._replace(settings=replace(context.settings, net_ridge=1e-20))
     chain = Chain("x", specify("convnet-bn", few.image_shape, 10, 8, 0), 1)
-    assert run_row_task(SharedContext(context, few), RowTask(chain, kind, None, tmp_path), "cpu") == [{}]
+    assert run_row_task(SharedContext(context, few), RowTask(chain, kind, None, tmp_path), "cpu") == empty_rows(kind)
 
 
 def test_clean_and_corrupted_images_are_whitened_as_the_coreset_is(few, tmp_path, monkeypatch):
