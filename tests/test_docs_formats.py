@@ -30,6 +30,7 @@ from fbpc_ray.distillation.state import (
 )
 from fbpc_ray.reproduction.rows import SCHEMA
 from fbpc_ray.tuning import sweep
+from fbpc_ray.tuning.plan import write_plan
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -127,5 +128,5 @@ def test_formats_says_what_a_sweep_leaves(tmp_path):
     """Its plan; the rest is what a sweep of test_sweeps_on_ray.py is asked for."""
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"), width=8, tracking=False)
     outcome = sweep._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    sweep._write_plan(outcome)
+    write_plan(outcome.folder, outcome.plan, outcome.base)
     assert {path.name for path in (tmp_path / "sweep").iterdir()} <= set(first_columns("A sweep"))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fbpc_ray.core.config import Config, Sweep
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Progress, log, progress
 from fbpc_ray.core.provenance import Provenance, home
@@ -23,22 +23,11 @@ from fbpc_ray.tracking.run_contents import provenance_tags, run_params, run_tags
 from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
+from fbpc_ray.tuning.plan import Plan
 from fbpc_ray.tuning.trial import Outcome, Task, ValidationResult
 
 COMPARED = 5
 """Runs that the printed MLflow page compares."""
-
-
-class Plan(NamedTuple):
-    """Content of sweep.json."""
-
-    name: str
-    id: str
-    settings: Sweep
-    trials: list[dict[str, Any]]
-    """Flags of each trial that differ from the base configuration."""
-    fingerprint: str = ""
-    """Of the data set; sweeps of earlier code have none."""
 
 
 class OpenSweep(NamedTuple):

@@ -3,33 +3,27 @@
 import io
 import json as json_format
 import shlex
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Set
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fbpc_ray.core import files, inputs
-from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import (
     MAY_CHANGE_ON_RESUME,
-    NOT_STARTED,
     Config,
-    Distillation,
     Evaluation,
     Experts,
     Networks,
     Sweep,
-    current_names,
     never_from_a_file,
-    read_config,
 )
 from fbpc_ray.core.errors import UserError, undamaged
-from fbpc_ray.core.presets import to_preset, with_method
+from fbpc_ray.core.presets import to_preset
 from fbpc_ray.core.progress import log, resume_hint
 from fbpc_ray.core.provenance import Provenance, capture, new_output
 from fbpc_ray.core.signals import Interruption
@@ -51,12 +45,22 @@ from fbpc_ray.execution.session import (
 )
 from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.execution.worker_group import cpu_threads
-from fbpc_ray.models import custom
 from fbpc_ray.reporting.run_outputs import LiveRun, evaluate_run
 from fbpc_ray.tracking.protocol import Tracker
 from fbpc_ray.tracking.run_contents import run_tags
 from fbpc_ray.tuning import trial
-from fbpc_ray.tuning.monitor import OpenSweep, Plan, SweepMonitor, open_monitor
+from fbpc_ray.tuning.monitor import OpenSweep, SweepMonitor, open_monitor
+from fbpc_ray.tuning.plan import (
+    Plan,
+    draw_flags,
+    foreign_source,
+    read_base,
+    read_plan,
+    refuse_untrusted,
+    source_flags,
+    with_own_settings,
+    write_plan,
+)
 from fbpc_ray.tuning.trial import Task
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME - {f.name for f in fields(Evaluation)} - {"steps", "checkpoint_every", "val_every"}
@@ -91,7 +95,7 @@ def tune(
     with files.exclusive_directory(folder):
         if not resume:
             RunDirectory(folder).refuse_if_taken()  # by a process that started at the same time and has ended
-            _write_plan(sweep)
+            write_plan(folder, sweep.plan, sweep.base)
         remove_leftovers(sweep)
         result, monitor = _run_sweep(sweep)
     files.write_output(json, result)
@@ -116,8 +120,8 @@ def _run_sweep(sweep: OpenSweep) -> tuple[dict[str, Any], SweepMonitor]:
     folder, interruption = sweep.folder, Interruption()
     flags = never_from_a_file(sweep.base)
     repeated = [word for name, words in flags.items() if name != "out" for word in words]
-    if _foreign(sweep.plan, sweep.base):
-        repeated += _source_flags(sweep.plan.settings)
+    if foreign_source(sweep.plan, sweep.base):
+        repeated += source_flags(sweep.plan.settings)
     hint = f"resume with: {shlex.join(['fbpc', 'tune', '--out', str(folder), '--resume', *repeated])}"
     with resume_hint(hint), open_backend(sweep.base, interruption, log) as workers:
         log(f"sweep: {folder}")
@@ -170,15 +174,15 @@ def _prepare(
         base = with_sizes(base, dataset, sizes, log)
         validation.check(base)
     if plan is None:
-        trials = _draw(base, settings, len(dataset.classes))
-        trials = _with_own_settings(trials, base, given, dataset, sizes)
+        trials = draw_flags(base, settings, len(dataset.classes))
+        trials = with_own_settings(trials, base, given, dataset, sizes)
         plan = Plan(folder.name, uuid.uuid4().hex, settings, trials, dataset.fingerprint)
     else:
         consequence = "the trials go on with these images: do not compare their scores with earlier ones"
         if note := advice.changed_images_note(dataset, plan.fingerprint, "the sweep", consequence):
             log(note)
     if resume and not trusted:
-        _refuse_untrusted(plan, base, folder)
+        refuse_untrusted(plan, base, folder)
     placed = base.updated(experts=str(expert_root(base)))  # a trial has another working directory
     configs = [trial.trial_config(placed, flags, settings, folder, number) for number, flags in enumerate(plan.trials)]
     specs = {config.networks: network_specs(config, dataset) for config in {c.networks: c for c in configs}.values()}
@@ -186,33 +190,6 @@ def _prepare(
         check_memory(config, dataset, specs[config.networks])
     _check_starts(configs, dataset)
     return OpenSweep(folder, base, plan, task_of(configs, dataset, settings), dataset)
-
-
-def _with_own_settings(
-    trials: list[dict[str, Any]], base: Config, given: Set[str], dataset: Dataset, sizes: SizeRequest | None
-) -> list[dict[str, Any]]:
-    """Return the flags of trials such that one of another method runs as `fbpc distill` with that method.
-
-    `trial_config` gives it the settings that the method brings: those that the command line names, and the steps and
-    rates that are chosen for the data, must be among its flags. All trials have the same flags, for the tables.
-    """
-    d, values = base.distillation, base.flat()
-    fixed = values.keys() - {f.name for f in fields(Distillation)}  # all trials have the same networks and chains
-    settings, names = list[dict[str, Any]](), dict[str, None]()
-    for flags in trials:
-        method, ipc, own = flags.get("method", d.method), flags.get("ipc", d.ipc), base
-        if method != d.method:
-            own = with_method(base, method, ipc).updated(**{name: values[name] for name in given - {"method", "ipc"}})
-            if sizes is not None:
-                request = sizes._replace(flags=sizes.flags | fixed)
-                own = with_sizes(own.updated(ipc=ipc), dataset, request, lambda line: None).updated(ipc=d.ipc)
-            without = with_method(base, method, d.ipc).flat()
-            names |= {name: None for name, value in own.flat().items() if value != without[name]}
-        settings.append(own.flat())
-    return [
-        flags | {name: own[name] for name in names if name not in flags}
-        for flags, own in zip(trials, settings, strict=True)
-    ]
 
 
 def _check_starts(configs: list[Config], dataset: Dataset) -> None:
@@ -226,37 +203,6 @@ def _check_starts(configs: list[Config], dataset: Dataset) -> None:
         log(f"note: {note}")
 
 
-def _refuse_untrusted(stored: Plan, base: Config, folder: Place) -> None:
-    """Raise UserError if a stored sweep names code or destinations that the command line doesn't."""
-    for number, flags in enumerate(stored.trials):
-        if shared := sorted(trial.SHARED & flags.keys()):
-            flag = f"--{shared[0].replace('_', '-')}"
-            raise UserError(f"{folder}/sweep.json: trial {number} sets {flag}, which must be the same for all trials")
-    if foreign := _foreign(stored, base):
-        flags = redacted(shlex.join(_source_flags(stored.settings)))
-        fix = f"repeat {flags} on the command line if you trust it" if flags else "start a sweep in another --out"
-        raise UserError(f"{folder} needs {foreign}: {fix}")
-
-
-def _foreign(plan: Plan, base: Config) -> str:
-    """Describe code or a store that a trial names and `base` does not; empty without one."""
-    for flags in plan.trials:
-        for name in flags.get("architectures", []):
-            if ":" in name:
-                return f"{name}, but a file alone imports no code"
-        for name in ("experts", "initial_coreset"):
-            if "://" in (path := flags.get(name, "")) and path != base.flat()[name]:
-                return f"--{name.replace('_', '-')} {redacted(path)}, but a file alone opens no object store"
-    return ""
-
-
-def _source_flags(settings: Sweep) -> list[str]:
-    """Return the words of the command line that the trials are drawn from; none where they are the default space's."""
-    return [
-        *(["--space", settings.space] if settings.space else []), *(["--grid", *settings.grid] if settings.grid else [])
-    ]  # fmt: skip
-
-
 def task_of(configs: list[Config], dataset: Dataset, settings: Sweep) -> Task:
     """Return the data that trials share, without test images."""
     return Task(configs, trial.without_test_split(dataset), settings)
@@ -267,60 +213,6 @@ def _check(base: Config) -> None:
         raise UserError("--backend: must be ray for a sweep, got serial; Ray runs on one machine, too")
     if not base.data.validation:
         raise UserError("--validation: must be above 0, since a sweep selects on the validation split; give 0.1")
-
-
-def _draw(base: Config, settings: Sweep, classes: int) -> list[dict[str, Any]]:
-    """Draw the flags of each trial. Raises UserError."""
-    if "ray" not in sys.modules:
-        log("loading Ray Tune ...")
-    try:
-        from fbpc_ray.tuning import search_space
-    except ImportError as error:
-        raise UserError(f"ray is not installed ({error}): pip install 'ray[default,tune]'") from None
-    grid = trial.parse_grid(settings.grid)
-    if settings.space:
-        space = trial.check_space(custom.import_object(settings.space, "--space", "NAME"), f"--space {settings.space}")
-    else:
-        space = {} if grid else search_space.default_space(base, classes)
-    if grid:
-        trial.check_space(grid, "--grid")
-    count = settings.num_trials or (8 if space else 1)
-    space = search_space.with_grid(space, grid)
-    drawn = [current_names(flags) for flags in search_space.draw_trials(space, count, base.distillation.seed)]
-    if not drawn:
-        raise UserError("--space: no trial to draw; give each flag at least one value")
-    return drawn
-
-
-def _write_plan(sweep: OpenSweep) -> None:
-    plan = {**sweep.plan._asdict(), "settings": asdict(sweep.plan.settings)}
-    files.write_checked_json(sweep.folder / "sweep.json", plan)
-    files.write_checked_json(sweep.folder / "config.json", sweep.base.flat())  # last: makes the folder a sweep
-
-
-def read_plan(folder: Place) -> Plan:
-    """Read sweep.json: settings and trials of the sweep in `folder`. Raises UserError if there is none."""
-    path = folder / "sweep.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no sweep (sweep.json not found); check the path, or start one without --resume")
-    with undamaged(path, "start the sweep again in another --out"):
-        plan = inputs.read_checked_json(path)
-        settings = {**current_names(plan["settings"]), "grid": tuple(plan["settings"]["grid"])}
-        settings.pop("val_every", None)  # of earlier code, see `read_base`
-        trials = [current_names(flags) for flags in plan["trials"]]
-        return Plan(plan["name"], plan["id"], Sweep(**settings), trials, plan.get("fingerprint", ""))
-
-
-def read_base(folder: Place) -> Config:
-    """Read config.json: the settings that all trials of the sweep in `folder` share. Raises UserError.
-
-    Earlier code stored --val-every in sweep.json, as evaluate_every.
-    """
-    path = folder / "sweep.json"
-    base = read_config(folder, NOT_STARTED)
-    with undamaged(path, "start the sweep again in another --out"):
-        interval = inputs.read_checked_json(path)["settings"].get("evaluate_every", 0)
-    return base.updated(val_every=interval) if interval else base
 
 
 def _describe(sweep: OpenSweep) -> None:

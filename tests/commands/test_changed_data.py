@@ -8,6 +8,7 @@ from fbpc_ray.core.config import Config, Sweep
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import session
 from fbpc_ray.tuning import sweep
+from fbpc_ray.tuning.plan import write_plan
 
 CAUSES = (
     "the data has changed, a relative path is of another folder, or another version of a decoder or another kind of "
@@ -67,7 +68,7 @@ def test_a_sweep_notes_that_its_images_have_changed(small, prints, tmp_path, mon
     folder, settings = tmp_path / "sweep", Sweep(grid=("alpha=1,10",))
     base = small.updated(data="folder:.", validation=0.1, out=str(folder))
     opened = sweep._prepare(base, settings, folder, False, False, False)
-    sweep._write_plan(opened)
+    write_plan(opened.folder, opened.plan, opened.base)
     sweep._prepare(opened.base, settings, folder, True, False, False)
     assert notes(capsys.readouterr().out) == []
     monkeypatch.chdir(tmp_path / "second")
@@ -76,6 +77,6 @@ def test_a_sweep_notes_that_its_images_have_changed(small, prints, tmp_path, mon
         f"note: the training images of folder:. are not those of the sweep (fingerprint {prints[1]}, then {prints[0]}):"
         f" {CAUSES}; the trials go on with these images: do not compare their scores with earlier ones"
     ]
-    sweep._write_plan(opened._replace(plan=opened.plan._replace(fingerprint="")))  # as read from an earlier file
+    write_plan(opened.folder, opened.plan._replace(fingerprint=""), opened.base)  # as read from an earlier file
     sweep._prepare(opened.base, settings, folder, True, False, False)
     assert notes(capsys.readouterr().out) == []

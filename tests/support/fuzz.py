@@ -35,8 +35,8 @@ from fbpc_ray.evaluation.ensemble import Ensemble
 from fbpc_ray.models.functional import Network, specify
 from fbpc_ray.tracking import run_reference
 from fbpc_ray.tracking.run_reference import RunReference
-from fbpc_ray.tuning import sweep, trial
-from fbpc_ray.tuning.monitor import Plan
+from fbpc_ray.tuning import trial
+from fbpc_ray.tuning.plan import Plan, read_plan
 from fbpc_ray.tuning.trial import Record, ValidationResult
 
 SECONDS, MEMORY = 10.0, 2**30
@@ -233,7 +233,7 @@ def sweep_readers(folder: Path) -> list[Reader]:
 
     return [
         Reader("best.json", folder / "best.json", lambda: preset(str(folder / "best.json")).flat(), True),
-        Reader("sweep.json", folder / "sweep.json", lambda: asdict_plan(sweep.read_plan(folder)), True),
+        Reader("sweep.json", folder / "sweep.json", lambda: asdict_plan(read_plan(folder)), True),
         Reader("trial.json", folder / "trial.json", lambda: asdict(trial.read_record(folder)), True),
         Reader("ended.json", folder / "ended" / "ended.json", lambda: tuple(trial.read_outcome(config, 0)[:3]), True),
         Reader("posterior samples", folder / "samples.safetensors", loaded, True),

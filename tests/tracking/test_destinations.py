@@ -176,8 +176,7 @@ def test_the_resume_of_a_sweep_downloads_only_where_the_command_line_says_so(fin
 
 def test_the_trials_of_a_stored_sweep_name_no_destination(small):
     from fbpc_ray.core.config import Sweep
-    from fbpc_ray.tuning import sweep
-    from fbpc_ray.tuning.monitor import Plan
+    from fbpc_ray.tuning.plan import Plan, refuse_untrusted
 
     for flags_of_trial, message in (
         ({"address": "203.0.113.9:6379"}, "trial 0 sets --address"),
@@ -188,8 +187,8 @@ def test_the_trials_of_a_stored_sweep_name_no_destination(small):
     ):
         plan = Plan("s", "1", Sweep(), [flags_of_trial])
         with pytest.raises(UserError, match=message):
-            sweep._refuse_untrusted(plan, small, Path("/sweep"))
-    sweep._refuse_untrusted(Plan("s", "1", Sweep(), [{"alpha": 3.0, "experts": "/mine"}]), small, Path("/sweep"))
+            refuse_untrusted(plan, small, Path("/sweep"))
+    refuse_untrusted(Plan("s", "1", Sweep(), [{"alpha": 3.0, "experts": "/mine"}]), small, Path("/sweep"))
 
 
 def test_the_token_file_of_ray_is_private(tmp_path):

@@ -15,6 +15,7 @@ from fbpc_ray.execution.serial import Serial
 from fbpc_ray.tracking.protocol import NullTracker
 from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning.plan import write_plan
 from fbpc_ray.tuning.trial import Record, ValidationResult
 
 
@@ -62,7 +63,7 @@ def sweep(small, tmp_path):
     """A sweep of two trials of four steps."""
     base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
     opened = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    tuning._write_plan(opened)
+    write_plan(opened.folder, opened.plan, opened.base)
     return opened
 
 
@@ -178,6 +179,6 @@ def test_the_steps_that_a_pruned_trial_does_not_take_are_done(sweep):
 def test_a_resumed_sweep_has_the_threads_that_it_began_with(sweep, small):
     """Those of the processor may be others by then; they change the last bits."""
     stored = sweep.base.updated(threads=3)
-    tuning._write_plan(sweep._replace(base=stored))
+    write_plan(sweep.folder, sweep.plan, stored)
     resumed = tuning._prepare(stored.updated(threads=0), sweep.plan.settings, sweep.folder, True, True, False)
     assert {config.workers.threads for config in (resumed.base, *resumed.task.configs)} == {3}

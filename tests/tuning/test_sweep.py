@@ -21,6 +21,7 @@ from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution.ray.placement import Node, Resources, capacity, resources_of, share
 from fbpc_ray.tuning import sweep as sweeps
 from fbpc_ray.tuning import trial as sweep
+from fbpc_ray.tuning.plan import write_plan
 
 SPACE = {"alpha": [1.0, 10.0]}
 
@@ -146,7 +147,8 @@ def test_a_sweep_over_networks_of_ones_own_is_resumed_by_repeating_its_grid(tmp_
     )
     base = preset("digits").updated(validation=0.1, out=str(tmp_path / "sweep"))
     settings = Sweep(grid=('architectures=["nets_of_a_sweep:build"],["convnet-in"]',))
-    sweeps._write_plan(sweeps._prepare(base, settings, tmp_path / "sweep", False, True, True))
+    sweep = sweeps._prepare(base, settings, tmp_path / "sweep", False, True, True)
+    write_plan(sweep.folder, sweep.plan, sweep.base)
     words = "--out", "sweep", "--resume", "--dry-run"
     line = refused(capsys, *words, command="tune")
     grid = ["--grid", *settings.grid]
