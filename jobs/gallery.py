@@ -103,9 +103,9 @@ def table(paths: Sequence[Path], results: Mapping[str, Any], counts: Mapping[str
 
 
 def cell(result: Mapping[str, Any]) -> str:
-    """Format the mean of each score over chains, or networks."""
-    (scores,) = result["coresets"]["given"].values()
-    means = ((SHOWN[name], statistics.mean(scores[name])) for name in SCORES)
+    """Format the mean of each score over chains, or trained networks, and over architectures."""
+    each = result["coresets"]["given"].values()
+    means = ((SHOWN[name], statistics.mean(value for scores in each for value in scores[name])) for name in SCORES)
     return ", ".join(f"{shown.scale * mean:.{shown.digits}f}" for shown, mean in means)
 
 

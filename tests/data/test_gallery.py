@@ -37,8 +37,10 @@ def test_results_are_those_of_the_file(path):
     assert images.images.shape[1:] == (3, 32, 32) and len(images.classes) == 10
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     for inference, result in RESULTS[path.stem].items():
-        scores = result["coresets"]["given"]["convnet-in"]
+        by_network, count = result["coresets"]["given"], len(result["eval_seeds"])
+        assert list(by_network) == json.loads(facts["settings"])["architectures"]
+        assert all(len(scores["accuracy"]) == count for scores in by_network.values())
         assert (result["inference"], result["images"]) == (inference, len(images.images))
-        assert (result["images_scored"], len(result["eval_seeds"])) == (10_000, len(scores["accuracy"]))
+        assert result["images_scored"] == 10_000
         assert (result["data"], result["coreset"], result["file"]) == ("parquet:PATH", path.name, checksum)
         assert "+" not in result["commit"]

@@ -52,6 +52,13 @@ def test_each_file_is_evaluated_once_by_each_inference(pets, tmp_path, capsys):
     assert again["two"]["ensemble"]["coresets"]["given"] != results["two"]["ensemble"]["coresets"]["given"]
 
 
+def test_a_row_is_the_mean_over_networks():
+    """Of a coreset that was distilled on two: accuracies 10, 20 and 30 % of one, 60 % thrice of the other."""
+    ones = {"nll": [1.0, 1.0, 1.0], "ece": [0.5, 0.5, 0.5]}
+    by_network = {"convnet-in": {"accuracy": [0.1, 0.2, 0.3], **ones}, "convnet-gn": {"accuracy": [0.6] * 3, **ones}}
+    assert gallery.cell({"coresets": {"given": by_network}}) == "40.0, 1.00, 0.500"
+
+
 @pytest.mark.parametrize("word", ["last-layer", "last-layer:0", "last-layer:many"])
 def test_an_inference_without_a_count_is_one_line(pets, tmp_path, capsys, word):
     file = write(tmp_path / "one.safetensors")
