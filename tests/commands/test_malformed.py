@@ -2,27 +2,52 @@
 
 import errno
 import io
+import math
 import os
 import sys
+from dataclasses import fields
 
 import pytest
 from support.runs import refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.core import files, progress
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError, escape_controls
-from fbpc_ray.core.ranges import OF_COMMANDS, RANGES
+from fbpc_ray.core.ranges import OF_COMMANDS, RANGES, check_flags
 from fbpc_ray.core.storage import place
 from fbpc_ray.models import custom
 
 HUGE = "1" + "0" * 400
 
 
-@pytest.mark.parametrize("name", [name for name in RANGES if name != "trajectory_cache_gb"])
-@pytest.mark.parametrize("value", [HUGE, "1" + "0" * 35, "1e300", "nan"])
-def test_a_number_beyond_any_use_is_refused_with_its_flag(name, value, capsys):
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_beyond_any_use_is_refused_with_its_flag(name):
+    for value in (10**400, 10**35, 1e300, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: must be "):
+            check_flags({name: value})
+
+
+GROUPS = ["image_size", "width", "expert_lr", "chain_epochs", "prefetch", "val_every"]
+"""A number of each other group of settings than that of steps and alpha."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("steps", "alpha") for value in (HUGE, "1" + "0" * 35, "1e300", "nan")),
+        *((name, HUGE) for name in GROUPS),
+    ],
+)
+def test_so_it_is_on_the_command_line(name, value, capsys):
     flag = f"--{name.replace('_', '-')}"
     assert refused(capsys, flag, value).startswith(f"error: {flag}: must be ")
+
+
+def test_each_group_of_settings_is_tried_on_the_command_line():
+    groups = [{field.name for field in fields(group)} for group in vars(Config()).values()]
+    numbers = [names & RANGES.keys() for names in groups]
+    assert all(names & {"steps", "alpha", *GROUPS} for names in numbers if names)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Words of a command line: what is refused, in one line; naming a default changes no run; old names of flags."""
 
 import pytest
-from support.runs import flags
+from support.runs import flags, refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.arguments import KINDS, ExpertArguments, TuneArguments
@@ -38,15 +38,28 @@ EARLY = ("data", "ipc", "method", "architectures", "address", "out")
         ("tunee", "unknown command 'tunee': did you mean tune?"),
     ],
 )
-@pytest.mark.parametrize("columns", ["40", "200"])
-def test_words_that_do_not_parse_are_one_line(words, message, columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_words_that_do_not_parse_are_one_line(words, message, capsys, monkeypatch):
+    """On a narrow terminal, where tyro breaks its lines; the next test has a wide one."""
+    monkeypatch.setenv("COLUMNS", "40")
     with pytest.raises(SystemExit) as error:
         main.main(words.split())
     output = capsys.readouterr()
     assert (error.value.code, output.out) == (2, "")
     assert output.err.startswith(f"error: {message}")
     assert len(output.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("distill --map-init warmer", "--map-init: must be one of 'prior', 'warm', got 'warmer'; see"),
+        ("evaluate", "RUN: missing; see"),
+        ("distill --tracking 3", "3: unexpected, or one value too many for the flag before it; see"),
+    ],
+)
+def test_the_width_of_the_terminal_changes_no_error(words, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert refused(capsys, *words.split()[1:], command=words.split()[0]).startswith(f"error: {message}")
 
 
 def test_an_error_that_we_have_no_words_for_is_one_line_too():
@@ -66,7 +79,7 @@ def test_naming_a_default_changes_no_run(name):
     flat = config.flat()
     for flag in EARLY:
         values = flat[flag] if isinstance(flat[flag], tuple) else (str(flat[flag]),)
-        assert distill_arguments([*row, f"--{flag}", *values]).config == config, flag
+        assert base_config([*row, f"--{flag}", *values]) == config, flag
     assert distill_arguments([*row, *flags(config)]).config == config
     assert distill_arguments(["--data", flat["data"], "--ipc", str(flat["ipc"])]).config == config
 
