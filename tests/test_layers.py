@@ -1,6 +1,7 @@
 """Imports go one way (CONTRIBUTING.md), heavy libraries stay in their file, the core runs without ray and mlflow."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -170,37 +171,55 @@ def run(code: str) -> list[str]:
     return result.stdout.split()
 
 
-def test_importing_the_package_imports_nothing_heavy():
+HEAVY = ("torch", "numpy", "ray", "mlflow", "matplotlib", "pyarrow", "sklearn", "torchvision", "tyro")
+STAGES = """
+import json, sys
+stages = []
+def end(*more): stages.append([sorted(set(HEAVY) & set(sys.modules)), *more])
+import fbpc_ray
+end(fbpc_ray.__version__)
+import fbpc_ray.core.config, fbpc_ray.commands.main
+end()
+names = dir(fbpc_ray)
+end()
+from fbpc_ray import *
+from fbpc_ray import api, distill
+assert distill is api.distill and set(api.__all__) <= set(names)
+end(sorted(api.__all__) == sorted(fbpc_ray.__all__), Coreset.__name__)
+import fbpc_ray.distillation.loop, fbpc_ray.execution.session, fbpc_ray.execution.backends
+end()
+print(json.dumps(stages))
+"""
+
+
+@pytest.fixture(scope="module")
+def stages() -> list[list]:
+    """What a fresh interpreter has imported of HEAVY: after the package, the command line, `dir`, the API, the core."""
+    return json.loads(" ".join(run(f"HEAVY = {HEAVY}{STAGES}")))
+
+
+def test_importing_the_package_imports_nothing_heavy(stages):
     """A version, and no work: `fbpc --help` and Ray's workers start from here."""
-    heavy = ("torch", "numpy", "ray", "mlflow", "matplotlib", "pyarrow", "sklearn", "torchvision", "tyro")
-    assert run(f"import sys, fbpc_ray; print(fbpc_ray.__version__, *({set(heavy)} & set(sys.modules)))") == [
-        fbpc_ray.__version__
-    ]
+    assert stages[0] == [[], fbpc_ray.__version__]
 
 
-def test_the_public_names_are_there_at_their_first_use():
+def test_importing_config_and_cli_takes_no_torch(stages):
+    """Flags and presets are plain Python, so --help and a typo answer at once."""
+    assert set(stages[1][0]).isdisjoint({"torch", "ray", "mlflow", "matplotlib", "pyarrow"})
+
+
+def test_the_public_names_are_there_at_their_first_use(stages):
     """Those of api, as editors and `dir` see them; no other."""
-    code = (
-        "import sys, fbpc_ray; names = dir(fbpc_ray); before = 'torch' in sys.modules; from fbpc_ray import *;"
-        "from fbpc_ray import api, distill; assert distill is api.distill and set(api.__all__) <= set(names);"
-        "print(before, sorted(api.__all__) == sorted(fbpc_ray.__all__), 'torch' in sys.modules, Coreset.__name__)"
-    )
-    assert run(code) == ["False", "True", "True", "Coreset"]
+    assert "torch" not in stages[2][0]
+    assert "torch" in stages[3][0] and stages[3][1:] == [True, "Coreset"]
     with pytest.raises(AttributeError, match="module 'fbpc_ray' has no attribute 'distil'"):
         fbpc_ray.distil  # type: ignore[attr-defined]  # noqa: B018
     assert (ROOT / "py.typed").is_file()
 
 
-def test_importing_config_and_cli_takes_no_torch():
-    """Flags and presets are plain Python, so --help and a typo answer at once."""
-    heavy = {"torch", "ray", "mlflow", "matplotlib", "pyarrow"}
-    assert run(f"import sys, fbpc_ray.core.config, fbpc_ray.commands.main; print(*({heavy} & set(sys.modules)))") == []
-
-
-def test_the_core_imports_neither_ray_nor_mlflow_nor_matplotlib():
-    """Where they are installed: importing the pipeline and the plan takes none of them."""
-    modules = "fbpc_ray.distillation.loop, fbpc_ray.execution.session, fbpc_ray.execution.backends"
-    assert run(f"import sys, {modules}; print(*({set(ONLY)} & set(sys.modules)))") == []
+def test_the_core_imports_neither_ray_nor_mlflow_nor_matplotlib(stages):
+    """Where they are installed: importing the API, the pipeline and the plan takes none of them."""
+    assert set(stages[4][0]).isdisjoint(ONLY)
 
 
 WITHOUT = """
