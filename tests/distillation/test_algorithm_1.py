@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.runs import flags
+from support.runs import silent
 
-from fbpc_ray.commands import main
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
+from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
@@ -25,7 +25,9 @@ from fbpc_ray.distillation.state import (
     initial_state,
 )
 from fbpc_ray.distillation.worker import EXPERT_SIDES, METHODS, Worker
+from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.execution import session
+from fbpc_ray.execution.serial import Serial
 from fbpc_ray.execution.worker_group import worker_group
 from fbpc_ray.inference.divergence import forward_kl
 from fbpc_ray.inference.map_solve import map_solve
@@ -35,7 +37,7 @@ from fbpc_ray.models.passes import Passes
 
 @pytest.fixture
 def setting(small, digits):
-    config = small.updated(posterior_steps=6, gamma=0.5)
+    config = small.updated(posterior_steps=6, gamma=1.0)
     real = DeviceDataset(*tensors(digits.train, "cpu"), digits.mean, digits.std)
     state, labels = initial_state(digits, 2, 0)
     return config, digits, real, state, labels
@@ -140,7 +142,7 @@ def test_a_window_of_passes_ends_no_solve_early(setting):
     assert one.map_status == five.map_status == "converged"
     assert one.map_steps is not None and five.map_steps is not None and five.map_loss is not None
     assert five.map_steps >= max(one.map_steps, 4)
-    assert five.map_loss <= 0.5
+    assert five.map_loss <= 1.0
 
 
 @pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl", "bpc-w"])
@@ -189,7 +191,7 @@ def test_statistics_are_what_they_say(setting):
     config, digits, real, state, labels = setting
     stats: dict[str, Any] = compute(config, digits, real, state.images, labels).stats.row()
     assert stats["map_ending"] == "converged"
-    assert 0 < stats["map_loss"] <= 0.5
+    assert 0 < stats["map_loss"] <= 1.0
     assert stats["map_steps"] > 0
     assert stats["psi_x"] > 0 < stats["psi_u"]
     assert 1 <= stats["expert_epoch"] <= 3
@@ -333,8 +335,19 @@ def test_draws_of_a_step_differ_in_all_but_the_batch(setting):
     assert not torch.equal(values[1], values[2])
 
 
+def learn_and_score(config, digits) -> None:
+    """Train the experts, distil and sample chains on the coreset, as a run does, without its files."""
+    workers = Serial("cpu", Interruption())
+    opened = session.open_session(config, silent, digits)
+    opened.train_experts(workers, silent)
+    state = opened.initial[0]
+    for step in opened.steps(state, workers):
+        state = step.state
+    evaluate({"it": opened.coreset(state)}, opened.specs, digits, "test", opened.config, workers, silent)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_without_augmentation_nothing_is_augmented(method, small, tmp_path, monkeypatch):
+def test_without_augmentation_nothing_is_augmented(method, small, digits, tmp_path, monkeypatch):
     """Table 10: --augment none reaches experts, MAP solve, K steps, Eq. 17, inner steps and chains: DSA would raise."""
 
     def refuse(count, source):
@@ -343,8 +356,8 @@ def test_without_augmentation_nothing_is_augmented(method, small, tmp_path, monk
     monkeypatch.setitem(AUGMENTATIONS, "dsa", refuse)
     config = small.updated(
         method=method, augment="none", experts=str(tmp_path / "experts"), steps=1, expert_count=1, syn_steps=2,
-        start_rule="before", backend="serial", architectures=("convnet-in",), out=str(tmp_path / "run"),
+        start_rule="before", architectures=("convnet-in",), num_chains=1, chain_epochs=2, chain_every=1,
     )  # fmt: skip
-    main.main(["distill", *flags(config)])
+    learn_and_score(config, digits)
     with pytest.raises(AssertionError, match="DSA was drawn"):
-        main.main(["distill", *flags(config, augment="dsa", out=str(tmp_path / "with"))])
+        learn_and_score(config.updated(augment="dsa"), digits)
