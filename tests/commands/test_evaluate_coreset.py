@@ -10,6 +10,7 @@ from support.data_files import write_npz
 from support.runs import refused
 
 from fbpc_ray.commands import main
+from fbpc_ray.commands.evaluate_coreset import stored_settings
 from fbpc_ray.core import memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.rng import generator
@@ -51,14 +52,20 @@ def pets(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_a_committed_coreset_brings_its_network(path, cifar, tmp_path, capsys):
-    result = evaluated(path, cifar, tmp_path / "r.json")
+def test_a_committed_coreset_brings_its_network(path, capsys):
+    taken = stored_settings(str(path), set())
     width = 128 if path.stem.endswith("width128") else 32
-    assert (result["width"], result["architectures"]) == (width, ["convnet-in"])
+    assert (taken["width"], taken["architectures"]) == (width, ["convnet-in"])
     stored = coreset_reader.settings_of(path).get("inference", "sghmc")
     assert stored == ("last-layer" if re.search("vbpc|frepo", path.stem) else "sghmc")
     line = f"as the coreset was distilled: --architectures convnet-in --width {width} --depth 0 --augment dsa"
     assert line in capsys.readouterr().out
+
+
+def test_that_network_is_the_one_that_is_sampled(cifar, tmp_path):
+    assert not COMMITTED[0].stem.endswith("width128")
+    result = evaluated(COMMITTED[0], cifar, tmp_path / "r.json")
+    assert (result["width"], result["architectures"]) == (32, ["convnet-in"])
 
 
 def test_a_flag_wins(cifar, tmp_path, capsys):

@@ -335,7 +335,8 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
 def test_the_plan_of_an_evaluation_is_of_the_coresets_that_it_scores(digits, tmp_path, capsys):
     """Of classes of several sizes, or of more images than the data has, there are no random images beside it."""
     first, labels = initial_state(digits, 2, 5)
-    words = ("--data", "digits", "--backend", "serial", "--width", "8", "--chain-epochs", "20", "--chain-every", "10")
+    words = ("--data", "digits", "--backend", "serial", "--width", "8", "--chain-epochs", "20", "--chain-every", "10",
+             "--architectures", "convnet-in", "--num-chains", "3")  # fmt: skip
     for index, size, chains in (
         (range(20), "20 images, 2 per class", "6 chains of 20 epochs, half on random images"),
         (range(19), "19 images, 1 to 2 per class", "3 chains of 20 epochs, and"),

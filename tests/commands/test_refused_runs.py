@@ -1,11 +1,12 @@
 """Runs that are refused: bad input, folders that hold another run, files that are damaged."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.data_files import write_classes
-from support.runs import distil, flags, refused
+from support.runs import flags, refused
 
 from fbpc_ray.commands import distill, main
 from fbpc_ray.core.config import to_json
@@ -15,7 +16,8 @@ from fbpc_ray.distillation.run_directory import RunDirectory
 def test_a_run_that_began_at_the_same_time_and_is_through_is_not_overwritten(small, tmp_path, monkeypatch, capsys):
     """Both found an empty folder; the other loaded its data, ran and left while this one loads its own."""
     folder, open_session = tmp_path / "run", distill.open_sized_session
-    words = flags(small, backend="serial", method="random", out=str(folder))
+    chains = {"num_chains": 1, "chain_epochs": 2, "chain_every": 1, "architectures": ("convnet-in",)}
+    words = flags(small, backend="serial", method="random", out=str(folder), **chains)
 
     def slow(*arguments, **options):
         monkeypatch.undo()
@@ -149,13 +151,12 @@ def test_experts_of_another_recipe_lie_beside_those_that_are_there(capsys, tmp_p
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
-def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, small, tmp_path):
-    folder = tmp_path / "damaged"
-    distil(*flags(small, backend="serial", steps=2, out=str(folder)))
+def test_a_damaged_checkpoint_is_refused_and_left_alone(capsys, finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "damaged")
     path = RunDirectory(folder).state_path
     broken = path.read_bytes()[:-100]
     path.write_bytes(broken)
-    assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "4")
+    assert "damaged" in refused(capsys, "--out", str(folder), "--resume", "--steps", "14")
     assert path.read_bytes() == broken
 
 

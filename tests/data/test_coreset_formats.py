@@ -100,6 +100,7 @@ def _digits() -> Dataset:
 def test_a_coreset_is_judged_by_its_own_normalisation(small, tmp_path):
     """Of a run with a validation split, whose constants are those of the other images."""
     folder, out = tmp_path / "run", tmp_path / "pair"
+    small = small.updated(num_chains=1, chain_epochs=2, chain_every=1, architectures=("convnet-in",))
     distil(*flags(small, backend="serial", method="random", validation=0.3, seed=3, out=str(folder)))
     main.main(["export", str(folder), "--format", "pt", "--out", str(out)])
     before = json.loads(RunDirectory(folder).result_path.read_text())["coresets"]["random"]

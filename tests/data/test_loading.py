@@ -38,7 +38,8 @@ Path({sprung!r}).touch()
 from torch import nn
 def build(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
 """
-SERIAL = ("--backend", "serial", "--num-chains", "1", "--chain-epochs", "10", "--chain-every", "5")
+SERIAL = ("--backend", "serial", "--num-chains", "1", "--chain-epochs", "2", "--chain-every", "1")
+BRIEF: dict[str, int] = {"num_chains": 1, "chain_epochs": 2, "chain_every": 1}
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_the_trap_is_one(sprung):
 def finished(small, tmp_path_factory):
     """A finished run of two steps on one network."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    distil(*flags(small, backend="serial", steps=2, num_chains=1, architectures=("convnet-in",), out=str(folder)))
+    distil(*flags(small, backend="serial", steps=2, architectures=("convnet-in",), out=str(folder), **BRIEF))
     return folder
 
 
@@ -118,8 +119,7 @@ def test_a_network_that_is_asked_for_is_imported(run, network, sprung, capsys):
 def test_a_run_of_an_own_network_says_how_it_is_resumed(small, network, tmp_path, capsys):
     """The flag repeated goes on with it, the line without it is refused."""
     folder = tmp_path / "own"
-    words = flags(small, backend="serial", steps=2, architectures=(network,), out=str(folder))
-    distil(*words)
+    distil(*flags(small, backend="serial", steps=2, architectures=(network,), out=str(folder), **BRIEF))
     assert network in refused(capsys, "--out", str(folder), "--resume", "--steps", "3")
     distil("--out", str(folder), "--resume", "--steps", "3", "--architectures", network)
     assert json.loads(RunDirectory(folder).result_path.read_text())["steps"] == 3
@@ -127,12 +127,17 @@ def test_a_run_of_an_own_network_says_how_it_is_resumed(small, network, tmp_path
 
 @pytest.mark.parametrize("address", ["203.0.113.7:6379", "ray://203.0.113.7:10001", "auto"])
 def test_a_configuration_connects_to_no_cluster_unasked(run, capsys, address):
-    """What a cluster answers is unpickled, so its address is asked for; `evaluate` takes its own."""
+    """What a cluster answers is unpickled, so its address is asked for."""
     rewrite(run, address=address, backend="ray", steps=3)
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--resume")
     assert f"--address {address}" in refused(capsys, "--out", str(run), "--resume", "auto")
+
+
+def test_an_address_that_is_asked_for_is_taken(run):
+    """The way out that the line names, for a resume; `evaluate` takes its own."""
+    rewrite(run, address="203.0.113.7:6379", backend="ray", steps=3)
     main.main(["evaluate", str(run), *SERIAL])
-    distil("--out", str(run), "--resume", "--address", address, "--backend", "serial")
+    distil("--out", str(run), "--resume", "--address", "203.0.113.7:6379", "--backend", "serial")
     assert json.loads(RunDirectory(run).result_path.read_text())["steps"] == 3
 
 

@@ -152,7 +152,7 @@ def test_a_look_that_a_kill_prevented_is_made_up_for(small, digits, tmp_path):
 
 
 def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, digits, tmp_path):
-    task = task_of(small, digits, tmp_path, {"alpha": 1e9, "architectures": ["convnet-none"]})
+    task = task_of(small, digits, tmp_path, {"alpha": 1e9, "architectures": ["convnet-none"], "map_max_steps": 20})
     one_trial(task)
     result = sweep.read_outcome(task.configs[0], 0)
     assert result.status == "failed"
