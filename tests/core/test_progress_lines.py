@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import pty
+import re
 import sys
 import termios
 import time
@@ -163,7 +164,7 @@ def test_the_thread_writes_while_the_work_reports_nothing(monkeypatch):
         while len(lines) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(lines) >= 2
-    assert lines[0] == "experts: trajectory 0/2 (0 %), under a second so far"
+    assert re.fullmatch(r"experts: trajectory 0/2 \(0 %\), (under a second|\d+ s) so far", lines[0])  # a busy machine
     count = len(lines)
     time.sleep(0.2)
     assert len(lines) == count
