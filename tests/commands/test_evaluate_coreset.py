@@ -55,10 +55,11 @@ def pets(tmp_path) -> str:
 def test_a_committed_coreset_brings_its_network(path, capsys):
     taken = stored_settings(str(path), set())
     width = 128 if path.stem.endswith("width128") else 32
-    assert (taken["width"], taken["architectures"]) == (width, ["convnet-in"])
+    networks = ["convnet-in", "convnet-gn", "convnet-ln", "convnet-bn"][: 4 if path.stem.endswith("four") else 1]
+    assert (taken["width"], taken["architectures"]) == (width, networks)
     stored = coreset_reader.settings_of(path).get("inference", "sghmc")
     assert stored == ("last-layer" if re.search("vbpc|frepo", path.stem) else "sghmc")
-    line = f"as the coreset was distilled: --architectures convnet-in --width {width} --depth 0 --augment dsa"
+    line = f"as the coreset was distilled: --architectures {' '.join(networks)} --width {width} --depth 0 --augment dsa"
     assert line in capsys.readouterr().out
 
 
