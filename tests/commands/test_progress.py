@@ -19,6 +19,7 @@ from fbpc_ray.core.config import Sweep
 from fbpc_ray.tracking.protocol import NullTracker
 from fbpc_ray.tuning import monitor, trial
 from fbpc_ray.tuning import sweep as tuning
+from fbpc_ray.tuning.plan import write_plan
 from fbpc_ray.tuning.trial import ValidationResult
 
 QUICK = {"backend": "serial", "steps": 4, "num_chains": 1, "chain_epochs": 4, "chain_every": 2}
@@ -96,7 +97,7 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
     """A stopped trial's other steps count as done: nobody waits for them."""
     base = small.updated(validation=0.1, out=str(tmp_path / "sweep"), steps=4)
     result = tuning._prepare(base, Sweep(grid=("alpha=1,10",)), tmp_path / "sweep", False, False, False)
-    tuning._write_plan(result)
+    write_plan(result.folder, result.plan, result.base)
 
     def look(number: int, step: int) -> ValidationResult:
         return ValidationResult(step, 1.0, 0.5, 0.1, 0.2, [])
