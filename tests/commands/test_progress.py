@@ -159,7 +159,7 @@ def test_lines_of_experts_distillation_and_chains(small, tmp_path, capsys, every
     assert counted(text, "evaluate", "chain")[-4:] == ["1/4", "2/4", "3/4", "4/4"]
     assert len(re.findall(r"distil: step \d/4 \(\d+ %\), loss ", text)) == 4
     assert "experts: trajectory 0/4 (8 %), " in text  # the first epoch of three
-    assert "evaluate: chain 0/4 (12 %), " in text  # the first sample of two
+    assert "evaluate: chain 0/4 (1 %), " in text  # the first sample of two: 60 of 840 images, predictions included
 
 
 def test_lines_of_a_table(small, tmp_path, capsys, every_line):
