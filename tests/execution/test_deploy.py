@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_again_goes_on_where_nothing_but_the_configuration_is(finished_run, small, tmp_path):
     """Killed before its first checkpoint; and while the configuration was written, of which a kill leaves a part."""
     folder = tmp_path / "early"
-    words = flags(small, backend="serial", steps=12, out=str(folder))
+    words = flags(small, backend="serial", steps=12, num_chains=1, chain_epochs=2, chain_every=1, out=str(folder))
     RunDirectory(folder).folder.mkdir()
     (folder / ".config.json.0a1b2c3d.tmp").write_text("{")
     distil(*words, "--resume", "auto")
