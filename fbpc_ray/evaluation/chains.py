@@ -104,7 +104,7 @@ def sampling(
     `chain_weight_decay` / m on the mean loss.
     """
     m = len(labels)
-    size = m if m <= settings.chain_full_batch else min(settings.chain_batch_size, m)
+    size = batch_size(settings, m)
     steps_per_epoch = -(-m // size)
     name = passes.network.spec.architecture
     eta = settings.chain_eta or default_step_size(m)
@@ -122,6 +122,11 @@ def sampling(
     )
     every = settings.chain_every * steps_per_epoch
     yield from islice(chain, every - 1, settings.chain_epochs // settings.chain_every * every, every)
+
+
+def batch_size(settings: Evaluation, count: int) -> int:
+    """Return the images of a step on `count` images: all of them, if they are at most --chain-full-batch."""
+    return count if count <= settings.chain_full_batch else min(settings.chain_batch_size, count)
 
 
 def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, augment: str, seed: int) -> Ensemble:

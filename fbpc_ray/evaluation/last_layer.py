@@ -28,6 +28,7 @@ from fbpc_ray.evaluation.chains import (
     EvaluationContext,
     Predictor,
     arrays_of,
+    batch_size,
     chain_result,
     fitting_share,
     sample_predictor,
@@ -53,8 +54,8 @@ def fit_networks(context: EvaluationContext, chain: Chain, device: str) -> Predi
     """Train the networks of one seed on the coreset; return what they predict, None where training diverged."""
     settings, network = context.settings, Network(chain.spec, device)
     data = targets_of(context, chain, device)
-    size = len(data.images) if len(data.images) <= settings.chain_full_batch else settings.chain_batch_size
-    share = fitting_share(3 * settings.net_steps * size, len(context.split.labels), context)
+    fitted = 3 * settings.net_steps * batch_size(settings, len(data.images))
+    share = fitting_share(fitted, len(context.split.labels), context)
     samples = [
         train_network(network, data, settings, chain.seed, member, share) for member in range(num_networks(settings))
     ]
@@ -71,9 +72,8 @@ def num_networks(settings: Evaluation) -> int:
 
 
 def batch_images(settings: Evaluation, m: int) -> int:
-    """Return the images of a training step on a coreset of m images: all, if they are at most --chain-full-batch."""
-    images = 2 * m if settings.net_mirror else m
-    return images if images <= settings.chain_full_batch else min(settings.chain_batch_size, images)
+    """Return the images of a training step on a coreset of m images, mirror images included."""
+    return batch_size(settings, 2 * m if settings.net_mirror else m)
 
 
 def targets_of(context: EvaluationContext, chain: Chain, device: str) -> Targets:

@@ -21,6 +21,7 @@ from fbpc_ray.core import cores, memory
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation import network_pool
+from fbpc_ray.evaluation.chains import batch_size
 from fbpc_ray.models.functional import Network, Spec, build
 from fbpc_ray.models.passes import PART
 
@@ -173,7 +174,7 @@ def _needs_of_a_chain(config: Config, problem: Problem) -> Iterator[Need]:
     e, m = config.evaluation, problem.coreset
     chains = e.inference == "sghmc"
     num_images = m if chains or not e.net_mirror else 2 * m
-    size = num_images if num_images <= e.chain_full_batch else min(e.chain_batch_size, num_images)
+    size = batch_size(e, num_images)
     size = min(size, (config.networks.chunk_images or size) if chains else PART)
     flag = "chain_full_batch" if num_images <= e.chain_full_batch else "chain_batch_size"
     widest = max(problem.networks, key=lambda network: network.activations)

@@ -1,8 +1,4 @@
-"""The trials of a sweep: drawn, kept in sweep.json, and checked when they are read again.
-
-config.json   settings that all trials share
-sweep.json    how the trials were drawn, and the flags of each
-"""
+"""The trials of a sweep: drawn, kept in sweep.json, and checked when they are read again."""
 
 import shlex
 import sys
