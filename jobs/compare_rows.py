@@ -24,6 +24,7 @@ from fbpc_ray.core.storage import place
 from fbpc_ray.reproduction.render import score_tables
 from fbpc_ray.reproduction.rows import Rows, write_rows
 from fbpc_ray.reproduction.summaries import SHOWN
+from fbpc_ray.reproduction.tables import positions
 
 SCORES = ("accuracy", "nll", "ece", "brier")
 
@@ -56,11 +57,13 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def rows_of(word: str) -> list[dict[str, Any]]:
-    """Read the rows of FOLDER or FOLDER=NAME. Raises UserError for a folder without rows."""
+    """Read the rows of FOLDER or FOLDER=NAME in the order of their table. Raises UserError where there are none."""
     folder, _, name = word.partition("=")
     rows = Rows(Path(folder)).read()
     if not rows:
         raise UserError(f"{folder}: holds no Parquet files of rows; give OUT/rows/TABLE of a reproduction")
+    orders = {table: positions(table) for table in {row["table"] for row in rows}}
+    rows.sort(key=lambda row: orders[row["table"]].get((row["row"], row["column"]), len(orders[row["table"]])))
     return [row | {"row": name} if name else row for row in rows]
 
 

@@ -258,3 +258,9 @@ def cells_of(name: str, request: Request) -> list[Cell]:
         if flag in request.overrides:
             raise UserError(f"--override {flag}=...: changes no cell; give --{flag.replace('_', '-')} itself")
     return TABLES[name].cells(request)
+
+
+def positions(name: str) -> dict[tuple[str, str], int]:
+    """Return {(row, column): its position} for the cells of a table, in the order in which it prints them."""
+    request = Request(SCALES["paper"], {source: source for source in DATA.values()}, (), {}, Config())
+    return {(cell.row, cell.column): index for index, cell in enumerate(TABLES[name].cells(request))}

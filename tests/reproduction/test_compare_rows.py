@@ -16,8 +16,8 @@ def write(folder, accuracies, **settings):
     config = json.dumps(preset("digits").updated(**settings).flat())
     for seed, accuracy in enumerate(accuracies):
         row = dict.fromkeys(SCHEMA.names) | {
-            "key": f"k{seed}", "row": "FBPC", "column": "ipc 1", "distill_seed": seed, "eval_seed": 0,
-            "accuracy": accuracy, "nll": 1.0, "ece": 0.1, "brier": 0.2, "config": config,
+            "key": f"k{seed}", "table": "table1", "row": "FBPC", "column": "ipc 1", "config": config,
+            "distill_seed": seed, "eval_seed": 0, "accuracy": accuracy, "nll": 1.0, "ece": 0.1, "brier": 0.2,
         }  # fmt: skip
         Rows(folder).write([row])
     return str(folder)
@@ -39,6 +39,16 @@ def test_rows_of_another_folder_have_another_name_and_no_path(tmp_path, capsys):
     assert json.loads(rows[3]["config"])["data"] == "digits"
     compare_rows.compare([str(tmp_path), "--quantities", "accuracy"])  # the written file is read as folders are
     assert "minus" not in capsys.readouterr().out
+
+
+def test_rows_and_columns_come_in_the_order_of_the_table(tmp_path, capsys):
+    for number, (row, norm) in enumerate([("FBPC-multi", "BN"), ("FBPC-single", "LN"), ("WBPC-single", "IN")]):
+        facts = {"table": "fig2a", "row": row, "column": norm, "distill_seed": 0, "accuracy": 0.1 * number}
+        Rows(tmp_path).write([dict.fromkeys(SCHEMA.names) | facts | {"key": f"k{number}", "eval_seed": 0}])
+    compare_rows.compare([str(tmp_path), "--quantities", "accuracy"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:5]] == ["WBPC-single", "FBPC-single", "FBPC-multi"]
+    assert lines[0] == "| accuracy % | IN | LN | BN |"
 
 
 @pytest.mark.parametrize(
