@@ -66,7 +66,7 @@ def logits_of(predict: Predict, samples: Sequence[Params], statistics: Sequence[
 
 def finite(samples: Sequence[Params]) -> bool:
     """Return whether all samples of a chain are finite."""
-    return all(bool(torch.isfinite(value).all()) for params in samples for value in params.values())
+    return bool(torch.stack([value.isfinite().all() for params in samples for value in params.values()]).all())
 
 
 class Prediction(NamedTuple):

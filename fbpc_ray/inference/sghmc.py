@@ -10,13 +10,12 @@ chains explode; so three readings are offered, by their variance: see `noise_var
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from fbpc_ray.core.types import Batch, LossAndGrad, Params
-from fbpc_ray.inference.vectors import flatten, unflatten
+from fbpc_ray.inference.vectors import flatten, standard_normal, unflatten
 
 NOISE_READINGS: dict[str, Callable[[float, float, float], float]] = {
     "consistent": lambda eta, alpha, d: 2 * alpha * eta * d,
@@ -61,13 +60,7 @@ def sghmc(
             gradient = flatten({name: gradients[name] for name in shapes}) + weight_decay * theta
             v = (1 - alpha) * v - eta * gradient
             if scale:
-                v = v + scale * _standard_normal(shapes, theta, source)
+                v = v + scale * standard_normal(shapes, theta, source)
             theta = theta + v
             params = unflatten(theta, shapes)
         yield params
-
-
-def _standard_normal(shapes: Mapping[str, torch.Size], like: Tensor, source: torch.Generator) -> Tensor:
-    """Draw a vector (P,) on the CPU, parameter by parameter: one draw of all P would be another stream."""
-    draws = [torch.randn(shape.numel(), generator=source, dtype=like.dtype) for shape in shapes.values()]
-    return torch.cat(draws).to(like.device)

@@ -1,4 +1,4 @@
-"""Parameters of a network as one vector, and back."""
+"""Parameters of a network as one vector, and back; normal draws of them."""
 
 from collections.abc import Mapping
 from itertools import accumulate
@@ -19,3 +19,12 @@ def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
     ends = list(accumulate(shape.numel() for shape in shapes.values()))
     parts = zip(shapes.items(), [0, *ends], ends)  # noqa: B905  the starts have one more
     return {name: vector[a:b].clone().view(shape) for (name, shape), a, b in parts}
+
+
+def standard_normal(shapes: Mapping[str, torch.Size], like: Tensor, source: torch.Generator) -> Tensor:
+    """Draw a vector (P,) on the device and of the type of `like`: on the CPU, parameter by parameter.
+
+    One draw of all P would be another stream; a copy to a GPU for each parameter would take longer than the draw.
+    """
+    draws = [torch.randn(shape.numel(), generator=source, dtype=like.dtype) for shape in shapes.values()]
+    return torch.cat(draws).to(like.device)

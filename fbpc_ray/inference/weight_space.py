@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fbpc_ray.core.types import Augment, Batch, Forward, Loss, Params
+from fbpc_ray.inference.vectors import standard_normal, unflatten
 
 
 class WeightDivergence(NamedTuple):
@@ -38,10 +39,9 @@ class WeightDivergence(NamedTuple):
 
 def perturb(params: Params, scale: float, source: torch.Generator) -> Params:
     """Draw from N(params, scale^2 I), Eq. 6."""
-    return {
-        name: value.detach() + scale * torch.randn(value.shape, generator=source).to(value)
-        for name, value in params.items()
-    }
+    shapes = {name: value.shape for name, value in params.items()}
+    draws = unflatten(standard_normal(shapes, next(iter(params.values())), source), shapes)
+    return {name: value.detach() + scale * draws[name] for name, value in params.items()}
 
 
 def forward_kl(
@@ -62,16 +62,17 @@ def forward_kl(
     """
     u = images.detach().requires_grad_()
     wanted = (u, labels) if labels.requires_grad else (u,)
-    gradients, sum_x, sum_u = [torch.zeros_like(value) for value in wanted], 0.0, 0.0
+    gradients, losses = [torch.zeros_like(value) for value in wanted], list[Tensor]()
     for view in views:
         view_images = view(u)
         loss_x = loss(forward(perturb(mu_x, scale, source), view_images), labels)
         loss_u = loss(forward(perturb(mu_u, scale, source), view_images), labels)
         parts = torch.autograd.grad(loss_x - loss_u, wanted)
         gradients = [total + part for total, part in zip(gradients, parts, strict=True)]
-        sum_x, sum_u = sum_x + loss_x.item(), sum_u + loss_u.item()
+        losses.append(torch.stack([loss_x, loss_u]).detach())
     by_images, *by_labels = (total / len(views) for total in gradients)
-    return WeightDivergence(by_images, sum_x / len(views), sum_u / len(views), *by_labels)
+    expected_x, expected_u = (sum(column) / len(views) for column in zip(*torch.stack(losses).tolist(), strict=True))
+    return WeightDivergence(by_images, expected_x, expected_u, *by_labels)
 
 
 def reverse_kl(

@@ -200,8 +200,8 @@ def _differentiate(
         divergence = forward_kl(posterior_x, posterior_u, targets, context.settings.mc_samples, noise)
         gradients = torch.autograd.grad(divergence.value, learned)
         totals = [total + part for total, part in zip(totals, gradients, strict=True)]
-        terms = (*divergence, posterior_x.variance.mean(), posterior_u.variance.mean())
-        parts.append(_Terms._make(term.item() for term in terms))
+        terms = torch.stack([*divergence, posterior_x.variance.mean(), posterior_u.variance.mean()])
+        parts.append(_Terms._make(terms.tolist()))
     count = len(parts)
     return [total / count for total in totals], _Terms._make(sum(part) / count for part in zip(*parts, strict=True))
 
