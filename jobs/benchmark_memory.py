@@ -31,11 +31,11 @@ from fbpc_ray.api import dataset as dataset_of
 from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.presets import PRESETS, preset
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation import loop
@@ -152,7 +152,7 @@ def warm_up(backend: Serial, opened: Session) -> float:
     context = worker._context(backend.tasks[0])
     network, (state, labels) = context.network, opened.initial
     params = network.init(generator(0, "warm-up"))
-    with torch_threads(config.workers.threads):
+    with numerics(config.workers.threads):
         for count in {config.distillation.batch_size, min(config.distillation.real_batch_size, len(context.real))}:
             images = state.images[torch.arange(count) % len(labels)]
             context.passes.loss_and_grad(params, Batch(images, labels[torch.arange(count) % len(labels)]))

@@ -32,11 +32,11 @@ from fbpc_ray.commands import main
 from fbpc_ray.commands.parsing import parse
 from fbpc_ray.core import files
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.core.provenance import capture
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.tables import markdown_table
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.methods import vbpc
@@ -119,7 +119,7 @@ def measure(config: Config, dataset: Dataset, repeats: int) -> dict[str, Any]:
         "step": step_of(worker), "eager": step_of(eager), "passes": passes_alone,
         "algebra": algebra_of(config, *features, len(dataset.classes), len(dataset.train.labels)),
     }  # fmt: skip
-    with torch_threads(config.workers.threads):
+    with numerics(config.workers.threads):
         for way in ways.values():
             way()
         at_rest = cost._reset("cpu")

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import reference
 
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch
 from fbpc_ray.data.datasets import Dataset, Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
@@ -133,7 +133,7 @@ def training(case: Case, device: str, threads: int, repeats: int) -> dict[str, A
             cross_entropy(module(fixed.images), fixed.labels).backward()
             optimiser.step()
 
-    with torch_threads(threads):
+    with numerics(threads, device):
         pairs = [[timed(way, [n], device) / batches for way in (train_epoch, bare)] for n in range(repeats)]
     ours, alone = ([pair[side] for pair in pairs] for side in (0, 1))
     return {"ours": spread(ours), "bare loop": spread(alone), "ratio": spread([a / b for a, b in pairs])}

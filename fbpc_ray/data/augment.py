@@ -137,4 +137,24 @@ def _warp(images: Tensor, linear: Tensor) -> Tensor:
     """Resample bilinearly at `linear` (b, 2, 2) times the output position, zero outside."""
     theta = torch.cat([linear, linear.new_zeros(len(linear), 2, 1)], 2)
     grid = affine_grid(theta, list(images.shape), align_corners=False)
+    if images.device.type == "cuda" and images.requires_grad:  # CUDA sums the gradient of grid_sample in any order
+        return sample_bilinear(images, grid)
     return grid_sample(images, grid, align_corners=False)
+
+
+def sample_bilinear(images: Tensor, grid: Tensor) -> Tensor:
+    """Do what `grid_sample(images, grid, align_corners=False)` does, by `gather`, whose gradient is deterministic.
+
+    No gradient flows to `grid` (b, h, w, 2).
+    """
+    height, width = images.shape[2:]
+    x, y = (((grid[..., axis] + 1) * size - 1) / 2 for axis, size in enumerate((width, height)))
+    left, top, pixels = x.floor(), y.floor(), images.flatten(2)
+    total = torch.zeros_like(images)
+    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        weight = (1 - (y - row).abs()) * (1 - (x - column).abs()) * inside
+        place = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long().flatten(1)
+        values = pixels.gather(2, place[:, None].expand(-1, images.shape[1], -1))
+        total = total + weight[:, None] * values.view_as(images)
+    return total

@@ -13,8 +13,8 @@ import torch
 from fbpc_ray.core import cache
 from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.config import Distillation
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.tasks import TaskRunner
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation.expert_store import ExpertStore
@@ -164,7 +164,7 @@ class Worker:
         """
         labels = None if soft_labels is None else torch.tensor(soft_labels, device=self.device)
         optional = {"expert_side": expert_side, "start": start, "soft_labels": labels}
-        with torch_threads(self.threads):
+        with numerics(self.threads, self.device):
             gradient = METHODS[self.settings.method](
                 self._context(task), step, torch.tensor(images, device=self.device), inner_lr,
                 **{name: value for name, value in optional.items() if value is not None},
@@ -179,12 +179,12 @@ class Worker:
         """Compute what `gradient` needs for `task` at `step` whatever the images are.
 
         Returns (None, block): a caller fetches the first, which costs nothing, to know that the second is ready."""
-        with torch_threads(self.threads):
+        with numerics(self.threads, self.device):
             return None, EXPERT_SIDES[self.settings.method](self._context(task), step)
 
     def call(self, function: Callable[[Any, Any, str], Any], shared: Any, item: Any) -> Any:
         """Run another task on this worker's device and one CPU thread."""
-        with torch_threads(1):
+        with numerics(1, self.device):
             return function(shared, item, self.device)
 
     def _context(self, task: GradientTask) -> GradientContext:

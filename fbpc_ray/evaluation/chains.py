@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.progress import progress, set_part
 from fbpc_ray.core.rng import generator
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.core.types import Batch, Params
 from fbpc_ray.data.augment import AUGMENTATIONS
 from fbpc_ray.data.coreset import Coreset
@@ -136,7 +136,7 @@ def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, a
     """
     images, labels = coreset.images.to(network.device), coreset.likelihood_labels.to(network.device)
     samples, count = list[Params](), settings.num_chains * (settings.chain_epochs // settings.chain_every)
-    with progress("sample", count, "sample") as bar, torch_threads(1):
+    with progress("sample", count, "sample") as bar, numerics(1, network.device):
         for number in range(seed, seed + settings.num_chains):
             for params in sampling(Passes(network), images, labels, settings, augment, number):
                 if not ensemble.finite([params]):

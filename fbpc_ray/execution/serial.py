@@ -8,8 +8,8 @@ import torch
 
 from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.signals import Interruption
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.distillation.methods.common import Gradient
 from fbpc_ray.distillation.state import GradientTask, State, labels_of, map_start
 from fbpc_ray.distillation.worker import GradientArrays, Worker, WorkerGroupSpec
@@ -42,7 +42,7 @@ class Serial:
 
     def map(self, function, shared, items):
         for index, item in enumerate(items):
-            with self.interruption.at_once(), torch_threads(1):
+            with self.interruption.at_once(), numerics(1, self.device):
                 result = function(shared, item, self.device)
             yield index, result
 

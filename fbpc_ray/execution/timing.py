@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.core.rng import generator
 from fbpc_ray.core.sizes import Seconds
-from fbpc_ray.core.threads import torch_threads
 from fbpc_ray.data.datasets import Split, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.distillation import network_pool, trajectory_cache
@@ -69,7 +69,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
     def batches(size: int, purpose: str) -> Iterator:
         return coreset_batches(images, labels, size, augment, generator(0, "probe", purpose))
 
-    with torch_threads(1):
+    with numerics(1, device):
         one_batch = _real(session, c.experts.expert_batch_size, device)
         training = train_expert(
             network, one_batch, epochs=10**6, learning_rate=c.experts.expert_lr,
@@ -83,7 +83,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
         batch = DeviceDataset(*tensors(test, device), dataset.mean, dataset.std).batch(torch.arange(len(test.labels)))
         buffers = network.statistics(params, equal_batches(images))
         prediction = _seconds(lambda: network.predict(params, buffers, batch.images), network) / len(test.labels)
-    with torch_threads(cpu_threads(c)):
+    with numerics(cpu_threads(c), device):
 
         def solve(steps: int):
             return map_solve(

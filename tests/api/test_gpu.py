@@ -69,7 +69,12 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
 )
 def test_a_distillation_has_the_images_of_the_cpu(gpu, data, settings, tmp_path):
     def distilled(device: str) -> api.Coreset:
-        own: dict[str, Any] = {"experts": str(tmp_path / device), "device": device, "compiled": "off"}
+        own: dict[str, Any] = {
+            "experts": str(tmp_path / device),
+            "device": device,
+            "compiled": "off",
+            "augment": "none",
+        }
         return api.distill(data, "convnet-in", log=lambda line: None, **SIZES, **settings, **own)
 
     with gpu():
@@ -81,6 +86,30 @@ def test_a_distillation_has_the_images_of_the_cpu(gpu, data, settings, tmp_path)
 
 def real_images(data: api.Dataset) -> api.Coreset:
     return api.distill(data, "convnet-in", method="random", width=4, ipc=2, log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "fbpc", "views": 3}, {"method": "bpc-fkl", "views": 3}, {"method": "bpc-w"}]
+)
+def test_augmented_images_have_a_gradient_that_cuda_repeats(data, settings, tmp_path):
+    def distilled(device: str) -> api.Coreset:
+        own: dict[str, Any] = {"experts": str(tmp_path / device), "device": device, "compiled": "off", "steps": 4}
+        return api.distill(data, "convnet-in", log=lambda line: None, **SIZES | settings | own)
+
+    with simulated_gpu() as gpu:
+        coreset = distilled("cuda")
+        assert not gpu.varying
+    torch.testing.assert_close(coreset.images, distilled("cpu").images, rtol=1e-3, atol=1e-3)
+
+
+def test_the_simulated_gpu_tells_what_cuda_does_not_repeat():
+    with simulated_gpu() as gpu:
+        images = torch.ones(1, 1, 4, 4, device="cuda").requires_grad_()
+        torch.nn.functional.grid_sample(images, torch.zeros(1, 4, 4, 2, device="cuda"), align_corners=False)
+        assert not gpu.varying  # only its gradient
+        value = torch.nn.functional.grid_sample(images, torch.zeros(1, 4, 4, 2, device="cuda"), align_corners=False)
+        value.sum().backward()
+        assert gpu.varying == {"aten.grid_sampler_2d_backward.default"}
 
 
 @pytest.mark.parametrize("architecture", ["convnet-in", "convnet-bn"])

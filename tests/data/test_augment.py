@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.augmentations_by_hand import SLOW
+from torch.nn.functional import affine_grid, grid_sample
 
 from fbpc_ray.data import augment
 from fbpc_ray.data.augment import AUGMENTATIONS, Draw, apply, draw, dsa
@@ -32,6 +33,24 @@ def test_each_operation_equals_its_slow_loop(name, shape):
     result = apply(Draw(name, uniform), images)
     for image, u, out in zip(images.double().numpy(), uniform.double().numpy(), result, strict=True):
         np.testing.assert_allclose(out.numpy(), SLOW[name](image.copy(), u), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 14)])
+def test_bilinear_sampling_is_that_of_torch(height, width):
+    """Values and gradient, with positions on pixels, between them, at the edge, and outside."""
+    positions = torch.rand(5, height, width, 2, generator=torch.Generator().manual_seed(0)) * 3 - 1.5
+    positions[0] = affine_grid(torch.eye(2, 3)[None], [1, 3, height, width], align_corners=False)[0]
+    cotangent = images_of(5, 3, height, width, seed=2)
+
+    def value_and_gradient(function):
+        images = images_of(5, 3, height, width).requires_grad_()
+        value = function(images)
+        return value.detach(), torch.autograd.grad(value, images, cotangent)[0]
+
+    ours = value_and_gradient(lambda images: augment.sample_bilinear(images, positions))
+    torch.testing.assert_close(
+        ours, value_and_gradient(lambda images: grid_sample(images, positions, align_corners=False))
+    )
 
 
 @pytest.mark.parametrize("name", ["scale", "rotate"])

@@ -1,7 +1,8 @@
 """A simulated GPU: its tensors compute on the CPU, and refuse what those of CUDA refuse.
 
-It shows, where there is no GPU, that code for `--device cuda` mixes no tensors of the two devices, and how often it
-waits for the GPU. The values are those of the CPU, to the bit. Speed, memory and CUDA's own kernels need a real one.
+It shows, where there is no GPU, that code for `--device cuda` mixes no tensors of the two devices and runs no operation
+whose bits differ from one time to the next, and how often it waits for the GPU. The values are those of the CPU, to the
+bit. Speed, memory and CUDA's own kernels need a real one.
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ TAKES_INDICES_ON_THE_CPU = (
 )  # fmt: skip
 WAITS = (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default)
 """Operations whose result the program needs before it can go on."""
+NOT_DETERMINISTIC = ("grid_sampler", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample")
+"""Parts of the names of operations whose gradient CUDA sums in any order, `use_deterministic_algorithms` or not."""
 
 
 class GpuTensor(Tensor):
@@ -57,12 +60,19 @@ class GpuTensor(Tensor):
 class SimulatedGpu(TorchDispatchMode):
     """Sends tensors to the simulated GPU and back, while it is entered."""
 
-    waits = 0
-    """How often the program waited for a result: a number, a decision, or a copy to the CPU."""
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+        """How often the program waited for a result: a number, a decision, or a copy to the CPU."""
+        self.varying: set[str] = set()
+        """Operations that were run though CUDA doesn't repeat their bits."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, waits = _run(func, args, kwargs or {})
         self.waits += waits
+        name = str(func)
+        if "backward" in name and any(part in name for part in NOT_DETERMINISTIC):
+            self.varying.add(name)
         return result
 
 

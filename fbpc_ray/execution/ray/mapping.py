@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from fbpc_ray.core.allocator import keep_freed_memory
-from fbpc_ray.core.threads import torch_threads
+from fbpc_ray.core.numerics import numerics
 from fbpc_ray.execution.ray.connection import get, put
 from fbpc_ray.execution.ray.placement import Resources
 from fbpc_ray.execution.ray.scheduling import LossCounter, MapKey
@@ -24,7 +24,7 @@ _calls = itertools.count()
 @ray.remote
 def _task(function: Function, shared: Any, item: Any, device: str) -> Any:
     keep_freed_memory()
-    with torch_threads(1):
+    with numerics(1, device):
         return function(shared, item, device)
 
 

@@ -1,0 +1,45 @@
+"""How torch computes: CPU threads, denormal numbers, deterministic kernels on CUDA."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def numerics(threads: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Set torch's CPU threads inside the block, flush denormal numbers to zero, and on CUDA use deterministic kernels.
+
+    The number of threads changes the last bits of results. A prior shrinks weights without a gradient until they are
+    denormal (below 1.2e-38), where one operation takes the time of many.
+    """
+    before, flushed = torch.get_num_threads(), flushes_denormals()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    with ExitStack() as stack:
+        stack.callback(torch.set_flush_denormal, flushed)
+        stack.callback(torch.set_num_threads, before)
+        if torch.device(device).type == "cuda":
+            stack.enter_context(_deterministic())
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have torch take deterministic kernels, and warn where an operation has none: some of a network of the user's."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products differ; read at the first
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it is for finding mistakes, and takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def flushes_denormals() -> bool:
+    """Tell whether this thread flushes denormal numbers; torch sets the mode, but does not report it."""
+    return (torch.tensor(1e-20) * 1e-20).item() == 0
