@@ -1,6 +1,7 @@
 """torch's CPU threads, denormal numbers and deterministic kernels."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ def test_a_block_leaves_the_mode_of_the_caller():
     assert not flushes_denormals()
 
 
+memory: Any = torch.utils.deterministic
+
+
 def test_cuda_gets_deterministic_kernels_within_the_block_alone(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with numerics(1, "cpu"):
@@ -42,8 +46,8 @@ def test_cuda_gets_deterministic_kernels_within_the_block_alone(monkeypatch):
     with pytest.raises(ValueError), numerics(1, "cuda"):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not memory.fill_uninitialized_memory
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         raise ValueError
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert memory.fill_uninitialized_memory
