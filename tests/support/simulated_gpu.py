@@ -6,7 +6,7 @@ bit. Speed, memory and CUDA's own kernels need a real one.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -135,3 +135,11 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
             torch._C._set_only_lift_cpu_tensors(False)
+
+
+def enter() -> None:
+    """Have a simulated GPU in this process for good: `worker_process_setup_hook` of Ray's workers."""
+    _ENTERED.enter_context(simulated_gpu())
+
+
+_ENTERED = ExitStack()
