@@ -87,6 +87,8 @@ class EvaluateArguments:
     """As for `distill`; empty means that of the run."""
     download: bool = False
     """As for `distill`."""
+    tracking: bool = True
+    """Log the scores to MLflow, as a run below that of the distillation; by default as the distillation did."""
     tracking_uri: str = ""
     """MLflow store; empty: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in $FBPC_HOME, else in the current
     folder; never one that only a file of the run names."""

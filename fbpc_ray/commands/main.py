@@ -175,7 +175,8 @@ def evaluate(words: Sequence[str]) -> None:
         return
     program = "fbpc evaluate"
     stored = read_config(place(parse(EvaluateArguments, words, program).run))
-    args = parse(EvaluateArguments, words, program, EvaluateArguments("", evaluation=stored.evaluation))
+    defaults = EvaluateArguments("", tracking=stored.output.tracking, evaluation=stored.evaluation)
+    args = parse(EvaluateArguments, words, program, defaults)
     networks = replace(
         stored.networks,
         architectures=args.architectures or stored.networks.architectures,
@@ -183,6 +184,7 @@ def evaluate(words: Sequence[str]) -> None:
     )
     data = replace(stored.data, data_root=args.data_root or stored.data.data_root, download=args.download)
     config = replace(stored, data=data, networks=networks, evaluation=args.evaluation, workers=args.workers)
+    config = config.updated(tracking=args.tracking)
     unused = {"experts", "initial_coreset", "out"}
     refuse_unasked(config, {"address"} | unused | ({"architectures"} if args.architectures else set()), args.run)
     _loading()

@@ -218,3 +218,17 @@ def test_no_line_or_page_names_a_password(monkeypatch, capsys):
     lines += list(capsys.readouterr())
     assert not [line for line in lines if "hidden" in line]
     assert lines[0] == "http://***@127.0.0.1:5000" and lines[4].endswith("fbpc ui")
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_tracked_as_its_run_was_unless_a_flag_says_otherwise(finished, user):
+    words, store = ["evaluate", str(finished.folder), *CHAIN], user / "mlflow.db"
+    edit(finished.config_path, tracking=False)
+    main.main(words)
+    assert not store.exists()
+    main.main([*words, "--tracking"])
+    assert store.exists()
+    store.unlink()
+    edit(finished.config_path, tracking=True)
+    main.main([*words, "--no-tracking"])
+    assert not store.exists()
