@@ -214,8 +214,9 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
     names = sorted({name for config in configs if (name := protocols.name_of(config.evaluation))})
     protocol = f" (protocol {' or '.join(names)})" if names else ""
     data = " or ".join(sorted({flat["data"].rstrip("/").split("/")[-1] for flat in settings}))
+    experts = f"{values_of('expert_count')} expert{'s' * (values_of('expert_count') != '1')}"
     size = (
-        f"width {values_of('width')}, {values_of('expert_count')} experts of {values_of('expert_epochs')} epochs, "
+        f"width {values_of('width')}, {experts} of {values_of('expert_epochs')} epochs, "
         f"{values_of('steps')} steps, "
         f"real batches of {values_of('real_batch_size')}, chains of {values_of('chain_epochs')} epochs{protocol}; "
         f"data {data}"
@@ -228,6 +229,20 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
     return f"{kind}: {size}."
 
 
+def _describe_spread(distillations: int, evaluations: int) -> str:
+    """Say what the values are means of, and what ± is, by the numbers of seeds."""
+    if distillations == 1 and evaluations == 1:
+        return "One seed of the distillation, one of the evaluation."
+    if distillations == 1:
+        return f"Mean over {evaluations} seeds of the evaluation of one distillation; ± is their standard deviation."
+    if evaluations == 1:
+        return f"Mean over {distillations} distillations, each evaluated once; ± is their standard deviation."
+    return (
+        f"Mean over {distillations} seeds of the distillation x {evaluations} of the evaluation; the first ± is the "
+        "standard deviation over seeds of the evaluation, the second over those of the distillation."
+    )
+
+
 def _legend(rows: list[Row], differs: bool) -> list[str]:
     """Say what the numbers are, and what made them; `differs`: there are tables of differences."""
     if not rows:
@@ -235,9 +250,8 @@ def _legend(rows: list[Row], differs: bool) -> list[str]:
     paired = "Differences are paired by the seed of the distillation, with their 95 % interval (Student's t). "
     distillations, evaluations = ({row[name] for row in rows} for name in ("distill_seed", "eval_seed"))
     return [
-        f"Mean over {len(distillations)} seeds of the distillation x {len(evaluations)} of the evaluation; the first ± "
-        "is the standard deviation over seeds of the evaluation, the second over those of the distillation. "
-        f"{paired if differs else ''}*Italics* are the paper's values.",
+        f"{_describe_spread(len(distillations), len(evaluations))} {paired if differs else ''}"
+        "*Italics* are the paper's values.",
         "",
         "Commit " + ", ".join(_order(row["commit"] for row in rows))
         + "".join(f"; coresets made at {commit}" for commit in _order(row["coreset_commit"] for row in rows) if commit)

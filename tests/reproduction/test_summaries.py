@@ -62,3 +62,27 @@ def test_the_legend_explains_differences_where_there_are_some():
     for some, expected in ((rows, True), (rows[-1:], False)):
         text = markdown("table1", "small", request, [], some, [], ())
         assert ("minus FBPC" in text) == ("paired by the seed" in text) == expected
+
+
+@pytest.mark.parametrize(
+    ("distillations", "chains", "expected"),
+    [
+        (1, 1, "One seed of the distillation, one of the evaluation. *Italics*"),
+        (1, 3, "Mean over 3 seeds of the evaluation of one distillation; ± is their standard deviation. *Italics*"),
+        (2, 1, "Mean over 2 distillations, each evaluated once; ± is their standard deviation. *Italics*"),
+        (
+            2,
+            3,
+            "Mean over 2 seeds of the distillation x 3 of the evaluation; the first ± is the standard deviation over ",
+        ),
+    ],
+)
+def test_the_legend_says_what_the_spread_is(distillations, chains, expected):
+    request = Request(SCALES["small"], {"cifar10": "digits"}, (1,), {}, Config())
+    facts = {"commit": "c0ffee", "coreset_commit": None, "device": "cpu", "versions": "{}", "nll": 1.0}
+    rows = [
+        row | facts | {"eval_seed": chain}
+        for row in rows_of("FBPC", *((seed, 0.5) for seed in range(distillations)))
+        for chain in range(chains)
+    ]
+    assert expected in markdown("table1", "small", request, [], rows, [], ())
