@@ -23,7 +23,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.evaluation.chains import batch_size
 from fbpc_ray.models.functional import Network, Spec, build
-from fbpc_ray.models.passes import PART
+from fbpc_ray.models.passes import PARTS
 
 PER_ACTIVATION = 1.1
 """Memory of a pass with gradient, in units of its activations as float32; measured in workers: 1.2 to 1.9."""
@@ -139,7 +139,7 @@ def distillation_needs(config: Config, problem: Problem) -> Iterator[Need]:
     if pooled:
         num_images = m * (2 if d.mirror else 1)
         kernel = Need(3 * 8.0 * num_images**2, "kernels of the last layer", ("ipc",))
-        at_once = num_images if config.workers.compiled == "off" else min(num_images, PART)  # no graph is kept
+        at_once = num_images if config.workers.compiled == "off" else min(num_images, PARTS["cpu"])  # no graph is kept
         gradients.append([_pass(widest, at_once, "passes of the pseudocoreset", "ipc", "width", "image_size"), kernel])
         gradients.append([Need(2 * 4.0 * real * problem.pixels, "real images", ("real_batch_size", "image_size"))])
     else:
@@ -175,7 +175,7 @@ def _needs_of_a_chain(config: Config, problem: Problem) -> Iterator[Need]:
     chains = e.inference == "sghmc"
     num_images = m if chains or not e.net_mirror else 2 * m
     size = batch_size(e, num_images)
-    size = min(size, (config.networks.chunk_images or size) if chains else PART)
+    size = min(size, (config.networks.chunk_images or size) if chains else PARTS["cpu"])
     flag = "chain_full_batch" if num_images <= e.chain_full_batch else "chain_batch_size"
     widest = max(problem.networks, key=lambda network: network.activations)
     largest = _largest(problem)

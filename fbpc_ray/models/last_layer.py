@@ -16,7 +16,7 @@ from fbpc_ray.inference.adam import AdamState, adam_step
 from fbpc_ray.inference.last_layer import LastLayer
 from fbpc_ray.inference.vectors import flatten, unflatten
 from fbpc_ray.models.functional import Network
-from fbpc_ray.models.passes import PART, Passes
+from fbpc_ray.models.passes import PARTS, Passes
 
 
 class Targets(NamedTuple):
@@ -38,9 +38,9 @@ def scaled(features: Tensor) -> Tensor:
 
 
 def scaled_features(network: Network, params: Params, statistics: Params, images: Tensor) -> Tensor:
-    """Return scaled features (n, h) of images (n, c, h, w), each image on its own, in parts of `PART`."""
-    parts = [network.predict_features(params, statistics, part)[0] for part in images.split(PART)]
-    return scaled(torch.cat(parts))
+    """Return scaled features (n, h) of images (n, c, h, w), each image on its own, in parts of `PARTS`."""
+    parts = images.split(PARTS[network.device.type])
+    return scaled(torch.cat([network.predict_features(params, statistics, part)[0] for part in parts]))
 
 
 def closed_form_logits(

@@ -18,9 +18,9 @@ from fbpc_ray.models.compiler import CompileError, Function, compile_function
 from fbpc_ray.models.functional import Network
 from fbpc_ray.models.precision import autocast
 
-PART = 64
-"""Most images of a pass that `Passes.features` and `squared_loss_and_grad` take without BatchNorm: on a CPU a larger
-one takes up to twice as long per image."""
+PARTS = {"cpu": 64, "cuda": 1024}
+"""{device: most images of a pass that `Passes.features` and `squared_loss_and_grad` take without BatchNorm}. On a CPU a
+larger one takes up to twice as long per image [measured]; on a GPU a small one costs its launch alone [a guess]."""
 
 
 class Passes:
@@ -107,8 +107,8 @@ class Passes:
         return chunks.mean_loss_and_grad(self._part_squared_loss_and_grad, params, batch, size)
 
     def part_size(self, count: int) -> int:
-        """Return the images of each part of `count`: equal parts of at most `PART`, or all with BatchNorm."""
-        return count if self.network.buffer_names else -(-count // -(-count // PART))
+        """Return the images of each part of `count`: equal parts of at most `PARTS`, or all with BatchNorm."""
+        return count if self.network.buffer_names else -(-count // -(-count // PARTS[self.network.device.type]))
 
     def _part_squared_loss_and_grad(self, params: Params, batch: Batch) -> tuple[Tensor, Params]:
         arguments = (*(params[name].detach() for name in self.network.shapes), *batch)

@@ -184,6 +184,12 @@ def test_draws_of_weights_wait_once_in_all():
         assert divergence.expected_x > 0
 
 
+def test_a_gpu_takes_larger_parts_of_a_batch():
+    with simulated_gpu():
+        sizes = [Passes(on_gpu()[0]).part_size(count) for count in (256, 1024, 2000)]
+    assert sizes == [256, 1024, 1000]
+
+
 def test_samples_are_checked_in_one_wait():
     with simulated_gpu() as gpu:
         network, _ = on_gpu()
