@@ -19,7 +19,7 @@ hides the progress.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from fbpc_ray.core.progress import progress
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.storage import place
 from fbpc_ray.data import coreset as coresets
-from fbpc_ray.data import sources
+from fbpc_ray.data import coreset_reader, sources
 from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.data.coreset_reader import Pixels
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.state import State
@@ -340,12 +341,33 @@ def save_model(samples: Ensemble, folder: str | Path, images: Any, **facts: Any)
 
 
 @names_arguments
-def load_coreset(path: str | Path) -> Coreset:
-    """Read a coreset that `save` or `fbpc distill` (RUN/coreset/coreset.safetensors) wrote. Raises UserError."""
+def load_coreset(
+    path: str | Path, data: Any = None, *, pixels: Pixels = "auto", log: Callable[[str], None] = print
+) -> Coreset:
+    """Read a coreset, of this package or another, as `fbpc evaluate --coreset` does.
+
+    Args:
+        path: a run, or what `save` or `fbpc export` wrote, a file or a folder; or a coreset of another program in one
+            of these formats (docs/formats.md#exports). Of s3://... and gs://... a single file.
+        data: the data set of the coreset, as made by `dataset`, or the first argument of `dataset`. A coreset that
+            does not fit it is refused. None will do where the file says its classes and its normalisation, as all do
+            that this package wrote.
+        pixels: floats of a file that doesn't say its normalisation are normalised, as `data` is | unit, in 0..1 |
+            auto: unit if all are in 0..1.
+        log: called with each note about an assumption.
+
+    Raises:
+        UserError: an argument or the file is wrong.
+    """
+    if pixels not in (known := get_args(Pixels)):
+        raise UserError(f"pixels: got {pixels!r:.80}; known: {', '.join(known)}")
     source = place(str(path))
-    if isinstance(source, Path) and source.is_dir():
-        raise UserError(f"{source} is a folder: name a file in it, of a run coreset/coreset.safetensors")
-    return coresets.load(source)
+    loaded = coreset_reader.load(
+        source, data if data is None or isinstance(data, Dataset) else dataset(data, log=log), pixels
+    )
+    for note in loaded.notes:
+        log(f"note: {note}")
+    return loaded.coreset._replace(facts=coreset_reader.facts_of(source))
 
 
 @names_arguments

@@ -25,6 +25,7 @@ OTHER_NAMES = {"data_root": "root", "data_seed": "seed"}
 """{setting: argument of `dataset`} where the names differ."""
 OTHER_ARGUMENTS = {
     "preset": Literal["quick", "laptop", "gpu", "paper"], "split": Literal["test", "validation"], "time_budget": str,
+    "pixels": Literal["auto", "normalised", "unit"],
 }  # fmt: skip
 """{argument that is no setting: its type}."""
 

@@ -108,8 +108,13 @@ def _describe(coreset: Coreset) -> list[str]:
 
 def settings_of(coreset: Coreset) -> dict[str, Any]:
     """Return the settings that the coreset was distilled with, as far as its metadata has them."""
+    return parse_settings(coreset.facts)
+
+
+def parse_settings(facts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings in the metadata of a coreset; none where it has none, or they are damaged."""
     try:
-        settings = inputs.parse_json(coreset.facts.get("settings", "{}"))
+        settings = inputs.parse_json(facts.get("settings", "{}"))
     except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}

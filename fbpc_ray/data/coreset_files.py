@@ -42,14 +42,22 @@ class RawCoreset(NamedTuple):
     """What was left out or assumed."""
 
 
-def read(where: Path, dataset: Dataset) -> RawCoreset:
-    """Read a file or a folder. Raises any error for one that is damaged."""
+def read(where: Path, dataset: Dataset | None) -> RawCoreset:
+    """Read a file or a folder. Raises any error for one that is damaged.
+
+    Args:
+        dataset: names the classes of class folders without a coreset.json.
+    """
     if not where.exists():
         raise FileNotFoundError(2, "", str(where))
     if where.is_file():
         return SUFFIXES[_suffix(where)](where)
-    if (where / "config.json").exists() and (where / OF_A_RUN).exists():
-        return _read_safetensors(where / OF_A_RUN)
+    if (where / "config.json").exists():
+        if (where / OF_A_RUN).exists():
+            return _read_safetensors(where / OF_A_RUN)
+        contents = {child.name for child in where.iterdir() if child.is_dir() or child.suffix == ".parquet"}
+        if contents <= {"checkpoint", "coreset", "metrics.parquet"}:
+            raise UserError(f"{where / OF_A_RUN}: coreset not found; if the run has not ended, resume it")
     if (where / PAIR[0]).exists():
         return _read_pt(where / PAIR[0])
     if any(where.glob("*.parquet")) or any(where.glob("data/*.parquet")):
@@ -170,14 +178,15 @@ def _nested(column: pa.ChunkedArray) -> Tensor:
     return torch.cat(parts)
 
 
-def _read_folders(path: Path, dataset: Dataset) -> RawCoreset:
+def _read_folders(path: Path, dataset: Dataset | None) -> RawCoreset:
     """Read images from folders named by class or, beside a coreset.json, LABEL-NAME."""
     source, facts = folder(path), _sidecar(path)
     names = source.classes or ()
-    unknown = [name for name in names if not (re.match(r"\d+(-|$)", name) if facts else name in dataset.classes)]
+    classes, owner = (dataset.classes, dataset.name) if dataset else (names, str(path))
+    unknown = [name for name in names if not (re.match(r"\d+(-|$)", name) if facts else name in classes)]
     if unknown:
-        raise UserError(f"{path / unknown[0]} is not a class of {dataset.name}: name each folder like its class")
-    of = torch.tensor([int(name.partition("-")[0]) if facts else dataset.classes.index(name) for name in names])
+        raise UserError(f"{path / unknown[0]} is not a class of {owner}: name each folder like its class")
+    of = torch.tensor([int(name.partition("-")[0]) if facts else classes.index(name) for name in names])
     raw = _of_images(source, facts)
     labels = of[raw.labels]
     order = labels.argsort(stable=True)
@@ -209,7 +218,7 @@ def _tensor(value: Any) -> Tensor:
     return value.detach().cpu()
 
 
-def facts_of(where: Path) -> dict[str, str]:
+def read_facts(where: Path) -> dict[str, str]:
     """Return the facts that a file has of its origin. Raises any error."""
     if (where / OF_A_RUN).is_file():
         return coreset.metadata(where / OF_A_RUN)

@@ -1,6 +1,6 @@
 """Read coresets of any origin and fit them to a data set; coreset_files.py reads the formats.
 
-Without a coreset.json the normalisation and the names of the classes are those of the data set.
+What a file doesn't say, its normalisation or the names of its classes, is that of the data set.
 """
 
 from contextlib import suppress
@@ -16,7 +16,7 @@ from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.data import coreset
 from fbpc_ray.data.conversion import to_uint8
 from fbpc_ray.data.coreset import Coreset
-from fbpc_ray.data.coreset_files import SUFFIXES, RawCoreset, facts_of, read
+from fbpc_ray.data.coreset_files import SUFFIXES, RawCoreset, read, read_facts
 from fbpc_ray.data.datasets import Dataset, normalise, standardise
 from fbpc_ray.data.labels import from_one_hot
 
@@ -34,8 +34,10 @@ class Loaded(NamedTuple):
     """What was assumed."""
 
 
-def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
+def load(where: Place, dataset: Dataset | None, pixels: Pixels = "auto") -> Loaded:
     """Read a coreset, of this package or another, that has the classes and the image size of `dataset`.
+
+    Without a data set the file must say its normalisation and the names of its classes, as all exports do.
 
     A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, a
     run, or class folders of images. Images are integers in 0..255 or floats; (m, h, w, c) and (m, h, w) are understood.
@@ -44,7 +46,7 @@ def load(where: Place, dataset: Dataset, pixels: Pixels = "auto") -> Loaded:
     """
     try:
         if isinstance(where, Remote):
-            if Path(where.name).suffix not in SUFFIXES:
+            if Path(where.name).suffix not in SUFFIXES and not where.is_file():
                 raise UserError(
                     f"{where}: from an object store only a single file can be read ({', '.join(SUFFIXES)}); copy the "
                     "folder to this machine"
@@ -74,15 +76,20 @@ def _advice(where: str) -> str:
     return f"write its path alone, {path}" if kind and path and Path(path).exists() else "check the path"
 
 
-def settings_of(where: Place) -> dict[str, Any]:
-    """Return the settings that a coreset was distilled with, where its file has them.
+def facts_of(where: Place) -> dict[str, str]:
+    """Return `Coreset.facts` of a file or a folder.
 
-    Empty for a file that can't be read, too: `load` says what is wrong with it.
+    Empty for one that can't be read, too: `load` says what is wrong with it.
     """
     with suppress(Exception), storage.local(where) as near:
-        settings = inputs.parse_json(facts_of(near)["settings"])
-        return settings if isinstance(settings, dict) else {}
+        facts, others = read_facts(near), (*coreset.OWN_KEYS, inputs.CHECKSUM)
+        return {name: text for name, text in facts.items() if isinstance(text, str) and name not in others}
     return {}
+
+
+def settings_of(where: Place) -> dict[str, Any]:
+    """Return the settings that a coreset was distilled with, where its file has them."""
+    return coreset.parse_settings(facts_of(where))
 
 
 def _check_size(where: Path) -> None:
@@ -95,16 +102,20 @@ def _check_size(where: Path) -> None:
         )
 
 
-def _fitted(raw: RawCoreset, dataset: Dataset, source: str, pixels: Pixels) -> Loaded:
-    """Check a coreset and convert it to a `Coreset` of `dataset`."""
+def _fitted(raw: RawCoreset, dataset: Dataset | None, source: str, pixels: Pixels) -> Loaded:
+    """Check a coreset and convert it to a `Coreset` of `dataset`, if one is given."""
     facts, notes = raw.facts or {}, list(raw.notes)
+    if dataset is None and not {"mean", "std", "classes"} <= facts.keys():
+        raise UserError(f"{source} doesn't say its normalisation and its classes: give its data set (--data)")
     labels, soft = _labels_of(raw, source, notes)
-    mean, std = (tuple(facts.get(name, getattr(dataset, name))) for name in ("mean", "std"))
-    classes = tuple(map(str, facts.get("classes", dataset.classes)))
-    if classes != dataset.classes:
+    mean, std, classes = (
+        tuple(facts[name] if name in facts else getattr(dataset, name)) for name in ("mean", "std", "classes")
+    )
+    classes = tuple(map(str, classes))
+    if dataset and classes != dataset.classes:
         raise UserError(f"{source} has other classes than {dataset.name}: give its data set with --data")
-    images = _channels_first(raw.images, dataset.image_shape)
-    if images.shape[1:] != dataset.image_shape:
+    images = _channels_first(raw.images, dataset.image_shape if dataset else _own_shape(raw.images, len(mean)))
+    if dataset and images.shape[1:] != dataset.image_shape:
         side = f", or add --image-size {images.shape[-1]}" if images.shape[-1] == images.shape[-2] else ""
         raise UserError(
             f"{source} has images of {tuple(images.shape[1:])}, {dataset.name} of {dataset.image_shape}: "
@@ -112,7 +123,7 @@ def _fitted(raw: RawCoreset, dataset: Dataset, source: str, pixels: Pixels) -> L
         )
     if not images.is_floating_point():
         images = normalise(torch.from_numpy(to_uint8(images.numpy(), f"{source}: images")), mean, std)
-    elif "mean" not in facts:
+    elif dataset and "mean" not in facts:
         images = _normalised(images, dataset, source, pixels, notes)
     pseudocoreset = Coreset(images.float().contiguous(), labels.long(), mean, std, classes, soft)
     if wrong := coreset.problem(pseudocoreset):
@@ -170,8 +181,16 @@ def _soft_labels(values: Tensor) -> tuple[Tensor, str]:
     return logits - logits.mean(1, keepdim=True), f"soft labels taken as {note}"
 
 
+def _own_shape(images: Tensor, channels: int) -> tuple[int, int, int]:
+    """Return (c, h, w) of images of `channels` channels that are (m, c, h, w), (m, h, w, c) or (m, h, w)."""
+    h, w = images.shape[-2:]
+    if images.ndim == 4 and images.shape[1] != channels == w:
+        h, w = images.shape[1:3]
+    return channels, h, w
+
+
 def _channels_first(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Convert (m, h, w), (m, h, w, c) and grey images of three channels to the data set's (m, c, h, w)."""
+    """Convert (m, h, w), (m, h, w, c) and grey images of three channels to (m, c, h, w) of `shape`."""
     c, h, w = shape
     if images.ndim == 3:
         images = images[:, None]

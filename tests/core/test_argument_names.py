@@ -26,6 +26,7 @@ from fbpc_ray.core.errors import UserError
         ("resume it with `fbpc distill --out x --width 8`", "resume it with `fbpc distill --out x --width 8`"),
         ("--format gif", "--format gif"),
         ("name its folder with --data-root", "name its folder with root"),
+        ("give --pixels normalised", "give pixels='normalised'"),
         ("--preset quick | laptop | gpu, or", "preset='quick' | 'laptop' | 'gpu', or"),
         ("--time-budget 20m takes longer", "time_budget='20m' takes longer"),
         ("--memory-budget '' --chunk-images 0", "memory_budget='' chunk_images=0"),
@@ -66,7 +67,7 @@ def test_the_log_of_a_function_names_arguments():
 
 ROOMS = ("core", "data", "models", "inference", "evaluation", "distillation", "execution")
 OF_COMMANDS = {
-    "--dry-run", "--format", "--json", "--out", "--pixels", "--resume", "--ood", "--ood-resize", "--protocol",
+    "--dry-run", "--format", "--json", "--out", "--resume", "--ood", "--ood-resize", "--protocol",
     "--coreset",
 }  # fmt: skip
 """Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images."""
