@@ -1,12 +1,16 @@
 """Plan a reproduction: the cells for every seed of the distillation, and the missing coresets."""
 
+import hashlib
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
+from fbpc_ray.core.storage import place
+from fbpc_ray.data import coreset, coreset_reader
 from fbpc_ray.data.corrupted_splits import official
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.data.ood import check_resize
@@ -81,6 +85,7 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
             f"--only {' '.join(options.only)}: no such cell in {options.table}; choose from {', '.join(names)}"
         )
     datasets: dict[str, Dataset] = {}
+    digests: dict[tuple[str, str], str] = {}
     tasks = []
     for cell in chosen:
         try:
@@ -99,13 +104,29 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
             key = cell_key(options.table, one.folder_name, cell.column, cell.judged_on, cell.config)
             tasks.append(Task(cell, key, options.out / "coresets" / one.folder_name, dataset, one))
             continue
+        hashed = _with_digest(cell.config, dataset, digests)
         for seed in range(options.request.scale.distill_seeds):
-            config = cell.config.updated(seed=seed)
-            key = cell_key(options.table, cell.row, cell.column, cell.judged_on, config, cost=kind == "cost")
+            config, hashed = cell.config.updated(seed=seed), hashed.updated(seed=seed)
+            key = cell_key(options.table, cell.row, cell.column, cell.judged_on, hashed, cost=kind == "cost")
             method, ipc = config.distillation.method, config.distillation.ipc
-            folder = options.out / "coresets" / f"{method}-ipc{ipc}-{coreset_key(config)}"
+            folder = options.out / "coresets" / f"{method}-ipc{ipc}-{coreset_key(hashed)}"
             tasks.append(Task(cell._replace(config=config), key, folder, dataset))
     return tasks
+
+
+def _with_digest(config: Config, dataset: Dataset, known: dict[tuple[str, str], str]) -> Config:
+    """Return `config`, for keys, with a digest of the initial coreset in place of its path.
+
+    So a moved file changes no key, and a changed one does. `known` has digests by path and data set.
+    """
+    path = config.distillation.initial_coreset
+    if not path:
+        return config
+    at = path, dataset.name
+    if at not in known:
+        content = coreset.dumps(coreset_reader.load(place(path), dataset).coreset)
+        known[at] = hashlib.sha256(content).hexdigest()[:16]
+    return config.updated(initial_coreset=known[at])
 
 
 def _outside(options: Options, log: Log) -> dict[str, OutsideCoreset]:

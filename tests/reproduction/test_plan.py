@@ -5,15 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.exports import write_export
 from support.runs import silent
 
 from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.sizes import Facts, Rung
+from fbpc_ray.data import coreset
+from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.estimate import estimate
 from fbpc_ray.reproduction.plan import Options, Task, tasks_of, without_coreset
+from fbpc_ray.reproduction.rows import cell_key
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
 
 
@@ -34,6 +40,39 @@ def test_each_seed_has_its_own_key_and_coreset(tmp_path):
         (row, seed) for row in ("Random", "FBPC") for seed in (0, 1, 2)
     ]
     assert len({task.key for task in made}) == len({task.coreset for task in made}) == 6
+
+
+def test_keys_depend_on_what_the_initial_coreset_holds(digits, tmp_path):
+    """Not on where its file lies, nor on its format; keys of cells without one are what they were."""
+    images = torch.zeros(10, 1, 8, 8)
+    first = Coreset(images, torch.arange(10), digits.mean, digits.std, digits.classes, facts={"method": "vbpc"})
+
+    def made(overrides: dict[str, Any]) -> list[Task]:
+        own = request(2)._replace(overrides=overrides)
+        return tasks_of(Options("table1", "small", own, tmp_path / "out", ("FBPC/",), None, 3, False), silent)
+
+    def keys(path: str) -> list[tuple[str, Path]]:
+        these = made({"initial_coreset": str(tmp_path / path)})
+        assert {task.cell.config.distillation.initial_coreset for task in these} == {str(tmp_path / path)}
+        return [(task.key, task.coreset) for task in these]
+
+    for name in ("a", "sub/b"):
+        coreset.save(first, tmp_path / f"{name}.safetensors")
+    write_export(first, "npz", tmp_path / "c.npz")
+    before = keys("a.safetensors")
+    assert len(set(before)) == 2
+    assert before == keys("sub/b.safetensors") == keys("c.npz")
+    cells = [(task.cell, task.key) for task in made({})]
+    assert all(key == cell_key("table1", *cell[:2], cell.judged_on, cell.config) for cell, key in cells)
+    without = [(task.key, task.coreset) for task in made({})]
+    coreset.save(first._replace(images=images + 1), tmp_path / "a.safetensors")
+    after = keys("a.safetensors")
+    coreset.save(first._replace(soft_labels=torch.eye(10)), tmp_path / "a.safetensors")
+    every = [*without, *before, *after, *keys("a.safetensors")]
+    assert len({key for key, _ in every}) == len({folder for _, folder in every}) == 8
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(UserError, match="coreset not found"):
+        keys("a.safetensors")
 
 
 def test_costs_of_another_machine_are_measured_again(tmp_path):

@@ -335,8 +335,9 @@ def test_the_title_names_every_override():
     assert "every cell" not in markdown("table1", "small", paper_request("small"), [Config()], [], [], ())
 
 
-def test_an_override_of_the_machine_and_a_relative_path_reach_the_cells(tmp_path, monkeypatch):
+def test_an_override_of_the_machine_and_a_relative_path_reach_the_cells(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", images=digits.train.images[:10], labels=np.arange(10))
     seen: list[Options] = []
     monkeypatch.setattr(run, "reproduce", lambda options, log: (seen.append(options), []))
     words = ["fig3", "--cifar10", "digits", "--backend", "serial", "--dry-run"]
