@@ -6,15 +6,12 @@ from fbpc_ray.core.settings import Distillation
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.distillation.expert_training import short_training_note
 from fbpc_ray.execution.session import Session, num_steps
+from fbpc_ray.execution.used_settings import uses
 
 FEW_SGD_STEPS = 25
 """SGD steps at --start-epoch below which experts hardly differ from their initialisation."""
-FBPC = ("fbpc", "fbpc-isotropic")
-USED_BY = {
-    "views": (*FBPC, "bpc-fkl"), "gamma_window": FBPC, "map_init": FBPC, "rkl_estimator": ("bpc-rkl",),
-    "alpha_decay": (*FBPC, "bpc-fkl", "bpc-rkl", "bpc-w"),
-}  # fmt: skip
-"""{setting that is off by default: methods that use it}."""
+OFF_BY_DEFAULT = ("views", "gamma_window", "map_init", "rkl_estimator", "alpha_decay")
+"""Settings that do nothing at their default, whatever the method."""
 WIDE_ERROR = 3.0
 """Standard error of an accuracy in points, above which a note says what may be chance."""
 
@@ -35,8 +32,8 @@ def _unused(session: Session) -> str:
     """Note settings that are off by default, were turned on, and do nothing in the method."""
     d, usual = session.config.distillation, Distillation()
     names = [
-        f"--{name.replace('_', '-')}" for name, methods in USED_BY.items()
-        if getattr(d, name) != getattr(usual, name) and d.method not in methods
+        f"--{name.replace('_', '-')}" for name in OFF_BY_DEFAULT
+        if getattr(d, name) != getattr(usual, name) and not uses(session.config, name)
     ]  # fmt: skip
     return f"--method {d.method} does not use {' and '.join(names)}" if names else ""
 

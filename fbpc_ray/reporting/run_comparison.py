@@ -8,7 +8,7 @@ from typing import Any
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import ELSEWHERE, Data, Evaluation
 from fbpc_ray.evaluation.results import QUANTITIES, mean_scores, select, unique
-from fbpc_ray.execution.session import uses_experts
+from fbpc_ray.execution.used_settings import uses
 from fbpc_ray.reporting.document import Block, Heading, Table
 from fbpc_ray.reporting.run_facts import LAST_BITS, method_name
 from fbpc_ray.reporting.run_reader import EndedRun
@@ -16,19 +16,21 @@ from fbpc_ray.reporting.run_reader import EndedRun
 WORDS = {
     "data": "data set", "validation": "validation share", "data_seed": "seed of the drawn splits",
     "seed": "seed", "expert_seed": "seed of the experts", "augment": "augmentation",
-    "num_chains": "number of chains", "chain_epochs": "epochs of a chain", "chain_every": "epochs between samples",
+    "chain_epochs": "epochs of a chain", "chain_every": "epochs between samples",
 }  # fmt: skip
 """Settings whose flag is not their name in words."""
 SCORED_ALIKE = [
     *(f.name for f in fields(Data) if f.name not in ELSEWHERE), "seed", "expert_seed", "width", "depth", "augment",
-    *(f.name for f in fields(Evaluation)),
+    *(f.name for f in fields(Evaluation) if f.name != "num_chains"),
 ]  # fmt: skip
-"""Settings that must agree where all runs use them, so that a difference of scores is one of the coresets."""
+"""Settings that must agree among the runs that use them, so that a difference of scores is one of the coresets."""
+SCORING = ["width", *(f.name for f in fields(Evaluation) if f.name != "num_chains")]
+"""Settings of the networks that score the coresets."""
 RESULT_WORDS = {"data": "data set", "split": "split", "images_scored": "images scored"}
 
 
 def comparison(runs: Sequence[EndedRun]) -> list[Block]:
-    """Tabulate the runs, and the settings in which they differ."""
+    """Tabulate the runs, and the settings in which those differ that use them."""
     lines = [["run", "method", "data", "images per class", "networks", "steps"]]
     for run in runs:
         c = run.config
@@ -36,11 +38,12 @@ def comparison(runs: Sequence[EndedRun]) -> list[Block]:
         steps = str(run.result["steps"]) if run.method != "random" else "-"
         lines.append([run.name, run.method, run.result["data"], str(c.distillation.ipc), networks, steps])
     blocks: list[Block] = [Heading("Where they differ"), Table(lines)]
-    flat = [run.config.flat() for run in runs]
-    same = ELSEWHERE - LAST_BITS
-    differing = [name for name in flat[0] if name not in same and _differs([one[name] for one in flat])]
-    if differing:
-        rows = [[f"--{name.replace('_', '-')}", *(_word(one[name]) for one in flat)] for name in differing]
+    same, rows = ELSEWHERE - LAST_BITS, []
+    for name in runs[0].config.flat():
+        values = [run.config.flat()[name] if uses(run.config, name) else None for run in runs]
+        if name not in same and _differs([value for value in values if value is not None]):
+            rows.append([f"--{name.replace('_', '-')}", *("-" if value is None else _word(value) for value in values)])
+    if rows:
         blocks.append(Table([["setting", *(run.label for run in runs)], *rows]))
     return blocks
 
@@ -72,8 +75,7 @@ def _unlike(runs: Sequence[EndedRun]) -> list[str]:
     flat = [run.config.flat() for run in runs]
     unlike = {
         WORDS.get(name, name.replace("_", " ")): [_word(one[name]) for one in flat]
-        for name in SCORED_ALIKE
-        if all(_depends_on(run, name) for run in runs) and _differs([one[name] for one in flat])
+        for name in differing(runs, SCORED_ALIKE)
     }
     for name, word in RESULT_WORDS.items():
         if _differs(texts := [str(run.result[name]) for run in runs]):
@@ -84,20 +86,14 @@ def _unlike(runs: Sequence[EndedRun]) -> list[str]:
     return [f"{word} ({', '.join(unique(texts))})" for word, texts in unlike.items()]
 
 
+def differing(runs: Sequence[EndedRun], names: Sequence[str]) -> list[str]:
+    """Return those of the settings `names` that differ where the scores of the coresets depend on them."""
+    return [name for name in names if _differs([run.config.flat()[name] for run in runs if _depends_on(run, name)])]
+
+
 def _depends_on(run: EndedRun, name: str) -> bool:
     """Return whether the scores of the coreset of `run` depend on the setting `name` of `SCORED_ALIKE`."""
-    inference = run.config.evaluation.inference
-    if name.startswith("chain_"):
-        return inference == "sghmc"
-    if name in ("net_ridge", "net_precision"):
-        return inference == "last-layer"
-    if name == "net_label_scale":
-        return inference != "sghmc" and run.coreset.soft_labels is None
-    if name.startswith("net_"):
-        return inference != "sghmc"
-    if name == "ensemble_size":
-        return inference == "ensemble"
-    return name != "expert_seed" or uses_experts(run.config)
+    return uses(run.config, name) and (name != "net_label_scale" or run.coreset.soft_labels is None)
 
 
 def _values(run: EndedRun, quantity: str, networks: Sequence[str]) -> list[float]:

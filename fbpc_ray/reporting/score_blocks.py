@@ -2,10 +2,8 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
-from fbpc_ray.core.config import Evaluation
 from fbpc_ray.evaluation import protocols
 from fbpc_ray.evaluation.diagnostics import MIXED, Mixing
 from fbpc_ray.evaluation.results import (
@@ -20,6 +18,7 @@ from fbpc_ray.evaluation.results import (
 )
 from fbpc_ray.reporting.charts import comparison
 from fbpc_ray.reporting.document import Block, Picture, Table, Text
+from fbpc_ray.reporting.run_comparison import SCORING, differing
 from fbpc_ray.reporting.run_pictures import png_of
 from fbpc_ray.reporting.run_reader import EndedRun
 
@@ -65,7 +64,7 @@ def all_series(runs: Sequence[EndedRun]) -> list[Series]:
 def describe_scoring(runs: Sequence[EndedRun]) -> str:
     """Describe how the chains were sampled and scored, and whether all runs were scored alike."""
     first = runs[0]
-    e, chains = first.config.evaluation, 1 + max(score.seed for score in first.scores)
+    e, counts = first.config.evaluation, sorted({1 + max(score.seed for score in run.scores) for run in runs})
     protocol = protocols.of_result(first.result, e)
     length = f"{e.chain_epochs:,} epochs per chain"
     how = f"Bayesian networks sampled by SGHMC on each coreset, {length} (protocol {protocol})"
@@ -76,14 +75,11 @@ def describe_scoring(runs: Sequence[EndedRun]) -> str:
     text = (
         f"{how}, scored on "
         f"{first.result['images_scored']:,} {first.result['split']} images: mean ± standard deviation over "
-        f"{chains} {noun}{'s' if chains > 1 else ''}. Higher is better for accuracy, lower for the rest."
+        f"{' or '.join(map(str, counts))} {noun}{'s' if counts != [1] else ''}. Higher is better for accuracy, lower "
+        "for the rest."
     )
-    ways = {
-        (run.result["data"], run.result["split"], run.result["images_scored"], run.config.networks.width,
-         tuple(getattr(run.config.evaluation, f.name) for f in fields(Evaluation)))
-        for run in runs
-    }  # fmt: skip
-    if len(ways) == 1:
+    images = {(run.result["data"], run.result["split"], run.result["images_scored"]) for run in runs}
+    if len(images) == 1 and not differing(runs, SCORING):
         return text
     return f"{text} The runs were not scored alike (this is {first.label}'s): see where they differ."
 

@@ -71,6 +71,37 @@ def test_settings_that_only_one_of_two_methods_uses_may_differ():
     assert "differ in net label scale (1, 3), so" in run_comparison.conclusion([first, second])
 
 
+def test_runs_of_several_numbers_of_chains_compare():
+    outcome = run_comparison.conclusion(
+        [ended_run("A", [0.5, 0.52], num_chains=2), ended_run("B", [0.7, 0.72, 0.71], num_chains=3)]
+    )
+    assert outcome.startswith("On a: best accuracy % B (FBPC) 71.0 ± 1.0, before A (FBPC) 51.0 ± 1.4;")
+
+
+@pytest.mark.parametrize(
+    ("common", "name", "value", "compare"),
+    [
+        ({"method": "vbpc", "inference": "last-layer"}, "augment", "none", True),
+        ({"method": "vbpc"}, "augment", "none", False),
+        ({"method": "vbpc", "chain_augment": False}, "augment", "none", True),
+        ({"method": "fbpc"}, "augment", "none", False),
+        ({"method": "fbpc"}, "resize", "stretch", True),
+        ({"method": "fbpc", "image_size": 8}, "resize", "stretch", False),
+        ({"method": "frepo", "inference": "mse"}, "chain_full_batch", 9, False),
+    ],
+)
+def test_a_setting_that_neither_run_uses_may_differ(common, name, value, compare):
+    first, second = ended_run("A", [0.5, 0.5], **common), ended_run("B", [0.9, 0.9], **common | {name: value})
+    assert run_comparison.conclusion([first, second]).startswith("On a: best accuracy") == compare
+
+
+def test_a_setting_must_agree_among_the_runs_that_use_it():
+    """A third run that has no experts makes those of the others comparable no more than without it."""
+    runs = [ended_run("A", [0.5, 0.5]), ended_run("B", [0.6, 0.6], expert_seed=1)]
+    for these in (runs, [*runs, ended_run("C", [0.9, 0.9], method="random")]):
+        assert "No conclusion: the runs differ in seed of the experts (0, 1)" in run_comparison.conclusion(these)
+
+
 def test_runs_of_two_inferences_differ_in_the_inference():
     outcome = run_comparison.conclusion(
         [ended_run("A", [0.5, 0.5]), ended_run("B", [0.9, 0.9], inference="mse", chain_d=7.0, net_steps=7)]
@@ -96,3 +127,15 @@ def test_what_differs_is_a_table_of_flags():
     assert isinstance(runs, Table) and isinstance(settings, Table)
     assert settings.lines == [["setting", "A", "B"], ["--ipc", "1", "10"], ["--threads", "0", "2"]]
     assert runs.lines[2] == ["B: B", "fbpc", "digits", "10", "convnet-in", "9"]
+
+
+def test_the_table_of_flags_leaves_out_what_no_run_uses():
+    """A flag is there if it differs among the runs that use it; the others have a dash."""
+    vbpc = ended_run("A", [0.5], method="vbpc", inference="last-layer", ridge=0.1, expert_count=5, chain_d=1.0)
+    frepo = ended_run("B", [0.5], method="frepo", inference="last-layer", ridge=0.2, alpha=7.0, prior_precision=2.0)
+    fbpc = ended_run("C", [0.5], method="fbpc", inference="last-layer", expert_count=9, syn_steps=3)
+    settings = run_comparison.comparison([vbpc, frepo, fbpc])[-1]
+    assert isinstance(settings, Table)
+    assert settings.lines == [
+        ["setting", "A", "B", "C"], ["--method", "vbpc", "frepo", "fbpc"], ["--ridge", "0.1", "0.2", "-"],
+    ]  # fmt: skip

@@ -15,6 +15,18 @@ def test_the_headline_is_the_score_beside_that_of_random_images():
     assert score_blocks.headline(ended_run("", [0.5, None])).startswith("The coreset: a chain diverged; as many")
 
 
+def test_how_runs_were_scored_is_said_of_what_they_use():
+    """The number of chains is that of every run; a setting of another inference makes no difference."""
+    first = ended_run("A", [0.5, 0.5])
+    for changes, chains, alike in (
+        ({}, 2, True), ({"num_chains": 3}, 3, True), ({"net_steps": 7, "ensemble_size": 7}, 2, True),
+        ({"chain_d": 7.0}, 2, False), ({"width": 8}, 2, False), ({"inference": "mse"}, 2, False),
+    ):  # fmt: skip
+        text = score_blocks.describe_scoring([first, ended_run("B", [0.5] * chains, **changes)])
+        assert f"standard deviation over {'2' if chains == 2 else '2 or 3'} chains" in text
+        assert ("were not scored alike" in text) == (not alike)
+
+
 def test_the_columns_of_mixing_are_those_of_their_names():
     mixing = [Mixing("fbpc", "a", 30, 1.25, 12.4, 1.04, 28.6), Mixing("random", "a", 20, 1.5, 7.0, 2.5, 9.0)]
     text, table = score_blocks.mixing_blocks(mixing)
