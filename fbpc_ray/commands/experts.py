@@ -37,7 +37,7 @@ def experts(config: Config, sizes: SizeRequest | None, *, dry_run: bool, json: s
     if sizes is None:
         validation.check(config.updated(start_epoch=0, start_rule="from"))
     start = config.updated(download=False) if dry_run else config
-    sized = open_sized_session(start, sizes, log, SHOWN, planned=dry_run)
+    sized = open_sized_session(start, sizes, log, SHOWN, planned=dry_run, experts_alone=True)
     session, config = sized.session, sized.session.config
     if sizes is not None:
         ipc = config.distillation.ipc

@@ -70,7 +70,7 @@ def describe(
 
 
 def _problem(session: Session) -> UserError | None:
-    if session.coresets:
+    if session.coresets or session.experts_alone:
         return None
     try:
         _ = session.current
@@ -91,7 +91,7 @@ def _describe_data(session: Session) -> None:
         one = session.coresets[session.scored[-1]]
         method = f", by {one.facts['method']}" if "method" in one.facts else ""
         log(f"coreset  {_per_class(one.labels.numpy(), '')}{method}")
-    else:
+    elif not session.experts_alone:
         d = session.config.distillation
         log(f"coreset  {d.ipc * len(data.classes):,} images, {d.ipc} per class, by {d.method}")
 
@@ -136,7 +136,7 @@ def _describe_time(session: Session, measured: Measured, parts: Sequence[str], d
             f"above the {describe_seconds(limit)} that a formula chose the sizes for; `--time-budget {limit:.0f}s` "
             "chooses them by the timing of this machine"
         )
-    if device == "cpu" and compiles_passes(c, session.dataset, session.specs):
+    if "distillation" in parts and device == "cpu" and compiles_passes(c, session.dataset, session.specs):
         log("the run is long enough to compile its passes: a minute or two once, then up to twice as fast")
     if c.workers.address:
         log("the times are those of this machine, not of the cluster")

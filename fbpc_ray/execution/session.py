@@ -55,6 +55,8 @@ class Session:
     """By name, what an evaluation of other coresets than this session's scores; the random one first."""
     restored: State | None = None
     """The checkpoint that a resumed run goes on from, which needs no --initial-coreset."""
+    experts_alone: bool = False
+    """Whether the command trains experts and nothing else."""
 
     @property
     def scored(self) -> list[str]:
@@ -145,24 +147,28 @@ class Session:
         workers.stop_workers()
 
 
-def open_session(config: Config, log: Log, dataset: Dataset | None = None) -> Session:
+def open_session(config: Config, log: Log, dataset: Dataset | None = None, *, experts_alone: bool = False) -> Session:
     """Load the data set, unless given, build the networks and open the stores. Writes nothing but a download.
+
+    With `experts_alone` only the training of experts must fit into memory.
 
     Raises UserError for data that can't be read, a network that can't be built, or a damaged store.
     """
     dataset = load_data(config, log) if dataset is None else dataset
     specs = network_specs(config, dataset)
     images, m = len(dataset.train.labels), config.distillation.ipc * len(dataset.classes)
-    config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=num_steps(config) > 0)
-    check_memory(config, dataset, specs)
+    if not experts_alone:
+        config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=num_steps(config) > 0)
+    check_memory(config, dataset, specs, ["experts"] if experts_alone else phases_of(config))
     stores = [expert_store(config, dataset, spec) for spec in specs] if uses_experts(config) else []
-    return Session(config, dataset, specs, stores)
+    return Session(config, dataset, specs, stores, experts_alone=experts_alone)
 
 
-def check_memory(config: Config, dataset: Dataset, specs: Sequence[Spec]) -> None:
-    """Raise UserError if a run cannot fit into this machine's memory."""
+def check_memory(config: Config, dataset: Dataset, specs: Sequence[Spec], phases: Sequence[str] | None = None) -> None:
+    """Raise UserError if `phases`, by default those of a run, cannot fit into this machine's memory."""
     images, m = len(dataset.train.labels), config.distillation.ipc * len(dataset.classes)
-    memory_estimate.check(config, specs, phases_of(config), images=images, coreset=min(m, images))
+    phases = phases_of(config) if phases is None else phases
+    memory_estimate.check(config, specs, phases, images=images, coreset=min(m, images))
 
 
 def phases_of(config: Config) -> list[str]:

@@ -51,15 +51,17 @@ def open_sized_session(
     shown: Collection[str] | None = None,
     *,
     planned: bool = False,
+    experts_alone: bool = False,
 ) -> SizedSession:
     """Load the data set, choose the sizes that `request` asks for, and open a session. Raises UserError.
 
     Args:
         shown: settings that the table may have; None: all.
         planned: whether a plan follows, which has the estimate of the time; the table's heading then has none.
+        experts_alone: whether the command trains experts and nothing else.
     """
     if request is None:
-        return SizedSession(open_session(config, log))
+        return SizedSession(open_session(config, log, experts_alone=experts_alone))
     check_ranges(config.flat())
     dataset = load_data(config, log)
     chosen = _choose(config, dataset, request, log)
@@ -69,7 +71,8 @@ def open_sized_session(
     config = config.updated(**chosen.sizes.settings())
     validation.check(config)
     limit = chosen.level.seconds if chosen.measured is None and chosen.fits else 0.0
-    return SizedSession(open_session(config, log, dataset), limit, chosen.measured)
+    session = open_session(config, log, dataset, experts_alone=experts_alone)
+    return SizedSession(session, limit, chosen.measured)
 
 
 def with_sizes(config: Config, dataset: Dataset, request: SizeRequest | None, log: Log) -> Config:

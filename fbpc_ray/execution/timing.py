@@ -57,10 +57,20 @@ class Measured(NamedTuple):
 
 
 def time_network(session: Session, spec: Spec, device: str) -> Timings:
-    """Time the passes of one network with the run's batches."""
+    """Time the passes of one network with the run's batches; 0 for those that the command does not make."""
     c, dataset = session.config, session.dataset
     d, augment = c.distillation, c.networks.augment
     network = Network(spec, device)
+    with numerics(1, device):
+        one_batch = _real(session, c.experts.expert_batch_size, device)
+        training = train_expert(
+            network, one_batch, epochs=10**6, learning_rate=c.experts.expert_lr,
+            batch_size=c.experts.expert_batch_size, augment=augment, seed=0, index=0,
+        )  # fmt: skip
+        next(training)
+        sgd_step = _seconds(lambda: next(training), network)
+    if session.experts_alone:
+        return Timings(sgd_step, 0.0, 0, 0.0, 0.0, 0.0)
     passes = Passes(network, chunk_images=c.networks.chunk_images)
     real = _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
     params = network.init(generator(0, "probe"))
@@ -70,13 +80,6 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
         return coreset_batches(images, labels, size, augment, generator(0, "probe", purpose))
 
     with numerics(1, device):
-        one_batch = _real(session, c.experts.expert_batch_size, device)
-        training = train_expert(
-            network, one_batch, epochs=10**6, learning_rate=c.experts.expert_lr,
-            batch_size=c.experts.expert_batch_size, augment=augment, seed=0, index=0,
-        )  # fmt: skip
-        next(training)
-        sgd_step = _seconds(lambda: next(training), network)
         chain = sampling(passes, images, labels, _endless(c), augment, 0)
         chain_epoch = _seconds(lambda: next(chain), network)
         test = _first(dataset.test, MOST_PROBE_IMAGES)

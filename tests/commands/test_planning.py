@@ -12,7 +12,7 @@ from support.runs import distil, flags, refused, silent
 from fbpc_ray import api
 from fbpc_ray.commands import experts, main, planning
 from fbpc_ray.commands.parsing import start_of
-from fbpc_ray.core import cores, sizes
+from fbpc_ray.core import cores, memory, sizes
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.durations import describe_seconds
 from fbpc_ray.core.errors import UserError
@@ -21,8 +21,8 @@ from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.state import initial_state
-from fbpc_ray.execution import advice, sizing
-from fbpc_ray.execution.session import load_data, open_session
+from fbpc_ray.execution import advice, memory_estimate, sizing, timing
+from fbpc_ray.execution.session import load_data, network_specs, open_session
 from fbpc_ray.execution.timing import Measured, Timings
 
 TINY = (
@@ -324,6 +324,7 @@ def test_other_commands_plan_their_parts(images, finished_run, capsys):
     text = capsys.readouterr().out
     assert re.search(r"^experts +\S.* \d+ experts to train, 0 are in ", text, re.M)
     assert re.search(r"^--expert-batch-size +4 ", text, re.M)
+    assert not re.search(r"^coreset ", text, re.M)
     assert not re.search(r"^--(alpha|steps|chain-epochs) ", text, re.M)
     assert "chains  " not in text
     main.main(["evaluate", str(finished_run), "--backend", "serial", "--chain-epochs", "30", "--dry-run"])
@@ -382,6 +383,30 @@ def test_experts_ignore_the_settings_of_a_preset_that_they_do_not_use(images, sm
     (tmp_path / "mine.json").write_text(json.dumps(preset.flat()))
     main.main(["experts", "--preset", "./mine.json", "--dry-run"])
     assert re.search(r"^experts +\S.* 4 experts to train, 0 are in 2 folders$", capsys.readouterr().out, re.M)
+
+
+def test_experts_alone_are_checked_and_timed(capsys, monkeypatch):
+    """A batch of theirs that cannot fit is refused; what a distillation needs, and --ipc of no class, is not."""
+    words = ("--data", "digits", "--architectures", "convnet-in", "--backend", "serial", "--device", "cpu", "--dry-run")
+    config = preset("digits").updated(architectures=("convnet-in",), expert_batch_size=8, real_batch_size=256)
+    config = config.updated(width=256, backend="serial", device="cpu")
+    data = load_data(config, silent)
+    images, specs = len(data.train.labels), network_specs(config, data)
+    alone, run = (
+        memory_estimate.estimate(config, specs, phases, images=images, coreset=10)
+        for phases in (["experts"], ["distillation"])
+    )
+    assert run > 1.5 * alone
+    monkeypatch.setattr(memory, "available", lambda: (alone + run) / 2)
+    monkeypatch.setattr(timing, "sampling", None)  # what chains and MAP solves are timed by
+    monkeypatch.setattr(timing, "map_solve", None)
+    small = ("--width", "256", "--expert-batch-size", "8", "--ipc", "1000")
+    main.main(["experts", *words, *small])
+    text = capsys.readouterr().out
+    assert re.search(r"^experts +\S.* 4 experts to train, 0 are in ", text, re.M)
+    assert not re.search(r"^coreset ", text, re.M) and "compile" not in text
+    line = refused(capsys, *words, "--width", "256", "--expert-batch-size", "512", command="experts")
+    assert line.startswith("error: --expert-batch-size 512: passes of expert training need about")
 
 
 def test_experts_are_those_of_a_distillation_of_as_many_images(images, capsys, monkeypatch):
