@@ -141,12 +141,19 @@ def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, a
             for params in sampling(Passes(network), images, labels, settings, augment, number):
                 if not ensemble.finite([params]):
                     raise UserError(
-                        f"the chain of seed {number} on {network.spec.architecture} diverged: lower --chain-eta, or "
-                        "use --chain-noise consistent"
+                        f"the chain of seed {number} on {network.spec.architecture} diverged: lower "
+                        f"{flags_to_lower(settings)}"
                     )
                 samples.append(params)
                 bar.update()
     return ensemble.gathered(network, samples, coreset)
+
+
+def flags_to_lower(settings: Evaluation) -> str:
+    """Return the flags to lower where a chain, or a trained network, diverged, and what else helps."""
+    if settings.inference == "sghmc":
+        return "--chain-eta" + ("" if settings.chain_noise == "consistent" else ", or use --chain-noise consistent")
+    return "--net-lr, or raise --net-ridge" if settings.inference == "last-layer" else "--net-lr"
 
 
 def default_step_size(m: int) -> float:

@@ -18,6 +18,7 @@ from fbpc_ray.evaluation.chains import (
     ChainResult,
     arrays_of,
     evaluation_context,
+    flags_to_lower,
     quantities,
     run_chain,
     values,
@@ -86,13 +87,6 @@ def check_split(dataset: Dataset, split: str, fix: str = "give --validation 0.1"
         raise UserError(f"the {split} split is empty: {fix if split == 'validation' else 'choose another data set'}")
 
 
-def flags_to_lower(inference: str) -> str:
-    """Return the flags to lower where a chain of `--inference` diverged, and what else helps."""
-    if inference == "sghmc":
-        return "--chain-eta, or use --chain-noise consistent"
-    return "--net-lr, or raise --net-ridge" if inference == "last-layer" else "--net-lr"
-
-
 def evaluate(
     coresets: dict[str, Coreset], specs: Sequence[Spec], dataset: Dataset, split: str, config: Config,
     workers: TaskRunner, log: Log, ood: Split | None = None, keep_samples_of: str = "",
@@ -137,7 +131,7 @@ def evaluate(
             if result.stats is None:
                 chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
-                log(f"warning: a chain diverged ({which}): lower {flags_to_lower(settings.inference)}")
+                log(f"warning: a chain diverged ({which}): lower {flags_to_lower(settings)}")
     evaluation = collect(chains, [results[index] for index in range(len(chains))], quantities(context))
     if run is not run_chain:
         return evaluation._replace(mixing=[])

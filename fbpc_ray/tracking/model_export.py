@@ -16,8 +16,9 @@ from fbpc_ray.core.storage import local_folder
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.distillation.expert_store import slug
 from fbpc_ray.evaluation import ensemble, last_layer
+from fbpc_ray.evaluation.chains import flags_to_lower
 from fbpc_ray.evaluation.ensemble import Ensemble
-from fbpc_ray.evaluation.evaluate import EvaluationResult, flags_to_lower
+from fbpc_ray.evaluation.evaluate import EvaluationResult
 from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.models import custom
 from fbpc_ray.models.functional import Network, Spec
@@ -50,7 +51,7 @@ def ensemble_of(
     """Return what an evaluation kept of the coreset called `name`. Raises UserError for a chain that diverged."""
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
-        flags = flags_to_lower(settings.inference)
+        flags = flags_to_lower(settings)
         raise UserError(f"no model was saved: the chain of seed 0 diverged; lower {flags}", code=1)
     if settings.inference == "sghmc":
         return ensemble.gathered(Network(spec), samples, pseudocoreset)

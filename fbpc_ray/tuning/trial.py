@@ -25,10 +25,12 @@ from fbpc_ray.core.storage import Place, place
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.loop import Checkpointer, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import State
 from fbpc_ray.distillation.worker import Backend
+from fbpc_ray.evaluation.chains import flags_to_lower
 from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.evaluation.results import ChainScore, mean_scores, select, unique
 from fbpc_ray.execution import validation
@@ -180,7 +182,7 @@ def _distill(
     def validate_and_report(current: State) -> None:
         scores = validate(session, current, task.settings, workers, log)
         before = record.validations[-1].step if record.validations else 0
-        result = mean_result(scores, current.step, losses_after(rows, before))
+        result = mean_result(scores, current.step, losses_after(rows, before), config)
         record.validations.append(result)
         write_record(run.folder, record)
         report(result)
@@ -197,13 +199,13 @@ def _distill(
     follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 
-def mean_result(scores: Sequence[ChainScore], step: int, since: list[list[float]]) -> ValidationResult:
+def mean_result(scores: Sequence[ChainScore], step: int, since: list[list[float]], config: Config) -> ValidationResult:
     """Average scores over architectures and chains. Raises UserError if a chain diverged."""
     for architecture in unique(score.architecture for score in scores):
         if not mean_scores(select(scores, architecture=architecture)):
-            raise UserError(
-                f"a chain of {architecture} on the coreset of step {step} diverged: lower --chain-eta or --alpha"
-            )
+            method, flags = config.distillation.method, flags_to_lower(config.evaluation)
+            rate = "" if method == "random" else "--image-lr or " if method in network_pool.METHODS else "--alpha or "
+            raise UserError(f"a chain of {architecture} on the coreset of step {step} diverged: lower {rate}{flags}")
     return ValidationResult(step, **mean_scores(scores), losses=since)
 
 

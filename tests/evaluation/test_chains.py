@@ -26,6 +26,19 @@ from fbpc_ray.models.functional import Network
 from fbpc_ray.models.passes import Passes, count_macs
 
 
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, "--chain-eta"),
+        ({"chain_noise": "literal"}, "--chain-eta, or use --chain-noise consistent"),
+        ({"inference": "last-layer"}, "--net-lr, or raise --net-ridge"),
+        ({"inference": "ensemble", "chain_noise": "literal"}, "--net-lr"),
+    ],
+)
+def test_the_advice_after_a_divergence_is_not_what_is_set(changes, flags):
+    assert chains.flags_to_lower(Evaluation(**changes)) == flags
+
+
 def test_samples_are_the_states_after_every_tenth_epoch(network, two_per_class: Pair):
     """30 epochs with one sample every 10 give 3; those of a longer chain begin with the same three."""
     samples = posterior_samples(Passes(network), *two_per_class, SETTINGS, "dsa", seed=0)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support import errors
 
 from fbpc_ray.core import config
 from fbpc_ray.core.config import Sweep
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.presets import preset
 from fbpc_ray.core.signals import Interruption
+from fbpc_ray.evaluation.results import ChainScore
 from fbpc_ray.execution import session
 from fbpc_ray.execution.ray.placement import Node, Resources
 from fbpc_ray.execution.serial import Serial
@@ -156,7 +158,21 @@ def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, dig
     one_trial(task)
     result = sweep.read_outcome(task.configs[0], 0)
     assert result.status == "failed"
-    assert "diverged: lower --chain-eta or --alpha" in result.reason
+    assert result.reason.endswith("diverged: lower --alpha or --chain-eta")
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"method": "vbpc", "inference": "last-layer"}, "--image-lr or --net-lr, or raise --net-ridge"),
+        ({"method": "bpc-w", "chain_noise": "literal"}, "--alpha or --chain-eta, or use --chain-noise consistent"),
+        ({"method": "random"}, "--chain-eta"),
+    ],
+)
+def test_a_trial_that_diverged_names_flags_that_it_uses(changes, advice):
+    scores = [ChainScore("coreset", "lenet", 0, None)]
+    message = errors.refusal(sweep.mean_result, scores, 3, [], config.Config().updated(**changes))
+    assert message == f"a chain of lenet on the coreset of step 3 diverged: lower {advice}"
 
 
 def test_the_method_that_learns_nothing_is_looked_at_once(small, digits, tmp_path):
