@@ -167,9 +167,9 @@ def short_training_note(recipe: Recipe, images: int) -> str:
     steps = -(-images // recipe.batch_size) * recipe.epochs
     if steps >= MIN_SGD_STEPS:
         return ""
-    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    epochs, size = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}", max(1, min(32, images // 10))
+    flags = [f"--expert-batch-size {size}"] * (recipe.batch_size > size) + ["--expert-lr 0.05"] * (recipe.lr < 0.05)
     return (
         f"note: each expert gets only {steps} SGD steps ({images} images in batches of {recipe.batch_size}, {epochs}), "
-        f"too few to learn: try --expert-batch-size {max(1, min(32, images // 10))} --expert-lr 0.05, or more "
-        "--expert-epochs"
+        f"too few to learn: try {' '.join(flags)}{', or ' if flags else ''}more --expert-epochs"
     )

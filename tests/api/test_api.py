@@ -212,7 +212,7 @@ def test_the_log_names_arguments(digits, tmp_path, monkeypatch):
     rows = table[1 : next(number for number, line in enumerate(table) if line.startswith("as the paper: "))]
     assert {row.split()[0] for row in rows} > {"alpha", "expert_lr"}
     assert all(row[value - 1] == " " and row[value].isdigit() for row in rows)
-    assert "too few to learn: try expert_batch_size=" in text
+    assert "too few to learn: try more expert_epochs" in text
     assert "longer chains (chain_epochs)" in text
 
 

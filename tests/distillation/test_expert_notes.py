@@ -99,8 +99,14 @@ def test_experts_that_cannot_learn_are_noted_once(small, digits, tmp_path):
     notes = [line for line in lines if "too few to learn" in line]
     assert len(notes) == 1
     assert notes[0].startswith("note: each expert gets only 12 SGD steps (1437 images in batches of 256, 2 epochs)")
-    assert "--expert-batch-size 32 --expert-lr 0.05" in notes[0]
+    assert notes[0].endswith(" too few to learn: try --expert-batch-size 32, or more --expert-epochs")
     recipe = stores[0].recipe
+    for changes, advice in (
+        ({"lr": 0.01}, "try --expert-batch-size 32 --expert-lr 0.05, or more --expert-epochs"),
+        ({"lr": 0.01, "batch_size": 32, "epochs": 1}, "try --expert-lr 0.05, or more --expert-epochs"),
+        ({"batch_size": 32, "epochs": 1}, "try more --expert-epochs"),
+    ):  # fmt: skip
+        assert short_training_note(recipe._replace(**changes), 1437).endswith(f" too few to learn: {advice}")
     assert short_training_note(recipe._replace(epochs=16), 1437)
     assert not short_training_note(recipe._replace(epochs=17), 1437)
 
