@@ -55,7 +55,8 @@ _OF_LABELS = {"label_lr", "lr_decay"}
 _OF_NETWORKS = {
     "inference", "net_steps", "net_lr", "net_label_scale", "net_mirror", "net_ridge", "net_precision", "ensemble_size",
 }  # fmt: skip
-_OF_CHAINS = {name for name in (f.name for f in fields(Evaluation)) if name.startswith("chain_")}
+_OF_BATCHES = {"chain_batch_size", "chain_full_batch"}
+_OF_CHAINS = {name for name in (f.name for f in fields(Evaluation)) if name.startswith("chain_")} - _OF_BATCHES
 _JUDGED = {f.name for f in fields(Evaluation)}
 _EXPERTS = {"width", "depth", "architectures", "precision"}
 
@@ -80,6 +81,7 @@ def _settings(config: Config) -> dict[str, Any]:
         ({"learn_labels", "label_confidence"}, flat["learn_labels"]),
         (_OF_NETWORKS, flat["inference"] != "sghmc"),
         (_OF_CHAINS, flat["inference"] == "sghmc"),
+        *(({name}, flat["inference"] == "sghmc" or flat[name] != getattr(Evaluation, name)) for name in _OF_BATCHES),
         ({"net_target_scale"}, flat["inference"] != "sghmc" and flat["net_target_scale"] != 1),
         ({"chain_init"}, flat["chain_init"] != 0),
         ({"label_column"}, flat["label_column"] != ""),

@@ -48,6 +48,15 @@ def test_settings_that_are_used_change_the_keys():
     assert cell(networks.updated(chain_d=0.5, chain_init=0.1, chain_epochs=7)) == cell(networks)
 
 
+def test_sizes_of_batches_change_the_keys_of_trained_networks():
+    """They are those of a chain; at their defaults the key is that of the version that left them out."""
+    networks = Config().updated(inference="mse")
+    assert cell(networks) == "12766cfe3e2b0045"
+    changed = [networks.updated(chain_full_batch=9), networks.updated(chain_batch_size=9)]
+    assert len({cell(config) for config in (networks, *changed)}) == 3
+    assert {coreset_key(config) for config in changed} == {coreset_key(networks)}
+
+
 WORDS = {
     "data": "cifar10", "normalisation": "computed", "resize": "stretch", "label_column": "x", "image_column": "x",
     "architectures": ("lenet",), "augment": "none", "precision": "bf16", "memory_budget": "6GB",
