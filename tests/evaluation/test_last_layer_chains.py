@@ -203,7 +203,8 @@ def test_a_network_that_diverges_scores_nothing_and_is_logged(digits, coreset, s
         {"x": coreset}, [spec_of(digits)], digits, "test", config, Serial("cpu", Interruption()), lines.append
     )
     assert [score.values for score in result.scores] == [None]
-    assert "lower --net-lr" in lines[0]
+    (line,) = [line for line in lines if "diverged" in line]  # a slow machine logs its progress, too
+    assert line.endswith(": lower --net-lr")
 
 
 # ---- soft labels
