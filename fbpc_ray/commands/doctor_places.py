@@ -52,11 +52,11 @@ def folders() -> Iterator[Finding]:
 def folder_finding(name: str, path: Path, state: Literal["note", "fix"], fix: str) -> Finding:
     """Check that a file can be made in `path`, or in its nearest parent that exists, and the space on its disk."""
     try:
-        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        existing = _existing(path)
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".fbpc-doctor-"):
             pass
         free = shutil.disk_usage(existing).free
-    except (OSError, StopIteration) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or "not found"
         return Finding(state, f"{name}: {path} is not writable ({reason.lower()})", fix)
     message = f"{name}: {path}, {free / 1e9:.1f} GB free"
@@ -65,6 +65,11 @@ def folder_finding(name: str, path: Path, state: Literal["note", "fix"], fix: st
     if free < LOW_SPACE:
         return Finding("note", message, "a hundred experts take gigabytes: free some space")
     return Finding("ok", message)
+
+
+def _existing(path: Path) -> Path:
+    """Return `path` or, where it is missing, its nearest parent that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.exists()), path)
 
 
 def cache_finding() -> Finding:
@@ -91,7 +96,7 @@ def temporary_finding() -> Finding:
     path = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     finding = folder_finding("temporary files", path, "fix", "set TMPDIR (RAY_TMPDIR for Ray) to another disk")
     if finding.state != "fix":
-        usage = shutil.disk_usage(path if path.exists() else path.parent)
+        usage = shutil.disk_usage(_existing(path))
         if usage.free < 0.05 * usage.total:
             fix = "Ray spills no objects to it: free some space, or set RAY_TMPDIR to another disk"
             return Finding("note", f"temporary files: the disk of {path} is over 95 % full", fix)

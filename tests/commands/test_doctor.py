@@ -204,6 +204,12 @@ def test_folders_that_cannot_be_used(monkeypatch, tmp_path):
     assert cache.state == "fix" and "'many'" in cache.message
 
 
+def test_a_folder_for_temporary_files_that_is_still_to_be_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not" / "there"))
+    finding = doctor_places.temporary_finding()
+    assert finding.message.startswith("temporary files: ") and str(tmp_path / "not" / "there") in finding.message
+
+
 def test_a_disk_without_room(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor_places, "LOW_SPACE", 1e18)
     assert doctor_places.folder_finding("runs", tmp_path, "fix", "elsewhere").state == "note"
