@@ -62,7 +62,10 @@ def check(protocol: str, settings: Evaluation, dataset: Dataset, fix: str) -> No
     if protocol != CALIBRATED:
         return
     if settings.inference != "sghmc":
-        raise UserError(f"--protocol calibrated: --inference {settings.inference} has no chains; leave out one of them")
+        raise UserError(
+            f"--protocol calibrated: --inference {settings.inference} has no chains; add --inference sghmc, or leave "
+            "out --protocol"
+        )
     if not len(dataset.validation.labels):
         raise UserError(f"--protocol calibrated: there is no validation split; {fix}")
 
