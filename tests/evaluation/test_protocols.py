@@ -41,7 +41,7 @@ def test_calibration_is_of_chains_and_needs_a_validation_split(digits):
     with pytest.raises(UserError, match="there is no validation split; distil with --validation"):
         calibration.check("calibrated", Evaluation(), digits, "distil with --validation 0.1")
     with pytest.raises(
-        UserError, match="--inference mse has no chains; add --inference sghmc, or leave out --protocol$"
+        UserError, match=r"--inference mse has no chains; add --inference sghmc, or leave out --protocol$"
     ):
         calibration.check("calibrated", Evaluation(inference="mse"), digits, "")
     calibration.check("paper", Evaluation(inference="mse"), digits, "")
