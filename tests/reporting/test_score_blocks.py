@@ -1,5 +1,7 @@
 """Scores of runs in words, tables and charts: by hand."""
 
+from typing import Any
+
 from support.ended_runs import ended_run
 
 from fbpc_ray.evaluation.diagnostics import Mixing
@@ -18,10 +20,11 @@ def test_the_headline_is_the_score_beside_that_of_random_images():
 def test_how_runs_were_scored_is_said_of_what_they_use():
     """The number of chains is that of every run; a setting of another inference makes no difference."""
     first = ended_run("A", [0.5, 0.5])
-    for changes, chains, alike in (
+    cases: list[tuple[dict[str, Any], int, bool]] = [
         ({}, 2, True), ({"num_chains": 3}, 3, True), ({"net_steps": 7, "ensemble_size": 7}, 2, True),
         ({"chain_d": 7.0}, 2, False), ({"width": 8}, 2, False), ({"inference": "mse"}, 2, False),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for changes, chains, alike in cases:
         text = score_blocks.describe_scoring([first, ended_run("B", [0.5] * chains, **changes)])
         assert f"standard deviation over {'2' if chains == 2 else '2 or 3'} chains" in text
         assert ("were not scored alike" in text) == (not alike)
