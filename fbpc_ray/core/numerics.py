@@ -1,11 +1,14 @@
 """How torch computes: CPU threads, denormal numbers, deterministic kernels on CUDA."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+from fbpc_ray.core.errors import UserError
 
 
 @contextmanager
@@ -13,7 +16,8 @@ def numerics(threads: int, device: str | torch.device = "cpu") -> Iterator[None]
     """Set torch's CPU threads inside the block, flush denormal numbers to zero, and on CUDA use deterministic kernels.
 
     The number of threads changes the last bits of results. A prior shrinks weights without a gradient until they are
-    denormal (below 1.2e-38), where one operation takes the time of many.
+    denormal (below 1.2e-38), where one operation takes the time of many. Raises UserError where a GPU has no memory
+    left.
     """
     before, flushed = torch.get_num_threads(), flushes_denormals()
     torch.set_num_threads(threads)
@@ -23,7 +27,23 @@ def numerics(threads: int, device: str | torch.device = "cpu") -> Iterator[None]
         stack.callback(torch.set_num_threads, before)
         if torch.device(device).type == "cuda":
             stack.enter_context(_deterministic())
+            stack.enter_context(gpu_memory())
         yield
+
+
+@contextmanager
+def gpu_memory() -> Iterator[None]:
+    """Turn torch's error for a GPU without memory into a UserError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        what = f" ({asked[1]} more asked for)" if asked else ""
+        raise UserError(
+            f"the GPU is out of memory{what}: lower --batch-size, --real-batch-size or --width, or have fewer workers "
+            "share it by --gpus-per-actor 1 (docs/faq.md names more)",
+            code=1,
+        ) from None
 
 
 @contextmanager

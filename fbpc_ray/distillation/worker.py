@@ -13,7 +13,7 @@ import torch
 from fbpc_ray.core import cache
 from fbpc_ray.core.allocator import keep_freed_memory
 from fbpc_ray.core.config import Distillation
-from fbpc_ray.core.numerics import numerics
+from fbpc_ray.core.numerics import gpu_memory, numerics
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.datasets import Dataset, tensors
 from fbpc_ray.data.loader import DeviceDataset
@@ -137,7 +137,8 @@ class Worker:
         self.specs, self.stores, self.settings = specs, stores, settings
         self.augment, self.expert_count = augment, expert_count
         self.device, self.threads, self.precision, self.chunk_images = device, threads, precision, chunk_images
-        self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
+        with gpu_memory():
+            self.real = DeviceDataset(*tensors(dataset.train, device), dataset.mean, dataset.std)
         self.labels = torch.tensor(labels, device=device)
         self.compiled = compiler.folder() if compiled and device == "cpu" else None
         self.trajectory_cache = (

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.numerics import flushes_denormals, numerics
 
 
@@ -51,3 +52,18 @@ def test_cuda_gets_deterministic_kernels_within_the_block_alone(monkeypatch):
         raise ValueError
     assert not torch.are_deterministic_algorithms_enabled()
     assert memory.fill_uninitialized_memory
+
+
+def test_a_gpu_without_memory_is_one_line():
+    """The message is that of torch 2.14 for CUDA."""
+    text = (
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.78 GiB of which 1.02 GiB is "
+        "free. Process 7 has 14.00 GiB memory in use.\nIf reserved but unallocated memory is large try setting ..."
+    )
+    with pytest.raises(UserError) as refused, numerics(1, "cuda"):
+        raise torch.OutOfMemoryError(text)
+    assert refused.value.code == 1 and "\n" not in str(refused.value)
+    assert str(refused.value).startswith("the GPU is out of memory (2.50 GiB more asked for): lower --batch-size, ")
+    with pytest.raises(UserError, match="the GPU is out of memory: lower"), numerics(1, "cuda"):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+    assert not torch.are_deterministic_algorithms_enabled()
