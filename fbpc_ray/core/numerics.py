@@ -1,4 +1,4 @@
-"""How torch computes: CPU threads, denormal numbers, deterministic kernels on CUDA."""
+"""How torch computes: CPU threads and denormal numbers; on CUDA determinism and no TF32."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from fbpc_ray.core.errors import UserError
 
 @contextmanager
 def numerics(threads: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Set torch's CPU threads inside the block, flush denormal numbers to zero, and on CUDA use deterministic kernels.
+    """Set torch's CPU threads in the block, and flush denormal numbers; on CUDA repeat bits, and use no TF32.
 
     The number of threads changes the last bits of results. A prior shrinks weights without a gradient until they are
     denormal (below 1.2e-38), where one operation takes the time of many. Raises UserError where a GPU has no memory
@@ -27,6 +27,7 @@ def numerics(threads: int, device: str | torch.device = "cpu") -> Iterator[None]
         stack.callback(torch.set_num_threads, before)
         if torch.device(device).type == "cuda":
             stack.enter_context(_deterministic())
+            stack.enter_context(_without_tf32())
             stack.enter_context(gpu_memory())
         yield
 
@@ -60,6 +61,20 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warns)
         memory.fill_uninitialized_memory = fills
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Have torch compute float32 in full: TF32 drops 13 bits of a factor, and Psi is made of small differences."""
+    switches: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def flushes_denormals() -> bool:

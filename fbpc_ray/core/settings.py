@@ -57,7 +57,7 @@ class Networks:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the convolutions in expert training, MAP solves and SGD steps. bf16: bfloat16 there, float32 in
     parameters, losses, Psi, Eq. 17 and chains. It changes the last bits of results. vbpc
-    and frepo run in fp32 alone."""
+    and frepo run in fp32 alone. fp32 on a GPU is no TF32, which torch would take for convolutions."""
     memory_budget: str = ""
     """Memory of a process that computes gradients or SGHMC chains, such as 6GB or 800MB: sets --chunk-images by an
     estimate that is the same on all machines. Empty: no bound. Not for BatchNorm, bpc-w, vbpc, frepo."""

@@ -67,3 +67,19 @@ def test_a_gpu_without_memory_is_one_line():
     with pytest.raises(UserError, match="the GPU is out of memory: lower"), numerics(1, "cuda"):
         raise torch.OutOfMemoryError("CUDA error: out of memory")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_float32_on_cuda_is_no_tf32_within_the_block_alone():
+    def precisions() -> list[str]:
+        switches: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+        return [switch.fp32_precision for switch in switches]
+
+    before = precisions()
+    assert before[0] == "tf32"  # torch's default for convolutions
+    with numerics(1, "cpu"):
+        assert precisions() == before
+    with pytest.raises(ValueError), numerics(1, "cuda"):
+        assert precisions() == ["ieee", "ieee"]
+        raise ValueError
+    assert precisions() == before
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
