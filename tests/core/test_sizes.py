@@ -1,6 +1,7 @@
 """Sizes chosen from data: the right values for several data sets, what bounds them, and the words of --time-budget."""
 
 import pytest
+from torch import nn
 
 from fbpc_ray.core import sizes
 from fbpc_ray.core.errors import UserError
@@ -18,6 +19,7 @@ from fbpc_ray.core.sizes import (
     rungs,
     snapshots_met,
 )
+from fbpc_ray.models.functional import build, specify
 
 LAPTOP = LEVELS["laptop"]
 MINE = Facts(240, 3, (3, 32, 32), 60)
@@ -142,6 +144,31 @@ def test_the_estimate_grows_with_what_it_counts():
     assert tuple(both) == pytest.approx([2 * part for part in one])
 
 
+@pytest.mark.parametrize(("shape", "width"), [((3, 32, 32), 32), ((1, 8, 8), 16), ((3, 64, 64), 64)])
+def test_the_estimate_counts_the_operations_of_the_networks(shape, width):
+    """Two for each multiply-accumulate of a convolution, three times: forwards, and backwards to images and weights.
+    A ResNet-18 has eleven times as many and takes eleven times as long, beside a ConvNet six times on average."""
+    module = build(specify("convnet-in", shape, 3, width, 0))
+    sides = [shape[1] // 2**block for block in range(9)]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    macs = sum(layer.weight.numel() * side**2 for layer, side in zip(layers, sides, strict=False))
+    facts, rung = MINE._replace(image_shape=shape), LADDER[0]._replace(width=width)
+    one = sizes._images(facts, rung, "cpu", 1)
+    assert one == pytest.approx(shape[1] ** 2 * width * 2e-8 + 2 * 3 * macs / 6e10)
+    both = facts._replace(architectures=("convnet-in", "resnet18-in"))
+    assert sizes._images(both, rung, "cpu", 10) == pytest.approx(10 * 6 * one)
+
+
+@pytest.mark.parametrize(("ipc", "m", "map_steps"), [(1, 3, 80), (4, 12, 40)])
+def test_the_parts_of_a_distillation_of_fbpc(ipc, m, map_steps):
+    """60 steps of Adam steps, 30 SGD steps and 20 passes of Eq. 17 on the m images; and 30 passes of 32 real images for
+    each snapshot that is met, of 3 experts and their epochs 2 to 8. From ten images on, a MAP solve ends earlier."""
+    facts, rung = MINE._replace(ipc=ipc), LADDER[1]
+    u, real = (sizes._pass(facts, rung, "cpu", images) for images in (m, 32))
+    expected = 60 * (map_steps + 30 + 20) * u + 21 * (1 - (20 / 21) ** 60) * 30 * real
+    assert estimate(facts, rung, "cpu").distillation == pytest.approx(expected)
+
+
 def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
     """On two cores three experts take as long as four; on four cores two chains, of a coreset each, as long as four."""
     rung = LADDER[1]._replace(expert_count=3, num_chains=1)
@@ -149,6 +176,8 @@ def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
     assert estimate(two, rung, "cpu").experts == estimate(two, rung._replace(expert_count=4), "cpu").experts
     assert estimate(four, rung, "cpu").chains == estimate(four, rung._replace(num_chains=2), "cpu").chains
     assert estimate(four, rung, "cpu").chains < estimate(four, rung._replace(num_chains=3), "cpu").chains
+    many = [estimate(MINE._replace(cores=cores), rung._replace(expert_count=16), "cpu") for cores in (8, 64)]
+    assert many[0] == many[1], "more than 8 cores count as 8"
 
 
 def test_a_trained_network_predicts_once_and_a_chain_for_each_sample():

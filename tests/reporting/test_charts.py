@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from fbpc_ray.inference.metrics import BINS, log_mixture, log_probabilities, predictive_stats, scores
-from fbpc_ray.reporting.charts import comparison, histograms, reliability, steps, style
+from fbpc_ray.reporting.charts import comparison, histograms, reliability, scatter, steps, style
 
 
 def stats(scale=3.0, n=400, seed=0):
@@ -26,7 +27,7 @@ def stats(scale=3.0, n=400, seed=0):
 def drawn(monkeypatch):
     """The figures that are saved, beside their files."""
     figures: list[Figure] = []
-    for module in (comparison, histograms, reliability, steps):
+    for module in (comparison, histograms, reliability, scatter, steps):
         monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), style.save(figure, path)))
     return figures
 
@@ -205,6 +206,48 @@ def test_the_course_of_a_run_is_readable(drawn, tmp_path, points, networks):
         assert np.asarray(mean.get_xdata())[0] == pytest.approx(np.mean(at[:window]))
     colours = {line.get_color() for line in first}
     assert len(colours) == min(networks, 7)
+
+
+def test_bars_are_the_values(drawn, tmp_path):
+    """Of two names the bars are 0.4 wide, left and right of the tick of their group; one value is missing."""
+    values = {("random", "a"): (20.0, 1.0), ("fbpc", "a"): (50.0, 2.0), ("fbpc", "b"): (60.0, 3.0)}
+    marks = {("fbpc", "b"): 65.0}
+    comparison.bars(["random", "fbpc"], ["a", "b"], values, marks, "accuracy %", "title", tmp_path / "b.png")
+    (axes,) = drawn[0].axes
+    shown = [container for container in axes.containers if isinstance(container, BarContainer)]
+    places = {
+        bars.get_label(): [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars] for bars in shown
+    }
+    assert places == {"random": [pytest.approx((-0.2, 20))], "fbpc": [pytest.approx(p) for p in ((0.2, 50), (1.2, 60))]}
+    assert len({bars[0].get_facecolor() for bars in shown}) == 2
+    lines = [line.tolist() for group in axes.collections for line in group.get_segments()]  # type: ignore[attr-defined]
+    expected = [[[-0.2, 19], [-0.2, 21]], [[0.2, 48], [0.2, 52]], [[1.2, 57], [1.2, 63]]]
+    assert np.array(lines) == pytest.approx(np.array(expected))
+    (mark,) = (line.get_xydata() for line in axes.lines if line.get_marker() == "D" and len(line.get_xdata()))
+    assert mark == pytest.approx(np.array([[1.2, 65]]))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_points_are_the_values_in_the_colour_and_the_shape_of_the_legend(drawn, tmp_path):
+    panels = {
+        "ipc 1": {("vbpc", "ensemble"): (40.0, 0.1), ("fbpc", "SGHMC"): (30.0, 0.2)},
+        "ipc 10": {("fbpc", "ensemble"): (50.0, 0.3)},
+    }
+    scatter.scatter(panels, "accuracy %", "ECE", "a title", tmp_path / "s.png")
+    legend = {line.get_label(): line for line in drawn[0].legends[0].get_lines()}
+    assert list(legend) == ["vbpc", "fbpc", "ensemble", "SGHMC"]
+    assert legend["vbpc"].get_color() != legend["fbpc"].get_color()
+    assert legend["ensemble"].get_marker() != legend["SGHMC"].get_marker()
+    for axes, (title, points) in zip(drawn[0].axes, panels.items(), strict=True):
+        assert (axes.get_title(), axes.get_xlabel()) == (title, "accuracy %")
+        assert [
+            (tuple(line.get_xydata()[0]), line.get_color(), line.get_marker()) for line in axes.lines
+        ] == [
+            (point, legend[coreset].get_color(), legend[inference].get_marker())
+            for (coreset, inference), point in points.items()
+        ]  # fmt: skip
+    assert drawn[0].axes[0].get_ylabel() == "ECE"
+    assert_readable(drawn[0])
 
 
 @pytest.mark.parametrize(("names", "groups"), [(2, 8), (9, 1), (4, 4)])

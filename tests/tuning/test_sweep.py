@@ -70,6 +70,22 @@ def test_the_default_space_holds_table_4_and_only_what_a_run_can_use(name, tmp_p
         assert own["batch_size"] <= 10 * base.distillation.ipc, "larger ones are all images, too"
 
 
+def test_the_default_space_is_the_one_of_the_documentation():
+    """docs/sweeps.md, around the row for ten images per class of CIFAR-10; T is at most the last epoch."""
+    from fbpc_ray.tuning.search_space import default_space
+
+    def domains(base):
+        space = default_space(base, 10)
+        return {name: getattr(d, "categories", None) or (d.lower, d.upper) for name, d in space.items()}
+
+    base = preset("cifar10-ipc10")
+    assert domains(base) == {
+        "start_epoch": [1, 2, 4], "steps": [500, 1000, 2000], "batch_size": [50, 100],
+        "gamma": (0.025, 0.4), "lambda_x": (0.0125, 0.2), "lambda_u": (0.0025, 0.04), "alpha": (125, 8000),
+    }  # fmt: skip
+    assert domains(base.updated(expert_epochs=3))["start_epoch"] == [1, 2, 3]
+
+
 def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
     from fbpc_ray.core.presets import with_method
     from fbpc_ray.tuning.search_space import default_space
