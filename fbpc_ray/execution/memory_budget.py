@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.memory import gigabytes
+from fbpc_ray.evaluation.chains import batch_size
 from fbpc_ray.execution.memory_estimate import (
     PARAMETER_COPIES,
     NetworkSize,
@@ -113,8 +114,7 @@ def chunk_images(config: Config, problem: Problem, distils: bool) -> int:
             "--mc-samples or --width"
         )
     batch = min(d.batch_size, problem.coreset)
-    e = config.evaluation
-    batches = [problem.coreset if problem.coreset <= e.chain_full_batch else e.chain_batch_size]
+    batches = [batch_size(config.evaluation, problem.coreset)]
     if distils:
         batches += [batch, min(d.real_batch_size, problem.images)]
     if limit >= max(batches):

@@ -72,7 +72,7 @@ def time_network(session: Session, spec: Spec, device: str) -> Timings:
     if session.experts_alone:
         return Timings(sgd_step, 0.0, 0, 0.0, 0.0, 0.0)
     passes = Passes(network, chunk_images=c.networks.chunk_images)
-    real = _real(session, max(c.experts.expert_batch_size, d.real_batch_size), device)
+    real = _real(session, d.real_batch_size, device)
     params = network.init(generator(0, "probe"))
     images, labels = (tensor.to(network.device) for tensor in _coreset(session))
 
@@ -185,8 +185,9 @@ def _gradient(config: Config, timing: Timings) -> float:
     if d.method.startswith("bpc-"):
         draws = {"bpc-fkl": max(d.views, d.mc_samples), "bpc-rkl": d.mc_samples}.get(d.method, 0)
         return (d.syn_steps * (3 if d.method == "bpc-w" else 1) + 2 * draws) * timing.map_step
-    k_steps = 0 if d.method == "fbpc-isotropic" else d.posterior_steps
-    return (timing.map_steps + 1.7 * k_steps + 3 * (d.views or 1)) * timing.map_step  # .7: the logits of both sides
+    k_steps, views = 0 if d.method == "fbpc-isotropic" else d.posterior_steps, d.views or 1
+    on_views = (0.7 * k_steps + 3) * views  # .7: the logits of both sides after each of the K steps
+    return (timing.map_steps + k_steps + on_views) * timing.map_step
 
 
 def _chain(session: Session, timing: Timings) -> float:

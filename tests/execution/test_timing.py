@@ -1,5 +1,7 @@
 """execution/timing.py: what a plan multiplies is what a step repeats, in operations, which no other work changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,10 +47,15 @@ def operations(monkeypatch):
         yield counter
 
 
-@pytest.mark.parametrize(("method", "steps"), [("fbpc", 1), ("bpc-fkl", 1), ("vbpc", 2), ("frepo", 2)])
-def test_the_estimate_of_a_gradient_is_that_of_a_step(method, steps, small, digits, operations):
+@pytest.mark.parametrize(
+    ("method", "steps", "views"),
+    [("fbpc", 1, 0), ("fbpc", 1, 8), ("fbpc-isotropic", 1, 0), ("bpc-fkl", 1, 0), ("bpc-w", 1, 0), ("vbpc", 2, 0),
+     ("frepo", 2, 0)],
+)  # fmt: skip
+def test_the_estimate_of_a_gradient_is_that_of_a_step(method, steps, views, small, digits, operations):
     """In the second step a network of the pool is used again. FBPC's K steps on real images count apart."""
     more = {"method": method, "steps": steps, "map_max_steps": 3, "gamma": 1e-9, "syn_steps": 20, "pool_size": 1}
+    more |= {"views": views}
     more |= {"real_batch_size": 64, "architectures": ("convnet-in",), "backend": "serial", "threads": 1}
     config = with_method(small, method, 1).updated(**more, compiled="off")
     session = open_session(config, print, digits)
@@ -63,3 +70,30 @@ def test_the_estimate_of_a_gradient_is_that_of_a_step(method, steps, small, digi
             counts.append(operations.macs - before)
             before += counts[-1]
     assert counts[-1] == pytest.approx(expected, rel=0.15)
+
+
+def test_passes_are_timed_with_the_batches_of_the_run(small, digits, operations):
+    """By hand, of ConvNet at width 8 on 8x8: its convolutions take 9 x 8 x 64 and 9 x 8 x 8 x 16 multiply-accumulates
+    an image forwards, as many again for the weights and, but for the first one's, for its input."""
+    first, second = 9 * 8 * 64, 9 * 8 * 8 * 16
+    forwards, both = first + second, 2 * first + 3 * second
+    config = small.updated(
+        architectures=("convnet-in",), expert_batch_size=16, real_batch_size=40, batch_size=5, chain_full_batch=20,
+        backend="serial",
+    )  # fmt: skip
+    session = open_session(config, print, digits)
+    timings = timing.time_network(session, session.specs[0], "cpu")
+    assert timings._replace(map_steps=0) == pytest.approx(
+        timing.Timings(
+            sgd_step=16 * both, map_step=5 * both, map_steps=0, k_step=40 * both, chain_epoch=10 * both,
+            prediction=forwards,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("laps", "mean"), [([0.9, 0.1, 0.3, 0.2, 9], 0.2), ([1.1, 9], 1.1)])
+def test_a_pass_is_timed_after_its_first_call_for_half_a_second(laps, mean, monkeypatch):
+    """A first call of more than a second is not repeated."""
+    monkeypatch.setattr(timing, "Clock", lambda device: SimpleNamespace(lap=iter(laps).__next__))
+    network = SimpleNamespace(device=None)
+    assert timing._seconds(lambda: None, network) == pytest.approx(mean)  # type: ignore[arg-type]
