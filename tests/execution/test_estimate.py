@@ -47,6 +47,14 @@ def test_ray_shares_experts_and_chains_between_the_cores_and_gradients_between_t
     assert seconds(ray, digits, "cuda", cores=4) == pytest.approx((EXPERTS, DISTILLATION, 8 * CHAIN)), "a GPU is one"
 
 
+def test_each_draw_of_a_step_has_a_gradient_and_a_worker_of_its_own(config, digits):
+    """8 draws of snapshots in 4 steps; on Ray four gradients at once."""
+    two = config.updated(draws_per_step=2)
+    expected = 2 * (8 * (10 + 1.7 * 4 + 3) * 2e-3 + 6 * (1 - (5 / 6) ** 8) * 4 * 4e-3)
+    assert seconds(two, digits).distillation == pytest.approx(expected)
+    assert seconds(two.updated(backend="ray"), digits, cores=8).distillation == pytest.approx(expected / 4)
+
+
 def test_random_images_are_evaluated_alone(config, digits):
     assert seconds(config.updated(method="random"), digits) == pytest.approx((0, 0, 4 * CHAIN))
 

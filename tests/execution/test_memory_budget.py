@@ -44,6 +44,7 @@ def test_the_chunk_by_hand():
     budget = FIXED + PASS_BYTES * (limit + 0.5)
     assert chunk(f"{budget:.0f}") == 1000
     assert chunk(f"{budget:.0f}", batch_size=4999) == limit, "a prime has no divisor"
+    assert chunk(f"{FIXED + PASS_BYTES * 1700.5:.0f}") == 1250, "three parts are not equal, four are"
     assert chunk(f"{FIXED + PASS_BYTES * 10_000:.0f}") == 5000, "all at once"
 
 
@@ -71,6 +72,16 @@ def test_views_and_posterior_samples_count():
     config = Config().updated(**SETTINGS, memory_budget=f"{fixed + PASS_BYTES * 100.5:.0f}")
     large = replace(PROBLEM, networks=[NetworkSize(1_000_000, 500_000)])
     assert memory_budget.chunk_images(config, large, distils=False) == 100
+
+
+def test_the_largest_network_and_the_part_that_needs_most_count():
+    """Of two networks the most parameters and the most activations; of the parts a chain that keeps 4,000 samples."""
+    two = replace(PROBLEM, networks=[NetworkSize(1000, 250_000), NetworkSize(500, 500_000)])
+    assert chunk(f"{FIXED + PASS_BYTES * 1111.5:.0f}", two) == 1000
+    large = replace(PROBLEM, networks=[NetworkSize(1_000_000, 500_000)])
+    fixed = 7e8 + 2 * 50_000 * 3072 + 4 * 3072 * 8 * 5000 + (7 + 4000) * 4e6
+    samples = {"chain_epochs": 4000, "chain_every": 1}
+    assert chunk(f"{fixed + PASS_BYTES * 1111.5:.0f}", large, **samples) == 1000
 
 
 def test_with_room_enough_a_chunk_is_the_largest_batch_that_there_is():

@@ -70,6 +70,8 @@ def test_the_other_methods():
     eager = needs("distillation", method="vbpc", real_batch_size=10, compiled="off")
     assert eager["passes of the pseudocoreset"] == PASS_BYTES * 500 * 400  # with mirror images
     assert vbpc["kernels of the last layer"] == 3 * 8 * 400**2
+    many = needs("distillation", method="vbpc", real_batch_size=5000)
+    assert many["real images"] == 2 * 4 * 5000 * 3072 and "kernels of the last layer" not in many
     warm = needs("distillation", map_init="warm", warm_pool_size=7, draws_per_step=2)
     assert warm["warm starts"] == 7 * 2 * 4 * 1000
     assert (
@@ -90,6 +92,7 @@ def test_experts_and_evaluations():
     closed = needs("evaluation", inference="last-layer")
     assert closed["kernels of the last layer"] == 3 * 8 * 400**2
     assert closed["passes of a chain"] == PASS_BYTES * 500 * 64  # squared loss: part after part
+    assert needs("evaluation", inference="last-layer", net_mirror=False)["kernels of the last layer"] == 3 * 8 * 200**2
     assert needs("evaluation", inference="ensemble", ensemble_size=9)["networks of the ensemble"] == 4 * 9 * 1000
 
 
@@ -155,6 +158,30 @@ def test_chains_that_run_at_the_same_time_are_counted(digits, monkeypatch):
         memory_estimate.check(changed, specs, ["evaluation"], coreset=10, chains=chains)
     one, two, serial = asked[1::2]
     assert two == pytest.approx(2 * one) and serial == one
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers"),
+    [({}, 2), ({"draws_per_step": 3}, 6), ({"draws_per_step": 9}, 8), ({"draws_per_step": 9, "threads": 3}, 2),
+     ({"threads": 9}, 1), ({"backend": "serial", "draws_per_step": 3}, 1), ({"device": "cuda"}, 0)],
+)  # fmt: skip
+def test_gradients_that_this_machine_computes_at_the_same_time(digits, monkeypatch, changes, workers):
+    """Of two networks on eight cores, each with its threads."""
+    monkeypatch.setattr(cores, "available", lambda: 8)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = Config().updated(**{"device": "cpu", "backend": "ray", "threads": 1} | changes)
+    specs = network_specs(config.updated(architectures=("convnet-in", "convnet-gn"), width=8), digits)
+    assert memory_estimate._problem(config, specs, 100, 10).workers == workers
+
+
+def test_experts_at_the_same_time_multiply_and_the_drivers_copies_do_not(digits):
+    config = Config().updated(device="cpu", backend="serial", architectures=("convnet-in",), width=8)
+    specs = network_specs(config, digits)
+    for phase, times in (("experts", 3), ("evaluation", 3), ("distillation", 1)):
+        one, three = (
+            memory_estimate.estimate(config, specs, [phase], images=100, coreset=10, at_once=count) for count in (1, 3)
+        )
+        assert three == pytest.approx(times * one)
 
 
 def test_a_finished_coreset_is_named_where_no_flag_helps(digits, monkeypatch):

@@ -20,6 +20,7 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
         (4, LAPTOP, {}, Resources(1, 0), 2),  # four architectures take turns on two CPUs
         (4, [Node(16, 0)], {"threads": 2}, Resources(2, 0), 8),
         (2, [Node(1, 0), Node(1, 0)], {"threads": 4}, Resources(1, 0), 2),  # a worker does not reach over two nodes
+        (2, [Node(2, 0), Node(4, 0)], {"threads": 8}, Resources(4, 0), 1),  # at most the largest node
         (2, LAPTOP, {"cpus_per_actor": 0.5}, Resources(0.5, 0), 4),
         (1, [Node(0.5, 0)], {}, Resources(0.5, 0), 1),
         (4, [Node(0, 0), Node(8, 4)], {"gpu": True}, Resources(1, 1), 4),  # a GPU each
@@ -31,6 +32,7 @@ LAPTOP, GPU_BOX = [Node(2, 0)], [Node(16, 1)]
         (4, [Node(8, 2)], {"gpu": True}, Resources(1, 0.5), 4),
         (3, [Node(8, 2)], {"gpu": True}, Resources(1, 0.5), 4),
         (4, [Node(2, 1)], {"gpu": True}, Resources(0.5, 0.25), 4),  # two CPUs beside it: a half each
+        (6, [Node(8, 4), Node(1, 2)], {"gpu": True}, Resources(0.5, 1), 6),  # a half CPU beside each GPU of the second
         (3, [Node(16, 8)], {"gpu": True, "gpus_per_actor": 2.0}, Resources(1, 2), 4),
         (
             2,
