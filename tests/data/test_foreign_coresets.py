@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 from support import errors
-from support.data_files import write_splits
-from support.exports import NAMES, write_export
+from support.data_files import write_classes, write_splits
+from support.exports import NAMES, same, write_export
 from support.traps import Trap
 
 from fbpc_ray.core import memory
@@ -113,6 +115,7 @@ BAD = {
     "nan.pt": (lambda trap: pair(GOOD / 0, LABELS), "not finite"),
     "none.pt": (lambda trap: pair(GOOD[:0], LABELS[:0]), "is not a coreset"),
     "large.pt": (lambda trap: pair(torch.zeros(3, 3, 8, 8) - 1, LABELS), "--data"),
+    "meta.pt": (lambda trap: pair(torch.zeros(3, 3, 5, 4, device="meta"), LABELS), "plain tensor"),
     "sparse.pt": (lambda trap: pair(GOOD.to_sparse(), LABELS), "plain tensor"),
     "integers.pt": (lambda trap: pair(GOOD.long(), LABELS), r"outside 0\.\.255 \(int64\)"),
     "names.npz": (lambda trap: arrays(x=GOOD.numpy()), "no array images"),
@@ -227,6 +230,35 @@ def test_of_exported_shards_those_of_the_train_split_are_read(original, colour_d
     assert torch.equal(result.images, original.images) and torch.equal(result.labels, original.labels)
 
 
+def test_all_shards_of_the_train_split_are_read(original, colour_data, tmp_path):
+    """As `datasets` writes them; a shard alone is read with the coreset.json of its folder."""
+    folder = write_export(original, "hf", tmp_path / "hf")
+    shard = folder / coreset_formats.SHARD
+    assert same(coreset_reader.load(shard, colour_data).coreset, original)
+    assert coreset_reader.facts_of(shard) == {"method": "fbpc"}
+    table = pq.read_table(shard)
+    shard.unlink()
+    for number, part in enumerate((table[:4], table[4:])):
+        pq.write_table(part, shard.with_name(f"train-0000{number}-of-00002.parquet"))
+    assert same(coreset_reader.load(folder, colour_data).coreset, original)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [([[[0.5, None], [0.5, 0.5]]], "a pixel is null"), ([[[0.5, 0.5], [0.5]]], "its images are of several sizes")],
+)
+def test_pixels_that_are_no_array_are_refused(colour_data, tmp_path, pixels, reason):
+    pq.write_table(pa.table({"pixels": [pixels], "label": [0]}), tmp_path / "it.parquet")
+    assert reason in refusal(tmp_path / "it.parquet", colour_data)
+
+
+def test_a_folder_of_pictures_has_the_class_of_its_number(original, colour_data, tmp_path):
+    """Of which one may be missing."""
+    two = original._replace(images=original.images[[0, 2]], labels=torch.tensor([0, 2]))
+    result = coreset_reader.load(write_export(two, "png", tmp_path / "png"), colour_data).coreset
+    assert result.labels.tolist() == [0, 2]
+
+
 def test_floats_of_255_that_are_said_to_be_normalised_are_taken_as_such(colour_data, tmp_path):
     result = coreset_reader.load(saved(tmp_path, images=IMAGES * 1.0), colour_data, "normalised").coreset
     assert torch.equal(result.images, torch.tensor(IMAGES).permute(0, 3, 1, 2).float())
@@ -256,3 +288,5 @@ def test_notes_of_a_folder_of_images_are_kept(colour_data, tmp_path):
     result = coreset_reader.load(tmp_path, data)
     assert any("left out 1 file" in note for note in result.notes)
     assert f"{tmp_path}: the test split is left out" in result.notes
+    write_classes(tmp_path / "val", first=90)
+    assert f"{tmp_path}: the validation and test split is left out" in coreset_reader.load(tmp_path, data).notes
