@@ -1,8 +1,10 @@
 """The MLflow runs of a sweep: what they get where a trial, its checkpoint or MLflow fails. Without Ray and MLflow."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from support.runs import silent
@@ -121,6 +123,47 @@ def test_the_run_of_the_sweep_is_tagged_by_its_best_trial(small, tmp_path):
     (folder_of(opened, 1) / "checkpoint" / "state.safetensors").unlink()
     with pytest.raises(UserError, match=r"the checkpoint of the trial is missing: delete .*00001"):
         tuning._on_test(opened.task.configs[1], opened.dataset, workers, provenance, NullTracker())
+
+
+def test_mlflow_gets_the_best_trial_and_the_page_that_compares_the_best_first(sweep, capsys):
+    """Trial 1, of alpha 10, ends first, with an NLL of 5; trial 0 with 4. The step is the number of ended trials."""
+    store, parent = Store(), Recorder()
+    board = monitor.SweepMonitor(sweep, parent, store)  # type: ignore[arg-type]
+    board.start()
+    for number, nll in ((1, 5.0), (0, 4.0)):
+        board.trial_started(number)
+        result = validation(4)._replace(nll=nll, accuracy=0.25)
+        trial.write_record(folder_of(sweep, number), Record([0], [result]))
+        board.trial_validated(number, result)
+        board.trial_ended(number, "")
+    assert "trial 0, step 4: nll 4, accuracy 25.0 %" in capsys.readouterr().out
+    assert [child.options["params"] for child in store.trackers] == [{"alpha": 10.0}, {"alpha": 1.0}]
+    none = {"trials/stopped": 0.0, "trials/failed": 0.0, "trials/lost": 0.0}
+    scores = {"best/val/accuracy": 0.25, "best/val/ece": 0.1, "best/val/brier": 0.2}
+    assert parent.points == {
+        0: {"trials/finished": 0.0, **none},
+        1: {"trials/finished": 1.0, **none, "best/trial": 1.0, "best/val/nll": 5.0, **scores},
+        2: {"trials/finished": 2.0, **none, "best/trial": 0.0, "best/val/nll": 4.0, **scores},
+    }
+    store.running = {
+        f"{sweep.plan.id}/{number}": SimpleNamespace(running=False, run_id=f"run{number}", experiment_id="7")
+        for number in (0, 1)
+    }
+    board.close("FINISHED")
+    assert '?runs=["run0","run1"]&experiments=["7"]' in unquote(parent.tags["compare"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (UserError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_the_run_of_the_sweep_ends_as_the_sweep_does(sweep, error, status, monkeypatch):
+    store = Store()
+    monkeypatch.setattr(monitor, "mlflow_module", lambda *words: store)
+    tracked = sweep._replace(base=sweep.base.updated(tracking=True))
+    with suppress(UserError, KeyboardInterrupt), monitor.open_monitor(tracked, Provenance({}, "c", "cpu")):
+        if error:
+            raise error
+    assert [tracker.status for tracker in store.trackers] == [status]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

@@ -21,7 +21,7 @@ from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution.ray.placement import Node, Resources, capacity, resources_of, share
 from fbpc_ray.tuning import sweep as sweeps
 from fbpc_ray.tuning import trial as sweep
-from fbpc_ray.tuning.plan import write_plan
+from fbpc_ray.tuning.plan import Plan, refuse_untrusted, write_plan
 
 SPACE = {"alpha": [1.0, 10.0]}
 
@@ -174,6 +174,30 @@ def test_a_sweep_over_networks_of_ones_own_is_resumed_by_repeating_its_grid(tmp_
     assert "trial 0: architectures nets_of_a_sweep:build\ntrial 1: arch" in capsys.readouterr().out
     line = refused(capsys, *words, "--grid", 'architectures=["nets_of_a_sweep:build"]', command="tune")
     assert "the sweep's flags differ from the stored ones" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"data_root": "/mnt"}, "trial 1 sets --data-root, which must be the same for all trials"),
+        (
+            {"experts": "s3://me:secret@stranger/x"},
+            r"needs --experts s3://.*@stranger/x, but a file alone opens no obj",
+        ),
+        ({"initial_coreset": "gs://stranger/x"}, "needs --initial-coreset gs://stranger/x, but a file alone opens no"),
+        ({"architectures": ["os:system"]}, "needs os:system, but a file alone imports no code"),
+        ({"initial_coreset": "s3://mine/x"}, ""),
+    ],
+)
+def test_a_stored_sweep_names_no_code_or_store_that_the_command_line_does_not(flags, message):
+    stored = Plan("name", "id", Sweep(), [{"alpha": 1.0}, flags])
+    base = preset("digits").updated(initial_coreset="s3://mine/x")
+    if not message:
+        refuse_untrusted(stored, base, Path("sweep"))
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        refuse_untrusted(stored, base, Path("sweep"))
+    assert "secret" not in str(caught.value)
 
 
 def test_a_trial_without_images_to_begin_with_is_refused_before_the_sweep(digits, tmp_path, monkeypatch, capsys):
