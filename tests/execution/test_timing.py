@@ -83,12 +83,9 @@ def test_passes_are_timed_with_the_batches_of_the_run(small, digits, operations)
     )  # fmt: skip
     session = open_session(config, print, digits)
     timings = timing.time_network(session, session.specs[0], "cpu")
-    assert timings._replace(map_steps=0) == pytest.approx(
-        timing.Timings(
-            sgd_step=16 * both, map_step=5 * both, map_steps=0, k_step=40 * both, chain_epoch=10 * both,
-            prediction=forwards,
-        )
-    )  # fmt: skip
+    assert timings.map_steps == 40, "the usual ones, of a solve for which a probe has no time"
+    assert timings[:2] == pytest.approx((16 * both, 5 * both))
+    assert timings[3:] == pytest.approx((40 * both, 10 * both, forwards))
 
 
 @pytest.mark.parametrize(("laps", "mean"), [([0.9, 0.1, 0.3, 0.2, 9], 0.2), ([1.1, 9], 1.1)])
