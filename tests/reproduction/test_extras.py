@@ -77,6 +77,8 @@ def test_a_row_is_made_again_for_other_images_alone(digits, few):
     other = extra_columns(digits, few._replace(name="parquet:data/few"), False, None, 100)
     assert other.row()["ood"] == f"60 of few, {digits.fingerprint[:8]}"
     assert other.ood is not None and len(other.ood.labels) == 60
+    part = extra_columns(digits, few, False, None, 20)
+    assert part.ood is not None and len(part.ood.labels) == 20 and part.row()["ood"].startswith("20 of ")
     old = {"ood": None, "corruptions": None}
     assert plain.describes(old) and plain.describes(plain.row()) and plain.describes(other.row())
     assert other.describes(other.row()) and not other.describes(plain.row()) and not other.describes(old)

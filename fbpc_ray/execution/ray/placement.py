@@ -80,7 +80,7 @@ def _fits(node: Node, need: Resources) -> int:
     slots = [int(node.cpus / need.cpus + 1e-6)] if need.cpus else []
     if need.gpus:
         slots.append(_slots(node.gpus, need.gpus))
-    return min(slots, default=1)
+    return min(slots)
 
 
 def _slots(gpus: float, need: float) -> int:
