@@ -85,7 +85,7 @@ def test_experts_and_evaluations():
     chain = needs("evaluation", chain_epochs=1000, chain_every=10, chain_full_batch=100, chain_batch_size=64)
     assert chain["passes of a chain"] == PASS_BYTES * 500 * 64
     assert chain["posterior samples"] == 4 * 100 * 1000
-    assert needs("evaluation", chain_full_batch=200)["passes of a chain"] == PASS_BYTES * 500 * 200
+    assert needs("evaluation", chain_full_batch=200, chain_batch_size=64)["passes of a chain"] == PASS_BYTES * 500 * 200
     assert chain["copies of the pseudocoreset"] == 4 * 200 * 3072
     three = needs("evaluation", replace(PROBLEM, chains=3), chain_epochs=1000, chain_every=10)
     assert three["posterior samples"] == 3 * 4 * 100 * 1000 and three["copies of a network"] == 3 * 7 * 4 * 1000
