@@ -47,12 +47,14 @@ def clock() -> FakeClock:
 
 
 def test_a_line_says_step_loss_rate_and_time_left(clock):
-    """40 steps of 4 s: 8 of 40 after 32 s, 32 of them left."""
+    """40 steps of 4 s: 8 of 40 after 32 s, 32 of them left; 55 s later, in the ninth step, as much less is left."""
     work = clock.open("distil", 40, "step")
     for number in range(1, 9):
         clock.wait(4)
         work.update(loss=f"{number / 10:.3f}")
     assert clock.lines == [(32.0, "distil: step 8/40 (20 %), loss 0.800, 4 s/step, 2 min 8 s left")]
+    clock.wait(55)
+    assert clock.lines[1:] == [(87.0, "distil: step 8/40 (20 %), loss 0.800, 4 s/step, 1 min 13 s left")]
 
 
 def test_a_resumed_work_counts_its_own_steps_for_the_rate(clock):
@@ -196,6 +198,9 @@ def test_lines_go_to_a_file_beside_a_bar_on_the_terminal(monkeypatch):
         with progress.progress("distil", 2, "step") as work:
             assert work._bar is not None
             assert work._watch is not None
+        monkeypatch.setenv("TQDM_DISABLE", "0")
+        with progress.progress("distil", 2, "step") as work:
+            assert work._bar is not None and work._watch is not None
         monkeypatch.setenv("TQDM_DISABLE", "1")
         with progress.progress("distil", 2, "step") as work:
             assert (work._bar, work._watch) == (None, None)

@@ -220,8 +220,8 @@ def test_a_failing_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failing_replacement_leaves_no_temporary_file(tmp_path):
-    """The target is a folder, so the rename fails: OSError, and the folder is alone."""
+def test_a_folder_is_not_replaced(tmp_path):
+    """OSError, and the folder is alone."""
     (tmp_path / "target").mkdir()
     with pytest.raises(OSError, match="target"):
         files.write_bytes(tmp_path / "target", b"x")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,10 @@ def test_the_estimate_counts_each_expert_coreset_and_chain_once(tmp_path, monkey
     assert corrupted - one.chains == pytest.approx(10 * 360 * 50 * one_prediction)
     grid = estimate([], fbpc[:1], "grid", 36, "cpu").chains
     assert grid - one.chains == pytest.approx(10 * 36 * one_prediction)
+    logits = estimate([], fbpc[:1], "logits", 0, "cpu").chains
+    assert one.chains - logits == pytest.approx(10 * 359 * one_prediction), "of one image"
+    given: Any = SimpleNamespace(name="theirs")
+    assert estimate([fbpc[0]._replace(outside=given)], [], "grid", 0, "cpu") == (0, 0, 0), "others made it"
     judged = {task.cell.judged_on: estimate([], [task], "scores", 0, "cpu").chains for task in wide}
     assert judged["resnet18-in"] > 2 * judged["convnet-in"]
     trained = fbpc[0]._replace(cell=fbpc[0].cell._replace(config=fbpc[0].cell.config.updated(inference="mse")))
