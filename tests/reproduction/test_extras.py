@@ -10,7 +10,7 @@ import torch
 from support.chains import brief_context
 
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, SEVERITIES, corrupt
 from fbpc_ray.data.datasets import Split
 from fbpc_ray.evaluation.chains import Chain, on_device, run_chain, values
 from fbpc_ray.evaluation.last_layer import PREDICTORS, RUNNERS
@@ -82,8 +82,10 @@ def test_a_row_is_made_again_for_other_images_alone(digits, few):
     old = {"ood": None, "corruptions": None}
     assert plain.describes(old) and plain.describes(plain.row()) and plain.describes(other.row())
     assert other.describes(other.row()) and not other.describes(plain.row()) and not other.describes(old)
-    assert not plain.describes({"ood": None, "corruptions": "1000 images of /c10c, seed 0"})
+    official = {"ood": None, "corruptions": "1000 images of /c10c, seed 0"}
+    assert not plain.describes(official)
     notes = extra_notes([old, other.row()])
+    assert FROST_NOTE in notes and FROST_NOTE not in extra_notes([official])
     assert [note for note in notes if "60 of few" in note]
     assert [note for note in notes if note.startswith("corrupted images: 100 images generated")]
 

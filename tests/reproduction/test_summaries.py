@@ -26,6 +26,14 @@ def test_summary_by_hand():
     assert summary([*rows, {"distill_seed": 0, "accuracy": None}], "accuracy") == result._replace(diverged=1)
 
 
+def test_a_quantity_that_not_all_rows_have_has_not_diverged():
+    """Without --ood a row has no AUROC; a row of a chain that diverged has no accuracy either."""
+    values = ((0.5, 0.8), (0.5, None), (None, None))
+    rows = [{"distill_seed": 0, "accuracy": accuracy, "ood_auroc_entropy": auroc} for accuracy, auroc in values]
+    result = summary(rows, "ood_auroc_entropy")
+    assert result is not None and (result.mean, result.values, result.diverged) == (0.8, 1, 1)
+
+
 def rows_of(name, *scores, column="ipc 1"):
     """Rows of (seed of the distillation, accuracy)."""
     return [{"row": name, "column": column, "distill_seed": s, "accuracy": a, "nll": None} for s, a in scores]
