@@ -8,9 +8,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from support.figures import saved_figures
 
 from fbpc_ray.inference.metrics import BINS, log_mixture, log_probabilities, predictive_stats, scores
 from fbpc_ray.reporting.charts import comparison, histograms, reliability, scatter, steps, style
@@ -25,11 +25,7 @@ def stats(scale=3.0, n=400, seed=0):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, beside their files."""
-    figures: list[Figure] = []
-    for module in (comparison, histograms, reliability, scatter, steps):
-        monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), style.save(figure, path)))
-    return figures
+    return saved_figures(monkeypatch)
 
 
 def texts(figure):

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import numpy as np
+import pytest
+from matplotlib.container import BarContainer
 from support.ended_runs import ended_run
+from support.figures import saved_figures
 
 from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.reporting import score_blocks
-from fbpc_ray.reporting.document import Table, Text
+from fbpc_ray.reporting.document import Picture, Table, Text
 
 
 def test_the_headline_is_the_score_beside_that_of_random_images():
@@ -47,3 +51,35 @@ def test_points_of_one_size_are_one_point_of_a_curve():
     (curve,) = score_blocks._lines(points)
     assert curve.label == "f"
     assert [tuple(round(value, 9) for value in point) for point in curve.points] == [(1, 0.6, 0.2), (10, 0.9, 0.2)]
+
+
+def test_how_runs_were_scored():
+    first = ended_run("A", [0.5, 0.6], chain_epochs=1500, chain_every=150)
+    text = score_blocks.describe_scoring([first])
+    assert "1,500 epochs per chain" in text and "scored on 360 test images" in text and "over 2 chains." in text
+    trained = score_blocks.describe_scoring([ended_run("A", [0.5, 0.6], inference="mse", net_steps=1500)])
+    assert "1,500 steps, with --inference mse" in trained and "over 2 seeds." in trained
+    assert "not scored alike" not in score_blocks.describe_scoring([first, first])
+    for other in (ended_run("B", [0.5, 0.6]), ended_run("B", [0.5, 0.6], chain_epochs=1500, chain_every=150, width=8)):
+        assert "The runs were not scored alike (this is A's)" in score_blocks.describe_scoring([first, other])
+
+
+def test_charts_of_scores_and_costs(monkeypatch):
+    """Of run A of one network and one image per class, and run B of two networks and ten."""
+    drawn = saved_figures(monkeypatch)
+    one, two = ended_run("A", [0.4, 0.6], ("a",)), ended_run("B", [0.7, 0.9], ("a", "b"), ipc=10)
+    two.scores[:2] = [score._replace(values={"accuracy": 0.6, "nll": 0.4}) for score in two.scores[:2]]
+    one = one._replace(result=one.result | {"seconds_per_step": 2.0})
+    two = two._replace(result=two.result | {"seconds_per_step": 5.0})
+    two = two._replace(config=two.config.updated(architectures=("convnet-in", "convnet-bn")))
+    accuracy, nll = score_blocks.bar_charts(score_blocks.series_of(two.scores[:4]))
+    assert isinstance(accuracy, Picture) and accuracy.caption.startswith("accuracy %, higher is better")
+    assert isinstance(nll, Picture) and nll.caption.startswith("NLL, lower is better")
+    for figure, heights in zip(drawn, ([60, 80], [0.4, 0.2]), strict=True):
+        (bars,) = (each for each in figure.axes[0].containers if isinstance(each, BarContainer))
+        assert [bar.get_height() for bar in bars] == pytest.approx(heights)
+    score_blocks.curve_charts([two, one])
+    lines = [axes.containers[0].lines[0].get_xydata() for figure in drawn[2:] for axes in figure.axes]  # type: ignore
+    expected = [[[1, 50], [10, 70]], [[1, 0.5], [10, 0.3]], [[1, 2], [10, 5]], [[1, 2], [2, 5]]]
+    for points, values in zip(lines, expected, strict=True):
+        assert points == pytest.approx(np.array(values, float))

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.container import BarContainer
-from matplotlib.figure import Figure
+from support.figures import saved_figures
 
-from fbpc_ray.reporting.charts import comparison, scatter, style
 from fbpc_ray.reproduction.paper import PAPER
 from fbpc_ray.reproduction.render import cell_means, over_ipc, picture, picture_of_seconds
 
@@ -21,11 +20,7 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, beside their files."""
-    figures: list[Figure] = []
-    for module in (comparison, scatter):
-        monkeypatch.setattr(module, "save", lambda figure, path: (figures.append(figure), style.save(figure, path)))
-    return figures
+    return saved_figures(monkeypatch)
 
 
 def papers(column: str) -> float:
