@@ -6,6 +6,8 @@ import pytest
 from support.data_files import write_classes, write_image, write_splits
 from support.folders import counts, notes, read, refusal
 
+from fbpc_ray.data import splits
+
 
 @pytest.mark.parametrize(
     ("train", "test"),
@@ -51,6 +53,11 @@ def test_a_usual_name_goes_first_and_the_other_folder_is_named(class_folders, ot
     data = read(class_folders)
     assert counts(data) == ([4, 4], [], [3, 3])
     assert f"left out {other}" in notes(data)
+
+
+@pytest.mark.parametrize("name", ["train_val", "TestVal", "dev-test", "bullet", ""])
+def test_a_name_of_several_splits_or_of_none_is_no_split(name):
+    assert splits.parse(name) is None
 
 
 @pytest.mark.parametrize(
