@@ -245,7 +245,10 @@ def test_all_shards_of_the_train_split_are_read(original, colour_data, tmp_path)
 
 @pytest.mark.parametrize(
     ("pixels", "reason"),
-    [([[[0.5, None], [0.5, 0.5]]], "a pixel is null"), ([[[0.5, 0.5], [0.5]]], "its images are of several sizes")],
+    [
+        ([[[0.5, None], [0.5, 0.5]]], "a pixel is null"),
+        ([[[0.5] * 2, [0.5], [0.5] * 3]], "its images are of several sizes"),
+    ],
 )
 def test_pixels_that_are_no_array_are_refused(colour_data, tmp_path, pixels, reason):
     pq.write_table(pa.table({"pixels": [pixels], "label": [0]}), tmp_path / "it.parquet")
