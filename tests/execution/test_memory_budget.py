@@ -76,8 +76,9 @@ def test_views_and_posterior_samples_count():
 
 def test_the_largest_network_and_the_part_that_needs_most_count():
     """Of two networks the most parameters and the most activations; of the parts a chain that keeps 4,000 samples."""
-    two = replace(PROBLEM, networks=[NetworkSize(1000, 250_000), NetworkSize(500, 500_000)])
-    assert chunk(f"{FIXED + PASS_BYTES * 1111.5:.0f}", two) == 1000
+    two = replace(PROBLEM, networks=[NetworkSize(1_000_000, 250_000), NetworkSize(900_000, 500_000)])
+    fixed = FIXED + (7 + 31) * 4 * 999_000
+    assert chunk(f"{fixed + PASS_BYTES * 1000.5:.0f}", two) == 1000
     large = replace(PROBLEM, networks=[NetworkSize(1_000_000, 500_000)])
     fixed = 7e8 + 2 * 50_000 * 3072 + 4 * 3072 * 8 * 5000 + (7 + 4000) * 4e6
     samples = {"chain_epochs": 4000, "chain_every": 1}
