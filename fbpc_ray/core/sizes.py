@@ -49,6 +49,8 @@ class Facts(NamedTuple):
     """CPU cores of this machine that the run may use."""
     overrides: Mapping[str, Any] = MappingProxyType({})
     """{setting on the command line: value}; the choice leaves these alone, and fits the others to them."""
+    views: int = 1
+    """Augmentations of u in a step of fbpc."""
     trained: TrainedNetworks | None = None
     """Of each seed of the evaluation; None: it runs chains."""
 
@@ -323,7 +325,8 @@ def estimate(facts: Facts, rung: Rung, device: str) -> Seconds:
             fbpc_steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
         )
         k_steps = 30 * _pass(facts, rung, device, min(rung.real_batch_size, facts.images))
-        on_u = (map_steps(gamma(facts)) + 30 + 20) * u_pass
+        views = facts.views if facts.method.startswith("fbpc") else 1
+        on_u = (map_steps(gamma(facts)) + 30 + 20 * views) * u_pass
         distillation = fbpc_steps * on_u + num_snapshots * k_steps
     prediction = _images(facts, rung, device, facts.test_images) / 3
     if facts.trained is None:

@@ -128,7 +128,7 @@ def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
     return Facts(
         len(dataset.train.labels), len(dataset.classes), dataset.image_shape, len(dataset.test.labels), d.ipc, d.method,
         config.networks.architectures, cores.available(), {name: flat[name] for name in request.flags if name in flat},
-        None if chains else TrainedNetworks(num_networks(e), e.net_steps, batch_images(e, m)),
+        d.views or 1, None if chains else TrainedNetworks(num_networks(e), e.net_steps, batch_images(e, m)),
     )  # fmt: skip
 
 

@@ -169,6 +169,14 @@ def test_the_parts_of_a_distillation_of_fbpc(ipc, m, map_steps):
     assert estimate(facts, rung, "cpu").distillation == pytest.approx(expected)
 
 
+def test_each_view_of_fbpc_adds_twenty_passes_of_the_coreset_to_a_step():
+    rung = LADDER[1]
+    one, eight = (estimate(MINE._replace(views=views), rung, "cpu").distillation for views in (1, 8))
+    assert eight - one == pytest.approx(60 * 7 * 20 * sizes._pass(MINE, rung, "cpu", 3))
+    weights = MINE._replace(method="bpc-w")
+    assert estimate(weights._replace(views=8), rung, "cpu") == estimate(weights, rung, "cpu")
+
+
 def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
     """On two cores three experts take as long as four; on four cores two chains, of a coreset each, as long as four."""
     rung = LADDER[1]._replace(expert_count=3, num_chains=1)
