@@ -23,6 +23,10 @@ from fbpc_ray.data.labels import from_one_hot
 Pixels = Literal["auto", "normalised", "unit"]
 BYTE_LIKE = 50
 """Floats from 0 to this or more are pixels of 0..255: normalised ones are below 0 too."""
+AS_NORMALISED = (
+    "; if they are normalised, convert the file in Python: `save(load_coreset(FILE, DATA, pixels='normalised'), NEW)`"
+)
+"""End of a note where there is no --pixels."""
 
 
 class Loaded(NamedTuple):
@@ -34,7 +38,7 @@ class Loaded(NamedTuple):
     """What was assumed."""
 
 
-def load(where: Place, dataset: Dataset | None, pixels: Pixels = "auto") -> Loaded:
+def load(where: Place, dataset: Dataset | None, pixels: Pixels | None = None) -> Loaded:
     """Read a coreset, of this package or another, that has the classes and the image size of `dataset`.
 
     Without a data set the file must say its normalisation and the names of its classes, as all exports do.
@@ -42,7 +46,8 @@ def load(where: Place, dataset: Dataset | None, pixels: Pixels = "auto") -> Load
     A file (.safetensors, .npz, .pt, .pth, .parquet), MTT's pair (its folder or images_X.pt), a Hugging Face folder, a
     run, or class folders of images. Images are integers in 0..255 or floats; (m, h, w, c) and (m, h, w) are understood.
     Floats of a file that doesn't say its normalisation are as `pixels` says: normalised as the data set is | unit, in
-    0..1 | auto: unit where all are in 0..1. Raises UserError for everything else; no file runs code.
+    0..1 | auto: unit where all are in 0..1; None: auto, and the user has no --pixels to choose by. Raises UserError for
+    everything else; no file runs code.
     """
     try:
         if isinstance(where, Remote):
@@ -67,7 +72,7 @@ def load(where: Place, dataset: Dataset | None, pixels: Pixels = "auto") -> Load
 
 def fit(given: Coreset, dataset: Dataset, source: str) -> Loaded:
     """Check that a coreset has the classes and the image size of `dataset`. Raises UserError, which names `source`."""
-    return _fitted(RawCoreset(given.images, given.labels, given._asdict(), given.soft_labels), dataset, source, "auto")
+    return _fitted(RawCoreset(given.images, given.labels, given._asdict(), given.soft_labels), dataset, source, None)
 
 
 def _advice(where: str) -> str:
@@ -102,7 +107,7 @@ def _check_size(where: Path) -> None:
         )
 
 
-def _fitted(raw: RawCoreset, dataset: Dataset | None, source: str, pixels: Pixels) -> Loaded:
+def _fitted(raw: RawCoreset, dataset: Dataset | None, source: str, pixels: Pixels | None) -> Loaded:
     """Check a coreset and convert it to a `Coreset` of `dataset`, if one is given."""
     facts, notes = raw.facts or {}, list(raw.notes)
     if dataset is None and not {"mean", "std", "classes"} <= facts.keys():
@@ -153,22 +158,20 @@ def _labels_of(raw: RawCoreset, source: str, notes: list[str]) -> tuple[Tensor, 
     return labels, soft
 
 
-def _normalised(images: Tensor, dataset: Dataset, source: str, pixels: Pixels, notes: list[str]) -> Tensor:
+def _normalised(images: Tensor, dataset: Dataset, source: str, pixels: Pixels | None, notes: list[str]) -> Tensor:
     """Normalise floats of a file without normalisation as `pixels` says, with a note."""
     low, high = float(images.min()), float(images.max())
     inside = low >= 0 and high <= 1
     if pixels == "unit" and not inside:
         raise UserError(f"{source} has pixels outside 0..1: --pixels unit does not fit; try normalised")
-    if pixels == "auto" and low >= 0 and BYTE_LIKE <= high <= 255:
-        raise UserError(
-            f"{source}: images are floats from {low:g} to {high:g}; save uint8, or divide them by 255, or give "
-            "--pixels normalised"
-        )
+    if pixels in ("auto", None) and low >= 0 and BYTE_LIKE <= high <= 255:
+        fix = ", or give --pixels normalised" if pixels else ""
+        raise UserError(f"{source}: images are floats from {low:g} to {high:g}; save uint8, or divide them by 255{fix}")
     mean, std = dataset.mean, dataset.std
-    if unit := pixels == "unit" or (pixels == "auto" and inside):
+    if unit := pixels == "unit" or (pixels != "normalised" and inside):
         images = standardise(images.float(), mean, std)
     way = "0..1" if unit else f"normalised with mean {[*mean]} and std {[*std]}"
-    notes.append(f"pixels taken as {way} (--pixels)")
+    notes.append(f"pixels taken as {way}{' (--pixels)' if pixels else AS_NORMALISED if unit else ''}")
     return images
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.runs import SMALL_VBPC, flags_of, images_of, refused, silent
@@ -164,6 +165,24 @@ def test_notes(digits, path):
     assert left_out in advice.notes(opened_with(digits, path, method="fbpc"))
     assert left_out not in advice.notes(opened_with(digits, path, method="fbpc", learn_labels=True))
     assert left_out not in advice.notes(opened_with(digits, path))
+
+
+def test_what_is_assumed_of_pixels_names_no_flag_and_can_be_corrected(digits, tmp_path):
+    """`distill` has no --pixels: Python converts the file."""
+    images = np.linspace(0, 1, 640, dtype=np.float32).reshape(10, 1, 8, 8)
+    path, new = tmp_path / "unit.npz", tmp_path / "new.safetensors"
+    np.savez(path, images=images, labels=np.arange(10))
+    assert (
+        "note: --initial-coreset: pixels taken as 0..1; if they are normalised, convert the file in Python: "
+        "`save(load_coreset(FILE, DATA, pixels='normalised'), NEW)`"
+    ) in advice.notes(opened_with(digits, path))
+    api.save(api.load_coreset(path, digits, pixels="normalised", log=silent), new)
+    converted = opened_with(digits, new)
+    assert not [note for note in advice.notes(converted) if "pixels" in note]
+    assert torch.equal(converted.initial[0].images, torch.from_numpy(images))
+    np.savez(path, images=255 * images, labels=np.arange(10))
+    with pytest.raises(UserError, match=r"images are floats from 0 to 255; save uint8, or divide them by 255$"):
+        _ = opened_with(digits, path).initial
 
 
 def test_wrong_ones_are_one_line(digits, path, tmp_path, capsys):
