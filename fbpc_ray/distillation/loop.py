@@ -94,7 +94,8 @@ def take_step(settings: Distillation, architectures: Sequence[str], state: State
         for task, gradient in zip(tasks, answers, strict=True)
         if gradient is not None
     ]
-    check_gradients([name for name, _, _ in gradients], [gradient for _, _, gradient in gradients], state.step)
+    names, values = [name for name, _, _ in gradients], [gradient for _, _, gradient in gradients]
+    check_gradients(names, values, state.step, settings.method)
     combined = combine(tasks, answers)
     image_lr, label_lr = adam_rates(settings, state.step)
     if settings.method in network_pool.METHODS:

@@ -238,19 +238,26 @@ def _with_moved_labels(state: State, gradients: Sequence[SummedGradient | Gradie
     )
 
 
-def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient], step: int) -> None:
-    """Raise UserError for a gradient that is not finite."""
+RATES = {
+    "fbpc": "--alpha, --lambda-x or --lambda-u",
+    "fbpc-isotropic": "--alpha",
+    **dict.fromkeys(("bpc-fkl", "bpc-rkl", "bpc-w"), "--alpha or --inner-lr"),
+    **dict.fromkeys(network_pool.METHODS, "--image-lr or --label-lr, or raise --ridge"),
+}
+"""{method: what to lower where its gradient is not finite}."""
+
+
+def check_gradients(architectures: Sequence[str], gradients: Sequence[Gradient], step: int, method: str) -> None:
+    """Raise UserError for a gradient of `method` that is not finite."""
     for name, gradient in zip(architectures, gradients, strict=True):
         status = gradient.stats.map_status
         parts = (gradient.value, torch.tensor(gradient.inner_lr), gradient.soft_labels)
         finite = all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
-        pooled = status is None and gradient.solution is not None
         if status == SolverStatus.NONFINITE or not finite:
             solve = f" (MAP {status}, loss {gradient.stats.map_loss:g})" if status else ""
-            flags = "--alpha, --lambda-x or --lambda-u" if status else "--alpha or --inner-lr"
-            flags = "--image-lr or --label-lr, or raise --ridge" if pooled else flags
             raise UserError(
-                f"non-finite loss at step {step + 1} on {name}{solve}: lower {flags}; the last checkpoint is kept"
+                f"non-finite loss at step {step + 1} on {name}{solve}: lower {RATES[method]}; the last checkpoint is "
+                "kept"
             )
 
 

@@ -173,7 +173,7 @@ def test_labels_that_are_not_finite_end_the_run():
     stats = GradientStats(0.0, map_status="converged", map_loss=0.1)
     wrong = Gradient(torch.zeros(2, 1), stats, soft_labels=torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(UserError, match="non-finite loss at step 4 on convnet-in"):
-        check_gradients(["convnet-in"], [wrong], 3)
+        check_gradients(["convnet-in"], [wrong], 3, "fbpc")
 
 
 def test_random_refuses_the_flag(small):

@@ -1,6 +1,7 @@
 """The driver's part of a step: rates, sums over draws and architectures, updates, averages, refusals."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -29,6 +30,8 @@ from fbpc_ray.distillation.state import (
     image_rate,
     update,
 )
+from fbpc_ray.distillation.worker import METHODS
+from fbpc_ray.execution import used_settings
 
 STATS = GradientStats(loss=1.0, map_status="converged", map_loss=0.5)
 
@@ -169,6 +172,17 @@ def test_sum_follows_the_order_of_the_architectures():
 def test_what_is_not_finite_is_refused_by_name(ending, value):
     bad = Gradient(torch.full((1, 1, 1, 1), value), replace(STATS, map_status=ending))
     good = Gradient(torch.zeros(1, 1, 1, 1), STATS)
-    check_gradients(["a"], [good], 0)
+    check_gradients(["a"], [good], 0, "fbpc")
     with pytest.raises(UserError, match=r"step 7 on b .*--alpha"):
-        check_gradients(["a", "b"], [good, bad], 6)
+        check_gradients(["a", "b"], [good, bad], 6, "fbpc")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rates_to_lower_are_those_of_the_method(method):
+    bad = Gradient(torch.full((1, 1, 1, 1), float("nan")), GradientStats(0.0))
+    with pytest.raises(UserError, match="lower --") as caught:
+        check_gradients(["a"], [bad], 0, method)
+    named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", str(caught.value))}
+    config = Config().updated(method=method)
+    rates = ("alpha", "lambda_x", "lambda_u", "inner_lr", "image_lr", "label_lr", "ridge")
+    assert named == {name for name in rates if used_settings.uses(config, name)}
