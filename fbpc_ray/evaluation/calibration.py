@@ -15,6 +15,7 @@ from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.evaluation import diagnostics
+from fbpc_ray.evaluation.chains import flags_to_lower
 from fbpc_ray.evaluation.evaluate import EvaluationResult, evaluate
 from fbpc_ray.evaluation.protocols import CALIBRATED
 from fbpc_ray.evaluation.results import ChainScore, mean_scores, table
@@ -77,11 +78,12 @@ def candidates(settings: Evaluation) -> Iterator[Evaluation]:
         yield replace(settings, chain_d=d, chain_weight_decay=decay, num_chains=1)
 
 
-def best_of(results: Sequence[Candidate]) -> Candidate:
+def best_of(results: Sequence[Candidate], settings: Evaluation, coresets: dict[str, Coreset]) -> Candidate:
     """Return the candidate with the lowest NLL. Raises UserError where all diverged."""
     finite = [candidate for candidate in results if candidate.scores]
     if not finite:
-        raise UserError("--protocol calibrated: all chains diverged; lower --chain-eta", code=1)
+        flags = flags_to_lower(settings, max(len(each.labels) for each in coresets.values()))
+        raise UserError(f"--protocol calibrated: all chains diverged; lower {flags}", code=1)
     return min(finite, key=lambda candidate: candidate.scores["nll"])
 
 
@@ -108,7 +110,7 @@ def choose(
             scored = evaluate(coresets, specs, dataset, "validation", changed, workers, log_setting)
             results.append(Candidate(one.chain_d, one.chain_weight_decay, mean_scores(scored.scores)))
             bar.update()
-    best = best_of(results)
+    best = best_of(results, config.evaluation, coresets)
     log(
         f"calibrated: --chain-d {best.chain_d:g} --chain-weight-decay {best.chain_weight_decay:g} has the lowest "
         f"validation NLL of {len(results)} settings, {best.scores['nll']:.3f}"

@@ -107,7 +107,7 @@ def sampling(
     size = batch_size(settings, m)
     steps_per_epoch = -(-m // size)
     name = passes.network.spec.architecture
-    eta = settings.chain_eta or default_step_size(m)
+    eta = step_size(settings, m)
     chain = sghmc(
         passes.loss_and_grad,
         initial_params(passes.network, settings.chain_init, generator(seed, "chain", name, "init")),
@@ -142,18 +142,24 @@ def sample_posterior(network: Network, coreset: Coreset, settings: Evaluation, a
                 if not ensemble.finite([params]):
                     raise UserError(
                         f"the chain of seed {number} on {network.spec.architecture} diverged: lower "
-                        f"{flags_to_lower(settings)}"
+                        f"{flags_to_lower(settings, len(labels))}"
                     )
                 samples.append(params)
                 bar.update()
     return ensemble.gathered(network, samples, coreset)
 
 
-def flags_to_lower(settings: Evaluation) -> str:
-    """Return the flags to lower where a chain, or a trained network, diverged, and what else helps."""
+def flags_to_lower(settings: Evaluation, m: int) -> str:
+    """Return the flags to lower where a chain, or a network trained on m images, diverged, and what else helps."""
     if settings.inference == "sghmc":
-        return "--chain-eta" + ("" if settings.chain_noise == "consistent" else ", or use --chain-noise consistent")
+        other = "" if settings.chain_noise == "consistent" else ", or use --chain-noise consistent"
+        return f"--chain-eta (now {step_size(settings, m):g}){other}"
     return "--net-lr, or raise --net-ridge" if settings.inference == "last-layer" else "--net-lr"
+
+
+def step_size(settings: Evaluation, m: int) -> float:
+    """Return eta of the chains on m images."""
+    return settings.chain_eta or default_step_size(m)
 
 
 def default_step_size(m: int) -> float:

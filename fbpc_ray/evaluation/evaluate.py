@@ -131,7 +131,8 @@ def evaluate(
             if result.stats is None:
                 chain = chains[index]
                 which = f"{chain.coreset} on {chain.spec.architecture}, seed {chain.seed}"
-                log(f"warning: a chain diverged ({which}): lower {flags_to_lower(settings)}")
+                flags = flags_to_lower(settings, len(arrays[chain.coreset].labels))
+                log(f"warning: a chain diverged ({which}): lower {flags}")
     evaluation = collect(chains, [results[index] for index in range(len(chains))], quantities(context))
     if run is not run_chain:
         return evaluation._replace(mixing=[])

@@ -51,7 +51,7 @@ def ensemble_of(
     """Return what an evaluation kept of the coreset called `name`. Raises UserError for a chain that diverged."""
     samples = verdict.samples.get((name, spec.architecture))
     if samples is None:
-        flags = flags_to_lower(settings)
+        flags = flags_to_lower(settings, len(pseudocoreset.labels))
         raise UserError(f"no model was saved: the chain of seed 0 diverged; lower {flags}", code=1)
     if settings.inference == "sghmc":
         return ensemble.gathered(Network(spec), samples, pseudocoreset)

@@ -182,7 +182,7 @@ def _distill(
     def validate_and_report(current: State) -> None:
         scores = validate(session, current, task.settings, workers, log)
         before = record.validations[-1].step if record.validations else 0
-        result = mean_result(scores, current.step, losses_after(rows, before), config)
+        result = mean_result(scores, current.step, losses_after(rows, before), config, len(session.labels))
         record.validations.append(result)
         write_record(run.folder, record)
         report(result)
@@ -199,11 +199,13 @@ def _distill(
     follow(session.steps(state, workers), checkpointer, [], Interruption())
 
 
-def mean_result(scores: Sequence[ChainScore], step: int, since: list[list[float]], config: Config) -> ValidationResult:
-    """Average scores over architectures and chains. Raises UserError if a chain diverged."""
+def mean_result(
+    scores: Sequence[ChainScore], step: int, since: list[list[float]], config: Config, m: int
+) -> ValidationResult:
+    """Average scores over architectures and chains, of m images. Raises UserError if a chain diverged."""
     for architecture in unique(score.architecture for score in scores):
         if not mean_scores(select(scores, architecture=architecture)):
-            method, flags = config.distillation.method, flags_to_lower(config.evaluation)
+            method, flags = config.distillation.method, flags_to_lower(config.evaluation, m)
             rate = "" if method == "random" else "--image-lr or " if method in network_pool.METHODS else "--alpha or "
             raise UserError(f"a chain of {architecture} on the coreset of step {step} diverged: lower {rate}{flags}")
     return ValidationResult(step, **mean_scores(scores), losses=since)

@@ -34,7 +34,7 @@ def test_the_lowest_validation_nll_wins_and_no_test_image_is_seen(small, digits,
     workers, specs, lines = Serial("cpu", Interruption()), session.network_specs(config, digits), list[str]()
     chosen, tried = calibration.choose(coresets, specs, blind, config, workers, lines.append)
     assert len(tried) == 4
-    best = calibration.best_of(tried)
+    best = calibration.best_of(tried, config.evaluation, coresets)
     assert (chosen.evaluation.chain_d, chosen.evaluation.chain_weight_decay) == (best.chain_d, best.chain_weight_decay)
     assert best.chain_weight_decay == 0.05
     assert replace(chosen.evaluation, chain_d=0, chain_weight_decay=0) == replace(
@@ -73,9 +73,10 @@ def test_calibration_is_not_silent(monkeypatch):
 
 def test_a_setting_that_diverged_is_not_chosen():
     tried = [Candidate(0.0, 0.05, {}), Candidate(1e-3, 0.5, {"nll": 2.0}), Candidate(0.0, 3.0, {"nll": 1.5})]
-    assert calibration.best_of(tried) is tried[2]
-    with pytest.raises(UserError, match="all chains diverged"):
-        calibration.best_of(tried[:1])
+    coresets: Any = {"fbpc": SimpleNamespace(labels=range(20))}
+    assert calibration.best_of(tried, Evaluation(), coresets) is tried[2]
+    with pytest.raises(UserError, match=r"all chains diverged; lower --chain-eta \(now 0.018\)$"):
+        calibration.best_of(tried[:1], Evaluation(), coresets)
 
 
 @pytest.mark.parametrize(("names", "choosing"), [(["fbpc", "random"], ["fbpc"]), (["random"], ["random"])])

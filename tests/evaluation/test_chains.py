@@ -27,16 +27,19 @@ from fbpc_ray.models.passes import Passes, count_macs
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags"),
+    ("changes", "m", "flags"),
     [
-        ({}, "--chain-eta"),
-        ({"chain_noise": "literal"}, "--chain-eta, or use --chain-noise consistent"),
-        ({"inference": "last-layer"}, "--net-lr, or raise --net-ridge"),
-        ({"inference": "ensemble", "chain_noise": "literal"}, "--net-lr"),
+        ({}, 10, "--chain-eta (now 0.009)"),
+        ({}, 20, "--chain-eta (now 0.018)"),
+        ({"chain_eta": 0.5}, 20, "--chain-eta (now 0.5)"),
+        ({"chain_noise": "literal"}, 100, "--chain-eta (now 0.03), or use --chain-noise consistent"),
+        ({"inference": "last-layer"}, 10, "--net-lr, or raise --net-ridge"),
+        ({"inference": "ensemble", "chain_noise": "literal"}, 10, "--net-lr"),
     ],
 )
-def test_the_advice_after_a_divergence_is_not_what_is_set(changes, flags):
-    assert chains.flags_to_lower(Evaluation(**changes)) == flags
+def test_the_advice_after_a_divergence_is_not_what_is_set_and_names_the_step_size(changes, m, flags):
+    """Also where it is chosen by the number of images."""
+    assert chains.flags_to_lower(Evaluation(**changes), m) == flags
 
 
 def test_samples_are_the_states_after_every_tenth_epoch(network, two_per_class: Pair):

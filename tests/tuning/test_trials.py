@@ -167,20 +167,23 @@ def test_a_configuration_that_diverges_is_a_failed_trial_and_no_error(small, dig
     one_trial(task)
     result = sweep.read_outcome(task.configs[0], 0)
     assert result.status == "failed"
-    assert result.reason.endswith("diverged: lower --alpha or --chain-eta")
+    assert result.reason.endswith("diverged: lower --alpha or --chain-eta (now 0.009)")
 
 
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
         ({"method": "vbpc", "inference": "last-layer"}, "--image-lr or --net-lr, or raise --net-ridge"),
-        ({"method": "bpc-w", "chain_noise": "literal"}, "--alpha or --chain-eta, or use --chain-noise consistent"),
-        ({"method": "random"}, "--chain-eta"),
+        (
+            {"method": "bpc-w", "chain_noise": "literal"},
+            "--alpha or --chain-eta (now 0.018), or use --chain-noise consistent",
+        ),
+        ({"method": "random"}, "--chain-eta (now 0.018)"),
     ],
 )
 def test_a_trial_that_diverged_names_flags_that_it_uses(changes, advice):
     scores = [ChainScore("coreset", "lenet", 0, None)]
-    message = errors.refusal(sweep.mean_result, scores, 3, [], config.Config().updated(**changes))
+    message = errors.refusal(sweep.mean_result, scores, 3, [], config.Config().updated(**changes), 20)
     assert message == f"a chain of lenet on the coreset of step 3 diverged: lower {advice}"
 
 
