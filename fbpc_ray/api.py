@@ -348,7 +348,7 @@ def load_coreset(
 
     Args:
         path: a run, or what `save` or `fbpc export` wrote, a file or a folder; or a coreset of another program in one
-            of these formats (docs/formats.md#exports). Of s3://... and gs://... a single file.
+            of these formats (docs/formats.md#exports). Of s3://... and gs://... a run or a file.
         data: the data set of the coreset, as made by `dataset`, or the first argument of `dataset`. A coreset that
             does not fit it is refused. None will do where the file says its classes and its normalisation, as all do
             that this package wrote.

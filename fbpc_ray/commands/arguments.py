@@ -109,8 +109,8 @@ class CoresetArguments:
     """Evaluate any coreset by SGHMC or trained networks, beside as many random real images; write only --json."""
 
     coreset: str
-    """A file (.safetensors, .npz, .pt, .parquet) or a folder: what `fbpc export` writes, a Hugging Face data set, MTT's
-    images_best.pt and labels_best.pt, or images in class folders."""
+    """A file (.safetensors, .npz, .pt, .parquet) or a folder: a run, what `fbpc export` writes, a Hugging Face data
+    set, MTT's images_best.pt and labels_best.pt, or images in class folders. Of s3:// and gs:// a run or a file."""
     data: Data = field(default_factory=lambda: Data(data=""))
     networks: Networks = field(default_factory=Networks)
     pixels: Literal["auto", "normalised", "unit"] = "auto"

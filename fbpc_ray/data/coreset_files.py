@@ -27,6 +27,7 @@ from fbpc_ray.data.raw import RawDataset
 from fbpc_ray.data.splits import listed
 
 OF_A_RUN = "coreset/coreset.safetensors"
+NOT_IN_RUN = "{}: coreset not found; if the run has not ended, resume it"
 
 
 class RawCoreset(NamedTuple):
@@ -57,7 +58,7 @@ def read(where: Path, dataset: Dataset | None) -> RawCoreset:
             return _read_safetensors(where / OF_A_RUN)
         contents = {child.name for child in where.iterdir() if child.is_dir() or child.suffix == ".parquet"}
         if contents <= {"checkpoint", "coreset", "metrics.parquet"}:
-            raise UserError(f"{where / OF_A_RUN}: coreset not found; if the run has not ended, resume it")
+            raise UserError(NOT_IN_RUN.format(where / OF_A_RUN))
     if (where / PAIR[0]).exists():
         return _read_pt(where / PAIR[0])
     if any(where.glob("*.parquet")) or any(where.glob("data/*.parquet")):

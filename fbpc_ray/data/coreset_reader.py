@@ -16,7 +16,7 @@ from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.data import coreset
 from fbpc_ray.data.conversion import to_uint8
 from fbpc_ray.data.coreset import Coreset
-from fbpc_ray.data.coreset_files import SUFFIXES, RawCoreset, read, read_facts
+from fbpc_ray.data.coreset_files import NOT_IN_RUN, OF_A_RUN, SUFFIXES, RawCoreset, read, read_facts
 from fbpc_ray.data.datasets import Dataset, normalise, standardise
 from fbpc_ray.data.labels import from_one_hot
 
@@ -51,12 +51,7 @@ def load(where: Place, dataset: Dataset | None, pixels: Pixels | None = None) ->
     """
     try:
         if isinstance(where, Remote):
-            if Path(where.name).suffix not in SUFFIXES and not where.is_file():
-                raise UserError(
-                    f"{where}: from an object store only a single file can be read ({', '.join(SUFFIXES)}); copy the "
-                    "folder to this machine"
-                )
-            with storage.local(where) as near:
+            with storage.local(_remote_file(where)) as near:
                 return _fitted(read(near, dataset), dataset, str(where), pixels)
         _check_size(where)
         return _fitted(read(where, dataset), dataset, str(where), pixels)
@@ -86,7 +81,7 @@ def facts_of(where: Place) -> dict[str, str]:
 
     Empty for one that can't be read, too: `load` says what is wrong with it.
     """
-    with suppress(Exception), storage.local(where) as near:
+    with suppress(Exception), storage.local(_remote_file(where) if isinstance(where, Remote) else where) as near:
         facts, others = read_facts(near), (*coreset.OWN_KEYS, inputs.CHECKSUM)
         return {name: text for name, text in facts.items() if isinstance(text, str) and name not in others}
     return {}
@@ -95,6 +90,20 @@ def facts_of(where: Place) -> dict[str, str]:
 def settings_of(where: Place) -> dict[str, Any]:
     """Return the settings that a coreset was distilled with, where its file has them."""
     return coreset.parse_settings(facts_of(where))
+
+
+def _remote_file(where: Remote) -> Remote:
+    """Return the object that holds the coreset: `where`, or the coreset of the run there. Raises UserError."""
+    if Path(where.name).suffix in SUFFIXES or where.is_file():
+        return where
+    if not (where / "config.json").is_file():
+        raise UserError(
+            f"{where}: from an object store a run or a single file can be read ({', '.join(SUFFIXES)}); check the "
+            "path, or copy the folder to this machine"
+        )
+    if not (where / OF_A_RUN).is_file():
+        raise UserError(NOT_IN_RUN.format(where / OF_A_RUN))
+    return where / OF_A_RUN
 
 
 def _check_size(where: Path) -> None:

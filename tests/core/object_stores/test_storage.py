@@ -16,8 +16,10 @@ import torch
 from support.errors import refusal
 from support.processes import soon
 from support.remote_files import ROOT, names, use
+from support.runs import silent
 from support.stores import BUCKET, Wire
 
+from fbpc_ray import api
 from fbpc_ray.commands import main
 from fbpc_ray.core import storage
 from fbpc_ray.core.config import Config
@@ -135,7 +137,7 @@ def test_ctrl_c_in_an_upload_leaves_no_part_of_an_object(s3, wire):
 
 
 def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
-    """And a file alone is evaluated where it lies; a folder there is one line."""
+    """Its coreset is evaluated where it lies, by the run's path or its own; another folder there is one line."""
     run, source = RunDirectory(folder / "run"), torch.Generator().manual_seed(0)
     pseudocoreset = coreset.Coreset(
         torch.randn(10, 1, 8, 8, generator=source), torch.arange(10), (0.5,), (0.25,), tuple("0123456789")
@@ -146,11 +148,19 @@ def test_an_export_takes_a_run_out_of_a_store(folder, tmp_path, capsys):
     assert torch.equal(coreset.load(tmp_path / "it.safetensors").images, pseudocoreset.images)
     evaluate = ["evaluate", "--data", "digits", "--width", "8", "--backend", "serial", "--num-chains", "1",
                 "--chain-epochs", "2", "--chain-every", "1", "--coreset"]  # fmt: skip
-    main.main([*evaluate, str(run.coreset_path)])
-    assert "convnet-in    given" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main.main([*evaluate, str(run.folder)])
-    assert "from an object store only a single file can be read" in capsys.readouterr().err
+    for path in (run.coreset_path, run.folder):
+        main.main([*evaluate, str(path)])
+        assert "convnet-in    given" in capsys.readouterr().out
+        loaded = api.load_coreset(str(path), log=silent)
+        assert torch.equal(loaded.images, pseudocoreset.images) and loaded.facts["method"] == "fbpc"
+    RunDirectory(folder / "begun").write_config(Config())
+    for path, message in (
+        (folder / "run/coreset", "from an object store a run or a single file can be read"),
+        (folder / "begun", "begun/coreset/coreset.safetensors: coreset not found; if the run has not ended, resume it"),
+    ):
+        with pytest.raises(SystemExit):
+            main.main([*evaluate, str(path)])
+        assert message in capsys.readouterr().err
 
 
 # What stores say
