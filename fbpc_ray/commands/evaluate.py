@@ -1,5 +1,6 @@
 """`fbpc evaluate RUN`: SGHMC on the coresets of a run, on networks that need not be those of the run."""
 
+import shlex
 from typing import Any, NamedTuple
 
 from fbpc_ray.commands import planning, summary
@@ -105,7 +106,9 @@ def _open(run: RunDirectory, config: Config) -> Session:
     dataset = load_data(config, log)
     specs, m = network_specs(config, dataset), max(len(one.labels) for one in coresets.values())
     images = len(dataset.train.labels)
-    config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False)
+    words = shlex.join(["fbpc", "evaluate", "--coreset", str(run.folder), "--data", config.data.data])
+    fix = f"score the coreset alone, without the run's chunks: `{words}`"
+    config = memory_budget.with_chunks(config, specs, images=images, coreset=m, distils=False, fix=fix)
     chains, source = len(coresets) * len(specs) * config.evaluation.num_chains, str(run.coreset_path)
     memory_estimate.check(config, specs, ["evaluation"], coreset=m, chains=chains, source=source)
     session = Session(config, dataset, specs, [], coresets=coresets)

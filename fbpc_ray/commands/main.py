@@ -7,6 +7,7 @@ own words; modules that import torch are imported after that, and --help answers
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from fbpc_ray.commands.arguments import (
     TuneArguments,
     UiArguments,
 )
-from fbpc_ray.commands.parsing import current_words, flags_in, parse, resumes, start_of
+from fbpc_ray.commands.parsing import current_words, flags_in, flags_of, parse, resumes, start_of
 from fbpc_ray.core import phases, progress
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, read_config, refuse_unasked, started
@@ -48,17 +49,18 @@ FIXES = {
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network, then {again}"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n), then {again}"),
     **dict.fromkeys((errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENXIO, errno.ENODEV), "check the path"),
-    errno.EROFS: "choose a writable folder with --out",
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a writable folder with --out, or fix its permissions"),
+    errno.EROFS: "choose a writable folder{out}",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose a writable folder{out}, or fix its permissions"),
     **dict.fromkeys(
         (errno.EEXIST, errno.ENOTDIR),
         "a file, or a link to nowhere, is in the place of a folder: choose another one",
     ),
 }
-"""Errors of the file system that a user can fix; others keep their traceback. {again}: see RESUMED."""
+"""Errors of the file system that a user can fix; others keep their traceback. {again}: see `_again`; {out}: the flag
+where the command has it."""
 
-RESUMED = ("distill", "tune")
-"""Commands that --resume continues, once their --out has a config.json; others are run again."""
+RESUME = re.compile(r"run (the same command|again) with --resume")
+"""Advice of the workers and of an object store, which don't know the command."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -92,7 +94,8 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str], watched
         with progress.watched() if watched else nullcontext():
             function(words)
     except UserError as error:
-        _exit(str(error), error.code)
+        message = str(error)
+        _exit(message if _has("resume", words) else RESUME.sub("run the same command again", message), error.code)
     except Interrupted as stop:
         sys.exit(stop.code)
     except KeyboardInterrupt:
@@ -104,9 +107,16 @@ def run(function: Callable[[Sequence[str]], None], words: Sequence[str], watched
         if error.errno not in FIXES:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _exit(f"{os.strerror(error.errno)}{where}: {FIXES[error.errno].format(again=_again(words))}", 1)
+        out = " with --out" if _has("out", words) else ""
+        _exit(f"{os.strerror(error.errno)}{where}: {FIXES[error.errno].format(again=_again(words), out=out)}", 1)
     finally:
         progress.log_to_stderr(False)
+
+
+def _has(flag: str, words: Sequence[str]) -> bool:
+    """Return whether a command has `flag`; a job, whose words begin with a flag, may have it."""
+    name = words[0] if words else ""
+    return name.startswith("-") or any(flag in flags_of(kind) for kind in KINDS.get(name, ()))
 
 
 def _again(words: Sequence[str]) -> str:
@@ -114,8 +124,7 @@ def _again(words: Sequence[str]) -> str:
     out = next((word.partition("=")[2] or after for word, after in zip(words, [*words[1:], ""], strict=True)
                 if word.partition("=")[0] == "--out"), "")  # fmt: skip
     with suppress(UserError, OSError):
-        resumable = bool(words) and (words[0] in RESUMED or words[0].startswith("-"))  # a job has no command
-        if resumable and (not out or started(out)):
+        if _has("resume", words) and (not out or started(out)):
             return "run the same command with --resume"
     return "run the same command again"
 

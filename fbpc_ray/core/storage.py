@@ -262,7 +262,7 @@ def _translate_errors(where: Remote, action: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where)) from None
     except (OSError, ValueError, pa.ArrowException) as error:
         reason, fix = _explain(where.scheme, str(error))
-        note = "; what was there before is whole, and --resume goes on" if action == "written" else ""
+        note = "; what was there before is whole: run the same command with --resume" if action == "written" else ""
         raise UserError(f"{where} cannot be {action} ({redacted(reason)}): {fix}{note}", code=1) from error
 
 

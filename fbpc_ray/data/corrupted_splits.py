@@ -111,7 +111,7 @@ def official(folder: Path, dataset: Dataset, names: Iterable[str] = tuple(CORRUP
         raise UserError(
             f"{folder / 'labels.npy'}, row {row}: expected label {clean.labels[row % len(clean.labels)]}, that of test "
             f"image {row % len(clean.labels)} of {dataset.name}, got {labels[row]} ({len(wrong)} of {count} differ): "
-            "the test images, or their order, are not the same; use --data cifar10, or have the corruptions generated"
+            "the test images, or their order, are not the same; use CIFAR-10 itself, or have the corruptions generated"
         )
     return Official(dict(zip(names, arrays, strict=True)), clean.labels)
 

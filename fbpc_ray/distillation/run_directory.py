@@ -174,12 +174,12 @@ class RunDirectory(Generic[Where]):
             raise UserError(
                 f"{self.coreset_path}: coreset not found; if the run has not ended, resume it with `{words}`"
             )
-        learned, fix = coreset.load(self.coreset_path), "restore it, or evaluate it with --coreset"
+        learned, fix = coreset.load(self.coreset_path), "restore it, or score it by `fbpc evaluate --coreset`"
         m = settings.distillation.ipc * len(learned.classes)
         if len(learned.images) != m:
             raise UserError(
-                f"{self.coreset_path}: expected {m} images (--ipc {settings.distillation.ipc}, {len(learned.classes)} "
-                f"classes), got {len(learned.images)}; {fix}"
+                f"{self.coreset_path}: expected {m} images ({settings.distillation.ipc} per class, "
+                f"{len(learned.classes)} classes), got {len(learned.images)}; {fix}"
             )
         if self.random_path.exists():
             first = coreset.load(self.random_path)

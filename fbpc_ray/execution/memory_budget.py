@@ -64,28 +64,34 @@ def _flag(config: Config) -> str:
     return f"--chunk-images {n.chunk_images}" if n.chunk_images else ""
 
 
-def refuse_batchnorm(config: Config, specs: Sequence[Spec]) -> None:
-    """Raise UserError if passes are to be chunked, and a network has BatchNorm."""
+NO_CHUNKS = "give --memory-budget '' --chunk-images 0"
+
+
+def refuse_batchnorm(config: Config, specs: Sequence[Spec], fix: str = NO_CHUNKS) -> None:
+    """Raise UserError, ending in `fix`, if passes are to be chunked, and a network has BatchNorm."""
     flag = _flag(config)
     for spec in specs if flag else ():
         if Network(spec).has_batchnorm:
             raise UserError(
                 f"{flag}: {spec.architecture} has BatchNorm, whose statistics are those of a whole batch, not of its "
-                "chunks; choose -in, -gn or -ln, or give --memory-budget '' --chunk-images 0"
+                f"chunks; choose -in, -gn or -ln, or {fix}"
             )
 
 
-def with_chunks(config: Config, specs: Sequence[Spec], *, images: int, coreset: int, distils: bool) -> Config:
+def with_chunks(
+    config: Config, specs: Sequence[Spec], *, images: int, coreset: int, distils: bool, fix: str = NO_CHUNKS
+) -> Config:
     """Return `config` with the --chunk-images that its --memory-budget allows, unless it has some.
 
     Args:
         images: number of training images.
         coreset: number of pseudocoreset images, m.
         distils: whether steps are taken; else chains alone.
+        fix: how to do without chunks.
 
     Raises UserError for a network with BatchNorm, or a budget that is too small.
     """
-    refuse_batchnorm(config, specs)
+    refuse_batchnorm(config, specs, fix)
     if not config.networks.memory_budget or config.networks.chunk_images:
         return config
     networks = [NetworkSize(count_parameters(spec), count_activations(spec)) for spec in specs]
@@ -108,10 +114,10 @@ def chunk_images(config: Config, problem: Problem, distils: bool) -> int:
     per_image = PER_ACTIVATION * 4.0 * max(network.activations for network in problem.networks)
     limit = int((budget - fixed) // per_image)
     if limit < 1:
+        flags = "--ipc, --mc-samples or --width" if distils else "--width"
         raise UserError(
             f"--memory-budget {config.networks.memory_budget}: images, draws and parameters take about "
-            f"{gigabytes(fixed)}, a pass of one image {gigabytes(per_image)} more; raise the budget, or lower --ipc, "
-            "--mc-samples or --width"
+            f"{gigabytes(fixed)}, a pass of one image {gigabytes(per_image)} more; raise the budget, or lower {flags}"
         )
     batch = min(d.batch_size, problem.coreset)
     batches = [batch_size(config.evaluation, problem.coreset)]

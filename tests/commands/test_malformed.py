@@ -8,9 +8,10 @@ import sys
 from dataclasses import fields
 
 import pytest
-from support.runs import refused
+from support.runs import foreign_flags, refused
 
 from fbpc_ray.commands import main
+from fbpc_ray.commands.arguments import KINDS
 from fbpc_ray.core import files, progress
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError, escape_controls
@@ -134,6 +135,32 @@ def test_an_error_of_the_disk_is_one_line(number, capsys, tmp_path):
     assert line.startswith(f"error: {os.strerror(number)} ({tmp_path / 'a'}): ")
     assert line.count("\n") == 1
     assert "--resume" not in line  # export has no such flag
+
+
+@pytest.mark.parametrize("words", ["run the same command with --resume", "run again with --resume"])
+def test_what_workers_say_names_resume_where_the_command_has_it(words, capsys):
+    def fail(_):
+        raise UserError(f"Ray lost a task (a node died): {words}", code=1)
+
+    for command, advice in (("tune", words), ("evaluate", "run the same command again")):
+        with pytest.raises(SystemExit):
+            main.run(fail, [command, "RUN"])
+        line = capsys.readouterr().err.strip()
+        assert line == f"error: Ray lost a task (a node died): {advice}"
+        assert not foreign_flags(line, command)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_names_out_where_the_command_has_it(number, capsys):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    for command in KINDS:
+        with pytest.raises(SystemExit):
+            main.run(fail, [command])
+        line = capsys.readouterr().err.strip()
+        assert "choose a writable folder" in line
+        assert ("--out" in line) == (command in ("distill", "tune", "export", "reproduce", "report"))
 
 
 def test_a_full_disk_says_resume_only_once_there_is_a_run(capsys, tmp_path):

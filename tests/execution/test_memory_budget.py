@@ -1,13 +1,18 @@
 """--memory-budget: the chunk that it allows, by hand, and what it refuses."""
 
+import shlex
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from support.runs import foreign_flags
 
+from fbpc_ray.commands import main
 from fbpc_ray.core import memory
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.execution import memory_budget, memory_estimate, session, validation
 from fbpc_ray.execution.memory_estimate import NetworkSize, Problem
 
@@ -98,6 +103,8 @@ def test_a_budget_that_is_too_small_is_refused():
     )
     with pytest.raises(UserError, match=line):
         chunk("1GB")
+    with pytest.raises(UserError, match=r"raise the budget, or lower --width$"):
+        memory_budget.chunk_images(Config().updated(**SETTINGS, memory_budget="1GB"), PROBLEM, distils=False)
 
 
 def test_the_chunk_does_not_depend_on_the_machine(small, digits, monkeypatch):
@@ -120,6 +127,24 @@ def test_batchnorm_is_one_line(settings, small, digits):
     line = f"^{flag}: convnet-bn has BatchNorm, whose statistics are those of a whole batch, not of its chunks; choose"
     with pytest.raises(UserError, match=line):
         session.open_session(small.updated(**settings), lambda line: None, digits)
+
+
+def test_a_run_in_chunks_is_scored_on_batchnorm_as_a_coreset(finished_run, tmp_path, capsys):
+    """`evaluate RUN` has no flags of chunks: its advice is a command that does without them."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = read_config(run).updated(architectures=("convnet-in",), chunk_images=4)
+    RunDirectory(run).write_config(settings)
+    words = ("--architectures", "convnet-bn", "--backend", "serial", "--dry-run")
+    with pytest.raises(SystemExit):
+        main.main(["evaluate", str(run), *words])
+    line = capsys.readouterr().err.strip()
+    assert foreign_flags(line, "evaluate", words) == {"--chunk-images"}  # the cause, which the run has
+    assert line.startswith("error: --chunk-images 4: convnet-bn has BatchNorm")
+    advice = f"or score the coreset alone, without the run's chunks: `fbpc evaluate --coreset {run} --data digits`"
+    assert line.endswith(advice)
+    _, *advised = shlex.split(line.split("`")[1])
+    main.main([*advised, *words])
+    assert "convnet-bn" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["bpc-w", "vbpc", "frepo"])

@@ -1,17 +1,19 @@
 """Runs as the tests make them: small settings, in this process by a backend or by the command line, and in others."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fbpc_ray.commands import main
+from fbpc_ray.commands import main, parsing
+from fbpc_ray.commands.arguments import KINDS
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.core.tasks import TaskRunner
@@ -127,4 +129,14 @@ def refused(capsys, *words: str, command: str = "distill", code: int = 2) -> str
     assert left.value.code == code
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
+    assert not foreign_flags(lines[0], command, words), lines[0]
     return lines[0]
+
+
+def foreign_flags(line: str, command: str, words: Sequence[str] = ()) -> set[str]:
+    """Flags that an error names and the command lacks, but for those in `words` and of other commands."""
+    given = {word.partition("=")[0] for word in words}
+    kinds = KINDS.get(command, ())[-1 if "--coreset" in given else 0 :][:1]
+    known = {name.replace("_", "-") for kind in kinds for name in parsing.flags_of(kind)} | {"help"}
+    named = re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z0-9-]*)", re.sub("`[^`]*`|distil with [^;]*", "", line))
+    return {f"--{name}" for name in named if kinds and name not in known} - given

@@ -102,7 +102,7 @@ def test_an_upload_that_is_cut_leaves_the_old_object(folder, servers, monkeypatc
         wire.cuts = 0
         line = refusal(target.write_bytes, b"n" * 30_000_000)
         assert line.startswith(f"{target} cannot be written ("), line
-        assert "what was there before is whole, and --resume goes on" in line
+        assert "what was there before is whole: run the same command with --resume" in line
         assert wire.cuts >= 1
         wire.cut_at = None
     assert old.read_bytes() == b"o" * 1000

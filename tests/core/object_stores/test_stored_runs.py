@@ -102,8 +102,8 @@ def test_a_checkpoint_cut_on_its_way_leaves_the_one_before(local, s3, wire):
     assert wire.cuts == ATTEMPTS
     assert "Traceback" not in output
     assert re.fullmatch(
-        rf"error: {state} cannot be written \(.*\): check the network, .*; what was there before is whole, and "
-        "--resume goes on",
+        rf"error: {state} cannot be written \(.*\): check the network, .*; what was there before is whole: run "
+        "the same command with --resume",
         output.strip().splitlines()[-1],
     ), output
     wire.cut_at = None
