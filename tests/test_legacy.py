@@ -104,6 +104,10 @@ def test_a_sweep_is_complete_and_can_go_on(legacy, capsys):
     words = ["tune", "--out", "sweep", "--resume"]
     main.main(words)
     assert "this sweep is complete" in capsys.readouterr().out
+    rows = Path("sweep", "trials.md").read_text().strip().splitlines()[2:]
+    Path("sweep", "trials.md").unlink()
+    main.main(words)
+    assert rows and set(rows) <= set(capsys.readouterr().out.splitlines()), "those of result.json"
     main.main(["report", "sweep/trials/00000", "--out", "trial.html"])
     for name in ("result.json", "best.json", "trials/00001/ended.json"):
         Path("sweep", name).unlink()

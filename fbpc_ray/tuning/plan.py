@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Set
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -49,7 +50,9 @@ def draw_flags(base: Config, settings: Sweep, classes: int) -> list[dict[str, An
         trial.check_space(grid, "--grid")
     count = settings.num_trials or (8 if space else 1)
     space = search_space.with_grid(space, grid)
-    drawn = [current_names(flags) for flags in search_space.draw_trials(space, count, base.distillation.seed)]
+    users = custom.user_code(settings.space, "--space", "NAME") if settings.space else nullcontext()
+    with users:  # a space may hold functions
+        drawn = [current_names(flags) for flags in search_space.draw_trials(space, count, base.distillation.seed)]
     if not drawn:
         raise UserError("--space: no trial to draw; give each flag at least one value")
     return drawn

@@ -84,7 +84,8 @@ def tune(
     if resume and path.exists():
         with undamaged(path, "delete it, and the best trial is evaluated again"):
             result = inputs.read_checked_json(path)
-        log(f"this sweep is complete\n\n{(folder / 'trials.md').read_text()}")
+        table = folder / "trials.md"
+        log(f"this sweep is complete\n\n{table.read_text() if table.exists() else trial.markdown(result['rows'])}")
         if not dry_run:
             files.write_output(json, result)
         return

@@ -112,6 +112,10 @@ def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
         (["--space", "no_such_module:SPACE"], "--space no_such_module:SPACE fails .*MODULE:NAME"),
         (["--space", "spaces_of_tests:MISSPELT"], "'alhpa'; did you mean alpha"),
         (["--space", "spaces_of_tests:LIST"], "must be a dict"),
+        (
+            ["--space", "spaces_of_tests:FAILING"],
+            r"--space spaces_of_tests:FAILING fails at .*spaces_of_tests.py:3 \(KeyError: 'gama'\): fix it",
+        ),
         (["--validation", "0"], "a sweep selects on the validation split"),
         (["--backend", "serial"], "must be ray for a sweep, got serial"),
         (["--num-trials", "-1"], "--num-trials: must be 0 or more, got -1"),
@@ -122,7 +126,9 @@ def test_the_default_space_of_vbpc_holds_its_own_settings(tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("spaces_of_tests.py").write_text("MISSPELT = {'alhpa': 1}\nLIST = [1]\n")
+    Path("spaces_of_tests.py").write_text(
+        "MISSPELT = {'alhpa': 1}\nLIST = [1]\nFAILING = {'gamma': 1.0, 'alpha': lambda flags: flags['gama']}\n"
+    )
     with pytest.raises(SystemExit) as error:
         main.main(["tune", *words])
     assert error.value.code == 2
