@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fbpc_ray.core import cache
+from fbpc_ray.core import cache, files
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
 from fbpc_ray.tracking.database import inspect, upgrade_command
@@ -52,7 +52,7 @@ def folders() -> Iterator[Finding]:
 def folder_finding(name: str, path: Path, state: Literal["note", "fix"], fix: str) -> Finding:
     """Check that a file can be made in `path`, or in its nearest parent that exists, and the space on its disk."""
     try:
-        existing = _existing(path)
+        existing = files.nearest_existing(path)
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".fbpc-doctor-"):
             pass
         free = shutil.disk_usage(existing).free
@@ -65,11 +65,6 @@ def folder_finding(name: str, path: Path, state: Literal["note", "fix"], fix: st
     if free < LOW_SPACE:
         return Finding("note", message, "a hundred experts take gigabytes: free some space")
     return Finding("ok", message)
-
-
-def _existing(path: Path) -> Path:
-    """Return `path` or, where it is missing, its nearest parent that exists."""
-    return next((folder for folder in (path, *path.parents) if folder.exists()), path)
 
 
 def cache_finding() -> Finding:
@@ -96,7 +91,7 @@ def temporary_finding() -> Finding:
     path = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     finding = folder_finding("temporary files", path, "fix", "set TMPDIR (RAY_TMPDIR for Ray) to another disk")
     if finding.state != "fix":
-        usage = shutil.disk_usage(_existing(path))
+        usage = shutil.disk_usage(files.nearest_existing(path))
         if usage.free < 0.05 * usage.total:
             fix = "Ray spills no objects to it: free some space, or set RAY_TMPDIR to another disk"
             return Finding("note", f"temporary files: the disk of {path} is over 95 % full", fix)

@@ -62,6 +62,7 @@ def evaluate(folder: Place, config: Config, options: Options, *, dry_run: bool, 
     if dry_run:
         planning.describe(session, parts=("chains",))
         return
+    files.check_folder(run.folder / "evaluations")
     with open_backend(config, Interruption(), log) as workers, resume_hint("nothing was written"):
         provenance = capture(workers.describe())
         path = _next_path(run, options.split, session.specs)

@@ -9,16 +9,18 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fbpc_ray.core import inputs
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.storage import Place, Remote, place
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock  # in functions: `fbpc doctor` runs without it, and says so
 
 
 def write_bytes(path: Place, data: bytes, private: bool = False) -> None:
@@ -109,6 +111,18 @@ def check_output(target: str) -> None:
         raise UserError(f"--json {target}: must be a file, is a folder; name a file in the folder")
 
 
+def check_folder(folder: Place) -> None:
+    """Raise OSError where no file can be made in a local folder, before the work begins."""
+    if isinstance(folder, Path):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
+            pass
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path` or, where it is missing, its nearest parent that exists."""
+    return next((folder for folder in (path, *path.parents) if folder.exists()), path)
+
+
 def write_first(path: Place, text: str) -> None:
     """Write UTF-8 text unless `path` exists. Of several writers the first wins.
 
@@ -187,6 +201,8 @@ def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
 
     Several processes can hold a `shared` lock at once. On a file system without locks the block runs unlocked.
     """
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
     if shared:  # filelock has no shared lock on a plain file
         with path.open("ab") as file:
@@ -217,6 +233,8 @@ def exclusive_directory(folder: Place) -> Iterator[None]:
         UserError: another process holds the lock.
         OSError: the folder can't be created.
     """
+    from filelock import Timeout
+
     if isinstance(folder, Remote):
         yield
         return
@@ -242,8 +260,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 """Errors of flock on a file system without locks, such as NFS without its lock service."""
 
 
-def _lock_directory(folder: Path) -> BaseFileLock | None:
+def _lock_directory(folder: Path) -> "BaseFileLock | None":
     """Lock `folder`; None on a file system without locks. Raises Timeout if another process holds the lock."""
+    from filelock import FileLock, Timeout
+
     path = folder / LOCK
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     while True:

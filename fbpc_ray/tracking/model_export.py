@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fbpc_ray.core import files
 from fbpc_ray.core.config import Config, Evaluation
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import Provenance, without_folders
@@ -34,6 +35,7 @@ def target(path: str) -> Path:
     folder = local_folder(path, "--save-model").absolute()
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} exists already: choose another folder for the model")
+    files.check_folder(folder.parent)
     _mlflow_model()
     return folder
 

@@ -183,6 +183,23 @@ def test_no_evaluation_overwrites_another(finished_run, tmp_path, monkeypatch):
     assert sorted(files()) == ["002-test-convnet-in.json", "003-test-convnet-in.json"]
 
 
+@pytest.mark.parametrize("words", [(), ("--save-model", "evaluations/model", "--architectures", "convnet-in")])
+def test_a_folder_that_cannot_be_written_ends_an_evaluation_before_its_chains(
+    words, finished_run, tmp_path, monkeypatch, capsys
+):
+    """Here a file is in its place: no permission keeps root out."""
+    run = shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    taken = (tmp_path if words else run) / "evaluations"
+    taken.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main.main(["evaluate", str(run), "--backend", "serial", *words])
+    output = capsys.readouterr()
+    assert left.value.code == 1
+    assert output.err.startswith("error: ") and "is in the place of a folder" in output.err
+    assert "evaluating" not in output.out and taken.read_text() == "mine"
+
+
 def test_evaluate_scores_ood_images(finished_run, digits, capsys, tmp_path):
     """Against the data itself the AUROC is exactly 1/2; images of another size ask for --ood-resize, and get it."""
     large = {f"x_{part}": getattr(digits, part).images[:50, 0].repeat(2, 1).repeat(2, 2) for part in ("train", "test")}

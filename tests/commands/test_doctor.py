@@ -47,7 +47,8 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     module(tmp_path / "before", "torchvision", "raise RuntimeError('line\\noperator torchvision::nms does not exist')")
     module(tmp_path / "before", "ray", "import nothing_of_this_name")
     module(tmp_path / "before", "mlflow", "import sys; print('secret'); sys.exit(3)")
-    module(tmp_path / "before", "tyro", "raise ImportError('no tyro')")
+    for name in ("tyro", "filelock"):
+        module(tmp_path / "before", name, f"raise ImportError('no {name}')")
     places = {"HOME": str(tmp_path), "FBPC_HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}/before:{ROOT}"}
     status, lines, printed = run("-m", "fbpc_ray.commands.doctor", "--deep", **places)
     assert status == 1 and "Traceback" not in printed and "to fix" in printed
@@ -57,7 +58,8 @@ def test_broken_libraries_are_lines_and_the_status_says_so(tmp_path):
     assert "pair" in lines["torchvision"]
     assert lines["ray"].startswith("note") and "nothing_of_this_name" in lines["ray"] and "serial" in lines["ray"]
     assert lines["mlflow"].startswith("note") and "untracked" in lines["mlflow"] and "secret" not in printed
-    assert lines["tyro"].startswith("fix") and "no tyro" in lines["tyro"]
+    for name in ("tyro", "filelock"):
+        assert lines[name].startswith("fix") and f"no {name}" in lines[name]
     assert lines["tqdm"].startswith("ok") and lines["Python"].startswith("ok")
     assert lines["CUDA"].startswith("note")
     assert not list(tmp_path.glob(".fbpc-doctor*"))
