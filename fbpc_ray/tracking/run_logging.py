@@ -63,8 +63,8 @@ def track_distillation(
 
 def deliver_result(config: Config, run: RunDirectory, result: Mapping[str, Any], log: Log) -> None:
     """Log to MLflow what it lacks of an ended run: the driver was killed, or the server was down at the end."""
-    reference = run_reference.read(run)
-    if reference is None or reference.delivered or not config.output.tracking:
+    reference = run_reference.read(run) if config.output.tracking else None
+    if reference is None or reference.delivered:
         return
     provenance = Provenance(
         result.get("versions", {}), result.get("commit", "unknown"), result.get("device", "unknown")
@@ -80,10 +80,13 @@ def _tracking(
     config: Config, run: RunDirectory, data: str, provenance: Provenance, log: Log
 ) -> Iterator[Tracker]:  # fmt: skip
     """Yield the tracker of the run's own MLflow run, which ends with the block; keep its reference up to date."""
+    if not config.output.tracking:
+        yield NullTracker()
+        return
     tags = {**run_tags(config, data), **provenance_tags(provenance), "folder": str(run.folder)}
     reference = run_reference.of_store(run, default_uri(home()))
-    if config.output.tracking:  # before MLflow makes the run, so that a resume finds this one
-        run_reference.write(run, reference._replace(delivered=False))
+    # Before MLflow makes the run, so that a resume finds this one.
+    run_reference.write(run, reference._replace(delivered=False))
     tracker = _start_tracker(
         config, run, log, run_name=run.folder.name, run_id=reference.run_id or None, key=reference.key, tags=tags
     )
@@ -136,6 +139,9 @@ def track_evaluation(
     Its MLflow run is a child of the distillation's, where the store has that, and ends with the block. Its metrics have
     the names of the distillation's.
     """
+    if not config.output.tracking:
+        yield NullTracker()
+        return
     uri = chosen_uri(uri)
     parent = run_reference.of_store(run, uri).run_id
     tags = {
@@ -151,8 +157,8 @@ def _start_tracker(
     config: Config, run: RunDirectory, log: Log, *, run_name: str, run_id: str | None, tags: Mapping[str, str],
     key: str = "", uri: str = "",
 ) -> Tracker:  # fmt: skip
-    """Return a tracker; one that logs nothing with --no-tracking and where MLflow is missing."""
-    mlflow = mlflow_module(f"everything is in {run.folder}", log) if config.output.tracking else None
+    """Return a tracker; one that logs nothing where MLflow is missing."""
+    mlflow = mlflow_module(f"everything is in {run.folder}", log)
     if mlflow is None:
         return NullTracker()
     return mlflow.MlflowTracker(

@@ -172,6 +172,17 @@ def test_a_damaged_mlflow_json_is_one_line(text, capsys, small, tmp_path):
     assert (folder / "mlflow.json").read_text() == text
 
 
+def test_a_damaged_mlflow_json_is_not_read_without_tracking(finished_run, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (folder / "mlflow.json").write_text("[]")
+    main.main(["distill", "--out", str(folder), "--resume", "--no-tracking"])
+    assert "this run is complete" in capsys.readouterr().out
+    chain = ("--architectures", "convnet-in", "--num-chains", "1", "--chain-epochs", "2", "--chain-every", "1")
+    main.main(["evaluate", str(folder), "--backend", "serial", "--no-tracking", *chain])
+    main.main(["distill", "--out", str(folder), "--resume", "--no-tracking", "--steps", "13"])
+    assert (folder / "mlflow.json").read_text() == "[]"
+
+
 @pytest.mark.parametrize("words", [("evaluate",), ("export", "--format", "npz")])
 def test_a_run_that_has_not_ended_has_no_coreset_to_evaluate_or_export(small, tmp_path, capsys, words):
     RunDirectory(tmp_path / "run").write_config(small)
