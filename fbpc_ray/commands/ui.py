@@ -26,7 +26,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.tracking.database import DatabaseState, inspect_quiet, moved_line, upgrade_command
-from fbpc_ray.tracking.uri import PORT, VIEW_TAG, absolute, database, default_uri, list_url, remote
+from fbpc_ray.tracking.uri import PORT, VIEW_TAG, absolute, database, default_uri, list_url, remote, sqlite_uri
 
 HOST = "127.0.0.1"
 NOTE_SECONDS = 15.0
@@ -62,6 +62,8 @@ def ui(uri: str, port: int, timeout: float, log: Callable[[str], None]) -> None:
         return
     if file := database(uri):
         _check_database(file, uri)
+    elif ":" not in uri and not Path(uri).is_dir():
+        raise UserError(f"--tracking-uri: {uri} is no store; write a database as {sqlite_uri(Path(uri).absolute())}")
     if find_spec("mlflow") is None:
         raise UserError("mlflow is not installed: pip install mlflow")
     chosen = _port(port)

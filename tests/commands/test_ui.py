@@ -315,7 +315,7 @@ def test_a_free_port_stands_in_for_the_usual_one():
 
 
 def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
-    """No such store, a port that is taken or is none, a file that is no database, a server elsewhere."""
+    """No such store, a port that is taken or is none, a file that is no database, a path alone, a server elsewhere."""
     monkeypatch.setenv("FBPC_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, message = refused(capsys)
@@ -328,6 +328,8 @@ def test_bad_input_is_one_line(store, tmp_path, capsys, monkeypatch):
     (tmp_path / "mlflow.db").write_text("this is no database, and never was one; " * 100)
     code, message = refused(capsys)
     assert code == 1 and "file is not a database" in message
+    code, message = refused(capsys, "--tracking-uri", str(tmp_path / "mlflow.db"))
+    assert code == 2 and f"is no store; write a database as sqlite:///{tmp_path}/mlflow.db" in message
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     main.main(["ui"])
     assert "http://127.0.0.1:9 is a server" in capsys.readouterr().out
