@@ -105,6 +105,7 @@ def _open_run(config: Config, resume: bool) -> tuple[RunDirectory, Config]:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out DIR")
         run, stored = RunDirectory(place(out)), read_config(place(out), configuration.NOT_STARTED)
+        run.refuse_sweep(f"resume it with `{shlex.join(['fbpc', 'tune', '--out', out, '--resume'])}`")
         if config.workers.threads == 0:
             config = config.updated(threads=stored.workers.threads)
         if config.workers.compiled == "auto":

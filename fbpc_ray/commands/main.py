@@ -243,9 +243,9 @@ def tune(words: Sequence[str]) -> None:
 
     resume = resumes(job.resume, out)
     if resume:
+        stored = tuning.read_plan(place(out)).settings
         if not job.preset or job.preset in LEVELS:
             base = base.updated(val_every=tuning.read_base(place(out)).output.val_every)  # of earlier code
-        stored = tuning.read_plan(place(out)).settings
         args = parse(TuneArguments, words, "fbpc tune", TuneArguments(sweep=stored, config=base))
     if job.print_config:
         _print_config(args.config, None if resume else sizes)

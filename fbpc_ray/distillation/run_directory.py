@@ -72,6 +72,12 @@ class RunDirectory(Generic[Where]):
             if any(not any(entry.match(name) for name in leftovers) for entry in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty: pass --resume to go on with it, or another --out")
 
+    def refuse_sweep(self, fix: str = "") -> None:
+        """Raise UserError, ending in `fix`, for the folder of a sweep, whose trials are the runs."""
+        if (self.folder / "sweep.json").is_file() and not self.state_path.exists():
+            fix = fix or f"give its best trial, {self.folder}/trials/NUMBER (trials.md lists them)"
+            raise UserError(f"{self.folder} is a sweep: {fix}")
+
     def remove_leftovers(self) -> None:
         """Remove the temporary files of killed writers. The caller holds the lock of the folder."""
         if isinstance(self.folder, Path):
@@ -170,6 +176,7 @@ class RunDirectory(Generic[Where]):
     def read_coreset(self, settings: Config) -> Coreset:
         """Read the pseudocoreset. Raises UserError where there is none yet, for damage, and for one of another run."""
         if not self.coreset_path.exists():
+            self.refuse_sweep()
             words = shlex.join(["fbpc", "distill", "--out", str(self.folder), "--resume"])
             raise UserError(
                 f"{self.coreset_path}: coreset not found; if the run has not ended, resume it with `{words}`"

@@ -63,9 +63,9 @@ class EndedRun(NamedTuple):
 
 def read(folder: Place, label: str) -> EndedRun:
     """Read the run in `folder`. Raises UserError for no run, a run that has not ended, and a damaged file."""
-    if (folder / "sweep.json").is_file():
-        raise UserError(f"{folder} is a sweep: give its best trial, {folder}/trials/NUMBER (trials.md lists them)")
-    run, config = RunDirectory(folder), read_config(folder)
+    run = RunDirectory(folder)
+    run.refuse_sweep()
+    config = read_config(folder)
     result = run.read_result()
     if result is None and (folder / "trial.json").is_file():
         raise UserError(f"{folder} is a trial that was not evaluated on test: give the best trial of the sweep")

@@ -183,6 +183,18 @@ def test_a_damaged_mlflow_json_is_not_read_without_tracking(finished_run, tmp_pa
     assert (folder / "mlflow.json").read_text() == "[]"
 
 
+def test_a_run_is_no_sweep_and_a_sweep_is_no_run(small, tmp_path, capsys):
+    folder = str(tmp_path / "it")
+    RunDirectory(tmp_path / "it").write_config(small)
+    line = refused(capsys, "--out", folder, "--resume", "--dry-run", command="tune")
+    assert line == f"error: {folder}: no sweep (sweep.json not found); check the path, or start one without --resume"
+    (tmp_path / "it/sweep.json").write_text("{}")
+    line = refused(capsys, "--out", folder, "--resume")
+    assert line == f"error: {folder} is a sweep: resume it with `fbpc tune --out {folder} --resume`"
+    for command, *words in (("evaluate",), ("export", "--format", "npz")):
+        assert f"{folder} is a sweep: give its best trial" in refused(capsys, folder, *words, command=command)
+
+
 @pytest.mark.parametrize("words", [("evaluate",), ("export", "--format", "npz")])
 def test_a_run_that_has_not_ended_has_no_coreset_to_evaluate_or_export(small, tmp_path, capsys, words):
     RunDirectory(tmp_path / "run").write_config(small)

@@ -95,7 +95,8 @@ def test_what_is_no_ended_run_is_one_line(ended_runs, tmp_path, capsys):
 
     message = broken("result.json", None)
     assert "has not ended" in message and "--resume" in message
-    assert "is a sweep" in broken("sweep.json", b"{}")
+    (empty / "sweep.json").write_text("{}")
+    assert "is a sweep" in refused(capsys, str(empty), *out)
     trial = shutil.copytree(ended_runs["fbpc"], tmp_path / "trial")
     (trial / "trial.json").write_text("{}")
     (trial / "result.json").unlink()
