@@ -42,6 +42,7 @@ from fbpc_ray.execution.session import (
     network_specs,
     num_steps,
     open_session,
+    uses_experts,
 )
 from fbpc_ray.execution.sizing import with_sizes
 from fbpc_ray.execution.worker_group import cpu_threads
@@ -231,9 +232,10 @@ def _describe(sweep: OpenSweep) -> None:
 def _train_shared_experts(sweep: OpenSweep, workers: Any) -> None:
     """Train experts once for all trials; if trials differ in their experts, each trains its own."""
     recipe = {name for group in (Networks, Experts) for name in group.__dataclass_fields__}
-    if any(recipe & flags.keys() for flags in sweep.plan.trials) or not any(map(num_steps, sweep.task.configs)):
+    config = next((config for config in sweep.task.configs if uses_experts(config) and num_steps(config)), None)
+    if config is None or any(recipe & flags.keys() for flags in sweep.plan.trials):
         return
-    open_session(sweep.task.configs[0], log, sweep.task.dataset).train_experts(workers, log)
+    open_session(config, log, sweep.task.dataset).train_experts(workers, log)
 
 
 def _conclude(sweep: OpenSweep, monitor: SweepMonitor, workers: Any, provenance: Provenance) -> dict[str, Any]:

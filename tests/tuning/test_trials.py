@@ -52,6 +52,15 @@ def test_looks_have_shorter_chains_with_as_many_samples():
     assert sweep.val_evaluation(replace(whole, chain_epochs=4, chain_every=4), Sweep()).chain_every == 1
 
 
+def test_experts_are_trained_once_for_all_trials_also_where_the_first_takes_none(small, digits, tmp_path):
+    base = small.updated(experts=str(tmp_path), architectures=("convnet-in",), expert_count=1)
+    trials = [{"method": "vbpc"}, {"method": "fbpc"}]
+    task = Task([base.updated(**flags) for flags in trials], digits, Sweep())
+    of_two_methods: Any = SimpleNamespace(plan=SimpleNamespace(trials=trials), task=task)
+    tuning._train_shared_experts(of_two_methods, Serial("cpu", Interruption()))
+    assert len(list(tmp_path.rglob("*.arrow"))) == 1
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"how": "stopped"}', "[" * 100_000])
 @pytest.mark.parametrize("name", ["trial.json", "ended.json"])
 def test_a_damaged_file_of_a_trial_is_one_line(name, text, small, tmp_path):
