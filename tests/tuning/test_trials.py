@@ -95,9 +95,9 @@ def test_a_trial_fails_whose_chains_diverged_on_any_network():
     """Without them, the mean over the others would make it the best."""
     values = {"nll": 1.0, "accuracy": 0.5, "ece": 0.1, "brier": 0.2}
     scores = [ChainScore("coreset", "a", 0, values), ChainScore("coreset", "b", 0, values | {"nll": 3.0})]
-    assert sweep.mean_result(scores, 2, []) == ValidationResult(2, 2.0, 0.5, 0.1, 0.2, [])
+    assert sweep.mean_result(scores, 2, [], config.Config(), 10) == ValidationResult(2, 2.0, 0.5, 0.1, 0.2, [])
     with pytest.raises(UserError, match="a chain of b on the coreset of step 2 diverged"):
-        sweep.mean_result([scores[0], scores[1]._replace(values=None)], 2, [])
+        sweep.mean_result([scores[0], scores[1]._replace(values=None)], 2, [], config.Config(), 10)
 
 
 def task_of(small, digits, folder, *own, **settings):
