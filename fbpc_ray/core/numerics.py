@@ -41,8 +41,8 @@ def gpu_memory() -> Iterator[None]:
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         what = f" ({asked[1]} more asked for)" if asked else ""
         raise UserError(
-            f"the GPU is out of memory{what}: lower --batch-size, --real-batch-size or --width, or have fewer workers "
-            "share it by --gpus-per-actor 1 (docs/faq.md names more)",
+            f"the GPU is out of memory{what}: lower --width or the sizes of batches, or have fewer workers share it by "
+            "--gpus-per-actor 1 (docs/faq.md names the flags)",
             code=1,
         ) from None
 

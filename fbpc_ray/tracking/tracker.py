@@ -150,7 +150,7 @@ class MlflowTracker:
 
     def log_dataset(self, name: str, source: str, images: np.ndarray, labels: np.ndarray, context: str) -> None:
         """Record the data used: images (n, ...), labels (n,), `source` a URL or a description, `context` such as
-        "training". Keeps no reference to them, and looks at 512 images at most for the digest."""
+        "training". Keeps no reference to them, and looks at no more than 1,023 images for the digest."""
         digest = hashlib.sha256(f"{images.shape} {images.dtype} {labels.dtype}".encode())
         digest.update(np.ascontiguousarray(images[:: max(1, len(images) // 512)]).tobytes())
         digest.update(np.ascontiguousarray(labels).tobytes())

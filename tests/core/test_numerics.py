@@ -63,7 +63,7 @@ def test_a_gpu_without_memory_is_one_line():
     with pytest.raises(UserError) as refused, numerics(1, "cuda"):
         raise torch.OutOfMemoryError(text)
     assert refused.value.code == 1 and "\n" not in str(refused.value)
-    assert str(refused.value).startswith("the GPU is out of memory (2.50 GiB more asked for): lower --batch-size, ")
+    assert str(refused.value).startswith("the GPU is out of memory (2.50 GiB more asked for): lower --width ")
     with pytest.raises(UserError, match="the GPU is out of memory: lower"), numerics(1, "cuda"):
         raise torch.OutOfMemoryError("CUDA error: out of memory")
     assert not torch.are_deterministic_algorithms_enabled()
