@@ -160,7 +160,7 @@ def test_predictions_of_what_is_no_array_are_refused(coreset):
         (lambda data, pseudocoreset: api.posterior(pseudocoreset, steps=3), "no setting 'steps'"),
         (
             lambda data, pseudocoreset: api.posterior(pseudocoreset, chain_eta=1e6, **BRIEF_CHAIN),
-            "diverged: lower chain_eta$",
+            "diverged: lower chain_eta \\(now 1e\\+06\\)$",
         ),
         (
             lambda data, pseudocoreset: api.posterior(
