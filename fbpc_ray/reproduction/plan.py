@@ -124,8 +124,11 @@ def _with_digest(config: Config, dataset: Dataset, known: dict[tuple[str, str], 
         return config
     at = path, dataset.name
     if at not in known:
-        content = coreset.dumps(coreset_reader.load(place(path), dataset).coreset)
-        known[at] = hashlib.sha256(content).hexdigest()[:16]
+        try:  # whether it fits the data set is for the distillation to say
+            loaded = coreset_reader.load(place(path), None)
+        except UserError:  # it does not say its classes or its normalisation
+            loaded = coreset_reader.load(place(path), dataset)
+        known[at] = hashlib.sha256(coreset.dumps(loaded.coreset)).hexdigest()[:16]
     return config.updated(initial_coreset=known[at])
 
 

@@ -40,7 +40,7 @@ RUN = {
     "export": "",
     "report": "",
     "tune": "--dry-run --data digits --no-tracking",
-    "reproduce": "--dry-run --cifar10 digits",
+    "reproduce": "--dry-run --cifar10 digits --cifar100 digits",
 }
 """Command -> what is appended. A sweep and a table are not small: theirs are dry runs, test_sweeps_on_ray.py and
 test_reproduce.py run real ones."""
@@ -52,7 +52,7 @@ EXCEPTIONS: list[tuple[str, str, str]] = [
     (r"fbpc (distill|evaluate) .*s3://BUCKET", "parse", "needs a bucket: test_stored_runs.py runs them on moto's"),
     (
         r"fbpc reproduce .*--ood",
-        "--dry-run --cifar10 digits --ood digits",
+        "--dry-run --cifar10 digits --cifar100 digits --ood digits",
         "a dry run, of data that exist",
     ),
     (r"fbpc tune .*--resume", "parse", "needs a sweep that was stopped: test_sweeps_on_ray.py has one"),
