@@ -88,14 +88,15 @@ def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
     if len(same) < len(classes):
         raise UserError(f"{path}: two class folders differ only in Unicode form (NFC, NFD); merge them")
     for name in classes:
-        inner = [child for child in subfolders(path / name) if (parts := parse(child.name)) and not parts.rest]
-        if any(subfolders(child) for child in inner):
+        parsed = {child.name: parts for child in subfolders(path / name) if (parts := parse(child.name))}
+        splits = {inner: parts.split for inner, parts in parsed.items() if not parts.rest}
+        if any(subfolders(path / name / inner) for inner in splits):
             if "train" in split_folders(path / name)[0]:
                 raise UserError(f"{path / name} holds splits of its own; give folder:{path / name}")
-        elif len({parse(child.name) for child in inner}) > 1:
+        elif len(set(splits.values())) > 1:
             raise UserError(
-                f"{path / name} holds the folders {listed(child.name for child in inner)}: splits within a class; "
-                f"move them to {path / inner[0].name / name} and so on"
+                f"{path / name} holds the folders {listed(splits)}: splits within a class; move them to "
+                f"{path / next(iter(splits)) / name} and so on"
             )
     inner = subfolders(path / classes[0])
     if len(classes) == 1 and len(inner) > 1:

@@ -122,16 +122,12 @@ def walk(path: Path, folders: Sequence[tuple[str, int, Path]]) -> Walk:
     with progress(f"{path}: files seen", None, "file", delay=BAR_DELAY) as bar:
         for name, label, folder in folders:
             entries += _entries(result, bar, name, label, folder)
+    first: dict[str, _Entry] = {}
     for entry in sorted(entries, key=lambda entry: (entry.linked, entry.label, entry.path)):
-        if entry.real in result.real:
-            result.repeated += 1
-            continue
-        result.real.add(entry.real)
-        result.files.append(entry.path)
-        result.labels.append(entry.label)
-    order = sorted(range(len(result.files)), key=lambda index: (result.labels[index], result.files[index]))
-    result.files = [result.files[index] for index in order]
-    result.labels = [result.labels[index] for index in order]
+        first.setdefault(entry.real, entry)
+    listed_once = sorted(first.values(), key=lambda entry: (entry.label, entry.path))
+    result.files, result.labels = [entry.path for entry in listed_once], [entry.label for entry in listed_once]
+    result.real, result.repeated = set(first), len(entries) - len(first)
     return result
 
 
@@ -150,19 +146,16 @@ def _entries(result: Walk, bar: Progress, name: str, label: int, top: Path) -> I
         with os.scandir(folder) as children:
             for child in sorted((c for c in children if not is_hidden(c.name)), key=lambda child: child.name):
                 bar.update()
-                at = Path(child.path)
-                target = os.path.realpath(child.path) if child.is_symlink() else f"{real.rstrip(os.sep)}/{child.name}"
-                if child.is_dir():
-                    if not child.is_symlink():
-                        todo.append((at, target, linked, depth + 1))
-                    elif is_inside(real, target):
-                        result.loops += 1
-                    else:
-                        links.append((at, target, True, depth + 1))
+                at, is_link = Path(child.path), child.is_symlink()
+                target = os.path.realpath(child.path) if is_link else f"{real.rstrip(os.sep)}/{child.name}"
+                if is_link and child.is_dir() and is_inside(real, target):
+                    result.loops += 1
+                elif child.is_dir():
+                    (links if is_link else todo).append((at, target, linked or is_link, depth + 1))
                 elif is_image(child.name):
                     if depth:
                         holds_images[at.relative_to(top).parts[0]] += 1
-                    yield _Entry(at, target, label, linked or child.is_symlink())
+                    yield _Entry(at, target, label, linked or is_link)
                 else:
                     result.unread[at.suffix.lower(), name] += 1
     if len(holds_images) > 1:
@@ -179,8 +172,8 @@ def by_class(path: Path, classes: Sequence[str]) -> list[tuple[str, int, Path]]:
     """
     labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(classes)}
     folders: dict[int, Path] = {}
-    broken = next((child for child in path.iterdir() if child.is_symlink() and not child.exists()), None)
-    if broken and not is_hidden(broken.name):
+    shown = (child for child in path.iterdir() if not is_hidden(child.name))
+    if broken := next((child for child in shown if child.is_symlink() and not child.exists()), None):
         raise UserError(f"{broken}: the target of the link doesn't exist; restore the target or remove the link")
     for folder in subfolders(path):
         label = labels.get(unicodedata.normalize("NFC", folder.name))

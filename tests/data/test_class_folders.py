@@ -119,6 +119,8 @@ def test_links_to_a_store_are_read_and_broken_ones_refused(class_folders, tmp_pa
     (class_folders / "train" / "a" / "broken.png").symlink_to(store / "gone.png")
     assert "broken.png" in refusal(class_folders)
     (class_folders / "train" / "a" / "broken.png").unlink()
+    for number in range(9):
+        (class_folders / "train" / f".{number}").symlink_to(store / "gone")
     (class_folders / "train" / "c").symlink_to(store / "c")
     assert "train/c: the target of the link doesn't exist" in refusal(class_folders)
 

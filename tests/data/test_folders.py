@@ -114,6 +114,13 @@ def test_splits_within_the_classes_are_refused(tmp_path):
     assert "splits within a class; move them to" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("train", "training"), ("val", "valid")])
+def test_two_names_of_one_split_within_a_class_are_folders_of_the_class(tmp_path, names):
+    for name in ("cat", "dog"):
+        write_classes(tmp_path / name, names)
+    assert "images lie in several folders below cat, dog" in notes(read(tmp_path))
+
+
 def test_a_folder_of_save_to_disk_is_refused(tmp_path):
     (tmp_path / "dataset_dict.json").write_text("{}")
     assert "save_to_disk" in refusal(tmp_path) and "to_parquet" in refusal(tmp_path)
