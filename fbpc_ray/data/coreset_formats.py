@@ -49,7 +49,7 @@ def files(coreset: Coreset, kind: str, facts: dict[str, str], card: str) -> File
     if kind not in FORMATS:
         raise UserError(f"--format {kind}: {closest(kind, list(FORMATS))}")
     if kind in SINGLE:
-        return {SINGLE[kind]: FORMATS[kind](coreset, facts)[SINGLE[kind]]}
+        return FORMATS[kind](coreset, facts)
     beside = {"mean": coreset.mean, "std": coreset.std, "classes": coreset.classes, "made_by": facts}
     sidecar = json.dumps(beside, indent=2, allow_nan=False) + "\n"
     return {**FORMATS[kind](coreset, facts), SIDECAR: sidecar.encode(), "README.md": card.encode()}

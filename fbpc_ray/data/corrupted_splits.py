@@ -23,6 +23,7 @@ from fbpc_ray.core import files as atomic
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, RECIPE, SEVERITIES, check, corrupt
 from fbpc_ray.data.datasets import Dataset, Split
+from fbpc_ray.data.raw import line
 
 KEY = b"fbpc_ray.corrupted"
 """Key of the JSON in a cached file's schema that describes its content."""
@@ -50,8 +51,8 @@ def notes(source: Path | None, seed: int, names: Iterable[str] = tuple(CORRUPTIO
     """Describe the source of the corrupted images, in lines for the log and the table."""
     if source is not None:
         return (f"corrupted images from {source}",)
-    line = f"corrupted images generated with seed {seed} (recipe {RECIPE}), by CIFAR-10-C's definitions and constants"
-    return (line, FROST_NOTE) if "frost" in names else (line,)
+    note = f"corrupted images generated with seed {seed} (recipe {RECIPE}), by CIFAR-10-C's definitions and constants"
+    return (note, FROST_NOTE) if "frost" in names else (note,)
 
 
 # ---- official
@@ -101,9 +102,8 @@ def official(folder: Path, dataset: Dataset, names: Iterable[str] = tuple(CORRUP
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise UserError(
             f"{folder / 'labels.npy'}: expected {count} integers, five times the {len(clean.labels)} test labels of "
-            f"{dataset.name}, got {labels.dtype} {labels.shape}; download the file again, or choose the data set "
-            "that it "
-            "was made from"
+            f"{dataset.name}, got {labels.dtype} {labels.shape}; download the file again, or choose the data set that "
+            "it was made from"
         )
     wrong = np.flatnonzero(labels != np.tile(clean.labels, len(SEVERITIES)))
     if len(wrong):
@@ -121,7 +121,7 @@ def _mapped(file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # a damaged header fails in any way
-        raise UserError(f"{file}: not a readable .npy array ({_line(error)}); download the file again") from error
+        raise UserError(f"{file}: not a readable .npy array ({line(error)}); download the file again") from error
 
 
 # ---- generated
@@ -165,7 +165,7 @@ def _write(path: Path, split: Split, description: dict[str, Any]) -> None:
         atomic.write_bytes(path, file.getvalue())
     except OSError as error:
         raise UserError(
-            f"{path.parent}: cannot write corrupted images ({_line(error)}); free space there, or choose another folder"
+            f"{path.parent}: cannot write corrupted images ({line(error)}); free space there, or choose another folder"
         ) from error
 
 
@@ -186,8 +186,3 @@ def _read(path: Path, clean: Split, description: dict[str, Any]) -> np.ndarray |
     chunks = table.column("image").chunks
     rows = [np.frombuffer(c.buffers()[1], np.uint8, len(c) * size, c.offset * size) for c in chunks]
     return np.concatenate(rows).reshape(clean.images.shape)
-
-
-def _line(error: Exception) -> str:
-    """Return the message of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -41,24 +41,23 @@ def npz(path: Path) -> RawDataset:
                 raise ValueError("not a whole archive of numpy.savez")
             file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            pairs = {split: _pair(known, archive.files) for split, known in NPZ_KEYS.items()}
-            missing = [key for pair in pairs.values() if pair for key in pair if key not in archive]
-            if not pairs["train"] or missing:
+            pairs = {split: pair for split, known in NPZ_KEYS.items() if (pair := _pair(known, archive.files))}
+            keys = [key for pair in pairs.values() for key in pair]
+            missing = [key for key in keys if key not in archive]
+            if "train" not in pairs or missing:
                 raise UserError(
                     f"{path}: no array {', '.join(missing) or 'x_train'} (found {', '.join(archive.files) or 'none'}); "
                     "save x_train, y_train, x_test, y_test with numpy.savez"
                 )
-            arrays = {split: (pair, archive[pair[0]], archive[pair[1]]) for split, pair in pairs.items() if pair}
-            left_out = sorted(set(archive.files) - {key for pair in pairs.values() if pair for key in pair})
+            images, labels = ({split: archive[pair[at]] for split, pair in pairs.items()} for at in (0, 1))
+            left_out = sorted(set(archive.files) - set(keys))
     except UserError:
         raise
     except Exception as error:  # a damaged archive fails in any way
         raise UserError(f"{path}: not a readable npz file of plain arrays ({line(error)}); save it again") from error
     notes = (f"{path}: left out the arrays {listed(left_out)}",) if left_out else ()
-    numbered = to_numbers({split: labels for split, (_, _, labels) in arrays.items()}, path)
-    parts = {
-        split: to_split(str(path), keys, images, numbered.labels[split]) for split, (keys, images, _) in arrays.items()
-    }
+    numbered = to_numbers(labels, path)
+    parts = {split: to_split(str(path), pairs[split], images[split], numbered.labels[split]) for split in pairs}
     return RawDataset(str(path), numbered.classes, parts, notes + numbered.notes)
 
 

@@ -1,7 +1,8 @@
 """Find the Parquet files of each split by the names of shards: one complete set of shards a split."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,22 +54,16 @@ def find_shards(path: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
         return {"train": [path]}, (f"{path}: one of {name.total} shards, read alone",) if part else ()
     splits, others, notes = {}, list[Path](), list[str]()
     for place in (path, path / "data"):
-        files = parquet_files(place)
-        labels = {parse_shard(file.stem).label for file in files}
-        chosen = {split: label.lower() for split, label in choose(sorted({x.lower() for x in labels}), place).items()}
-        if "train" in chosen and splits:
-            raise UserError(f"{path} and {place} both hold a train split; give one of them: parquet:{place}")
-        if "train" not in chosen:
-            others += files
-            continue
-        named = {
-            split: [file for file in files if parse_shard(file.stem).label.lower() == label]
-            for split, label in chosen.items()
-        }
-        splits = {split: _one_set(place, split, shards) for split, shards in named.items()}
-        left_out = [file for file in files if not any(file in shards for shards in splits.values())]
-        others += left_out
-        notes += describe(chosen, (), place)
+        files = defaultdict[str, list[Path]](list)
+        for file in parquet_files(place):
+            files[parse_shard(file.stem).label.lower()].append(file)
+        chosen = choose(sorted(files), place)
+        if "train" in chosen:
+            if splits:
+                raise UserError(f"{path} and {place} both hold a train split; give one of them: parquet:{place}")
+            splits = {split: _one_set(place, split, files.pop(label)) for split, label in chosen.items()}
+            notes += describe(chosen, (), place)
+        others += chain.from_iterable(files.values())
     if not splits:
         raise _no_train(path, others)
     if others:

@@ -57,20 +57,17 @@ def choose(names: Iterable[str], origin: object) -> dict[str, str]:
     Names without other words go first (train before train_noisy), then usual names (val before dev). Other words are
     accepted where every split has the same ones (mnist_train, mnist_test). Raises UserError where two names tie.
     """
-    parsed = {name: split_name for name in names if (split_name := parse(name))}
-    groups: dict[tuple[str, ...], dict[str, SplitName]] = {}
-    for name, split_name in parsed.items():
-        groups.setdefault(split_name.rest, {})[name] = split_name
-    group = groups.get((), {})
-    if not any(split_name.split == "train" for split_name in group.values()):
-        ambiguous = [
-            each for rest, each in groups.items() if rest and len({"train"} | {f.split for f in each.values()}) > 1
-            and any(f.split == "train" for f in each.values())
-        ]  # fmt: skip
-        if len(ambiguous) > 1:
-            both = ", ".join(sorted(name for names in ambiguous for name in names))
+    groups: dict[tuple[str, ...], dict[str, SplitName]] = {(): {}}
+    for name in names:
+        if split_name := parse(name):
+            groups.setdefault(split_name.rest, {})[name] = split_name
+    group = groups[()]
+    if all(split_name.split != "train" for split_name in group.values()):
+        sets = [each for each in groups.values() if {"train"} < {split_name.split for split_name in each.values()}]
+        if len(sets) > 1:
+            both = ", ".join(sorted(name for each in sets for name in each))
             raise UserError(f"{origin}: {both} are splits of several data sets; keep those of one")
-        group = ambiguous[0] if ambiguous else group
+        group = sets[0] if sets else group
     chosen: dict[str, str] = {}
     for split in ("train", "validation", "test"):
         same = sorted((not split_name.usual, name) for name, split_name in group.items() if split_name.split == split)
