@@ -131,15 +131,13 @@ class RunDirectory(Generic[Where]):
         except (safetensors.SafetensorError, ValueError, OSError, UserError):
             return ""
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the rows of metrics.parquet; none where the run has no steps. Raises UserError for damage."""
-        if not self.metrics_path.exists():
-            return []
+    def read_metrics(self, fix: str = "run it again in another --out") -> list[dict[str, Any]]:
+        """Read the rows of metrics.parquet; none where the run has no steps. Raises UserError, ending in `fix`."""
         try:
-            with undamaged(self.metrics_path, "run it again in another --out"):
+            with undamaged(self.metrics_path, fix):
                 return _rows(self.metrics_path)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.metrics_path} is damaged ({error}): run it again in another --out") from None
+            raise UserError(f"{self.metrics_path} is damaged ({error}): {fix}") from None
 
     def _check_inner_lr(self, state: State) -> None:
         """Raise ValueError if the inner learning rate is not the configuration's, in a run that doesn't learn it."""

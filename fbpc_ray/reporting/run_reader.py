@@ -3,10 +3,7 @@
 import shlex
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from fbpc_ray.core import inputs, storage
+from fbpc_ray.core import inputs
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.errors import UserError, undamaged
 from fbpc_ray.core.storage import Place
@@ -17,6 +14,8 @@ from fbpc_ray.evaluation import diagnostics, protocols
 from fbpc_ray.evaluation.diagnostics import Mixing
 from fbpc_ray.evaluation.results import MAIN_QUANTITIES, ChainScore, from_json, is_of_step
 from fbpc_ray.reporting.document import is_png
+
+NOT_NEEDED = "delete it; the report needs no such file"
 
 
 class LaterEvaluation(NamedTuple):
@@ -77,17 +76,8 @@ def read(folder: Place, label: str) -> EndedRun:
     if not is_of_step(result, step):
         steps = f"its result is of step {result['steps']}, its coreset of step {step}"
         raise UserError(f"the run in {folder} has not ended ({steps}): resume it with `{words}`")
-    return EndedRun(
-        label,
-        run,
-        config,
-        result,
-        scores,
-        images,
-        _rows(run.metrics_path),
-        _read_later(folder / "evaluations"),
-        mixing,
-    )
+    rows, later = run.read_metrics(NOT_NEEDED), _read_later(folder / "evaluations")
+    return EndedRun(label, run, config, result, scores, images, rows, later, mixing)
 
 
 def _checked(result: dict[str, Any], source: str) -> tuple[list[ChainScore], list[Mixing]]:
@@ -115,7 +105,7 @@ def _read_later(folder: Place) -> list[LaterEvaluation]:
     """Read the evaluations in `folder`, in the order of their numbers."""
     evaluations = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
-        with undamaged(path, "delete it; the report needs no such file"):
+        with undamaged(path, NOT_NEEDED):
             result = inputs.read_checked_json(path)
         stem = path.name.removesuffix(".json")
         beside = sorted(
@@ -146,17 +136,5 @@ def _calibrated(value: Any, source: str) -> tuple[list[ChainScore], str]:
 def image(path: Place) -> bytes:
     data = path.read_bytes()
     if not is_png(data):
-        raise UserError(f"{path} is not a PNG: delete it; the report needs no such file")
+        raise UserError(f"{path} is not a PNG: {NOT_NEEDED}")
     return data
-
-
-def _rows(path: Place) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        with storage.local(path) as near:
-            rows = pq.read_table(near).to_pylist()
-        return [{**row, "step": int(row["step"]), "architecture": str(row["architecture"])} for row in rows]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["no reason"])[0][:80]
-        raise UserError(f"{path} is damaged ({reason}): delete it; the report needs no such file") from None
