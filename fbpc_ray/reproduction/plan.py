@@ -66,7 +66,8 @@ def eval_seeds(options: Options) -> range:
 
 def tasks_of(options: Options, log: Log) -> list[Task]:
     """Return the chosen cells for every seed of the distillation; load data, check networks."""
-    cells, outside = cells_of(options.table, options.request), _outside(options, log)
+    cells = cells_of(options.table, options.request)
+    outside = _outside(options, cells, log)
     cells += [cell for one in outside.values() for cell in one.cells(cells[0])]
     kind = TABLES[options.table].kind
     for flag, value, kinds in (("--ood", options.ood, ("grid",)), ("--corruptions", options.corruptions, CORRUPTED)):
@@ -75,11 +76,8 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
             raise UserError(f"{flag}: {options.table} has no use for it; leave it out, or choose {others}")
     check_resize(options.ood, options.ood_resize)
     names = [f"{cell.row}/{cell.column}" for cell in cells]
-    chosen = [
-        cell
-        for cell, name in zip(cells, names, strict=True)
-        if not options.only or any(o in name for o in options.only)
-    ]
+    parts = options.only or ("",)
+    chosen = [cell for cell, name in zip(cells, names, strict=True) if any(part in name for part in parts)]
     if not chosen:
         raise UserError(
             f"--only {' '.join(options.only)}: no such cell in {options.table}; choose from {', '.join(names)}"
@@ -132,13 +130,12 @@ def _with_digest(config: Config, dataset: Dataset, known: dict[tuple[str, str], 
     return config.updated(initial_coreset=known[at])
 
 
-def _outside(options: Options, log: Log) -> dict[str, OutsideCoreset]:
-    """Read the coresets that others made, by row. Raises UserError."""
+def _outside(options: Options, cells: list[Cell], log: Log) -> dict[str, OutsideCoreset]:
+    """Read the coresets that others made, by row; `cells` are the table's own. Raises UserError."""
     if not options.coreset_rows and not options.whitenings:
         return {}
     if TABLES[options.table].kind != "grid":
         raise UserError(f"--coreset-row, --whitening: {options.table} has no such rows; use grid or grid-cifar100")
-    cells = cells_of(options.table, options.request)
     clashes = {cell.row for cell in cells} & options.coreset_rows.keys()
     if clashes:
         raise UserError(f"--coreset-row {min(clashes)}=...: the grid has a row of this name; give another name")

@@ -8,10 +8,11 @@ from pathlib import Path
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.evaluation import protocols
+from fbpc_ray.evaluation.results import Quantity
 from fbpc_ray.reporting.charts.comparison import Curve, bars, curves
 from fbpc_ray.reporting.charts.scatter import scatter
 from fbpc_ray.reproduction.paper import PAPER, Value
-from fbpc_ray.reproduction.summaries import LATER, SHOWN, Quantity, Row, Summary, difference, summary
+from fbpc_ray.reproduction.summaries import LATER, SHOWN, Row, Summary, difference, summary
 from fbpc_ray.reproduction.tables import TABLES, Request
 
 BASELINE = "FBPC"
@@ -50,26 +51,24 @@ def score_tables(
     """Format a table for each quantity, the paper's row below each of ours, and the differences to `baseline`."""
     paper, lines = paper or {}, []
     names, columns = _order(row["row"] for row in rows), _order(row["column"] for row in rows)
+    header = [column or "-" for column in columns]
     for quantity in quantities:
-        shown = SHOWN[quantity]
+        shown, body = SHOWN[quantity], []
         if quantity in LATER and all(row[quantity] is None for row in rows):
             continue
-        body = []
         for name in names:
-            ours = [summary(_cell(rows, name, column), quantity) for column in columns]
-            body.append([name, *(_text(cell, shown) for cell in ours)])
+            body.append([name, *(_text(summary(_cell(rows, name, column), quantity), shown) for column in columns)])
             theirs = [paper.get((name, column), {}).get(quantity) for column in columns]
             if any(theirs):
                 body.append(["*paper*", *map(_paper, theirs)])
-        lines += [markdown_table([shown.label, *(column or "-" for column in columns)], body), ""]
+        lines += [markdown_table([shown.label, *header], body), ""]
         differences = [
             [name, *(_difference(rows, name, baseline, column, quantity) for column in columns)]
             for name in names
             if name != baseline
         ]
         if any(cell != "-" for line in differences for cell in line[1:]):
-            header = [f"{shown.label}, minus {baseline}", *(column or "-" for column in columns)]
-            lines += [markdown_table(header, differences), ""]
+            lines += [markdown_table([f"{shown.label}, minus {baseline}", *header], differences), ""]
     return lines
 
 
@@ -99,7 +98,7 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> bool:
     Return False, and draw nothing, where accuracy against ECE has no point: all chains diverged.
     """
     if TABLES[table].figure == "scatter":
-        if panels := _plane(rows):
+        if panels := _points(rows, ("accuracy",), "ece"):
             scatter(panels, SHOWN["accuracy"].label, SHOWN["ece"].label, _title(table, scale), path)
         return bool(panels)
     quantity = TABLES[table].quantities[0]
@@ -118,27 +117,24 @@ def picture(table: str, scale: str, rows: list[Row], path: Path) -> bool:
     return True
 
 
-def _plane(rows: list[Row]) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
-    """Return {ipc: {(coreset, inference): (accuracy, ECE)}} of a grid, whose columns are "ipc N, inference"."""
+def _points(rows: list[Row], across: Sequence[str], up: str) -> dict[str, dict[tuple[str, str], tuple[float, float]]]:
+    """Return {ipc: {(coreset, inference): (x, y)}} of a grid, whose columns are "ipc N, inference".
+
+    x is the sum of the means of the quantities `across`, y the mean of `up`; cells without one of them are left out.
+    """
     panels: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
-        accuracy, ece = (summary(_cell(rows, name, column), quantity) for quantity in ("accuracy", "ece"))
-        if accuracy and ece:
+        cell = _cell(rows, name, column)
+        means = [one.mean for quantity in (*across, up) if (one := summary(cell, quantity))]
+        if len(means) > len(across):
             ipc, _, inference = column.partition(", ")
-            panels.setdefault(ipc, {})[name, inference] = accuracy.mean, ece.mean
+            panels.setdefault(ipc, {})[name, inference] = sum(means[:-1]), means[-1]
     return panels
 
 
 def picture_of_seconds(table: str, scale: str, rows: list[Row], path: Path) -> bool:
     """Draw NLL against the CPU seconds to make and to judge. Return False, and draw nothing, where rows have none."""
-    panels: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
-    for name, column in dict.fromkeys((row["row"], row["column"]) for row in rows):
-        cell = _cell(rows, name, column)
-        nll, make, judge = (summary(cell, quantity) for quantity in ("nll", "make_seconds", "judge_seconds"))
-        if nll and make and judge:
-            ipc, _, inference = column.partition(", ")
-            panels.setdefault(ipc, {})[name, inference] = make.mean + judge.mean, nll.mean
-    if panels:
+    if panels := _points(rows, ("make_seconds", "judge_seconds"), "nll"):
         label = "CPU seconds to make, without experts, and to judge"
         scatter(panels, label, SHOWN["nll"].label, _title(table, scale), path, log_x=True)
     return bool(panels)

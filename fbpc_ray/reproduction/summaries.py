@@ -6,15 +6,9 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
+from fbpc_ray.evaluation.results import Quantity
+
 Row = dict[str, Any]
-
-
-class Quantity(NamedTuple):
-    """Label, unit and digits of a printed column."""
-
-    label: str
-    scale: float
-    digits: int
 
 
 LATER = {"ood_auroc_entropy", "corruption_accuracy", "make_seconds", "judge_seconds"}

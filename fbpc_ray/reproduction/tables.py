@@ -24,7 +24,6 @@ NORMS = {"IN": "convnet-in", "GN": "convnet-gn", "LN": "convnet-ln", "BN": "conv
 NETWORKS = {"ConvNet": "convnet-in", "ResNet18": "resnet18-in", "ResNet34": "resnet34-in", "VGG": "vgg11-in",
             "AlexNet": "alexnet", "LeNet": "lenet"}  # fmt: skip
 DATA = {"CIFAR10": "cifar10", "CIFAR100": "cifar100", "Tiny-ImageNet": "tiny-imagenet"}
-CLASSES = {"cifar10": 10, "cifar100": 100}
 CONVNET = ("convnet-in",)
 
 

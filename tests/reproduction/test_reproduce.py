@@ -22,7 +22,7 @@ from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
 from fbpc_ray.reproduction.plan import Options, tasks_of
-from fbpc_ray.reproduction.render import _plane, markdown, picture
+from fbpc_ray.reproduction.render import _points, markdown, picture
 from fbpc_ray.reproduction.rows import SCHEMA, cell_key, coreset_key
 from fbpc_ray.reproduction.run import _described, _of_these_images
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
@@ -237,7 +237,7 @@ def test_the_figure_of_the_grid_has_accuracy_against_ece_by_ipc():
         {**same, "column": "ipc 10, last layer", "accuracy": 0.5, "ece": 0.125},
         {**same, "column": "ipc 10, SGHMC", "accuracy": None, "ece": None},
     ]
-    assert _plane(rows) == {
+    assert _points(rows, ("accuracy",), "ece") == {
         "ipc 1": {("VBPC", "ensemble"): (50.0, 0.375)}, "ipc 10": {("VBPC", "last layer"): (50.0, 0.125)}
     }  # fmt: skip
 
