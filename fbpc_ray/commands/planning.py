@@ -1,7 +1,7 @@
 """`--dry-run`: print the plan of a run. Writes nothing."""
 
+import math
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 
@@ -202,7 +202,7 @@ def _disk(session: Session, parts: Sequence[str]) -> str:
         if cache_bytes := snapshots_met(c) * bytes_of_a_snapshot(trajectory_shapes(c, session.specs), most):
             words.append(f"up to {describe_bytes(min(most, cache_bytes))} for the cache of K steps in {cache_folder()}")
         m = c.distillation.ipc * len(session.dataset.classes)
-        pixels = reduce(int.__mul__, session.dataset.image_shape)
+        pixels = math.prod(session.dataset.image_shape)
         words.append(f"{describe_bytes(24 * 4 * m * pixels + 1e6)} for the run")
     return "; ".join(words) or "nothing: the experts are there"
 

@@ -92,14 +92,11 @@ def check_flags(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            lower_end_later = RANGES[name]._replace(least=-math.inf) if name in RANGES else INTEGER
-            allowed = OF_COMMANDS.get(name, lower_end_later)
-            if name in RANGES and number == 0:
-                continue
-            if not allowed.holds(number):
-                _refuse(name, number, OF_COMMANDS.get(name) or RANGES.get(name, INTEGER))
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                whole = OF_COMMANDS.get(name) or RANGES.get(name, INTEGER)
+                allowed = whole._replace(least=-math.inf) if name in RANGES else whole
+                if not allowed.holds(number):
+                    _refuse(name, number, whole)
 
 
 def _refuse(name: str, value: float, allowed: Range) -> None:

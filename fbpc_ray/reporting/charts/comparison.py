@@ -95,14 +95,17 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
     padded(figure)
     if title:
         figure.suptitle(broken(title, figure), fontsize=TITLE + 1, parse_math=False)
-    labels = list(dict.fromkeys(curve.label for curve in all_curves))
+    styles = {
+        label: line_style(index) | {"marker": SHAPES[index % len(SHAPES)], "linewidth": 1.6, "markersize": 5}
+        for index, label in enumerate(dict.fromkeys(curve.label for curve in all_curves))
+    }
     places = sorted({x for curve in all_curves for x, *_ in curve.points})
     wide = places[0] > 0 and places[-1] >= 8 * places[0]
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve in lines:
-            style = line_style(labels.index(curve.label)) | {"marker": SHAPES[labels.index(curve.label) % len(SHAPES)]}
+            style = styles[curve.label]
             x, means, spreads = zip(*curve.points, strict=True)
-            axes.errorbar(x, means, spreads, elinewidth=1, capsize=3, linewidth=1.6, markersize=5, **style)
+            axes.errorbar(x, means, spreads, elinewidth=1, capsize=3, **style)
             if curve.marks:  # larger than the points, so that both show where they agree
                 published = MARK | {"markeredgecolor": style["color"], "markersize": 8.5, "zorder": 1.5}
                 axes.plot(*zip(*curve.marks, strict=True), "D", **published)
@@ -117,11 +120,8 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], across: str, path: Pla
         axes.set_title(quantity, fontsize=TITLE, parse_math=False)
         axes.set_xlabel(across, fontsize=LABEL)
         tidy(axes)
-    handles = [
-        Line2D([], [], linewidth=1.6, marker=SHAPES[index % len(SHAPES)], markersize=5, **line_style(index))
-        for index in range(len(labels))
-    ]
-    names = [ending(label, NAME) for label in labels]
+    handles = [Line2D([], [], **style) for style in styles.values()]
+    names = [ending(label, NAME) for label in styles]
     if any(curve.marks for curve in all_curves):
         handles.append(Line2D([], [], linestyle="none", marker="D", **MARK))
         names.append("the paper's")
