@@ -51,6 +51,8 @@ class Facts(NamedTuple):
     """{setting on the command line: value}; the choice leaves these alone, and fits the others to them."""
     views: int = 1
     """Augmentations of u in a step of fbpc."""
+    draws: int = 1
+    """--draws-per-step: gradients of each network in a step."""
     trained: TrainedNetworks | None = None
     """Of each seed of the evaluation; None: it runs chains."""
 
@@ -309,25 +311,25 @@ def estimate(facts: Facts, rung: Rung, device: str) -> Seconds:
     """Estimate the seconds of a run, without a start of Ray and compilation."""
     cores = max(1, min(facts.cores, MOST_CORES)) if device == "cpu" else 1
     networks = len(facts.architectures)
-    at_once = min(cores, networks)
+    at_once = min(cores, networks * facts.draws)
     m = facts.ipc * facts.classes
     tasks = rung.expert_count * networks
     _, per_epoch, epochs = training(facts, rung, device)
     expert = epochs * (per_epoch * MACHINES[device].pass_seconds + _images(facts, rung, device, facts.images))
     u_pass = _pass(facts, rung, device, m)
-    steps = num_steps(facts, rung)
+    gradients = num_steps(facts, rung) * facts.draws  # of each network
     if facts.method in ("vbpc", "frepo", "random"):
         expert = 0.0
-        distillation = steps * (_pass(facts, rung, device, 2 * m) + _images(facts, rung, device, 128))
+        distillation = gradients * (_pass(facts, rung, device, 2 * m) + _images(facts, rung, device, 128))
     else:
-        fbpc_steps = steps / STEPS.get(facts.method, 1)
+        like_fbpc = gradients / STEPS.get(facts.method, 1)
         num_snapshots = snapshots_met(
-            fbpc_steps, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
+            like_fbpc, max(1, rung.expert_count * (epochs - start_epoch(facts, epochs, per_epoch) + 1))
         )
         k_steps = 30 * _pass(facts, rung, device, min(rung.real_batch_size, facts.images))
         views = facts.views if facts.method.startswith("fbpc") else 1
         on_u = (map_steps(gamma(facts)) + 30 + 20 * views) * u_pass
-        distillation = fbpc_steps * on_u + num_snapshots * k_steps
+        distillation = like_fbpc * on_u + num_snapshots * k_steps
     prediction = _images(facts, rung, device, facts.test_images) / 3
     if facts.trained is None:
         num_samples = rung.chain_epochs // sample_interval(facts, rung)

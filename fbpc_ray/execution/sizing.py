@@ -124,11 +124,11 @@ def facts_of(config: Config, dataset: Dataset, request: SizeRequest) -> Facts:
     """Collect the facts that the sizes depend on: the backend is none of them, since it changes no result."""
     d, e, flat = config.distillation, config.evaluation, config.flat()
     m = d.ipc * len(dataset.classes)
-    chains = e.inference == "sghmc"
+    trained = TrainedNetworks(num_networks(e), e.net_steps, batch_images(e, m))
     return Facts(
         len(dataset.train.labels), len(dataset.classes), dataset.image_shape, len(dataset.test.labels), d.ipc, d.method,
         config.networks.architectures, cores.available(), {name: flat[name] for name in request.flags if name in flat},
-        d.views or 1, None if chains else TrainedNetworks(num_networks(e), e.net_steps, batch_images(e, m)),
+        d.views or 1, d.draws_per_step, None if e.inference == "sghmc" else trained,
     )  # fmt: skip
 
 

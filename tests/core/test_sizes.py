@@ -177,6 +177,18 @@ def test_each_view_of_fbpc_adds_twenty_passes_of_the_coreset_to_a_step():
     assert estimate(weights._replace(views=8), rung, "cpu") == estimate(weights, rung, "cpu")
 
 
+def test_draws_of_a_step_cost_a_gradient_each_and_share_the_cores():
+    """Four draws are four times the gradients, but no more snapshots of real images than there are: 21 of fbpc."""
+    rung, four = LADDER[1], MINE._replace(cores=1, draws=4)
+    u, real = (sizes._pass(MINE, rung, "cpu", images) for images in (3, 32))
+    expected = 240 * (80 + 30 + 20) * u + 21 * (1 - (20 / 21) ** 240) * 30 * real
+    assert estimate(four, rung, "cpu").distillation == pytest.approx(expected)
+    assert estimate(four._replace(cores=2), rung, "cpu").distillation == pytest.approx(expected / 2)
+    vbpc = MINE._replace(method="vbpc", cores=1)
+    one, three = (estimate(vbpc._replace(draws=draws), rung, "cpu").distillation for draws in (1, 3))
+    assert three == pytest.approx(3 * one)
+
+
 def test_a_core_without_an_expert_or_a_chain_of_its_own_saves_nothing():
     """On two cores three experts take as long as four; on four cores two chains, of a coreset each, as long as four."""
     rung = LADDER[1]._replace(expert_count=3, num_chains=1)

@@ -19,7 +19,9 @@ def test_the_facts_that_sizes_depend_on_are_those_of_the_data(small, digits):
     facts = facts_of(small.updated(ipc=3), digits, SizeRequest(flags=frozenset({"width", "no_setting"})))
     assert facts[:6] == (1437, 10, (1, 8, 8), 360, 3, "fbpc")
     assert (facts.architectures, facts.overrides) == (("convnet-in", "convnet-bn"), {"width": 8})
-    assert facts.trained is None
+    assert (facts.views, facts.draws, facts.trained) == (1, 1, None)
+    costly = facts_of(small.updated(views=8, draws_per_step=3), digits, SizeRequest())
+    assert (costly.views, costly.draws) == (8, 3)
     changes = {"ipc": 3, "inference": "ensemble", "ensemble_size": 4, "net_steps": 70}
     for more, batch in (({}, 60), ({"net_mirror": False}, 30), ({"chain_full_batch": 59, "chain_batch_size": 7}, 7)):
         trained = facts_of(small.updated(**changes, **more), digits, SizeRequest()).trained
