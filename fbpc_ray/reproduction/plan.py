@@ -1,6 +1,7 @@
 """Plan a reproduction: the cells for every seed of the distillation, and the missing coresets."""
 
 import hashlib
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -76,12 +77,13 @@ def tasks_of(options: Options, log: Log) -> list[Task]:
             raise UserError(f"{flag}: {options.table} has no use for it; leave it out, or choose {others}")
     check_resize(options.ood, options.ood_resize)
     names = [f"{cell.row}/{cell.column}" for cell in cells]
+    if unknown := [part for part in options.only if not any(part in name for name in names)]:
+        raise UserError(
+            f"--only '{unknown[0]}': no such cell in {options.table}; choose from "
+            f"{', '.join(shlex.quote(name) for name in names)}, or parts of these"
+        )
     parts = options.only or ("",)
     chosen = [cell for cell, name in zip(cells, names, strict=True) if any(part in name for part in parts)]
-    if not chosen:
-        raise UserError(
-            f"--only {' '.join(options.only)}: no such cell in {options.table}; choose from {', '.join(names)}"
-        )
     datasets: dict[str, Dataset] = {}
     digests: dict[tuple[str, str], str] = {}
     tasks = []

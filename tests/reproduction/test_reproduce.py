@@ -269,7 +269,8 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     "more, message",
     [
         (["table4"], "unknown table 'table4'"),
-        (["table1", "--only", "nothing"], "no such cell.*Random/ipc 1"),
+        (["table1", "--only", "nothing"], "--only 'nothing': no such cell in table1; .*'Random/ipc 1', .* or parts"),
+        (["table1", "--only", "Random", "FBCP/"], "--only 'FBCP/': no such cell"),
         (["table1", "--override", "stepz=3"], "FLAG=VALUE.*steps"),
         (["table1", "--override", "steps=many"], "must be of type int, got 'many'"),
         (["table1", "--override", "ipc=3"], "the table sets ipc"),
