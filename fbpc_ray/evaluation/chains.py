@@ -198,6 +198,8 @@ class EvaluationContext(NamedTuple):
     """Of all images but those of the coresets, which have seen it."""
     chunk_images: int = 0
     """`--chunk-images`."""
+    more_images: int = 0
+    """Images that a chain predicts beside those of `split` and `ood`, for the progress bar."""
 
 
 def evaluation_context(
@@ -316,10 +318,10 @@ def fitting_share(fitted: int, predicted: int, context: EvaluationContext) -> fl
 
     Args:
         fitted: images passed to fit the coreset.
-        predicted: images passed to predict the split; the out-of-distribution images come on top.
+        predicted: images passed to predict the split; other images come on top.
     """
-    if context.ood is not None:
-        predicted += predicted * len(context.ood.labels) // len(context.split.labels)
+    others = context.more_images + (0 if context.ood is None else len(context.ood.labels))
+    predicted += predicted * others // len(context.split.labels)
     return fitted / (fitted + predicted)
 
 

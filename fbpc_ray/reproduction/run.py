@@ -209,8 +209,10 @@ def _shared_context(
         compiled=config.workers.compiled_chains,
         chunk_images=config.networks.chunk_images,
     )
-    context = context._replace(whitening=whitening_of(task.coreset, dataset.image_shape))
-    items = [_row_task(task, seed, TABLES[options.table].kind, options.corruptions) for task, seed in group]
+    kind = TABLES[options.table].kind
+    more = work.NUM_CORRUPTED * len(dataset.test.labels) if kind == "corruptions" else 0
+    context = context._replace(whitening=whitening_of(task.coreset, dataset.image_shape), more_images=more)
+    items = [_row_task(task, seed, kind, options.corruptions) for task, seed in group]
     context = without_impossible_compilation(context, [item.chain for item in items], device, log)
     return work.SharedContext(context, dataset), items
 

@@ -1,6 +1,7 @@
 """Tasks of a reproduction that any worker can run: distil a coreset, run a chain, measure a cost."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,17 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
-from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
-from fbpc_ray.evaluation.chains import Chain, CoresetArrays, EvaluationContext, on_device
+from fbpc_ray.evaluation.chains import (
+    Chain,
+    CoresetArrays,
+    EvaluationContext,
+    fitting_share,
+    image_passes,
+    on_device,
+)
 from fbpc_ray.evaluation.last_layer import PREDICTORS
 from fbpc_ray.evaluation.scoring import Logits, score
 from fbpc_ray.execution.serial import Serial
@@ -95,6 +103,8 @@ Finding = dict[str, Any]
 """Part of a row: its quantities, none of a chain that diverged, and its column if a chain fills several."""
 CORRUPTED = (*(corruption.abbreviation for corruption in CORRUPTIONS.values()), "Avg.")
 """Columns of Table 3."""
+NUM_CORRUPTED = len(CORRUPTIONS) * len(SEVERITIES)
+"""Splits of corrupted images, each as large as the test split."""
 
 
 def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
@@ -125,26 +135,28 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
 
     Degradation is 1 - accuracy / clean accuracy.
     """
-
-    def accuracy(split: Any) -> float:
-        scored = score(logits, on_device(split, shared.context, device))
-        return scores(scored.stats).accuracy if scored.finite else math.nan
-
-    clean = accuracy(shared.context.split)
-    accuracies = []
-    for name, corruption in CORRUPTIONS.items():
-        splits = (
-            corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
-            for severity in SEVERITIES
-        )
-        accuracies.append((corruption.abbreviation, float(np.mean([accuracy(split) for split in splits]))))
-    accuracies.append((CORRUPTED[-1], float(np.mean([value for _, value in accuracies]))))
-    if math.isnan(clean) or math.isnan(accuracies[-1][1]):
+    context, values = shared.context, list[float]()
+    fitting = fitting_share(*image_passes(context, item.chain), context)
+    for number, split in enumerate(_clean_and_corrupted(shared, item), 1):
+        scored = score(logits, on_device(split, context, device))
+        values.append(scores(scored.stats).accuracy if scored.finite else math.nan)
+        set_part(fitting + (1 - fitting) * number / (1 + NUM_CORRUPTED), 1)
+    clean, means = values[0], np.reshape(values[1:], (len(CORRUPTIONS), len(SEVERITIES))).mean(1).tolist()
+    accuracies = (*means, float(np.mean(means)))
+    if math.isnan(clean) or math.isnan(accuracies[-1]):
         return [{"column": column} for column in CORRUPTED]
     return [
         {"column": column, "accuracy": value, "degradation": 1 - value / clean if clean else None}
-        for column, value in accuracies
+        for column, value in zip(CORRUPTED, accuracies, strict=True)
     ]
+
+
+def _clean_and_corrupted(shared: SharedContext, item: RowTask) -> Iterator[Split]:
+    """Yield the test split, then its images under each corruption and severity."""
+    yield shared.context.split
+    for name in CORRUPTIONS:
+        for severity in SEVERITIES:
+            yield corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
 
 
 class CostTask(NamedTuple):

@@ -3,32 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from support.chains import SETTINGS, arrays, brief_context, context_of
+from support.chains import SETTINGS, arrays, brief_context, context_of, open_display
 
-from fbpc_ray.core import progress
 from fbpc_ray.evaluation.chains import Chain, run_chain
 from fbpc_ray.evaluation.last_layer import run_networks
 from fbpc_ray.models.functional import specify
 
 
-class Display(progress.Progress):
-    """Keeps the shares of the current chain."""
-
-    def __init__(self):
-        super().__init__("evaluate", 1, "chain", watch=progress.Watch(threaded=False))
-        self.shares: list[float] = []
-
-    def set_part(self, share):
-        self.shares.append(share)
-
-
 @pytest.fixture
 def display(monkeypatch):
-    watch = progress.Watch(threaded=False)
-    monkeypatch.setattr(progress, "_watch", watch)
-    shown = Display()
-    watch.open(shown)
-    return shown
+    return open_display(monkeypatch)
 
 
 @pytest.mark.parametrize("num_ood", [0, 180])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.chains import brief_context
+from support.chains import brief_context, open_display
 
 from fbpc_ray.data.corrupted_splits import corrupted_test
 from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
@@ -73,6 +73,19 @@ def test_corrupted_accuracy_is_that_of_the_inference(case, tmp_path):
     row = rows[CORRUPTIONS["brightness"].abbreviation]
     assert row["accuracy"] == pytest.approx(expected)
     assert row["degradation"] == pytest.approx(1 - expected / accuracy(few.test))
+
+
+def test_the_bar_of_a_chain_counts_its_corrupted_images(few, tmp_path, monkeypatch):
+    """3 images of training for each of the coreset's, then 51 predictions of 20 test images by each sample."""
+    context = brief_context(few, "sghmc")._replace(more_images=50 * 20)
+    chain = Chain("x", specify("convnet-in", few.image_shape, 10, 8, 0), 1)
+    display, settings, m = open_display(monkeypatch), context.settings, len(context.coresets["x"].labels)
+    run_row_task(SharedContext(context, few), RowTask(chain, "corruptions", None, tmp_path), "cpu")
+    samples = settings.chain_epochs // settings.chain_every
+    fitting, predicting = 3 * settings.chain_epochs * m, samples * 51 * 20
+    fitted = [part / samples for part in range(1, samples + 1)]
+    expected = [fitting * part for part in fitted] + [fitting + predicting * part / 51 for part in range(1, 52)]
+    assert display.shares == pytest.approx([value / (fitting + predicting) for value in expected])
 
 
 def empty_rows(kind: str) -> list[dict[str, str]]:

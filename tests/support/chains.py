@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbpc_ray.core import progress
 from fbpc_ray.core.config import Evaluation
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.coreset import balanced
@@ -40,3 +41,23 @@ def same(one, other):
 
 def arrays(two_per_class: Pair) -> tuple[np.ndarray, np.ndarray]:
     return two_per_class[0].numpy(), two_per_class[1].numpy()
+
+
+class Display(progress.Progress):
+    """Keeps the shares of the current chain."""
+
+    def __init__(self):
+        super().__init__("evaluate", 1, "chain", watch=progress.Watch(threaded=False))
+        self.shares: list[float] = []
+
+    def set_part(self, share):
+        self.shares.append(share)
+
+
+def open_display(monkeypatch) -> Display:
+    """Open a display that keeps the shares of a chain, the only one of this process."""
+    watch = progress.Watch(threaded=False)
+    monkeypatch.setattr(progress, "_watch", watch)
+    display = Display()
+    watch.open(display)
+    return display
