@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fbpc_ray.commands.arguments import ReproduceArguments
+from fbpc_ray.commands.parsing import flags_of
+from fbpc_ray.core.argument_names import with_overrides
 from fbpc_ray.core.config import Config, from_text, from_word
 from fbpc_ray.core.errors import UserError, closest
 from fbpc_ray.core.progress import log, resume_hint
@@ -15,7 +17,7 @@ from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.outside_coresets import parse
 from fbpc_ray.reproduction.plan import Options
 from fbpc_ray.reproduction.render import cell_means
-from fbpc_ray.reproduction.tables import SCALES, TABLES, Request
+from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, set_by_table
 from fbpc_ray.tracking.run_logging import mlflow_module
 from fbpc_ray.tracking.uri import default_uri
 
@@ -24,6 +26,19 @@ def reproduce(args: ReproduceArguments) -> None:
     """Make the missing rows of a table or figure of the paper, and print it."""
     if args.table not in TABLES:
         raise UserError(f"unknown table '{args.table}': {closest(args.table, list(TABLES))}")
+    try:
+        _reproduce(args)
+    except UserError as error:
+        raise UserError(_in_own_flags(str(error), args.table), error.code) from error.__cause__
+
+
+def _in_own_flags(message: str, table: str) -> str:
+    """Replace the flags that `reproduce` lacks, which its settings have elsewhere."""
+    fixed = {name: name for name in set_by_table(table)} | {"data": "--cifar10, --cifar100 or --tiny-imagenet"}
+    return with_overrides(message, flags_of(ReproduceArguments), fixed)
+
+
+def _reproduce(args: ReproduceArguments) -> None:
     if args.num_chains < 0:
         raise UserError(f"--num-chains: must be 0 or more, got {args.num_chains}")
     if any(count < 1 for count in args.ipc):
@@ -45,7 +60,7 @@ def reproduce(args: ReproduceArguments) -> None:
         args.ood, args.ood_resize, parse(args.coreset_row, "--coreset-row"), parse(args.whitening, "--whitening"),
     )  # fmt: skip
     with resume_hint("run the same command again to continue"):
-        path, rows = run.reproduce(options, log)
+        path, rows = run.reproduce(options, lambda line: log(_in_own_flags(line, args.table)))
     if args.dry_run:
         return
     if args.tracking and rows:

@@ -1,8 +1,8 @@
-"""Name arguments of the Python API, instead of flags, in errors and in lines of the log."""
+"""Name arguments of Python, or overrides of `fbpc reproduce`, not flags, in errors and the log."""
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,8 @@ FLAG = re.compile(
 )
 """A command in backticks, which stays; or a flag with the word after it, or with alternatives such as `a | b`."""
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
+NEXT_OVERRIDE = re.compile(r"( \w+=[^\s:;,)]+) --override(?= )")
+"""An override right after another: both are values of one flag."""
 RERUN = re.compile(r"run (the same command( again)?|again)( with --resume)?\b")
 """Advice to run a command once more; a function has no run directory, which --resume needs."""
 
@@ -61,6 +63,31 @@ def with_arguments(message: str) -> str:
 def _aligned(match: re.Match[str]) -> str:
     text = _argument(match)
     return text.ljust(len(match[0])) if match.string.startswith("  ", match.end()) else text
+
+
+def with_overrides(message: str, flags: Set[str], fixed: Mapping[str, str]) -> str:
+    """Replace the flags of settings in `message` by overrides: `--width 8` by `--override width=8`.
+
+    Args:
+        flags: names of flags that the command has, which stay.
+        fixed: {setting that no override changes: what stands for its flag}; before a value its name stands.
+    """
+
+    def override(match: re.Match[str]) -> str:
+        name, value = (match["flag"] or "").replace("-", "_"), match["value"]
+        kind = _types().get(name)
+        if kind is None or name in OTHER_ARGUMENTS or name in flags:
+            return match[0]
+        rest = f" {value}" if value else ""
+        if name in fixed:
+            return f"{name}{rest}" if value else fixed[name]
+        if kind is bool:
+            return f"--override {name}={'false' if match['no'] else 'true'}{rest}"
+        if value and _literal(kind, value):
+            return f"--override {name}={value}"
+        return f"--override {name}=...{rest}"
+
+    return NEXT_OVERRIDE.sub(r"\1", FLAG.sub(override, message))
 
 
 def _argument(match: re.Match[str]) -> str:

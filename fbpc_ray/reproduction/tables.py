@@ -248,9 +248,14 @@ SET_BY_TABLES = ("data", "architectures", "method", "ipc", "seed", "augment", "v
 SET_BY_THE_COMMAND = ("num_chains", "data_root", "download", "experts", "out", "tracking", "experiment")
 
 
+def set_by_table(name: str) -> tuple[str, ...]:
+    """Return the settings that a table sets, so that no override can."""
+    return (*SET_BY_TABLES, *(["inference"] if TABLES[name].kind == "grid" else []))
+
+
 def cells_of(name: str, request: Request) -> list[Cell]:
     """Return the cells of a table for seed 0 of the distillation. Raises UserError for a bad override."""
-    for flag in (*SET_BY_TABLES, *(["inference"] if TABLES[name].kind == "grid" else [])):
+    for flag in set_by_table(name):
         if flag in request.overrides:
             raise UserError(f"--override {flag}=...: the table sets {flag}; leave the override out")
     for flag in SET_BY_THE_COMMAND:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fbpc_ray
-from fbpc_ray.core.argument_names import names_arguments, with_arguments
+from fbpc_ray.core.argument_names import names_arguments, with_arguments, with_overrides
 from fbpc_ray.core.errors import UserError
 
 
@@ -40,6 +40,28 @@ def test_flags_of_settings_become_arguments(message, expected):
     assert with_arguments(message) == expected
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("--gamma: must be above 0, got 0", "--override gamma=...: must be above 0, got 0"),
+        ("--width 7 has no groups: make --width a multiple of 8",
+         "--override width=7 has no groups: make --override width=... a multiple of 8"),
+        ("--learn-labels: leave it out, or --no-learn-labels",
+         "--override learn_labels=true: leave it out, or --override learn_labels=false"),
+        ("give --memory-budget '' --chunk-images 0", "give --override memory_budget='' chunk_images=0"),
+        ("lower --alpha, --lambda-x or --lambda-u",
+         "lower --override alpha=..., --override lambda_x=... or --override lambda_u=..."),
+        ("--ipc 3: use --device cpu", "--ipc 3: use --device cpu"),
+        ("--method vbpc supports fp32 alone", "method vbpc supports fp32 alone"),
+        ("its data set (--data), or --image-size 8", "its data set (--cifar10), or --override image_size=8"),
+        ("score it by `fbpc evaluate --width 8`", "score it by `fbpc evaluate --width 8`"),
+    ],
+)  # fmt: skip
+def test_flags_of_settings_become_overrides(message, expected):
+    fixed = {"method": "method", "data": "--cifar10"}
+    assert with_overrides(message, {"ipc", "device"}, fixed) == expected
+
+
 def test_a_function_keeps_its_name_and_the_code_of_its_error():
     @names_arguments
     def raises(line: str) -> None:
@@ -68,9 +90,9 @@ def test_the_log_of_a_function_names_arguments():
 ROOMS = ("core", "data", "models", "inference", "evaluation", "distillation", "execution")
 OF_COMMANDS = {
     "--dry-run", "--format", "--json", "--out", "--resume", "--ood", "--ood-resize", "--protocol",
-    "--coreset",
+    "--coreset", "--override",
 }  # fmt: skip
-"""Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images."""
+"""Flags in messages that only commands reach: the files of runs and exports, plans, calibration, OOD images, tables."""
 OF_OTHER_PROGRAMS = {"--porcelain", "--short", "--untracked-files", "--version", "--working-dir"}
 """Flags of git, the compiler and Ray."""
 

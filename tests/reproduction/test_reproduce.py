@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.runs import foreign_flags, refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.core.config import Config
@@ -297,14 +298,44 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(more, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main.main(["reproduce", *more, "--out", str(tmp_path / "out"), "--backend", "serial"])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert "\n" not in error
+    error = refused(capsys, *more, "--out", str(tmp_path / "out"), "--backend", "serial", command="reproduce")
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "advice"),
+    [
+        (["start_epoch=9", "expert_epochs=2"], "start_epoch=9 (from) .* or raise --override expert_epochs=...; --only"),
+        (["width=4.5"], "error: --override width=...: must be of type int, got 4.5"),
+        (["depth=5"], "lower --override depth=..."),
+        (["method=foo"], "error: method: got 'foo'; did you mean frepo?"),
+        (
+            ["draws_per_step=9", "pool_size=3"],
+            "--override draws_per_step=9: vbpc .*; raise --override pool_size=... to",
+        ),
+        (["precision=bf16"], "--override precision=bf16: method vbpc supports fp32 alone; use --override precision="),
+        (["memory_budget=1GB"], "--override memory_budget=1GB: the gradient of method vbpc can't be computed in"),
+        (["threads=-3"], "--threads: must be 0 or more, got -3"),
+    ],
+)
+def test_errors_name_flags_of_the_command_and_overrides(more, advice, tmp_path, capsys):
+    chosen = ["--only", "VBPC/"] if "vbpc" in advice else []
+    table = ["grid" if chosen else "table1", "--cifar10", "digits", "--out", str(tmp_path / "out"), *chosen]
+    error = refused(capsys, *table, "--backend", "serial", "--override", *more, command="reproduce")
+    assert re.search(advice.replace("(", r"\(").replace(")", r"\)").replace("...", r"\.\.\."), error), error
+
+
+def test_the_log_names_overrides(tmp_path, capsys):
+    """Experts of two epochs on few batches are too short: the note says what to give."""
+    data = ["--cifar10", "digits", "--backend", "serial", "--distill-seeds", "1", "--no-tracking"]
+    main.main([
+        "reproduce", "fig3", *data, "--out", str(tmp_path / "out"), "--experts", str(tmp_path / "experts"),
+        "--override", *TINY,
+    ])  # fmt: skip
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "too few to learn" in line]
+    assert "try --override expert_batch_size=32 expert_lr=0.05, or more --override expert_epochs=..." in note
+    assert not foreign_flags(note, "reproduce", ["--override"])
 
 
 def test_rows_of_other_corrupted_images_are_made_again(tmp_path):
