@@ -6,6 +6,7 @@ import difflib
 import io
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -181,6 +182,7 @@ def parse(
             raise
         raise UserError(f"{explanation(box.getvalue())}; see {program} --help") from None
     values = _values(arguments)
+    _refuse_repeated(values, words)
     check_flags(values)
     files.check_output(values.get("json", ""))
     log_to_stderr(values.get("json") == "-")
@@ -207,6 +209,15 @@ def _refuse_unknown(kind: type, words: Sequence[str], program: str) -> None:
             close = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise UserError(f"{flag}: {program} has no such flag; {hint}see {program} --help")
+
+
+def _refuse_repeated(values: dict[str, Any], words: Sequence[str]) -> None:
+    """Raise UserError for a flag of several values that `words` hold twice: its first values would be lost."""
+    given = Counter(word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple) and given[flag] > 1:
+            raise UserError(f"{flag}: given {given[flag]} times; give all its values after one {flag}")
 
 
 def explanation(box: str) -> str:

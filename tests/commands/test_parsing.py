@@ -35,6 +35,11 @@ EARLY = ("data", "ipc", "method", "architectures", "address", "out")
         ("export run --format gif", "--format: must be one of 'hf', 'safetensors'"),
         ("reproduce table1 --ipc one", "--ipc: got the unexpected value 'one'"),
         ("evaluate --coreset x", "--data: missing; name the data set"),
+        (
+            "reproduce fig3 --override gamma=1 --override steps=2",
+            "--override: given 2 times; give all its values after",
+        ),
+        ("distill --architectures convnet-in --architectures=vgg11", "--architectures: given 2 times; give all its"),
         ("tunee", "unknown command 'tunee': did you mean tune?"),
     ],
 )
