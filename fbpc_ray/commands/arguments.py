@@ -82,7 +82,7 @@ class EvaluateArguments:
     """A second data set, as --data takes it: also score how well entropy and mutual information separate its test
     images from those of the run (AUROC)."""
     ood_resize: bool = False
-    """Resize the images of --ood to the size of the run's."""
+    """Resize the images of --ood to the size of the run's; of several sizes, as --image-size of `distill` does."""
     data_root: str = ""
     """As for `distill`; empty means that of the run."""
     download: bool = False
@@ -184,7 +184,7 @@ class ReproduceArguments:
     ood: str = ""
     """Data set whose test images are out of distribution (grid), as --data takes it; empty: no AUROC."""
     ood_resize: bool = False
-    """Resize the images of --ood to the size of the data."""
+    """Resize the images of --ood to the size of the data; as for `fbpc evaluate`."""
     coreset_row: tuple[str, ...] = ()
     """NAME=PATH (grid): a row NAME of a coreset that others made, soft labels too, as `evaluate --coreset` takes it."""
     whitening: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from fbpc_ray.evaluation.calibration import Calibrated
 from fbpc_ray.evaluation.evaluate import EvaluationResult, check_split, check_split_name, describe_evaluation
 from fbpc_ray.execution import advice, memory_budget, memory_estimate, validation
 from fbpc_ray.execution.backends import open_backend
-from fbpc_ray.execution.session import Session, load_data, network_specs
+from fbpc_ray.execution.session import Session, load_as_it_is, load_ood, network_specs
 from fbpc_ray.execution.worker_group import cpu_threads
 from fbpc_ray.models.functional import Spec
 from fbpc_ray.reporting.charts import histograms
@@ -104,7 +104,7 @@ def _open(run: RunDirectory, config: Config) -> Session:
     """Open a session of the run's coresets, without experts. Raises UserError if they don't fit the data set."""
     learned = run.read_coreset(config)
     coresets = {"random": coreset.load(run.random_path), config.distillation.method: learned}
-    dataset = load_data(config, log)
+    dataset = load_as_it_is(config, log)
     specs, m = network_specs(config, dataset), max(len(one.labels) for one in coresets.values())
     images = len(dataset.train.labels)
     words = shlex.join(["fbpc", "evaluate", "--coreset", str(run.folder), "--data", config.data.data])
@@ -125,9 +125,7 @@ def _open(run: RunDirectory, config: Config) -> Session:
 
 
 def _ood_images(session: Session, options: Options) -> Split:
-    other = load_data(
-        session.config.updated(data=options.ood, normalisation="auto", label_column="", image_column="", test=0.0), log
-    )
+    other = load_ood(session.config, options.ood, session.dataset, options.ood_resize, log)
     return ood_split(session.dataset, other, options.ood_resize)
 
 

@@ -17,7 +17,7 @@ from fbpc_ray.core.rng import generator
 from fbpc_ray.data.parquet import Columns
 from fbpc_ray.data.raw import RawDataset, RawSplit, size
 from fbpc_ray.data.readers import read
-from fbpc_ray.data.resize import Resizing
+from fbpc_ray.data.resize import Resizing, SeveralSizes
 from fbpc_ray.data.splits import listed
 
 KNOWN: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -263,10 +263,10 @@ def _check_part(split: str, part: RawSplit, train: RawSplit, classes: tuple[str,
             f"{'negative; labels start at 0' if label < 0 else f'out of range; {fits}'}; correct or remove the row"
         )
     if part.images.shape[1:] != train.images.shape[1:]:
-        fix = "size: resize them, such as by --image-size 32"
+        kind, fix = SeveralSizes, "size: resize them, such as by --image-size 32"
         if part.images.shape[1] != train.images.shape[1]:
-            fix = "number of channels: convert them"
-        raise UserError(
+            kind, fix = UserError, "number of channels: convert them"
+        raise kind(
             f"{part.place(0)}: the {split} image is {size(part.images)}, the train images ({train.place(0)}) are "
             f"{size(train.images)}; all images must have one {fix}"
         )

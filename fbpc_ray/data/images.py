@@ -13,7 +13,7 @@ from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import progress
 from fbpc_ray.data.libtiff import collected_messages
 from fbpc_ray.data.raw import BAR_DELAY, LFS_POINTER, line, size
-from fbpc_ray.data.resize import UNCHANGED, Resizing, Sizes, resized
+from fbpc_ray.data.resize import UNCHANGED, Resizing, SeveralSizes, Sizes, resized
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 """What PIL may take a file for, whatever its name: it would run Ghostscript, a program of its own, on PostScript."""
@@ -67,7 +67,7 @@ def decode(
             if index == 0:
                 images, first = np.empty((count, *pixels.values.shape), np.uint8), pixels.orientation
             if pixels.values.shape != images.shape[1:]:
-                raise UserError(
+                raise SeveralSizes(
                     f"{place(index)}: the image is {size(pixels.values)}{_turned(pixels.orientation)}, "
                     f"the first one ({place(0)}) is {size(images)}{_turned(first)}; "
                     "all images must have one size: resize them, such as by --image-size 32"

@@ -20,6 +20,10 @@ MAX_RATIO = 50
 MODES = ("crop", "stretch")
 
 
+class SeveralSizes(UserError):
+    """Images of several sizes, which the reader was not asked to resize."""
+
+
 class Resizing(NamedTuple):
     """How images are resized."""
 

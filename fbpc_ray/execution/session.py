@@ -1,6 +1,7 @@
 """A session: a configuration with its data set, networks, expert stores and steps."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fbpc_ray.core.config import Config
+from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.storage import Place, place
@@ -18,6 +20,7 @@ from fbpc_ray.data import coreset_reader, datasets
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.coreset_reader import Loaded
 from fbpc_ray.data.datasets import Dataset
+from fbpc_ray.data.resize import SeveralSizes
 from fbpc_ray.distillation import network_pool
 from fbpc_ray.distillation.expert_format import Recipe
 from fbpc_ray.distillation.expert_store import ExpertStore, open_store
@@ -197,6 +200,44 @@ def load_data(config: Config, log: Log) -> Dataset:
     for note in dataset.notes:
         log(f"note: {note}")
     return dataset
+
+
+FLAGS_OF_READERS = (
+    (r", such as by --image-size \d+", ""),
+    (r"name (the|another) column with --(?:image|label)-column", r"rename \1 column"),
+    (r"; --resize stretch takes it", ""),
+)
+"""(advice with a flag of readers, the same without it)."""
+
+
+def load_as_it_is(config: Config, log: Log, more: str = "") -> Dataset:
+    """Load data that the command has no flags to read otherwise: errors say what to change in the files, or `more`.
+
+    Raises UserError as `load_data`.
+    """
+    try:
+        return load_data(config, log)
+    except UserError as error:
+        message = str(error)
+        for flag, fix in FLAGS_OF_READERS:
+            message = re.sub(flag, fix, message)
+        raise type(error)(message + more * isinstance(error, SeveralSizes), error.code) from error.__cause__
+
+
+def load_ood(config: Config, name: str, dataset: Dataset, resize: bool, log: Log) -> Dataset:
+    """Load the data set of --ood, whose columns, splits and normalisation are its own.
+
+    With `resize`, images of several sizes are resized to the square images of `dataset` as --image-size does; images of
+    one size stay for `ood_split`. Raises UserError.
+    """
+    own = config.updated(data=name, normalisation="auto", label_column="", image_column="", test=0.0)
+    try:
+        return load_as_it_is(own, log, "" if resize else ", or add --ood-resize")
+    except SeveralSizes:
+        _, height, width = dataset.image_shape
+        if not resize or height != width:
+            raise
+        return load_as_it_is(own.updated(image_size=height), log)
 
 
 def network_specs(config: Config, dataset: Dataset | Coreset) -> list[Spec]:

@@ -31,7 +31,7 @@ from fbpc_ray.distillation.expert_training import train_missing_experts
 from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.evaluation.chains import Chain, arrays_of, evaluation_context, without_impossible_compilation
 from fbpc_ray.execution.backends import open_backend
-from fbpc_ray.execution.session import expert_store, load_data, network_specs, uses_experts
+from fbpc_ray.execution.session import expert_store, load_ood, network_specs, uses_experts
 from fbpc_ray.execution.sizing import local_device
 from fbpc_ray.models.functional import Spec, specify
 from fbpc_ray.reporting import image_grids
@@ -108,7 +108,8 @@ def _extra_columns(options: Options, dataset: Dataset, log: Log) -> ExtraColumns
     """Describe the columns that a grid has beside the scores; None for other tables."""
     if TABLES[options.table].kind != "grid":
         return None
-    other = load_data(options.request.base.updated(data=options.ood), log) if options.ood else None
+    base = options.request.base
+    other = load_ood(base, options.ood, dataset, options.ood_resize, log) if options.ood else None
     return extra_columns(dataset, other, options.ood_resize, options.corruptions, options.request.scale.extra_images)
 
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from support.image_files import encoded, pixels, write_images, write_parquet
 from support.runs import distil, flags, refused, silent
 
 from fbpc_ray import api
@@ -20,6 +21,7 @@ from fbpc_ray.core.presets import preset
 from fbpc_ray.core.sizes import Seconds
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
+from fbpc_ray.distillation.run_directory import RunDirectory
 from fbpc_ray.distillation.state import initial_state
 from fbpc_ray.execution import advice, memory_estimate, sizing, timing
 from fbpc_ray.execution.session import load_data, network_specs, open_session
@@ -364,6 +366,32 @@ def test_the_plan_of_an_evaluation_downloads_nothing_and_needs_no_initial_corese
     line = refused(capsys, *words, "--download", command="evaluate")
     assert "download it with --download" in line and not (tmp_path / "data").exists()
     assert "there is no --ood to resize" in refused(capsys, *words, "--ood-resize", command="evaluate")
+
+
+def test_errors_of_ood_data_name_no_flag_that_the_command_lacks(finished_run, tmp_path, capsys):
+    """--image-size and --image-column are of the data of a distillation; --ood has files alone, and --ood-resize."""
+    for number in range(4):
+        write_images(tmp_path / "mixed" / "ab"[number % 2] / str(number), pixels(1, size=8 + number))
+    write_parquet(tmp_path / "a.parquet", [encoded(image) for image in pixels(4)], [0, 1] * 2, image="photo")
+    of_run = (str(finished_run), "--backend", "serial", "--dry-run")
+    of_table = ("grid", "--cifar10", "digits", "--backend", "serial", "--dry-run", "--out", str(tmp_path / "out"))
+    for command, words in (("evaluate", of_run), ("reproduce", of_table)):
+        line = refused(capsys, *words, "--ood", f"folder:{tmp_path / 'mixed'}", command=command)
+        assert line.endswith("; all images must have one size: resize them, or add --ood-resize")
+        line = refused(capsys, *words, "--ood", f"parquet:{tmp_path / 'a.parquet'}", command=command)
+        assert (
+            line.endswith("; rename the column")
+            and "no column img or image or imgs or images (found photo, label)" in line
+        )
+
+
+def test_a_run_whose_images_have_several_sizes_now_is_one_line(finished_run, tmp_path, capsys):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    for number in range(4):
+        write_images(tmp_path / "mixed" / "ab"[number % 2] / str(number), pixels(1, size=8 + number))
+    RunDirectory(folder).write_config(read_config(folder).updated(data=f"folder:{tmp_path / 'mixed'}"))
+    line = refused(capsys, str(folder), "--backend", "serial", command="evaluate")
+    assert line.endswith("; all images must have one size: resize them")
 
 
 def test_a_preset_without_experts_trains_none(tmp_path, capsys):

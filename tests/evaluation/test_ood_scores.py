@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from support.chains import SETTINGS, Pair, arrays, context_of
+from support.errors import refusal
+from support.image_files import pixels, write_images
 
+from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.rng import generator
-from fbpc_ray.data.datasets import Split, tensors
+from fbpc_ray.data.datasets import Split, load, tensors
 from fbpc_ray.data.loader import DeviceDataset
 from fbpc_ray.data.ood import ood_split
 from fbpc_ray.evaluation.chains import (
@@ -25,6 +28,7 @@ from fbpc_ray.evaluation.chains import (
 )
 from fbpc_ray.evaluation.evaluate import collect
 from fbpc_ray.evaluation.scoring import average_of, score
+from fbpc_ray.execution.session import load_ood
 from fbpc_ray.inference.metrics import Scores, batch_nll, predictive_stats
 from fbpc_ray.inference.uncertainty import Uncertainty, auroc
 from fbpc_ray.models.functional import specify
@@ -95,6 +99,23 @@ def test_ood_images_are_fitted_or_refused(digits):
     ramp = noise(digits, (1, 16, 16))
     ramp.test.images[:] = 8 * np.arange(16)
     assert ood_split(digits, ramp, resize=True).images[0, 0, 0, 1:-1].tolist() == [16 * i + 4 for i in range(1, 7)]
+
+
+def test_ood_images_of_several_sizes_are_resized_as_image_size_does(digits, tmp_path):
+    """Images of one size are left for `ood_split`, so that scores stay what they were; no size fits oblong networks."""
+    for number, size in enumerate((8, 9, 10, 12)):
+        write_images(tmp_path / "mixed" / "ab"[number % 2] / str(number), pixels(1, size=size))
+        write_images(tmp_path / "same" / "ab"[number % 2] / str(number), pixels(1, number, size=12))
+    colour = digits._replace(train=Split(digits.train.images.repeat(3, axis=1), digits.train.labels))
+    mixed, same = f"folder:{tmp_path / 'mixed'}", f"folder:{tmp_path / 'same'}"
+    lines: list[str] = []
+    loaded = load_ood(Config(), mixed, colour, True, lines.append)
+    assert np.array_equal(loaded.test.images, load(mixed, image_size=8).test.images)
+    assert any("resized to 8x8 (short side, then centre crop)" in line for line in lines)
+    assert load_ood(Config(), same, colour, True, lines.append).image_shape == (3, 12, 12)
+    oblong = colour._replace(train=Split(np.zeros((2, 3, 8, 6), np.uint8), np.arange(2)))
+    for data, resize, end in ((oblong, True, "resize them"), (colour, False, "or add --ood-resize")):
+        assert refusal(load_ood, Config(), mixed, data, resize, lines.append).endswith(end)
 
 
 def test_the_histogram_shows_the_uncertainty_of_the_first_chain():
