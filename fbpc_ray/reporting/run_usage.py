@@ -6,8 +6,9 @@ from dataclasses import fields
 
 from fbpc_ray.core.addresses import redacted
 from fbpc_ray.core.config import Config, Output, Workers
-from fbpc_ray.core.presets import start_of, with_method
+from fbpc_ray.core.presets import PAPER, start_of, with_method
 from fbpc_ray.core.storage import Remote
+from fbpc_ray.execution.used_settings import uses
 from fbpc_ray.reporting.document import Block, Code, Heading, Text
 from fbpc_ray.reporting.run_facts import LAST_BITS
 from fbpc_ray.reporting.run_reader import EndedRun
@@ -40,12 +41,12 @@ images, labels, mean, std, classes, soft_labels = coreset.load(place({path!r}))[
 
 
 def command(config: Config) -> list[str]:
-    """Return the command line that repeats a run in a new folder: a preset, and what differs from it."""
+    """Return the command line that repeats a run in a new folder: a preset, and what differs from it and has a use."""
     (row, start), d = start_of(config), config.distillation
     before = with_method(start, d.method, d.ipc).flat() | {"method": start.distillation.method}
-    words = ["fbpc", "distill", *(["--preset", row] if row else [])]
+    words = ["fbpc", "distill", "--preset", row or PAPER]  # without a preset, sizes would be chosen for the data
     for name, value in config.flat().items():
-        if name in PLACES or value == before[name]:
+        if name in PLACES or value == before[name] or not uses(config, name):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):

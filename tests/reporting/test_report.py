@@ -16,13 +16,14 @@ from support.browser import browsed, visit
 from support.report_page import report_page
 from support.runs import SMALL_VBPC, flags_of
 
-from fbpc_ray.commands import main
+from fbpc_ray.commands import main, parsing
 from fbpc_ray.commands.parsing import distill_arguments
 from fbpc_ray.core import inputs
 from fbpc_ray.core.config import Config, read_config
 from fbpc_ray.core.presets import preset, with_method
 from fbpc_ray.data import coreset
 from fbpc_ray.distillation.run_directory import RunDirectory
+from fbpc_ray.execution.used_settings import uses
 from fbpc_ray.reporting import document, html, markdown, run_usage
 
 HOSTILE = '<script>alert("x")</script>|a`b*c_[d](http://evil) & <img src=http://evil>'
@@ -69,21 +70,26 @@ def test_the_page_holds_every_value_and_needs_nothing_else(ended_runs, tmp_path,
         with_method(preset("cifar10-ipc1"), "bpc-rkl", 1).updated(seed=7, experts="/some where/it's"),
         with_method(Config(), "bpc-w", 10).updated(data="npz:a b.npz", ipc=10, architectures=("convnet-bn", "lenet")),
         preset("digits").updated(method="random", ipc=5, compiled="off"),
+        with_method(preset("digits"), "vbpc", 1).updated(
+            expert_count=3, gamma=9.0, mc_samples=4, chain_epochs=7, seed=2
+        ),
+        Config().updated(data="folder:x"),
         preset("digits").updated(width=8, inner_alpha=1e-7, backend="serial", out="x", tracking=False),
         preset("tiny-imagenet-ipc1").updated(download=True, steps=3, experiment="other"),
     ],
 )
 def test_the_command_makes_the_configuration_again(config):
-    """As a shell and the command line read it; but for what changes no result."""
+    """As a shell and the command line read it, with all of its sizes; but for what changes no result."""
     script = f"fbpc() {{ printf '%s\\0' \"$@\"; }}; {run_usage.wrap_command(run_usage.command(config))}"
     output = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=300).stdout
     first, *words = output.split("\0")[:-1]
     assert first == "distill"
     arguments = distill_arguments(words)
     again, before = arguments.config.flat(), config.flat()
-    assert {name: value for name, value in again.items() if name not in run_usage.PLACES} == {
-        name: value for name, value in before.items() if name not in run_usage.PLACES
-    }
+    counting = [name for name in before if name not in run_usage.PLACES and uses(config, name)]
+    assert {name: again[name] for name in counting} == {name: before[name] for name in counting}
+    assert parsing.start_of(words)[1] is None  # nothing is left to be chosen from the data
+    assert all(uses(config, name) for name in parsing.flags_in(words))
 
 
 def test_a_run_without_experts_that_began_as_another_coreset(ended_runs, tmp_path):
