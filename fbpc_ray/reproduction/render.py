@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fbpc_ray.core.config import Config
+from fbpc_ray.core.config import ELSEWHERE, Config
 from fbpc_ray.core.tables import markdown_table
 from fbpc_ray.evaluation import protocols
 from fbpc_ray.evaluation.results import Quantity
@@ -95,6 +95,7 @@ def cell_means(table: str, rows: list[Row]) -> dict[str, float]:
 def picture(table: str, scale: str, rows: list[Row], path: Path) -> bool:
     """Draw the table's first quantity as bars, the paper's values as marks; or accuracy against ECE.
 
+    `scale`, here and in the other pictures, is that of `scale_of`.
     Return False, and draw nothing, where accuracy against ECE has no point: all chains diverged.
     """
     if TABLES[table].figure == "scatter":
@@ -140,9 +141,20 @@ def picture_of_seconds(table: str, scale: str, rows: list[Row], path: Path) -> b
     return bool(panels)
 
 
+def scale_of(name: str, request: Request) -> str:
+    """Return the scale of a reproduction as a picture's title names it, without a line break; "" for the paper's."""
+    if name != "paper":
+        return f"{name}\u00a0scale"
+    return "paper's\u00a0scale,\u00a0overridden" if _overridden(request) else ""
+
+
+def _overridden(request: Request) -> bool:
+    """Return whether an override changes the cells, not only the machine that makes them."""
+    return bool(request.overrides.keys() - ELSEWHERE)
+
+
 def _title(table: str, scale: str) -> str:
-    """Return the title with the scale; no line break falls inside the scale."""
-    return TABLES[table].title + ("" if scale == "paper" else f" ({scale}\u00a0scale)")
+    return TABLES[table].title + (f" ({scale})" if scale else "")
 
 
 BY_IPC = re.compile(r"(?:(.*) )?ipc (\d+)")
@@ -219,9 +231,9 @@ def _describe_scale(scale: str, request: Request, configs: list[Config]) -> str:
     )
     changed = ", ".join(f"{name}={value}" for name, value in request.overrides.items())
     size += f"; every cell with {changed}" if changed else ""
-    kind = (
-        "At the paper's scale" if scale == "paper" and not request.overrides else "**At small scale, not the paper's**"
-    )
+    kind = "**At small scale, not the paper's**"
+    if scale == "paper":
+        kind = "**At the paper's scale, but for overrides**" if _overridden(request) else "At the paper's scale"
     return f"{kind}: {size}."
 
 

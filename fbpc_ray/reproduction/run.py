@@ -40,7 +40,7 @@ from fbpc_ray.reproduction.estimate import estimate
 from fbpc_ray.reproduction.extras import ExtraColumns, Extras, extra_columns, extra_notes
 from fbpc_ray.reproduction.outside_coresets import whitening_of
 from fbpc_ray.reproduction.plan import Options, Task, by_data, eval_seeds, tasks_of, without_coreset
-from fbpc_ray.reproduction.render import markdown, over_ipc, picture, picture_of_seconds
+from fbpc_ray.reproduction.render import markdown, over_ipc, picture, picture_of_seconds, scale_of
 from fbpc_ray.reproduction.rows import Rows
 from fbpc_ray.reproduction.tables import TABLES
 
@@ -268,12 +268,13 @@ def _write(options: Options, tasks: list[Task], rows: list[dict[str, Any]]) -> P
         title = f"{task.cell.row}, {task.dataset.name}, {task.cell.config.distillation.ipc} per class"
         image_grids.coreset_grid(pixels, pseudocoreset.labels.numpy(), pseudocoreset.classes, image, title)
     else:
-        if not picture(options.table, options.scale, rows, image):
+        scale = scale_of(options.scale, options.request)
+        if not picture(options.table, scale, rows, image):
             images.remove(image.name)
-        if over_ipc(options.table, options.scale, rows, sizes):
+        if over_ipc(options.table, scale, rows, sizes):
             images.append(sizes.name)
         seconds = image.with_name(f"{options.table}-seconds.png")
-        if kind == "grid" and picture_of_seconds(options.table, options.scale, rows, seconds):
+        if kind == "grid" and picture_of_seconds(options.table, scale, rows, seconds):
             images.append(seconds.name)
     files.write_text(path, markdown(options.table, options.scale, options.request, configs, rows, images, footnotes))
     return path

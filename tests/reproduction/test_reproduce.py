@@ -23,7 +23,7 @@ from fbpc_ray.reproduction import run
 from fbpc_ray.reproduction.cost import measure
 from fbpc_ray.reproduction.paper import PAPER
 from fbpc_ray.reproduction.plan import Options, tasks_of
-from fbpc_ray.reproduction.render import _points, markdown, picture
+from fbpc_ray.reproduction.render import _points, _title, markdown, picture, scale_of
 from fbpc_ray.reproduction.rows import SCHEMA, cell_key, coreset_key
 from fbpc_ray.reproduction.run import _described, _of_these_images
 from fbpc_ray.reproduction.tables import SCALES, TABLES, Request, cells_of
@@ -365,6 +365,27 @@ def test_the_title_names_every_override():
     text = markdown("table1", "small", request, [cell.config for cell in cells_of("table1", request)], [], [], ())
     assert "; every cell with alpha=300.0, views=8." in text
     assert "every cell" not in markdown("table1", "small", paper_request("small"), [Config()], [], [], ())
+
+
+@pytest.mark.parametrize(
+    ("scale", "overrides", "words", "of_picture"),
+    [
+        ("small", {"views": 8}, "**At small scale, not the paper's**: ", " (small\u00a0scale)"),
+        ("paper", {}, "At the paper's scale: ", ""),
+        ("paper", {"threads": 1}, "At the paper's scale: ", ""),
+        (
+            "paper",
+            {"views": 8},
+            "**At the paper's scale, but for overrides**: ",
+            " (paper's\u00a0scale,\u00a0overridden)",
+        ),
+    ],
+)
+def test_the_scale_is_that_of_the_cells(scale, overrides, words, of_picture):
+    request = paper_request(scale, **overrides)
+    text = markdown("table1", scale, request, [cell.config for cell in cells_of("table1", request)], [], [], ())
+    assert text.splitlines()[2].startswith(words)
+    assert _title("table1", scale_of(scale, request)) == TABLES["table1"].title + of_picture
 
 
 def test_an_override_of_the_machine_and_a_relative_path_reach_the_cells(digits, tmp_path, monkeypatch):
