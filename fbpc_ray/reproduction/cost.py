@@ -64,6 +64,12 @@ def measure(config: Config, device: str, steps: int) -> Cost:
     job = json.dumps({"config": config.flat(), "device": device, "steps": steps})
     program = [sys.executable, "-m", "fbpc_ray.reproduction.cost"]
     process = subprocess.run(program, input=job, capture_output=True, text=True)
+    if process.returncode < 0:
+        raise UserError(
+            f"the measurement failed: signal {-process.returncode} ended its process, as it does when memory runs out; "
+            "free memory, then run the same command again",
+            code=1,
+        )
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
         raise UserError(f"the measurement failed: {lines[-1].removeprefix('error: ')}")

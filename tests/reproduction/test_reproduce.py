@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.errors import refusal
 from support.runs import foreign_flags, refused
 
 from fbpc_ray.commands import main
@@ -264,6 +265,19 @@ def test_cost_is_measured_in_its_own_process(tmp_path):
     assert measure(three, "cpu", 2).peak_gb < 2 * many.peak_gb  # one after the other on one device
     with pytest.raises(UserError, match=r"measurement failed: .*nowhere"):
         measure(config.updated(data="npz:/nowhere.npz"), "cpu", 1)
+
+
+@pytest.mark.slow
+def test_a_killed_measurement_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dying.py").write_text(
+        "import os, signal, sys\n\n\ndef build(shape, classes):\n    print('a warning', file=sys.stderr, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    line = refusal(measure, preset("digits").updated(architectures=("dying:build",)), "cpu", 1)
+    assert line.startswith(
+        "the measurement failed: signal 9 ended its process, as it does when memory runs out; free memory"
+    )
 
 
 @pytest.mark.parametrize(
