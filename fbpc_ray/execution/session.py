@@ -211,9 +211,9 @@ FLAGS_OF_READERS = (
 
 
 def load_as_it_is(config: Config, log: Log, more: str = "") -> Dataset:
-    """Load data that the command has no flags to read otherwise: errors say what to change in the files, or `more`.
+    """Load data that the command has no flags to read otherwise: errors say what to change in the files.
 
-    Raises UserError as `load_data`.
+    `more` ends the error on images of several sizes. Raises UserError as `load_data`.
     """
     try:
         return load_data(config, log)
@@ -221,7 +221,9 @@ def load_as_it_is(config: Config, log: Log, more: str = "") -> Dataset:
         message = str(error)
         for flag, fix in FLAGS_OF_READERS:
             message = re.sub(flag, fix, message)
-        raise type(error)(message + more * isinstance(error, SeveralSizes), error.code) from error.__cause__
+        if isinstance(error, SeveralSizes):
+            message += more
+        raise type(error)(message, error.code) from error.__cause__
 
 
 def load_ood(config: Config, name: str, dataset: Dataset, resize: bool, log: Log) -> Dataset:
