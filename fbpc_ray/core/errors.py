@@ -25,6 +25,13 @@ def closest(name: str, known: list[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a file can't be read: the first line of an error, its class where it has none."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def undamaged(path: object, fix: str) -> Iterator[None]:
     """Turn errors of the block, which reads our file `path`, into a UserError that ends with `fix`."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fbpc_ray.core import drawing, files, inputs, storage, tensor_files
-from fbpc_ray.core.errors import UserError, escape_controls
+from fbpc_ray.core.errors import UserError, escape_controls, reason_of
 from fbpc_ray.core.storage import Place
 
 if TYPE_CHECKING:
@@ -207,8 +207,9 @@ def _refusing(path: Place) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: coreset not found; give the file that `fbpc distill` wrote") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
-        raise UserError(f"{path} is not a coreset ({reason}): give the file that `fbpc distill` wrote") from error
+        raise UserError(
+            f"{path} is not a coreset ({reason_of(error)}): give the file that `fbpc distill` wrote"
+        ) from error
 
 
 def _facts(facts: dict[str, str]) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:

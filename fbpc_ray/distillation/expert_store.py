@@ -22,7 +22,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fbpc_ray.core import cache, files, inputs
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.errors import UserError, reason_of
 from fbpc_ray.core.storage import Place, Remote
 from fbpc_ray.distillation import expert_format
 from fbpc_ray.distillation.expert_format import FORMAT, STORED, Recipe, Sink, Trajectory
@@ -216,8 +216,7 @@ class ExpertStore:
             raise UserError(
                 f"{self._arrow(index)} cannot be read ({error.strerror}): fix that and run again"
             ) from error
-        reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["no reason"])[0]
-        raise UserError(f"{self._arrow(index)} is damaged ({reason}): delete it and run again") from error
+        raise UserError(f"{self._arrow(index)} is damaged ({reason_of(error)}): delete it and run again") from error
 
     def _claimed(self) -> bool:
         """Return whether the folder has this recipe. Raises UserError if it has another."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fbpc_ray.core import config, files, inputs, storage, tensor_files
 from fbpc_ray.core.config import MAY_CHANGE_ON_RESUME, Config
-from fbpc_ray.core.errors import UserError, undamaged
+from fbpc_ray.core.errors import UserError, reason_of, undamaged
 from fbpc_ray.core.storage import Place
 from fbpc_ray.data import coreset
 from fbpc_ray.data.coreset import Coreset
@@ -117,8 +117,7 @@ class RunDirectory(Generic[Where]):
             with undamaged(self.metrics_path, fix):
                 rows = [row for row in _rows(self.metrics_path) if row["step"] <= state.step]
         except (safetensors.SafetensorError, pa.ArrowException, OSError) as error:
-            reason = (str(error).splitlines() or ["no reason"])[0]
-            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason}): {fix}") from None
+            raise UserError(f"the checkpoint in {self.folder} is damaged ({reason_of(error)}): {fix}") from None
         return state, rows
 
     def read_fingerprint(self) -> str:
@@ -137,7 +136,7 @@ class RunDirectory(Generic[Where]):
             with undamaged(self.metrics_path, fix):
                 return _rows(self.metrics_path)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.metrics_path} is damaged ({error}): {fix}") from None
+            raise UserError(f"{self.metrics_path} is damaged ({reason_of(error)}): {fix}") from None
 
     def _check_inner_lr(self, state: State) -> None:
         """Raise ValueError if the inner learning rate is not the configuration's, in a run that doesn't learn it."""

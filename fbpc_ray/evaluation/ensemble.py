@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fbpc_ray.core import drawing, files, inputs, storage, tensor_files
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.errors import UserError, reason_of
 from fbpc_ray.core.storage import Place
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.coreset import Coreset
@@ -257,8 +257,7 @@ def load(path: Place, network: str = "", device: str = "cpu") -> Ensemble:
     except FileNotFoundError:
         raise UserError(f"{path}: samples not found; check the path") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, SafetensorError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"{path} holds no posterior samples ({reason}): give a file of theirs") from error
+        raise UserError(f"{path} holds no posterior samples ({reason_of(error)}): give a file of theirs") from error
     if ":" in spec.architecture and network != spec.architecture:
         raise UserError(
             f"{path} holds samples of {spec.architecture}, but a file alone imports no code: name that network too"

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from fbpc_ray.core import files
 from fbpc_ray.core.config import ELSEWHERE, OLD_NAMES, Config, Distillation, Evaluation, original_names
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.errors import UserError, reason_of
 from fbpc_ray.core.settings import Workers
 from fbpc_ray.core.storage import Place
 from fbpc_ray.distillation import network_pool
@@ -146,9 +146,8 @@ class Rows:
                     raise ValueError("it has no rows of a table")
                 rows += file_rows
             except (pa.ArrowException, OSError, ValueError) as error:
-                line = str(error).splitlines()[0]
                 raise UserError(
-                    f"{path} cannot be read ({line}): delete it, and run again to compute its cell"
+                    f"{path} cannot be read ({reason_of(error)}): delete it, and run again to compute its cell"
                 ) from None
         return rows
 

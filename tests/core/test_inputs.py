@@ -9,7 +9,7 @@ import pytest
 
 from fbpc_ray.core import files, inputs
 from fbpc_ray.core.config import Config
-from fbpc_ray.core.errors import UserError
+from fbpc_ray.core.errors import UserError, reason_of
 
 
 def make_socket(path: Path) -> None:
@@ -146,3 +146,10 @@ def test_a_damaged_name_of_the_checksum_does_not_make_an_unchecked_file(name):
 
 def test_no_setting_is_named_like_the_checksum():
     assert inputs.without_checksum(Config().flat()) == Config().flat()
+
+
+def test_every_error_has_a_reason_of_one_line():
+    """Some libraries raise errors without a message."""
+    assert reason_of(ValueError()) == "ValueError"
+    assert reason_of(ValueError("the first\nthe second")) == "the first"
+    assert reason_of(KeyError("spec")) == "it has no 'spec'"
