@@ -93,18 +93,11 @@ def flags_of(kind: type) -> set[str]:
     return names
 
 
-def base_config(words: Sequence[str]) -> Config:
-    """Return the configuration that the flags in `words` change: the stored one on --resume, a preset, or the defaults.
-
-    Raises UserError.
-    """
-    return start_of(words)[0]
-
-
 def start_of(words: Sequence[str], unused: Set[str] = frozenset()) -> tuple[Config, SizeRequest | None]:
-    """Return `base_config`, and the request to choose sizes once the data is loaded; None where all sizes are known.
+    """Return the configuration that flags change, and the request to choose sizes once the data is loaded.
 
-    A run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
+    The first is the stored one on --resume, a preset, or the defaults; the second is None where all sizes are known: a
+    run that --resume continues has its sizes in config.json, and keeps them. Raises UserError.
 
     Args:
         unused: settings that the command doesn't use: a preset file may name destinations there.
@@ -147,7 +140,7 @@ def resumes(resume: str, out: str) -> bool:
 
 def distill_arguments(words: Sequence[str], program: str = "fbpc distill") -> DistillArguments:
     """Return the arguments of `distill`. Raises UserError."""
-    return parse(DistillArguments, words, program, DistillArguments(config=base_config(words)))
+    return parse(DistillArguments, words, program, DistillArguments(config=start_of(words)[0]))
 
 
 def parse(

@@ -8,7 +8,6 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_t
 
 from fbpc_ray.core.config import GROUPS
 from fbpc_ray.core.errors import UserError
-from fbpc_ray.core.progress import Log
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -39,17 +38,14 @@ def names_arguments(function: Callable[Parameters, Result]) -> Callable[Paramete
     @wraps(function)
     def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
         if parameter is not None:
-            named["log"] = _naming_arguments(named.get("log", parameter.default))
+            log: Any = named.get("log", parameter.default)
+            named["log"] = lambda line: log(with_arguments(line))
         try:
             return function(*arguments, **named)
         except UserError as error:
             raise UserError(with_arguments(str(error)), error.code) from error.__cause__
 
     return call
-
-
-def _naming_arguments(log: Any) -> Log:
-    return lambda line: log(with_arguments(line))
 
 
 def with_arguments(message: str) -> str:

@@ -67,14 +67,9 @@ def default(data: str | None, ipc: str | None, row: str, method: str | None) -> 
         method: a method other than the preset's brings its own settings.
     """
     count = int(ipc) if ipc and ipc.isdecimal() and len(ipc) < 19 else 1
-    of_data = row_of(data or "", count)
-    if row in LEVELS:
-        name = ""
-    elif row == PAPER:
-        name = of_data
-    else:
-        name = row or ("digits" if data in (None, "digits") else of_data)
-    base = preset(name) if name in PRESETS or row not in ("", PAPER, *LEVELS) else Config()
+    of_data = "digits" if not row and data in (None, "digits") else row_of(data or "", count)
+    name = of_data if row in ("", PAPER) else "" if row in LEVELS else row
+    base = preset(name) if name else Config()
     if method in (None, base.distillation.method):
         return base
     return with_method(base, method, count if ipc else base.distillation.ipc)

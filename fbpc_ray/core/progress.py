@@ -158,11 +158,6 @@ class Progress:
         self._part = share
         self._advance()
 
-    def refresh(self) -> None:
-        """Draw the bar anew."""
-        if self._bar is not None:
-            self._bar.refresh()
-
     def close(self) -> None:
         """Remove the bar, and write no more lines."""
         if self._bar is not None:

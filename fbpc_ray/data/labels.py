@@ -91,15 +91,11 @@ def _from_one_hot_rows(
     return labels | numbers, classes, (note,)
 
 
-def _is_names(labels: np.ndarray) -> bool:
-    return labels.ndim == 1 and labels.dtype.kind == "U"
-
-
 def _number_names(
     labels: dict[str, np.ndarray], origin: object, classes: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
     """Replace names by numbers in the order of `classes`, by default all names, sorted."""
-    named = [split for split, values in labels.items() if _is_names(values)]
+    named = [split for split, values in labels.items() if values.ndim == 1 and values.dtype.kind == "U"]
     if not named:
         return labels, classes
     if len(named) < len(labels):

@@ -1,4 +1,4 @@
-"""Load a data set from what Python callers give: its name as --data takes it, or images and labels."""
+"""Load a data set by its name, as --data takes it, or from the images and labels of a Python caller."""
 
 import os
 from collections.abc import Sequence

@@ -160,15 +160,10 @@ def combine(tasks: Sequence[GradientTask], gradients: Sequence[Gradient | None])
 
 def _scaled_sum(gradients: list[Gradient], factor: float) -> SummedGradient:
     """Sum the gradients and scale the sum; a single one times 1 keeps its bits."""
-    total = gradients[0].value
-    for gradient in gradients[1:]:
-        total = total + gradient.value
-    by_labels = None
-    for gradient in gradients:
-        if gradient.soft_labels is not None:
-            by_labels = gradient.soft_labels if by_labels is None else by_labels + gradient.soft_labels
+    first, *rest = (gradient.value for gradient in gradients)
+    labels = [gradient.soft_labels for gradient in gradients if gradient.soft_labels is not None]
     inner_lr = sum(gradient.inner_lr for gradient in gradients) * factor
-    return SummedGradient(total * factor, inner_lr, None if by_labels is None else by_labels * factor)
+    return SummedGradient(sum(rest, first) * factor, inner_lr, sum(labels[1:], labels[0]) * factor if labels else None)
 
 
 def update(
@@ -181,9 +176,7 @@ def update(
     Soft labels, if there are any, move by Adam with the rate `label_lr`.
     """
     after = state if state.soft_labels is None else _with_moved_labels(state, gradients, label_lr)
-    total = torch.zeros_like(state.images)
-    for gradient in gradients:
-        total = total + gradient.value
+    total = sum((gradient.value for gradient in gradients), torch.zeros_like(state.images))
     velocity = momentum * state.velocity + total
     inner = momentum * state.inner_velocity + sum(gradient.inner_lr for gradient in gradients)
     return after._replace(
@@ -211,9 +204,7 @@ def update_by_adam(state: State, gradients: Sequence[SummedGradient], *, image_l
 
     The gradients must have parts for the soft labels; those are centred after the step: softmax ignores a constant.
     """
-    by_images = torch.zeros_like(state.images)
-    for gradient in gradients:
-        by_images = by_images + gradient.value
+    by_images = sum((gradient.value for gradient in gradients), torch.zeros_like(state.images))
     second = state.moments.get(SECOND, torch.zeros_like(state.images))
     images = adam_step(AdamState(state.images, state.velocity, second, state.step), by_images, image_lr)
     after = _with_moved_labels(state, gradients, label_lr)

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from fbpc_ray.core.types import Params
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation import ensemble
-from fbpc_ray.evaluation.ensemble import logits_of, statistics_of
+from fbpc_ray.evaluation.ensemble import batch_size, logits_of, statistics_of
 from fbpc_ray.inference.metrics import PredictiveStats, log_mixture, log_probabilities, predictive_stats, sample_losses
 from fbpc_ray.inference.uncertainty import Uncertainty, uncertainty_of
 from fbpc_ray.models.passes import Passes
-
-TEST_BATCH = ensemble.BATCH
 
 
 class Scored(NamedTuple):
@@ -41,20 +38,16 @@ def average_of(passes: Passes, samples: list[Params], coreset: Tensor) -> Logits
     statistics = statistics_of(network, samples, coreset)
 
     def logits(images: Tensor) -> Tensor:
-        whole = len(images) == _batch_size(images)  # a last, smaller batch is not worth compiling for
+        whole = len(images) == batch_size(images.shape)  # a last, smaller batch is not worth compiling for
         return logits_of(passes.predict if whole else network.predict, samples, statistics, images)
 
     return logits
 
 
-def _batch_size(images: Tensor) -> int:
-    return min(TEST_BATCH, ensemble.batch_size(images.shape))
-
-
 def score(predictions: Logits, test: DeviceDataset) -> Scored:
     """Score `predictions` for `test`: the one place where scores are computed."""
     parts: list[Scored] = []
-    for index in torch.arange(len(test)).split(_batch_size(test.images)):
+    for index in torch.arange(len(test)).split(batch_size(test.images.shape)):
         batch = test.batch(index)
         log_probs = log_probabilities(predictions(batch.images))
         mean = log_mixture(log_probs)

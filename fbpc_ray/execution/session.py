@@ -16,7 +16,7 @@ from fbpc_ray.core.progress import Log
 from fbpc_ray.core.provenance import home
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.core.tasks import TaskRunner
-from fbpc_ray.data import coreset_reader, datasets
+from fbpc_ray.data import coreset_reader, sources
 from fbpc_ray.data.coreset import Coreset
 from fbpc_ray.data.coreset_reader import Loaded
 from fbpc_ray.data.datasets import Dataset
@@ -192,11 +192,7 @@ def uses_experts(config: Config) -> bool:
 def load_data(config: Config, log: Log) -> Dataset:
     """Load the data set of a configuration. Raises UserError."""
     d = config.data
-    dataset = datasets.load(
-        d.data, root=d.data_root, download=d.download, normalisation=d.normalisation,
-        validation=d.validation, seed=d.data_seed, label_column=d.label_column, image_column=d.image_column,
-        image_size=d.image_size, resize=d.resize, test=d.test,
-    )  # fmt: skip
+    dataset = sources.load(d.data, d.test, d.validation, None, d)
     for note in dataset.notes:
         log(f"note: {note}")
     return dataset

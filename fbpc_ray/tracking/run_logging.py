@@ -1,6 +1,6 @@
 """MLflow runs of distillations and evaluations: their start and end, and what is logged between."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
@@ -93,7 +93,7 @@ def _tracking(
     if config.distillation.method != "random":  # which logs nothing before its test scores
         tracker.log_metrics(PENDING, 0)
     try:
-        with _finishing(tracker):
+        with finishing(tracker.finish):
             yield tracker
     finally:
         update_reference(run, tracker, delivered=tracker.delivered and run.result_path.exists())
@@ -149,7 +149,7 @@ def track_evaluation(
         **run_tags(config, dataset.name), **provenance_tags(provenance), **tags, "folder": str(run.folder),
     }  # fmt: skip
     tracker = _start_tracker(config, run, log, run_name=f"{run.folder.name}/{name}", run_id=None, tags=tags, uri=uri)
-    with _finishing(tracker):
+    with finishing(tracker.finish):
         yield tracker
 
 
@@ -174,8 +174,8 @@ def _start_tracker(
 
 
 @contextmanager
-def _finishing(tracker: Tracker) -> Iterator[None]:
-    """Finish the tracker as the block ends: FINISHED, FAILED, or KILLED by an interruption."""
+def finishing(finish: Callable[[str], None]) -> Iterator[None]:
+    """Call `finish` with how the block ended: FINISHED, FAILED, or KILLED by an interruption."""
     status = "FAILED"
     try:
         yield
@@ -184,7 +184,7 @@ def _finishing(tracker: Tracker) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
-        tracker.finish(status)
+        finish(status)
 
 
 def chosen_uri(uri: str) -> str:

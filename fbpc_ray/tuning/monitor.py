@@ -11,7 +11,6 @@ from fbpc_ray.core.config import Config
 from fbpc_ray.core.errors import UserError
 from fbpc_ray.core.progress import Progress, log, progress
 from fbpc_ray.core.provenance import Provenance, home
-from fbpc_ray.core.signals import Interrupted
 from fbpc_ray.core.storage import Place, place
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -20,7 +19,7 @@ from fbpc_ray.execution.session import num_steps
 from fbpc_ray.reporting import image_grids
 from fbpc_ray.tracking.protocol import NullTracker, Tracker
 from fbpc_ray.tracking.run_contents import provenance_tags, run_params, run_tags
-from fbpc_ray.tracking.run_logging import mlflow_module
+from fbpc_ray.tracking.run_logging import finishing, mlflow_module
 from fbpc_ray.tracking.uri import compare_url, default_uri, ui_command
 from fbpc_ray.tuning import trial
 from fbpc_ray.tuning.plan import Plan
@@ -238,15 +237,8 @@ def open_monitor(sweep: OpenSweep, provenance: Provenance) -> Iterator[SweepMoni
             log=log,
         )  # fmt: skip
     monitor = SweepMonitor(sweep, parent, tracking)
-    status = "FAILED"
-    try:
+    with finishing(monitor.close):
         yield monitor
-        status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt):
-        status = "KILLED"
-        raise
-    finally:
-        monitor.close(status)
 
 
 def _send(child: Tracker, result: ValidationResult, metric: str) -> None:

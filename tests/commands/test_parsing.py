@@ -5,7 +5,7 @@ from support.runs import flags, refused
 
 from fbpc_ray.commands import main
 from fbpc_ray.commands.arguments import KINDS, ExpertArguments, TuneArguments
-from fbpc_ray.commands.parsing import base_config, distill_arguments, explanation, flags_of, parse
+from fbpc_ray.commands.parsing import distill_arguments, explanation, flags_of, parse, start_of
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.presets import PRESETS, preset, to_preset
 
@@ -84,14 +84,14 @@ def test_naming_a_default_changes_no_run(name):
     flat = config.flat()
     for flag in EARLY:
         values = flat[flag] if isinstance(flat[flag], tuple) else (str(flat[flag]),)
-        assert base_config([*row, f"--{flag}", *values]) == config, flag
+        assert start_of([*row, f"--{flag}", *values])[0] == config, flag
     assert distill_arguments([*row, *flags(config)]).config == config
     assert distill_arguments(["--data", flat["data"], "--ipc", str(flat["ipc"])]).config == config
 
 
 def test_naming_a_default_changes_no_experts_and_no_sweep():
     for words in ([], ["--data", "digits"]):
-        base = base_config(words)
+        base, _ = start_of(words)
         default = ExpertArguments(data=base.data, networks=base.networks, experts=base.experts)
         assert parse(ExpertArguments, words, "fbpc experts", default).experts == preset("digits").experts
         assert parse(TuneArguments, words, "fbpc tune", TuneArguments(config=base)).config == preset("digits")

@@ -111,7 +111,7 @@ def test_a_sweep_counts_the_steps_of_all_trials(small, tmp_path, seen):
         board.trial_ended(1, "")
         board.trial_validated(0, look(0, 3))
         assert board._progress is not None
-        board._progress.refresh()
+        board._progress._bar.refresh()
         board.close_bar()
 
     text = seen(act)

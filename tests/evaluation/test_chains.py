@@ -95,7 +95,7 @@ def test_no_number_depends_on_batches_or_order_of_the_test_set(network, two_per_
     images, labels = (tensor[:90] for tensor in tensors(digits.test, "cpu"))
     predictions = average_of(Passes(network), samples, two_per_class[0])
     full = score(predictions, DeviceDataset(images, labels, digits.mean, digits.std))
-    monkeypatch.setattr(scoring, "TEST_BATCH", size)
+    monkeypatch.setattr(ensemble, "BATCH", size)
     for order in (torch.randperm(90, generator=generator(1)), labels.argsort()):
         moved = DeviceDataset(images[order], labels[order], digits.mean, digits.std)
         outcome = score(predictions, moved)
@@ -172,7 +172,7 @@ def test_a_chain_task_scores_the_split_it_is_given(network, two_per_class: Pair,
 @pytest.mark.slow
 def test_a_compiled_chain_has_the_scores_of_an_eager_one(small, digits, monkeypatch):
     """Batches of 20 test images and one of 5, BatchNorm's statistics among the arguments of what is compiled."""
-    monkeypatch.setattr(scoring, "TEST_BATCH", 20)
+    monkeypatch.setattr(ensemble, "BATCH", 20)
     spec = session.network_specs(small, digits)[1]
     assert spec.architecture == "convnet-bn"
     state, labels = initial_state(digits, 2, 0)

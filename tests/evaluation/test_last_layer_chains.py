@@ -14,7 +14,7 @@ from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data.coreset import Coreset, balanced
 from fbpc_ray.data.datasets import tensors
 from fbpc_ray.data.loader import DeviceDataset
-from fbpc_ray.evaluation import last_layer, scoring
+from fbpc_ray.evaluation import last_layer
 from fbpc_ray.evaluation.chains import Chain, CoresetArrays, sample_chain
 from fbpc_ray.evaluation.evaluate import evaluate
 from fbpc_ray.evaluation.last_layer import closed_form, run_networks, targets_of, train_network
@@ -81,7 +81,7 @@ def test_the_closed_form_is_dense_regression_on_the_trained_features(digits, cor
 def test_no_number_depends_on_the_batches_of_the_test_set(digits, coreset, monkeypatch):
     shared, chain = context(digits, coreset), Chain("x", spec_of(digits, "convnet-bn"), 0)
     full = scored(run_networks(shared, chain, "cpu"))
-    monkeypatch.setattr(scoring, "TEST_BATCH", 70)
+    monkeypatch.setattr("fbpc_ray.evaluation.ensemble.BATCH", 70)
     assert scored(run_networks(shared, chain, "cpu")) == pytest.approx(full, rel=1e-5)
 
 

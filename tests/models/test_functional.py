@@ -96,7 +96,7 @@ def test_an_evaluation_depends_on_neither_order_nor_size_of_the_test_batches(nam
     order = torch.randperm(45, generator=source())
 
     def losses(size, chosen, given=coreset_images):
-        monkeypatch.setattr(scoring, "TEST_BATCH", size)
+        monkeypatch.setattr(ensemble, "BATCH", size)
         test = DeviceDataset(images[chosen], labels[chosen], digits.mean, digits.std)
         return scoring.score(scoring.average_of(Passes(net), samples, given), test)
 

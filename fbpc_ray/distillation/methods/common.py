@@ -158,14 +158,10 @@ def expert_epochs(start: int, rule: str, epochs: int, ahead: int = 0) -> range:
     last = epochs - ahead
     chosen = range(start, last + 1) if rule == "from" else range(min(start, last + 1))
     if not chosen or start < 0:
+        follow = f", {ahead} of which must follow" if ahead else ""
+        fix = "raise --start-epoch or --expert-epochs" if rule == "before" else "lower it or raise --expert-epochs"
         raise UserError(
-            f"--start-epoch {start} ({rule}) leaves no snapshot of experts with epochs 0 to {epochs}"
-            + (f", {ahead} of which must follow" if ahead else "")
-            + (
-                ": raise --start-epoch or --expert-epochs"
-                if rule == "before"
-                else ": lower it or raise --expert-epochs"
-            )
+            f"--start-epoch {start} ({rule}) leaves no snapshot of experts with epochs 0 to {epochs}{follow}: {fix}"
         )
     return chosen
 
