@@ -212,10 +212,14 @@ class Validator:
             _add_columns(step.rows, self.validate(step.state))
 
     def catch_up(self, state: State, rows: list[Row]) -> None:
-        """Validate a restored state whose validation a signal ended; add the scores to the rows of its step."""
+        """Validate a restored state whose validation a signal ended; add the scores to the rows of its step, and save.
+
+        No step may follow that would save them.
+        """
         last = [row for row in rows if row["step"] == state.step]
         if self._due(state) and all(row.get("val_nll") is None for row in last):
             _add_columns(last, self.validate(state))
+            self.live.run.save(state, rows, self.live.run.read_fingerprint())
 
     def _due(self, state: State) -> bool:
         return bool(self.every) and (state.step % self.every == 0 or state.step == self.live.session.num_steps)

@@ -233,26 +233,28 @@ def test_the_validation_split_is_scored_before_and_after_the_steps(small, tmp_pa
 
 
 def test_a_validation_that_a_signal_ended_is_made_on_resume(small, tmp_path, monkeypatch):
-    """The metrics are those of a run without the signal."""
-    folder, validate = tmp_path / "run", trial.validate
-    words = flags(small, backend="serial", validation=0.1, val_every=2, steps=4, num_chains=1)
+    """The metrics are those of a run without the signal, which came at an earlier step or at the last one."""
+    validate, folders = trial.validate, {step: tmp_path / str(step) for step in (0, 2, 4)}
+    one = small.updated(architectures=("convnet-bn",), chain_epochs=5, chain_every=5)
+    words = flags(one, backend="serial", validation=0.1, val_every=2, steps=4, num_chains=1)
+    distil(*words, "--out", str(folders[0]))
+    for step in (2, 4):
 
-    def stopped_at_step_2(session, state, *more):
-        if state.step == 2:
-            raise Interrupted(signal.SIGTERM)
-        return validate(session, state, *more)
+        def stopped(session, state, *more, step=step):
+            if state.step == step:
+                raise Interrupted(signal.SIGTERM)
+            return validate(session, state, *more)
 
-    distil(*words, "--out", str(tmp_path / "whole"))
-    monkeypatch.setattr(trial, "validate", stopped_at_step_2)
-    with pytest.raises(SystemExit):
-        distil(*words, "--out", str(folder))
-    monkeypatch.setattr(trial, "validate", validate)
-    distil("--out", str(folder), "--resume")
-    scores, whole = (
-        {(row["step"], row["architecture"]): row["val_nll"] for row in RunDirectory(run).read_metrics()}
-        for run in (folder, tmp_path / "whole")
+        monkeypatch.setattr(trial, "validate", stopped)
+        with pytest.raises(SystemExit):
+            distil(*words, "--out", str(folders[step]))
+        monkeypatch.setattr(trial, "validate", validate)
+        distil("--out", str(folders[step]), "--resume")
+    whole, *others = (
+        {(row["step"], row["architecture"]): row["val_nll"] for row in RunDirectory(folder).read_metrics()}
+        for folder in folders.values()
     )
-    assert scores == whole and scores[2, "convnet-bn"] is not None
+    assert others == [whole, whole] and None not in (whole[2, "convnet-bn"], whole[4, "convnet-bn"])
 
 
 def test_random_learns_nothing_and_needs_no_experts(small, tmp_path):
