@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import alive, soon
+from support.processes import alive, kill, soon
 
 from fbpc_ray.commands import ui, watchdog
 from fbpc_ray.core.errors import UserError
@@ -39,7 +39,7 @@ def test_a_killed_parent_takes_the_command_and_its_children_along(stubborn: bool
     ignore = "trap '' TERM; " if stubborn else ""
     code = Path(watchdog.__file__).read_text().replace("END_SECONDS = 0.5, 10.0", "END_SECONDS = 0.1, 0.5")
     (tmp_path / "watchdog.py").write_text(code)
-    script = f"{ignore}sleep 60 & echo $$; wait"
+    script = f"{ignore}sleep 600 & echo $$; wait"
     parent = subprocess.Popen(
         [sys.executable, "-S", "-c", PARENT.format(watchdog=str(tmp_path / "watchdog.py"), script=script)],
         stdout=subprocess.PIPE, text=True,
@@ -49,8 +49,12 @@ def test_a_killed_parent_takes_the_command_and_its_children_along(stubborn: bool
     assert len(members(group)) == 3  # the watchdog, the shell, sleep
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    assert soon(lambda: not members(group), 20)
     parent.stdout.close()
+    try:
+        assert soon(lambda: not members(group))
+    finally:
+        for pid in members(group):
+            kill(pid)
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -9 $$", 137)])

@@ -176,7 +176,7 @@ def test_a_lock_waits_for_its_holder_and_shared_ones_do_not_wait_for_each_other(
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    waiter.join(30)
+    waiter.join(300)
     assert entered
     with files.file_lock(tmp_path / "a", shared=True), files.file_lock(tmp_path / "a", shared=True):
         pass

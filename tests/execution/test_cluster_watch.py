@@ -17,7 +17,7 @@ from fbpc_ray.execution.ray import cluster_watch
 from fbpc_ray.execution.ray.cluster_watch import PATIENCE, ClusterWatch, Liveness
 from fbpc_ray.execution.ray.reaper import Reaper
 
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 def test_a_dead_process_is_named_at_once():
@@ -51,7 +51,7 @@ def test_the_driver_raises_what_the_thread_saw():
     try:
         watch.check()
         dead = "gcs_server"
-        assert soon(lambda: bool(watch.message), 10)
+        assert soon(lambda: bool(watch.message))
         with pytest.raises(UserError, match="gcs_server ended"):
             watch.check()
     finally:
@@ -61,7 +61,7 @@ def test_the_driver_raises_what_the_thread_saw():
 def test_a_process_that_disconnected_watches_nothing():
     """After ray.shutdown the processes of its own cluster end; that ends nobody else."""
     watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: False)
-    watch._thread.join(10)
+    watch._thread.join(300)
     watch.check()
     watch.close()
 
@@ -77,18 +77,19 @@ def exits(monkeypatch):
 
 def test_a_driver_that_does_not_come_to_check_is_ended(exits, capsys):
     watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: True)
-    watch._thread.join(10)
+    watch._thread.join(300)
     watch.close()
     assert exits == [1]
     assert capsys.readouterr().err.startswith("error: Ray's process raylet ended")
 
 
-def test_a_driver_that_has_closed_is_not_ended(exits, capsys):
+def test_a_driver_that_has_closed_is_not_ended(exits, capsys, monkeypatch):
     """Another exception of the dead cluster came first: a notebook, or the end of an MLflow run, goes on."""
+    monkeypatch.setattr(cluster_watch, "GRACE", 30.0)  # a busy machine brings this thread to `close` late
     watch = ClusterWatch(Liveness(lambda: "raylet", lambda: True), connected=lambda: True)
-    assert soon(lambda: bool(watch.message), 10)
+    assert soon(lambda: bool(watch.message))
     watch.close()
-    watch._thread.join(10)
+    watch._thread.join(300)
     assert exits == []
     assert capsys.readouterr().err == ""
 
@@ -99,13 +100,13 @@ def test_a_look_that_ends_after_the_close_finds_nothing(exits):
 
     def dead_process():
         looks.set()
-        return "raylet" if closed.wait(10) else ""
+        return "raylet" if closed.wait(300) else ""
 
     watch = ClusterWatch(Liveness(dead_process, lambda: True), connected=lambda: True)
-    assert looks.wait(10)
+    assert looks.wait(300)
     watch.close()
     closed.set()
-    watch._thread.join(10)
+    watch._thread.join(300)
     assert (watch.message, exits) == ("", [])
 
 
@@ -114,9 +115,9 @@ import os, subprocess, sys, time
 session = f"{sys.argv[1]}/session_{time.strftime('%Y-%m-%d_%H-%M-%S_0')}_{sys.argv[2]}/logs"
 os.makedirs(session)
 with open(f"{session}/agent.out", "w") as log:
-    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=log)
+    agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
 print(agent.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 """A node manager whose agent has its log in the session of a driver, and nothing else that tells whose it is."""
 
@@ -144,7 +145,7 @@ def test_reap_ends_the_processes_of_the_session_and_no_other(tmp_path):
         parent.wait()
         assert alive(agent)
         reaper.reap()
-        assert soon(lambda: not alive(agent), 10)
+        assert soon(lambda: not alive(agent))
         reaper.dismiss()
         assert all(alive(other.pid) for other in others)
     finally:
@@ -164,7 +165,7 @@ reaper = Reaper()
 cluster = subprocess.Popen([sys.executable, "-c", {CLUSTER!r}, {str(tmp_path)!r}, str(os.getpid())])
 if {ending == "dismissed"}:
     reaper.dismiss()
-time.sleep(60)
+time.sleep(600)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -174,7 +175,8 @@ time.sleep(60)
             assert process.stdout
             agent = int(process.stdout.readline())
             kill(process.pid)
-            assert soon(lambda: not alive(agent), 4) == (ending == "killed")
+            patience = 300 if ending == "killed" else 4
+            assert soon(lambda: not alive(agent), patience) == (ending == "killed")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

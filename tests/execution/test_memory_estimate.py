@@ -241,5 +241,5 @@ print((kilobytes("VmHWM:") - before) * 1024 / estimate)
 def test_a_pass_takes_the_estimate_and_at_most_twice_as_much(name):
     """By the peak memory of a process of its own, in the third of three steps; measured: 1.6 and 1.7 times."""
     command = [sys.executable, "-c", PASS, name]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert 1 <= float(output) <= 2

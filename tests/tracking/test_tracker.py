@@ -33,7 +33,7 @@ def test_run_with_everything(store: str, tmp_path: Path):
     folder = tmp_path / "figures"
     folder.mkdir()
     (folder / "a.txt").write_text("a")
-    start = time.monotonic()
+    start, start_here = time.process_time(), time.thread_time()
     tracker = MlflowTracker(
         store,
         "every thing",
@@ -54,11 +54,11 @@ def test_run_with_everything(store: str, tmp_path: Path):
     tracker.log_dataset("cifar", "/data/cifar", train, labels, "training")
     tracker.log_dataset("cifar", "https://example.org/cifar", train[:100], labels[:100], "test")
     tracker.set_tags({"method": "fbpc"})
-    queued = time.monotonic() - start
+    queued = time.thread_time() - start_here
     tracker.finish("FINISHED")
     tracker.finish("FAILED")  # does nothing any more
 
-    assert queued < max(1, (time.monotonic() - start) / 2)  # the first use of the database was left to the worker
+    assert queued < (time.process_time() - start) / 4  # the first use of the database was left to the worker
     assert tracker.pending == 0
     client = MlflowClient(store)
     assert tracker.run_id and tracker.url

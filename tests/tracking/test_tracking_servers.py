@@ -169,13 +169,13 @@ def test_answers_lost(tmp_path: Path):
 def test_nobody_listens():
     lines: list[str] = []
     start = time.monotonic()
-    tracker = MlflowTracker(f"http://127.0.0.1:{free_port()}", "e", run_name="r", log=lines.append)
+    uri = f"http://127.0.0.1:{free_port()}"
+    tracker = MlflowTracker(uri, "e", run_name="r", log=lines.append, retry_seconds=600, finish_seconds=600)
     for step in range(50):
         tracker.log_metrics({"a": 1.0}, step)
         tracker.log_image("u", PICTURE, step)
-    assert time.monotonic() - start < 10
     tracker.finish("FAILED")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300  # neither a call nor `finish` waits, though both might
     assert tracker.run_id is None and tracker.url is None
     assert tracker.pending == 100
     assert len(lines) == 2
@@ -184,7 +184,7 @@ def test_nobody_listens():
     assert all("\n" not in line and len(line) < 300 for line in lines)
 
 
-@pytest.mark.parametrize("timeout", ["1", "60"])
+@pytest.mark.parametrize("timeout", ["1", "600"])
 def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch):
     """A timeout ends it; one that the user has set higher than `finish_seconds` doesn't make `finish` wait longer."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", timeout)
@@ -195,8 +195,8 @@ def test_server_that_never_answers(timeout: str, monkeypatch: pytest.MonkeyPatch
         tracker = MlflowTracker(uri, "e", run_name="r", log=lines.append, finish_seconds=4)
         for step in range(100):
             tracker.log_metrics({"a": 1.0}, step)
-        assert time.monotonic() - start < 10  # a call that waited for an answer would take a timeout, each of them
+        assert time.monotonic() - start < 60  # a call that waited for an answer would take a timeout, each of them
         tracker.finish("KILLED")
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 300
     assert tracker.pending == 100
     assert "100 records not delivered" in lines[-1]
