@@ -77,8 +77,7 @@ def test_a_finished_run_is_reported_and_evaluated_again(legacy, capsys):
     assert {"batch_nll", "mean_sample_nll"} < scores.keys()
 
 
-@pytest.mark.parametrize("run", ["interrupted", "interrupted-pool"])
-@pytest.mark.parametrize("word", ["--resume", "--again"])
+@pytest.mark.parametrize(("run", "word"), [("interrupted", "--resume"), ("interrupted-pool", "--again")])
 def test_an_interrupted_run_resumes_to_the_same_bits(run, word, legacy):
     assert digest(legacy / run) == EXPECTED["images_sha256"][f"{run}, step 2"]
     main.main(["distill", "--out", run, word, *SERIAL])

@@ -57,14 +57,6 @@ def conjugate():
     return Conjugate(u, torch.randn(4, generator=source).double(), x, torch.randn(12, generator=source).double())
 
 
-def exact_gradient(c, direction):
-    """Gradient of KL(pi_x | pi_u) or of KL(pi_u | pi_x) in u, by autograd through the closed form, divided by m."""
-    u = c.u.clone().requires_grad_()
-    of_u, of_x = oracles.conjugate_posterior(u, c.y), oracles.conjugate_posterior(c.x, c.t)
-    value = oracles.gaussian_kl(of_x, of_u) if direction == "forward" else oracles.gaussian_kl(of_u, of_x)
-    return torch.autograd.grad(value, u)[0] / len(u)
-
-
 def means(c):
     """mu_x and mu_u as parameters."""
     return [{"theta": oracles.conjugate_posterior(*data).mean} for data in ((c.x, c.t), (c.u, c.y))]
@@ -78,50 +70,41 @@ def agrees(estimates, exact):
     assert ((stack.mean(0) - exact).abs() < 4.5 * error).all()
 
 
-def test_forward_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
-    """Eq. 7 estimates the gradient of KL(pi_x | pi_u), Eq. 5, without bias."""
-    c, (mu_x, mu_u) = conjugate, means(conjugate)
-    assert mu_x["theta"].sub(mu_u["theta"]).norm() > 0.1
-    items = [
-        forward_kl(
-            gaussian_forward, mu_x, mu_u, c.u, c.y, [same] * (DRAWS // 20), scale=c.scale,
-            source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
-        ).gradient
-        for seed in range(20)
-    ]  # fmt: skip
-    agrees(items, exact_gradient(c, "forward"))
-
-
-def test_reverse_kl_is_the_exact_gradient_on_a_conjugate_model(conjugate):
-    """The centred covariance estimates the gradient of KL(pi_u | pi_x) without bias, even from few draws."""
-    c, (_, mu_u) = conjugate, means(conjugate)
-    items = [
-        reverse_kl(
-            gaussian_forward, mu_u, c.u, c.y, same, Batch(c.x, c.t), len(c.x), samples=4, scale=c.scale,
-            source=torch.Generator().manual_seed(seed), loss=gaussian_loss,
-        ).gradient
-        for seed in range(DRAWS // 2)
-    ]  # fmt: skip
-    agrees(items, exact_gradient(c, "reverse"))
-
-
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_the_gradient_by_labels_is_exact_on_a_conjugate_model(conjugate, direction):
-    """The targets y of u enter pi_u alone: the gradient of the KL in them, by autograd through the closed form."""
+def test_the_gradients_are_exact_on_a_conjugate_model(conjugate, direction):
+    """Estimates without bias of the gradients of KL(pi_x | pi_u), Eq. 5, and KL(pi_u | pi_x): by u, and by its targets
+    y, which enter pi_u alone. The centred covariance of the reverse one has no bias even from few draws."""
     c, (mu_x, mu_u) = conjugate, means(conjugate)
-    y = c.y.clone().requires_grad_()
-    of_u, of_x = oracles.conjugate_posterior(c.u, y), oracles.conjugate_posterior(c.x, c.t)
+    u, y = c.u.clone().requires_grad_(), c.y.clone().requires_grad_()
+    of_u, of_x = oracles.conjugate_posterior(u, y), oracles.conjugate_posterior(c.x, c.t)
     value = oracles.gaussian_kl(of_x, of_u) if direction == "forward" else oracles.gaussian_kl(of_u, of_x)
-    exact, items = torch.autograd.grad(value, y)[0] / len(y), []
+    by_images, by_targets = (part / len(y) for part in torch.autograd.grad(value, (u, y)))
+    items = []
     for seed in range(20 if direction == "forward" else DRAWS // 2):
         common = {"scale": c.scale, "source": torch.Generator().manual_seed(seed), "loss": gaussian_loss}
         if direction == "forward":
-            result = forward_kl(gaussian_forward, mu_x, mu_u, c.u, y, [same] * (DRAWS // 20), **common)
+            items.append(forward_kl(gaussian_forward, mu_x, mu_u, c.u, y, [same] * (DRAWS // 20), **common))
         else:
             real = Batch(c.x, c.t)
-            result = reverse_kl(gaussian_forward, mu_u, c.u, y, same, real, len(c.x), samples=4, **common)
-        items.append(result.by_labels)
-    agrees(items, exact)
+            items.append(reverse_kl(gaussian_forward, mu_u, c.u, y, same, real, len(c.x), samples=4, **common))
+    agrees([item.gradient for item in items], by_images)
+    agrees([item.by_labels for item in items], by_targets)
+
+
+def test_the_gradient_by_images_is_the_same_where_labels_are_fixed(conjugate):
+    c, (mu_x, mu_u) = conjugate, means(conjugate)
+
+    def estimates(y):
+        common = {"scale": c.scale, "source": torch.Generator().manual_seed(0), "loss": gaussian_loss}
+        real = Batch(c.x, c.t)
+        return (
+            forward_kl(gaussian_forward, mu_x, mu_u, c.u, y, [same] * 3, **common),
+            reverse_kl(gaussian_forward, mu_u, c.u, y, same, real, len(c.x), samples=4, **common),
+        )
+
+    for fixed, learned in zip(estimates(c.y), estimates(c.y.clone().requires_grad_()), strict=True):
+        assert fixed.by_labels is None and learned.by_labels is not None
+        torch.testing.assert_close(fixed.gradient, learned.gradient)
 
 
 def test_the_potential_of_a_batch_of_u_counts_all_of_u(conjugate):
