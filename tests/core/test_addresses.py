@@ -40,7 +40,9 @@ def test_redacted(address: str, expected: str):
 def test_a_secret_of_the_environment_is_replaced_wherever_it_stands(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0psecret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a")  # too short: it stands in every word
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "sesame")  # as short as one may be
     assert redacted("the server answered: t0psecret is unknown") == "the server answered: *** is unknown"
+    assert redacted("sesame was no token") == "*** was no token"
 
 
 def test_an_address_with_keys_is_refused_without_printing_them():

@@ -18,7 +18,8 @@ def test_durations_in_words(seconds, text):
 
 
 @pytest.mark.parametrize(
-    "text, seconds", [("90s", 90), ("20m", 1200), ("20", 1200), ("1.5h", 5400), ("2 H", 7200), ("20min", 1200)]
+    "text, seconds",
+    [("1s", 1), ("90s", 90), ("20m", 1200), ("20", 1200), ("1.5h", 5400), ("2 H", 7200), ("20min", 1200)],
 )
 def test_time_budgets(text, seconds):
     assert parse_duration(text) == seconds

@@ -35,12 +35,16 @@ def test_a_signal_is_a_flag_until_it_is_checked(capsys):
     interruption = Interruption()
     interruption.install()
     try:
+        signal.alarm(100)  # as Ray's handlers do, which would end this process
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.alarm(0) == 0
         assert interruption.number == signal.SIGTERM
         assert "Stopping after this step" in capsys.readouterr().err
         with pytest.raises(Interrupted) as caught:
             interruption.check()
         assert caught.value.code == 128 + signal.SIGTERM
+        with pytest.raises(Interrupted), interruption.at_once():
+            raise AssertionError("not reached: the signal came before the block")
     finally:
         interruption.uninstall()
 
@@ -68,6 +72,19 @@ def test_a_second_ctrl_c_takes_effect_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
+
+
+def test_a_second_ctrl_c_is_not_raised_again_after_the_block():
+    """Also of a handler that returns, unlike Python's own."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        with deferred_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_ignored_ctrl_c_stays_ignored_and_a_thread_changes_nothing():

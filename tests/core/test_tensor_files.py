@@ -35,6 +35,13 @@ def test_it_comes_back_and_others_read_it(path):
     assert path.read_bytes() == tensor_files.dumps(TENSORS, {"who": "Zoë", "step": "7"})
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_begin_at_a_multiple_of_8_bytes(length):
+    data = tensor_files.dumps(TENSORS, {"note": "x" * length})
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    assert torch.equal(safetensors.torch.load(data)["a"], TENSORS["a"])
+
+
 def test_each_flipped_bit_and_each_length_is_refused(path):
     data = path.read_bytes()
     for bit in range(8 * len(data)):

@@ -145,15 +145,21 @@ def test_a_window_of_passes_ends_no_solve_early(setting):
     assert five.map_loss <= 1.0
 
 
-@pytest.mark.parametrize("method", ["bpc-fkl", "bpc-rkl", "bpc-w"])
+@pytest.mark.parametrize(
+    ("method", "estimator"),
+    [("bpc-fkl", "scaled"), ("bpc-rkl", "scaled"), ("bpc-rkl", "authors"), ("bpc-w", "scaled")],
+)
 @pytest.mark.parametrize("architecture", [0, 1])
-def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method):
+def test_weight_space_gradients_equal_the_plain_reference(setting, architecture, method, estimator):
     """Same draws, obvious code: where theta_0, mu_x and mu_u come from, and Eq. 7, the covariance, the distance."""
     config, digits, real, state, labels = setting
     spec = session.network_specs(config, digits)[architecture]
     store = session.expert_store(config, digits, spec)
     snapshots = [store.read(0, epoch) for epoch in range(config.experts.expert_epochs + 1)]
-    changes = {"method": method, "start_epoch": 2, "start_rule": "before", "syn_steps": 5, "inner_lr": 0.05}
+    changes: dict[str, Any] = {
+        "method": method, "rkl_estimator": estimator, "start_epoch": 2, "start_rule": "before", "syn_steps": 5,
+        "inner_lr": 0.05,
+    }  # fmt: skip
     settings = replace(config.distillation, batch_size=100, **changes)
     problem = GradientContext(Passes(Network(spec)), store, real, labels, settings, "dsa", 1)
     for step in (0, 3):

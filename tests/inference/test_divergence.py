@@ -56,6 +56,7 @@ def test_identical_posteriors_without_variance_give_exactly_zero():
     assert divergence.value.item() == 0.0
     (gradient,) = torch.autograd.grad(divergence.value, mean)
     assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert not divergence.expected_x.requires_grad and not divergence.expected_u.requires_grad
 
 
 def test_the_two_sides_draw_their_own_noise():

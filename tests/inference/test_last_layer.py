@@ -104,6 +104,20 @@ def test_features_that_are_not_finite_give_nan_not_an_exception():
     assert mean.isnan().all()
 
 
+@pytest.mark.parametrize("features", [[[0.0, 0.0], [2.0, 0.0]], [[2.0, 0.0], [2.0, 0.0]]], ids=["first", "second"])
+def test_a_matrix_that_is_not_positive_definite_gives_nan(features):
+    """Without a ridge, at the first minor of A that is 0 and at the second one."""
+    layer = posterior(torch.tensor(features), torch.ones(2, 1), ridge=0.0)
+    assert layer.factor.isnan().all()
+
+
+def test_rounding_makes_no_variance_negative():
+    """At the images themselves it is nearly lambda, here below the rounding of |phi|^2."""
+    phi = 100 * draw(40, 60).float()
+    _, variance = predictive(posterior(phi, torch.ones(40, 1), ridge=1e-12), phi)
+    assert (variance >= 0).all() and variance.max() < 1e-6
+
+
 def test_without_variance_the_mean_field_softmax_is_the_softmax():
     mean = draw(4, 3)
     torch.testing.assert_close(mean_field_logits(mean, torch.zeros(4)), mean)

@@ -150,14 +150,16 @@ def weight_space(problem: GradientContext, snapshots: list[dict[str, Tensor]], i
         assert u.grad is not None
         return u.grad
 
-    real = next(problem.real.stream(s.real_batch_size, "dsa", rng("real")))
+    authors = s.rkl_estimator == "authors"  # mean losses of images that are not augmented, and 1 / S
+    real = next(problem.real.stream(s.real_batch_size, "none" if authors else "dsa", rng("real")))
+    n, m_u = (1, 1) if authors else (len(problem.real), m)
     drawn, gaps, slopes = dsa.draw(m, source), [], []
     for _ in range(s.mc_samples):
         net, leaf = shaken(mu_u, noise), images.clone().requires_grad_()
-        potential_u = nn.CrossEntropyLoss(reduction="sum")(net(dsa.apply(drawn, leaf)), labels)
-        potential_x = len(problem.real) * nn.CrossEntropyLoss()(net(real.images), real.labels)
-        slopes.append(torch.autograd.grad(potential_u, leaf)[0].double())
-        gaps.append((potential_x - potential_u).double().item())
+        loss_u = nn.CrossEntropyLoss()(net(leaf if authors else dsa.apply(drawn, leaf)), labels)
+        potential_x = n * nn.CrossEntropyLoss()(net(real.images), real.labels)
+        slopes.append(torch.autograd.grad(loss_u, leaf)[0].double())
+        gaps.append((potential_x - m_u * loss_u).double().item())
     gap, slope = torch.tensor(gaps, dtype=torch.float64), torch.stack(slopes)
     centred = (gap - gap.mean()).view(-1, *[1] * len(shape)) * (slope - slope.mean(0))
-    return (-centred.sum(0) / (s.mc_samples - 1) / m).float()
+    return (-centred.sum(0) / (s.mc_samples - (0 if authors else 1))).float()
