@@ -202,6 +202,11 @@ def test_statistics_are_what_they_say(setting):
     assert stats["psi_x"] > 0 < stats["psi_u"]
     assert 1 <= stats["expert_epoch"] <= 3
     assert min(stats["seconds_x"], stats["seconds_map"], stats["seconds_u"], stats["seconds_gradient"]) > 0
+    still = compute(config, digits, real, state.images, labels, lambda_u=0.0).stats
+    assert (still.psi_u, still.psi_x) == (
+        0.0,
+        stats["psi_x"],
+    )  # K steps of length 0 on u, those on real images as before
 
 
 def test_isotropic_takes_no_k_steps(setting):

@@ -120,6 +120,19 @@ def test_a_used_network_takes_one_adam_step_on_the_coreset_first(config, digits)
             torch.testing.assert_close(value, leaves[name].detach(), rtol=0, atol=0.02 * config.distillation.pool_lr)
 
 
+def test_a_network_that_is_begun_anew_takes_no_step_first(config, digits):
+    """Its uses are over: the gradient is that of a slot that was never used."""
+    worker, images, labels = worker_of(config, digits)
+    vector = flatten(Network(worker.specs[0]).init(generator(3)))
+    over = network_pool.dump(network_pool.Member(adam_start(vector), config.distillation.pool_steps)).numpy()
+    anew, first = (
+        worker.gradient(GradientTask(0, 0), 0, images.numpy(), 0.0, start=start, soft_labels=labels.numpy())
+        for start in (over, None)
+    )
+    assert anew.stats.others["pool_uses"] == 0
+    assert (anew.value == first.value).all()
+
+
 # ---- the pool
 
 
