@@ -248,6 +248,8 @@ CORRUPTIONS: dict[str, Corruption] = {
     "speckle_noise": Corruption("SP", speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
 }
 """Corruptions by the names of CIFAR-10-C's files, with their published constants, in the order of Table 3."""
+PAIRS = tuple((name, severity) for name in CORRUPTIONS for severity in SEVERITIES)
+"""Every corruption at every severity."""
 
 
 # ---- frost

@@ -6,7 +6,7 @@ from fbpc_ray.core import sizes
 from fbpc_ray.core.config import Config
 from fbpc_ray.core.sizes import Facts, Rung, Seconds, SizeRequest
 from fbpc_ray.core.storage import Place
-from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
+from fbpc_ray.data.corruptions import PAIRS
 from fbpc_ray.data.datasets import Dataset
 from fbpc_ray.execution.session import expert_store, network_specs, uses_experts
 from fbpc_ray.execution.sizing import facts_of
@@ -60,7 +60,7 @@ def _chain(task: Task, kind: str, extra_images: int, device: str) -> float:
     facts, rung = _facts(task.cell.config, task.dataset)
     images = facts.test_images + extra_images
     if kind == "corruptions":
-        images += facts.test_images * len(CORRUPTIONS) * len(SEVERITIES)
+        images += facts.test_images * len(PAIRS)
     elif kind == "logits":
         images = 1
     facts = facts._replace(method="random", architectures=(task.cell.judged_on,), test_images=images)  # one coreset

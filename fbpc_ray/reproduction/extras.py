@@ -13,7 +13,7 @@ import torch
 
 from fbpc_ray.core.rng import generator
 from fbpc_ray.data.corrupted_splits import official
-from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, RECIPE, SEVERITIES, corrupt
+from fbpc_ray.data.corruptions import CORRUPTIONS, FROST_NOTE, PAIRS, RECIPE, SEVERITIES, corrupt
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.data.ood import ood_split
 from fbpc_ray.evaluation.chains import Chain, EvaluationContext, on_device, scored_result, values
@@ -45,7 +45,7 @@ class ExtraColumns(NamedTuple):
     def row(self) -> dict[str, Any]:
         """Return the descriptions as columns of a row."""
         origin = f"of {self.source}" if self.source else f"generated, recipe {RECIPE}"
-        count = len(_pairs()) * self._images_a_pair()
+        count = len(PAIRS) * self._images_a_pair()
         return {"ood": self.ood_name, "corruptions": f"{count} images {origin}, seed {SEED}"}
 
     def describes(self, row: dict[str, Any]) -> bool:
@@ -58,14 +58,14 @@ class ExtraColumns(NamedTuple):
         return Extras(self.ood, self._corrupted())
 
     def _images_a_pair(self) -> int:
-        return max(1, min(self.most_images, len(self.dataset.test.labels)) // len(_pairs()))
+        return max(1, min(self.most_images, len(self.dataset.test.labels)) // len(PAIRS))
 
     def _corrupted(self) -> Split:
         test, size = self.dataset.test, self._images_a_pair()
         order = torch.randperm(len(test.labels), generator=generator(SEED, "grid", "corrupted")).numpy()
         folder = official(self.source, self.dataset) if self.source else None
         images, labels = [], []
-        for number, (name, severity) in enumerate(_pairs()):
+        for number, (name, severity) in enumerate(PAIRS):
             index = np.take(order, range(number * size, (number + 1) * size), mode="wrap")
             if folder:
                 images.append(folder.split(name, severity).images[index])
@@ -74,10 +74,6 @@ class ExtraColumns(NamedTuple):
                 images.append(np.concatenate(parts))
             labels.append(test.labels[index])
         return Split(np.concatenate(images), np.concatenate(labels))
-
-
-def _pairs() -> list[tuple[str, int]]:
-    return [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
 
 
 def extra_columns(

@@ -25,6 +25,7 @@ from fbpc_ray.core.storage import Place
 from fbpc_ray.core.tasks import TaskRunner
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import notes
+from fbpc_ray.data.corruptions import PAIRS
 from fbpc_ray.data.datasets import Dataset, denormalise
 from fbpc_ray.distillation.expert_store import ExpertStore
 from fbpc_ray.distillation.expert_training import train_missing_experts
@@ -211,7 +212,7 @@ def _shared_context(
         chunk_images=config.networks.chunk_images,
     )
     kind = TABLES[options.table].kind
-    more = work.NUM_CORRUPTED * len(dataset.test.labels) if kind == "corruptions" else 0
+    more = len(PAIRS) * len(dataset.test.labels) if kind == "corruptions" else 0
     context = context._replace(whitening=whitening_of(task.coreset, dataset.image_shape), more_images=more)
     items = [_row_task(task, seed, kind, options.corruptions) for task, seed in group]
     context = without_impossible_compilation(context, [item.chain for item in items], device, log)

@@ -14,7 +14,7 @@ from fbpc_ray.core.progress import set_part
 from fbpc_ray.core.signals import Interruption
 from fbpc_ray.data import coreset
 from fbpc_ray.data.corrupted_splits import corrupted_test
-from fbpc_ray.data.corruptions import CORRUPTIONS, SEVERITIES
+from fbpc_ray.data.corruptions import CORRUPTIONS, PAIRS, SEVERITIES
 from fbpc_ray.data.datasets import Dataset, Split
 from fbpc_ray.distillation.loop import Checkpointer, Step, follow
 from fbpc_ray.distillation.run_directory import RunDirectory
@@ -103,8 +103,6 @@ Finding = dict[str, Any]
 """Part of a row: its quantities, none of a chain that diverged, and its column if a chain fills several."""
 CORRUPTED = (*(corruption.abbreviation for corruption in CORRUPTIONS.values()), "Avg.")
 """Columns of Table 3."""
-NUM_CORRUPTED = len(CORRUPTIONS) * len(SEVERITIES)
-"""Splits of corrupted images, each as large as the test split."""
 
 
 def run_row_task(shared: SharedContext, item: RowTask, device: str) -> list[Finding]:
@@ -140,7 +138,7 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
     for number, split in enumerate(_clean_and_corrupted(shared, item), 1):
         scored = score(logits, on_device(split, context, device))
         values.append(scores(scored.stats).accuracy if scored.finite else math.nan)
-        set_part(fitting + (1 - fitting) * number / (1 + NUM_CORRUPTED), 1)
+        set_part(fitting + (1 - fitting) * number / (1 + len(PAIRS)), 1)
     clean, means = values[0], np.reshape(values[1:], (len(CORRUPTIONS), len(SEVERITIES))).mean(1).tolist()
     accuracies = (*means, float(np.mean(means)))
     if math.isnan(clean) or math.isnan(accuracies[-1]):
@@ -154,9 +152,8 @@ def _corrupted(logits: Logits, shared: SharedContext, item: RowTask, device: str
 def _clean_and_corrupted(shared: SharedContext, item: RowTask) -> Iterator[Split]:
     """Yield the test split, then its images under each corruption and severity."""
     yield shared.context.split
-    for name in CORRUPTIONS:
-        for severity in SEVERITIES:
-            yield corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
+    for name, severity in PAIRS:
+        yield corrupted_test(shared.dataset, name, severity, source=item.corruptions, seed=0, cache=item.cache)
 
 
 class CostTask(NamedTuple):
